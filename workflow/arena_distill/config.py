@@ -1,0 +1,657 @@
+"""The configuration: a typed, validated view of the YAML that drives a run.
+
+Every key is a field below; its docstring says what it means, ``config/README.md`` lists them all and
+``workflow/schemas/config.schema.json`` is generated from them. An unknown key, a wrong type, an unknown
+teacher or a cycle among judges gives one line each, never a traceback.
+
+The part of the configuration that decides *what* a phase computes is handed to it as one of the
+``…Settings`` models, with the phase's version; it is the rule's ``params``, so changing it rebuilds that
+phase and what follows. ``compute`` decides only *how* a job runs and is never part of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import graphlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from arena_distill.errors import InputError
+from arena_distill.phases import VERSIONS
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Order = Literal["AB", "BA"]
+Targets = Literal["out_of_fold", "in_sample"]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+class Arena(Section):
+    """The synthetic arena: battles with known vote probabilities (see ``simulation``)."""
+
+    seed: int = 2025
+    train: PositiveInt = 2000
+    """Labelled battles."""
+    extra: NonNegativeInt = 600
+    """Labelled battles that join every training fold."""
+    ut: NonNegativeInt = 1500
+    """Battles for post-pretraining, voted on by another population."""
+    test: PositiveInt = 500
+
+
+class Data(Section):
+    """Where the battles come from: your own files, or the synthetic arena."""
+
+    arena: Arena | None = None
+    train: tuple[str, ...] = ()
+    """Labelled battles: CSV, JSONL (both also .gz) or parquet in the Kaggle schema."""
+    extra: tuple[str, ...] = ()
+    """More labelled battles: they join every training fold and no validation fold."""
+    ut: tuple[str, ...] = ()
+    """Labelled battles for post-pretraining, such as UltraFeedback."""
+    test: tuple[str, ...] = ()
+    """Battles to predict."""
+    solution: str | None = None
+    """The test battles' votes, where known: the report then scores every variant on them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            lists = ("train", "extra", "ut", "test")
+            value = {k: [v] if k in lists and isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _arena_or_files(self) -> Data:
+        files = bool(self.train or self.extra or self.ut or self.test or self.solution)
+        if self.arena is None and not (self.train and self.test):
+            raise ValueError("give `train` and `test` files, or `arena` for the synthetic battles")
+        if self.arena is not None and files:
+            raise ValueError("give files or `arena`, not both (set `arena: null` to use your files)")
+        return self
+
+    def sources(self) -> tuple[str, ...]:
+        """The sources this run has battles of, in the order of the canonical file."""
+        given = self.arena or self
+        return tuple(s for s in ("train", "extra", "ut", "test") if getattr(given, s))
+
+
+class Folds(Section):
+    method: Literal["kfold", "stratified", "stratified_group"] = "kfold"
+    """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
+    n: Annotated[int, Field(ge=2, le=127)] = 5
+    seed: NonNegativeInt = 42
+
+
+# --- judges ---------------------------------------------------------------------------------------
+
+
+class Backbone(Section):
+    """The pretrained model under a judge: exactly one of `path`, `hub`, `gguf`, `tiny`."""
+
+    path: str | None = None
+    """A local Hugging Face folder."""
+    hub: str | None = None
+    """A Hugging Face hub id; needs `revision`. The only key that reaches for the network."""
+    revision: str | None = None
+    """The commit on the hub."""
+    gguf: str | None = None
+    """A GGUF file, converted once to an ordinary folder."""
+    tiny: Literal["llama", "qwen2", "gemma2"] | None = None
+    """One of the tiny pretrained models that ship with the workflow."""
+    layers: PositiveInt | None = None
+    """Keep only the first N layers: a cheap student of the same family."""
+    tokenizer: str | None = None
+    """Another tokenizer's folder: the model gets fresh embeddings of its size (plumbing tests)."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Backbone:
+        given = [k for k in ("path", "hub", "gguf", "tiny") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of path, hub, gguf, tiny; got {given or 'none'}")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` (a commit) go together")
+        return self
+
+    def is_ready_folder(self) -> bool:
+        """Whether the folder can be used as it is, without a job that prepares it."""
+        return bool(self.path or self.tiny) and self.layers is None and self.tokenizer is None
+
+    def stem(self) -> str:
+        """A short readable name; made unique by :meth:`Config.backbone_name`."""
+        source = self.path or self.hub or self.gguf or f"tiny-{self.tiny}"
+        stem = PurePath(source).name.removesuffix(".gguf")
+        stem += f"-{self.layers}layers" if self.layers else ""
+        return stem + (f"-{PurePath(self.tokenizer).name}" if self.tokenizer else "")
+
+
+class Encoding(Section):
+    template: Literal["winners", "markers"] = "markers"
+    """`winners`: User question / Answer A / Answer B; `markers`: [PROMPT] [RESPONSE_A] [RESPONSE_B]."""
+    truncation: Literal["winners", "rounds"] = "rounds"
+    """`winners`: word caps, question to 256 tokens, longer answer first; `rounds`: keep last rounds."""
+    max_length: Annotated[int, Field(ge=32)] = 1024
+    """Tokens per sequence in training and in the folds' logits."""
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: PositiveInt = 64
+    alpha: PositiveInt = 128
+    dropout: Share = 0.05
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
+
+
+class Optimization(Section):
+    """AdamW with a cosine schedule, as transformers' Trainer runs it."""
+
+    lr: PositiveFloat
+    epochs: PositiveFloat = 1
+    batch_size: PositiveInt = 64
+    """Sequences per optimizer step, over all devices."""
+    warmup_steps: NonNegativeInt = 100
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    max_grad_norm: PositiveFloat = 1.0
+    swap: bool = True
+    """Show every battle in both orders, the vote exchanged with the answers."""
+    seed: NonNegativeInt = 2025
+    """Decides the head's start, LoRA's start, dropout and the order of the rows."""
+
+
+class Pretraining(Optimization):
+    """Post-pretraining of the adapter on UT battles."""
+
+    lr: PositiveFloat = 1e-5
+    keep_head: bool = False
+    """Start the folds from the head learned here, instead of a fresh one."""
+
+
+class Training(Optimization):
+    lr: PositiveFloat = 5e-5
+    epochs: PositiveFloat = 2
+
+
+class Loss(Section):
+    """The student's loss: the mean of its terms, weighted; see ``distillation``."""
+
+    ce: NonNegativeFloat = 0.3
+    """Weight of the cross-entropy with the vote."""
+    kl: NonNegativeFloat = 0.7
+    """Weight of KL(teacher ‖ student) at `temperature`."""
+    cosine: NonNegativeFloat = 0.0
+    """Weight of the cosine distance between the two probability vectors."""
+    temperature: PositiveFloat = 3.0
+    temperature_squared: bool = True
+    """Multiply the KL term by T², which keeps its gradients' size (Hinton et al. 2015)."""
+    combine: Literal["mean_logits", "separate"] = "mean_logits"
+    """One target from the mean of the teachers' logits, or KL and cosine terms per teacher."""
+
+    @model_validator(mode="after")
+    def _some_term(self) -> Loss:
+        if self.ce + self.kl + self.cosine <= 0:
+            raise ValueError("at least one of ce, kl, cosine must be positive")
+        return self
+
+
+class Merge(Section):
+    average: Literal["factors", "products"] = "factors"
+    """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
+    head: Literal["average", "first"] = "first"
+    """The folds' mean head, or fold 0's."""
+
+
+class Quantization(Section):
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
+
+    bits: Literal[2, 3, 4, 8] = 8
+    group_size: PositiveInt = 128
+    samples: PositiveInt = 128
+    """Training battles that calibrate."""
+    seed: NonNegativeInt = 2025
+    validation_rows: PositiveInt = 512
+    """Training battles, others than those, on which the drift is measured."""
+    max_kl: PositiveFloat = 0.001
+    """The graph fails where mean KL(before ‖ after), in nats, is larger."""
+    max_flip_rate: Share = 0.02
+    """The graph fails where a larger share of verdicts changes."""
+
+
+class Compute(Section):
+    """How a judge's jobs run. Changing it rebuilds nothing."""
+
+    threads: PositiveInt = 1
+    gpus: NonNegativeInt = 0
+    mem_mb: PositiveInt = 4000
+    runtime: PositiveInt = 120
+    """Minutes."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences per device and forward pass; the rest of the batch is accumulated."""
+    batch_tokens: PositiveInt = 16384
+    """Tokens per forward pass when scoring."""
+    gradient_checkpointing: bool = False
+
+
+class JudgeDefaults(Section):
+    """What a judge is, apart from its backbone and teachers."""
+
+    encoding: Encoding = Encoding()
+    lora: Lora = Lora()
+    precision: Precision = "bf16"
+    """Of the forward and backward passes; losses and softmax are float32 always."""
+    pretraining: Pretraining | None = Pretraining()
+    """null: start from the backbone."""
+    training: Training = Training()
+    targets: Targets = "out_of_fold"
+    """A student's teacher logits: from the fold model that never saw the row, or the fold's own."""
+    loss: Loss = Loss()
+    merge: Merge = Merge()
+    quantization: Quantization | None = Quantization()
+    """null: the merged model is the final one."""
+    compute: Compute = Compute()
+
+
+class Judge(JudgeDefaults):
+    """A node of the graph. Without teachers it learns from votes, with teachers it is distilled."""
+
+    backbone: Backbone
+    teachers: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct_teachers(self) -> Judge:
+        if len(set(self.teachers)) != len(self.teachers):
+            raise ValueError("teachers: a judge is named twice")
+        return self
+
+
+class Prediction(Section):
+    """Test-time augmentation: every battle is scored at each length and in each order."""
+
+    max_lengths: tuple[Annotated[int, Field(ge=32)], ...] = Field((1024, 2000), min_length=1)
+    orders: tuple[Order, ...] = Field(("AB", "BA"), min_length=1)
+    average: Literal["logits", "probabilities"] = "logits"
+    model: Literal["gptq", "merged"] = "gptq"
+    """The one whose predictions are submitted; both are scored where both exist."""
+
+
+class Environments(Section):
+    """Python interpreters of the two environments; relative paths start at the checkout."""
+
+    main: str | None = None
+    """null: the interpreter that runs Snakemake."""
+    gptq: str = ".venv-gptq/bin/python"
+
+
+# --- what a phase is told ---------------------------------------------------------------------------
+
+
+class Settings(Section):
+    """Settings of one phase: its version and the part of the configuration that it computes by."""
+
+    version: int
+
+
+class FoldsSettings(Settings, Folds):
+    pass
+
+
+class PretrainingSettings(Settings):
+    encoding: Encoding
+    lora: Lora
+    precision: Precision
+    pretraining: Pretraining
+
+
+class TrainingSettings(Settings):
+    encoding: Encoding
+    lora: Lora
+    precision: Precision
+    training: Training
+    keep_head: bool
+    """Start from the post-pretrained head."""
+    teachers: tuple[Name, ...] = ()
+    targets: Targets | None = None
+    loss: Loss | None = None
+
+
+class LogitsSettings(Settings):
+    encoding: Encoding
+    precision: Precision
+    rows: tuple[Literal["validation", "training", "extra"], ...]
+    """Validation rows always; training (with extra) or extra rows where a student learns from them."""
+
+
+class MergeSettings(Settings, Merge):
+    judge: Name
+    template: str
+
+
+class QuantizationSettings(Settings):
+    encoding: Encoding
+    bits: int
+    group_size: int
+    samples: int
+    seed: int
+    validation_rows: int
+
+
+class DriftSettings(Settings):
+    max_kl: float
+    max_flip_rate: float
+
+
+class ScoringSettings(Settings):
+    encoding: Encoding
+    precision: Precision
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+
+
+class PredictionSettings(Settings):
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    average: Literal["logits", "probabilities"]
+    model: Literal["gptq", "merged"]
+
+
+class EvaluationSettings(Settings):
+    run: str
+    judges: dict[str, tuple[str, ...]]
+    """Teachers by judge."""
+    final: str
+
+
+# --- the whole --------------------------------------------------------------------------------------
+
+
+class Config(Section):
+    run: Name = "default"
+    """Results go to `results/<run>`."""
+    results: str = "results"
+    environments: Environments = Environments()
+    data: Data
+    folds: Folds = Folds()
+    defaults: JudgeDefaults = JudgeDefaults()
+    """What every judge is unless it says otherwise."""
+    judges: dict[Name, Judge] = Field(min_length=1)
+    final: Name
+    """The judge that is merged, quantised and submitted."""
+    prediction: Prediction = Prediction()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judges_override_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(value.get("judges"), Mapping):
+            return value
+        defaults = value.get("defaults") or {}
+        judges = {k: overlay(defaults, v) for k, v in value["judges"].items()}
+        return {**value, "judges": judges}
+
+    @model_validator(mode="after")
+    def _graph_of_judges(self) -> Config:
+        known = ", ".join(self.judges)
+        if self.final not in self.judges:
+            raise ValueError(f"final: unknown judge {self.final!r}; known judges: {known}")
+        for name, judge in self.judges.items():
+            for teacher in judge.teachers:
+                if teacher not in self.judges:
+                    raise ValueError(
+                        f"judges.{name}.teachers: unknown judge {teacher!r}; known judges: {known}"
+                    )
+        try:
+            self.ordered()
+        except graphlib.CycleError as error:
+            cycle = " → ".join(reversed(error.args[1]))
+            raise ValueError(f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself")
+        if self.prediction.model == "gptq" and self.judges[self.final].quantization is None:
+            raise ValueError(
+                f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
+                "set `prediction: {model: merged}`"
+            )
+        return self
+
+    def ordered(self) -> list[str]:
+        """Judges' names, every teacher before its students."""
+        graph = {name: judge.teachers for name, judge in self.judges.items()}
+        return list(graphlib.TopologicalSorter(graph).static_order())
+
+    def students_of(self, teacher: str) -> list[str]:
+        return [name for name, judge in self.judges.items() if teacher in judge.teachers]
+
+    def backbone_name(self, judge: str) -> str:
+        """The name of a judge's backbone: readable, one per distinct backbone of this configuration."""
+        return self._unique_name(self.judges[judge].backbone, Backbone.stem)
+
+    def tokenizer_name(self, judge: str) -> str:
+        """The name of a judge's tokenizer: judges that share one share `tokens/<name>`."""
+        return self._unique_name(
+            self.judges[judge].backbone.model_copy(update={"layers": None}), Backbone.stem
+        )
+
+    def _unique_name(self, backbone: Backbone, stem: Any) -> str:
+        taken = {
+            b.model_dump_json()
+            for judge in self.judges.values()
+            for b in (judge.backbone, judge.backbone.model_copy(update={"layers": None}))
+            if stem(b) == stem(backbone)
+        }
+        if taken <= {backbone.model_dump_json()}:
+            return stem(backbone)
+        digest = hashlib.sha256(backbone.model_dump_json().encode()).hexdigest()
+        return f"{stem(backbone)}-{digest[:6]}"
+
+    def pretraining_owner(self, judge: str) -> str | None:
+        """The judge whose post-pretrained adapter `judge` starts from; None without post-pretraining.
+
+        Judges that would train the very same adapter share it: the first of them in the configuration
+        owns it. So an ablation (same backbone, another loss) costs no second post-pretraining.
+        """
+        if self.judges[judge].pretraining is None or "ut" not in self.data.sources():
+            return None
+        same = (self.judges[judge].backbone, self.pretraining_settings(judge))
+        return next(
+            name
+            for name, other in self.judges.items()
+            if other.pretraining and (other.backbone, self.pretraining_settings(name)) == same
+        )
+
+    def folds_settings(self) -> FoldsSettings:
+        return FoldsSettings(version=VERSIONS["folds"], **self.folds.model_dump())
+
+    def pretraining_settings(self, judge: str) -> PretrainingSettings:
+        node = self.judges[judge]
+        if node.pretraining is None:
+            raise InputError(f"judges.{judge}.pretraining is null: there is no adapter to pretrain")
+        return PretrainingSettings(
+            version=VERSIONS["pretraining"],
+            encoding=node.encoding,
+            lora=node.lora,
+            precision=node.precision,
+            pretraining=node.pretraining,
+        )
+
+    def training_settings(self, judge: str) -> TrainingSettings:
+        node = self.judges[judge]
+        student = bool(node.teachers)
+        return TrainingSettings(
+            version=VERSIONS["distillation" if student else "training"],
+            encoding=node.encoding,
+            lora=node.lora,
+            precision=node.precision,
+            training=node.training,
+            keep_head=bool(self.pretraining_owner(judge) and node.pretraining.keep_head),  # type: ignore[union-attr]
+            teachers=node.teachers,
+            targets=node.targets if student else None,
+            loss=node.loss if student else None,
+        )
+
+    def logits_settings(self, judge: str) -> LogitsSettings:
+        node = self.judges[judge]
+        needed = {self.judges[student].targets for student in self.students_of(judge)}
+        rows: tuple[str, ...] = ("validation",)
+        if "in_sample" in needed:
+            rows += ("training",)
+        if "out_of_fold" in needed and "extra" in self.data.sources():
+            rows += ("extra",)
+        return LogitsSettings(
+            version=VERSIONS["logits"], encoding=node.encoding, precision=node.precision, rows=rows
+        )
+
+    def merge_settings(self, judge: str) -> MergeSettings:
+        node = self.judges[judge]
+        return MergeSettings(
+            version=VERSIONS["merging"],
+            judge=judge,
+            template=node.encoding.template,
+            **node.merge.model_dump(),
+        )
+
+    def quantization_settings(self, judge: str) -> QuantizationSettings:
+        quantization = self._quantization(judge)
+        return QuantizationSettings(
+            version=VERSIONS["quantization"],
+            encoding=self.judges[judge].encoding,
+            **quantization.model_dump(exclude={"max_kl", "max_flip_rate"}),
+        )
+
+    def drift_settings(self, judge: str) -> DriftSettings:
+        quantization = self._quantization(judge)
+        return DriftSettings(
+            version=VERSIONS["drift"],
+            max_kl=quantization.max_kl,
+            max_flip_rate=quantization.max_flip_rate,
+        )
+
+    def _quantization(self, judge: str) -> Quantization:
+        quantization = self.judges[judge].quantization
+        if quantization is None:
+            raise InputError(f"judges.{judge}.quantization is null: there is nothing to quantise")
+        return quantization
+
+    def scoring_settings(self, judge: str) -> ScoringSettings:
+        node = self.judges[judge]
+        return ScoringSettings(
+            version=VERSIONS["scoring"],
+            encoding=node.encoding,
+            precision=node.precision,
+            max_lengths=self.prediction.max_lengths,
+            orders=self.prediction.orders,
+        )
+
+    def prediction_settings(self) -> PredictionSettings:
+        return PredictionSettings(version=VERSIONS["prediction"], **self.prediction.model_dump())
+
+    def evaluation_settings(self) -> EvaluationSettings:
+        return EvaluationSettings(
+            version=VERSIONS["evaluation"],
+            run=self.run,
+            judges={name: self.judges[name].teachers for name in self.ordered()},
+            final=self.final,
+        )
+
+
+def overlay(base: Any, top: Any) -> Any:
+    """Lay one mapping over another, key by key and all the way down; anything else replaces."""
+    if not (isinstance(base, Mapping) and isinstance(top, Mapping)):
+        return top
+    return {**base, **{k: overlay(base[k], v) if k in base else v for k, v in top.items()}}
+
+
+def load(raw: Mapping[str, Any]) -> Config:
+    """Validate a configuration as read from YAML.
+
+    Raises:
+        InputError: one line per mistake, each with the key's path and what is allowed there.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(error))) from None
+
+
+T = TypeVar("T", bound=Section)
+
+
+def parse(model: type[T], text: str) -> T:
+    """Read a phase's settings from JSON text (what a rule hands to the command line)."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(error, of=model))) from None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the configuration, for editors and for the documentation."""
+    return json.loads(json.dumps(Config.model_json_schema()))
+
+
+def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
+    """One line per mistake. A mistake in `defaults` shows up in every judge: it is told once."""
+    problems = {}
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        problems[tuple(path)] = item
+    shared = {path[1:] for path in problems if path[:1] == ("defaults",)}
+    lines = []
+    for path, item in problems.items():
+        if path[:1] == ("judges",) and path[2:] in shared:
+            continue
+        where = ".".join(path)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            allowed = _keys_at(of, path[:-1])
+            close = difflib.get_close_matches(path[-1], allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(allowed)}"
+            message = f"unknown key; {hint}"
+        elif item["type"] == "missing":
+            message = "missing: this key is required"
+        elif item["type"] not in ("value_error", "assertion_error"):
+            message += f", got {item['input']!r}"
+        lines.append(f"config: {where}: {message}" if where else f"config: {message}")
+    return lines
+
+
+def _keys_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The keys allowed at a path of the configuration."""
+    schema = model.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in path:
+        node = _resolve(node, schema)
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+    return list(_resolve(node, schema).get("properties", {}))
+
+
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", []):
+        if "$ref" in option:
+            node = option
+    if "$ref" in node:
+        return schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node

@@ -1,0 +1,44 @@
+"""Files are joined by key, never by position: a row is named ``source:id`` wherever it goes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.errors import InputError
+
+
+def key(table: pa.Table) -> pa.Array:
+    """Name each row ``source:id``: an id is unique within its source only.
+
+    Args:
+        table: columns `source` and `id`.
+    """
+    source = table["source"].cast(pa.string())
+    joined = pc.binary_join_element_wise(source, table["id"].cast(pa.string()), ":")
+    return joined.combine_chunks()
+
+
+def locate(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
+    """Positions of the wanted keys among the available ones: int64 (wanted,).
+
+    Args:
+        where: what `available` are, for the message.
+
+    Raises:
+        InputError: a wanted key is missing, or an available one is there twice.
+    """
+    counts = pc.value_counts(available)
+    twice = pc.greater(counts.field("counts"), 1)
+    if pc.any(twice).as_py():
+        example = counts.field("values").filter(twice)[0]
+        raise InputError(f"{where}: {example} is there more than once")
+    positions = pc.index_in(wanted, available)
+    if positions.null_count:
+        example = wanted.filter(pc.is_null(positions))[0]
+        raise InputError(
+            f"{where}: {positions.null_count} of {len(wanted)} rows are missing, {example} among them; "
+            "delete the file and run the workflow again: it will be rebuilt"
+        )
+    return positions.to_numpy(zero_copy_only=False).astype(np.int64)

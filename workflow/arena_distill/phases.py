@@ -1,0 +1,26 @@
+"""The version of every phase.
+
+A phase's version is part of its rule's ``params``. Raise it when the *meaning* of the phase's output
+changes (a fixed bug, another formula): the next run rebuilds that phase and everything after it.
+Editing a docstring, a log line or the layout of a rule changes no version, so it retrains nothing.
+"""
+
+VERSIONS = {
+    "simulate": 1,
+    "battles": 1,
+    "folds": 1,
+    "backbone": 1,
+    "tokens": 1,
+    "pretraining": 1,
+    "training": 1,
+    "distillation": 1,
+    "logits": 1,
+    "merging": 1,
+    "quantization": 1,
+    "drift": 1,
+    "scoring": 1,
+    "prediction": 1,
+    "submission": 1,
+    "evaluation": 1,
+    "report": 1,
+}
