@@ -1,0 +1,167 @@
+"""Pretrained models: prepare one as an ordinary Hugging Face folder, load one as a judge.
+
+Whatever a backbone comes from (a folder, the hub, a GGUF file, its own first layers), every later phase
+sees an ordinary folder and loads it in one way. The network is reached for `hub` alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arena_distill.artifacts import atomic_directory, provenance, write_json
+from arena_distill.config import Backbone
+from arena_distill.errors import InputError
+from arena_distill.orders import CLASSES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = Path(__file__).parent / "tiny_backbones"
+"""The tiny pretrained models that ship with the package, a folder per family."""
+
+HEAD = "score"
+"""The classification head's name in the decoder families; encoders call it `classifier`."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no tokenizer can be loaded from there: {_brief(error)}") from None
+
+
+def load_classifier(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    pad_token_id: int | None = None,
+    head_seed: int = 0,
+) -> PreTrainedModel:
+    """Load a model as a judge: three logits per sequence (see ``orders.CLASSES``).
+
+    Args:
+        folder: a local Hugging Face folder, with or without a head of three classes.
+        dtype: of the weights; float32 by default.
+        pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
+        head_seed: decides a fresh head's weights, where the folder has no head.
+
+    Raises:
+        InputError: the folder is no model, or one that cannot classify sequences.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, logging
+
+    logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
+    torch.manual_seed(head_seed)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=len(CLASSES),
+            id2label=dict(enumerate(CLASSES)),
+            label2id={name: i for i, name in enumerate(CLASSES)},
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be loaded as a judge: {_brief(error)}") from None
+    if pad_token_id is not None:
+        model.config.pad_token_id = pad_token_id
+        model.config.get_text_config().pad_token_id = pad_token_id
+    return model
+
+
+def prepare_backbone(backbone: Backbone, output: Path, *, version: int) -> None:
+    """Make the ordinary folder of a backbone that is not one yet.
+
+    Raises:
+        InputError: the source is missing, or asks for more layers than there are.
+    """
+    with atomic_directory(output) as folder:
+        if backbone.hub:
+            source = _download(backbone, folder)
+        else:
+            source = Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
+            if not source.exists():
+                raise InputError(f"{source}: no such backbone (config: judges.*.backbone)")
+        if backbone.gguf or backbone.layers or backbone.tokenizer:
+            _rebuild(backbone, source, folder)
+        settings = {"version": version} | backbone.model_dump(exclude_none=True)
+        write_json(provenance("backbone", settings), folder / "provenance.json")
+    print(f"{output}: {backbone.stem()} is ready")
+
+
+def _download(backbone: Backbone, folder: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    assert backbone.hub and backbone.revision
+    # Weights as safetensors only: nothing that is unpickled ever reaches the disk.
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        snapshot_download(
+            backbone.hub, revision=backbone.revision, local_dir=folder, allow_patterns=patterns
+        )
+    except Exception as error:  # the client raises many kinds: all end in the same advice
+        raise InputError(
+            f"{backbone.hub}@{backbone.revision}: cannot be downloaded: {_brief(error)}; check the "
+            "network and HF_TOKEN, or download it elsewhere and set backbone.path"
+        ) from error
+    return folder
+
+
+def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
+    """Convert from GGUF, cut to the first layers, fit another tokenizer: load, change, save."""
+    import torch
+    from transformers import AutoConfig, AutoModel, logging
+
+    logging.set_verbosity_error()
+    where = {"pretrained_model_name_or_path": source.parent if backbone.gguf else source}
+    if backbone.gguf:
+        where["gguf_file"] = source.name
+    config = AutoConfig.from_pretrained(**where, local_files_only=True)
+    if backbone.layers:
+        if backbone.layers > config.num_hidden_layers:
+            raise InputError(
+                f"config: backbone.layers: {backbone.layers}, but {source} has only "
+                f"{config.num_hidden_layers}"
+            )
+        config.num_hidden_layers = backbone.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: backbone.layers]
+    dtype = torch.float32 if backbone.gguf else "auto"
+    model = AutoModel.from_pretrained(**where, config=config, dtype=dtype, local_files_only=True)
+    if backbone.gguf:  # the weights are plain tensors now, whatever the file packed them as
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model = model.to(torch.bfloat16)
+    if backbone.tokenizer:
+        tokenizer = load_tokenizer(Path(backbone.tokenizer))
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        torch.nn.init.normal_(
+            model.get_input_embeddings().weight, std=getattr(config, "initializer_range", 0.02)
+        )
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, token, getattr(tokenizer, token))
+    elif backbone.gguf:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+    else:
+        tokenizer = load_tokenizer(source)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of a library's message: the rest is advice about hubs and caches."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

@@ -1,0 +1,466 @@
+"""Battles → token ids, once per tokenizer; token ids → sequences, for any length and order.
+
+``tokenize`` turns every field of every battle into ids and stores them with what the templates need
+(their own ids, begin and end of sequence, a safe pad), so that no later job loads a tokenizer.
+``encode`` assembles sequences out of that file: truncation decides which stretch of each field is kept,
+a template sets the stretches between its literals, and both work on ids. Nothing is ever decoded and
+encoded again, and all of it is array arithmetic over all rows at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.config import Encoding
+from arena_distill.errors import InputError
+from arena_distill.orders import Order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIELDS = ("prompt", "response_a", "response_b")
+
+TEMPLATES: Mapping[str, tuple[str, str, str, str]] = {
+    # What stands before the prompt, answer A, answer B, and after it. The same at training and
+    # prediction: there is no second copy. Begin and end of sequence are added by `tokenize`.
+    "winners": ('User question:\n"""', '"""\nAnswer A:\n"""', '"""\nAnswer B:\n"""', '"""\n'),
+    "markers": ("[PROMPT]", "[RESPONSE_A]", "[RESPONSE_B]", ""),
+}
+
+WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
+"""The winners cut fields to so many words before they tokenise."""
+
+PROMPT_TOKENS = 256
+"""The winners cut the prompt to so many tokens where a battle is too long."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Ragged token sequences: `ids` int32 (tokens,), `offsets` int64 (rows + 1,)."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row: int64 (rows,)."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        """The given rows (int positions, or a bool mask), in that order."""
+        rows = np.arange(len(self))[rows]
+        return _gather(self.ids, self.offsets[rows], self.lengths[rows])
+
+    @staticmethod
+    def concatenate(parts: list[Sequences]) -> Sequences:
+        lengths = np.concatenate([part.lengths for part in parts])
+        return Sequences(np.concatenate([part.ids for part in parts]), _offsets(lengths))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of every battle.
+
+    tokens: all turns of a row joined by a newline.
+    turns: where each turn starts within its row.
+    cap: int64 (rows,), how many tokens the winners' word cap leaves.
+    """
+
+    tokens: Sequences
+    turns: Sequences
+    cap: np.ndarray
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the templates need of a tokenizer: ids only."""
+
+    pad: int
+    newline: tuple[int, ...]
+    frames: Mapping[str, tuple[tuple[int, ...], ...]]
+    """Per template its four literals, with begin and end of sequence where the tokenizer has them."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised set of battles: ids and sources (rows,), three fields, and the vocabulary."""
+
+    ids: pa.Array
+    sources: pa.Array
+    fields: Mapping[str, Field]
+    vocabulary: Vocabulary
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The given rows (int positions, or a bool mask), in that order."""
+        rows = np.arange(len(self))[rows]
+        fields = {
+            name: Field(f.tokens.take(rows), f.turns.take(rows), f.cap[rows])
+            for name, f in self.fields.items()
+        }
+        return Tokens(self.ids.take(rows), self.sources.take(rows), fields, self.vocabulary)
+
+
+# --- text → ids -------------------------------------------------------------------------------------
+
+
+def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, version: int) -> None:
+    """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
+    from arena_distill.backbones import load_tokenizer
+
+    table = read_parquet(battles, columns=["id", "source", *FIELDS])
+    tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer))
+    about = provenance("tokens", {"version": version, "tokenizer": tokenizer.name})
+    write_parquet(tokens, output, about | {"vocabulary": vocabulary})
+    counts = pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0
+    print(f"{len(tokens):,} battles tokenised by {tokenizer.name}; prompts: {counts:,} tokens")
+
+
+def tokenize(
+    battles: pa.Table, tokenizer: PreTrainedTokenizerBase
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Token ids of every field of every battle.
+
+    Text is data: a special token written out in it is spelled in ordinary tokens and means nothing.
+
+    Returns:
+        A table with `id`, `source` and per field `f` (list<int32>: turns joined by a newline),
+        `f_turns` (list<int32>: where each turn starts) and `f_cap` (int32: tokens within the word cap);
+        and the vocabulary of the templates as plain JSON.
+
+    Raises:
+        InputError: the tokenizer has no token that is safe to pad with.
+    """
+    vocabulary = _vocabulary(tokenizer)
+    newline = np.array(vocabulary["newline"], np.int32)
+    columns: dict[str, Any] = {"id": battles["id"], "source": battles["source"]}
+    for name in FIELDS:
+        column = battles[name].combine_chunks()
+        texts, rows = column.flatten(), _offsets(pc.list_value_length(column).to_numpy())
+        turns = _tokenize_texts(tokenizer, texts.to_pylist())
+        tokens, starts = _join_turns(turns, rows, newline)
+        columns[name] = _list_array(tokens)
+        columns[f"{name}_turns"] = _list_array(starts)
+        cap = _word_cap(tokenizer, texts, rows, starts, WORD_CAPS[name])
+        columns[f"{name}_cap"] = pa.array(np.minimum(cap, tokens.lengths).astype(np.int32))
+    _forbid_special(columns, vocabulary, tokenizer)
+    return pa.table(columns), vocabulary
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Read `tokens.parquet`.
+
+    Raises:
+        InputError: the file is missing, damaged or not written by :func:`tokenize_battles`.
+    """
+    table = read_parquet(path).combine_chunks()
+    about = json.loads((table.schema.metadata or {}).get(b"arena_distill", b"{}"))
+    if "vocabulary" not in about:
+        raise InputError(f"{path}: not a file of tokens; delete it and the workflow rebuilds it")
+    stored = about["vocabulary"]
+    frames = {t: tuple(tuple(ids) for ids in frame) for t, frame in stored["frames"].items()}
+    fields = {
+        name: Field(
+            _sequences(table[name]),
+            _sequences(table[f"{name}_turns"]),
+            table[f"{name}_cap"].to_numpy().astype(np.int64),
+        )
+        for name in FIELDS
+    }
+    return Tokens(
+        table["id"].combine_chunks(),
+        table["source"].combine_chunks().cast(pa.string()),
+        fields,
+        Vocabulary(stored["pad"], tuple(stored["newline"]), frames),
+    )
+
+
+def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id that pads and never stands in a sequence.
+
+    Classifiers of the Hugging Face kind read the hidden state of the last token that is not padding.
+    Where padding is also the end of sequence (or there is none), they read the wrong one. So: the
+    tokenizer's own pad token unless it doubles as another, else a special token nobody uses.
+
+    Raises:
+        InputError: there is no such token.
+    """
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    used |= {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in used:
+        return int(tokenizer.pad_token_id)
+    added = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    spare = {i: text for i, text in added.items() if i not in used}
+    if not spare:
+        raise InputError(
+            f"{tokenizer.name_or_path}: no token to pad with: the pad token is missing or doubles as "
+            "another, and there is no unused special token; add a pad token to the tokenizer and model"
+        )
+    telling = [i for i, text in spare.items() if re.search("pad|reserved|unused|extra", text.lower())]
+    return min(telling or spare)
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    begin = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
+    end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    frames = {}
+    for name, literals in TEMPLATES.items():
+        frame = [ids.tolist() for ids in _tokenize_texts(tokenizer, list(literals))]
+        frames[name] = [begin + frame[0], *frame[1:-1], frame[-1] + end]
+    newline = _tokenize_texts(tokenizer, ["\n"])[0].tolist()
+    return {
+        "pad": safe_pad_id(tokenizer),
+        "special": sorted({*begin, *end, safe_pad_id(tokenizer)}),
+        "newline": newline,
+        "frames": frames,
+    }
+
+
+def _first(*ids: int | None) -> list[int]:
+    return next(([i] for i in ids if i is not None), [])
+
+
+def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequences:
+    """Ids of each text, in batches that bound the memory of the tokenizer's own objects."""
+    parts: list[list[int]] = []
+    for start in range(0, len(texts), 8192):
+        batch = tokenizer(
+            texts[start : start + 8192],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        parts += batch["input_ids"]
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+    offsets = _offsets(lengths)
+    flat = (token for part in parts for token in part)
+    return Sequences(np.fromiter(flat, np.int32, offsets[-1]), offsets)
+
+
+def _join_turns(
+    turns: Sequences, rows: np.ndarray, newline: np.ndarray
+) -> tuple[Sequences, Sequences]:
+    """Join the turns of each row by a newline; also where each turn starts within its row."""
+    pool = np.concatenate([newline, turns.ids])
+    count = len(turns)
+    separator = np.full(count, len(newline))
+    last = rows[1:][np.diff(rows) > 0] - 1
+    separator[last] = 0
+    starts = np.stack([turns.offsets[:-1] + len(newline), np.zeros(count, np.int64)], axis=1).ravel()
+    lengths = np.stack([turns.lengths, separator], axis=1).ravel()
+    ids = _gather(pool, starts, lengths).ids
+    ends = _offsets(turns.lengths + separator)
+    joined = Sequences(ids, ends[rows])
+    within = ends[:-1] - np.repeat(joined.offsets[:-1], np.diff(rows))
+    return joined, Sequences(within.astype(np.int32), rows)
+
+
+def _word_cap(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: pa.Array,
+    rows: np.ndarray,
+    starts: Sequences,
+    cap: int,
+) -> np.ndarray:
+    """How many tokens of each row's joined turns its first `cap` words make: int64 (rows,).
+
+    Rows within the cap get a bound no row reaches. Of the others only the turn in which the cap falls
+    is tokenised again, up to it.
+    """
+    words = pc.count_substring_regex(texts, r"[^\s\p{Z}]+").to_numpy(zero_copy_only=False)
+    before = _offsets(words)
+    total = before[rows[1:]] - before[rows[:-1]]
+    kept = np.full(len(rows) - 1, np.iinfo(np.int64).max)
+    over = np.flatnonzero(total > cap)
+    if len(over):
+        target = before[rows[over]] + cap
+        turn = np.searchsorted(before, target, side="left") - 1
+        heads = [
+            _first_words(text, int(n))
+            for text, n in zip(texts.take(turn).to_pylist(), target - before[turn], strict=True)
+        ]
+        kept[over] = starts.ids[turn] + _tokenize_texts(tokenizer, heads).lengths
+    return kept
+
+
+def _first_words(text: str, count: int) -> str:
+    words = re.finditer(r"\S+", text)
+    end = [match.end() for match, _ in zip(words, range(count), strict=False)]
+    return text[: end[-1]] if end else ""
+
+
+def _forbid_special(
+    columns: Mapping[str, Any], vocabulary: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Assert what everything later relies on: the text holds none of the tokens that frame it."""
+    for name in FIELDS:
+        found = np.isin(np.asarray(columns[name].flatten()), vocabulary["special"])
+        if found.any():
+            raise InputError(
+                f"{tokenizer.name_or_path}: the text of {name} encodes to a special token "
+                f"({int(found.sum())} times); this tokenizer cannot keep special tokens inert"
+            )
+
+
+# --- ids → sequences --------------------------------------------------------------------------------
+
+
+def encode(tokens: Tokens, encoding: Encoding, order: Order, max_length: int | None = None) -> Sequences:
+    """Assemble every battle's sequence.
+
+    Args:
+        encoding: template, truncation and (unless `max_length` says otherwise) the most tokens a
+            sequence may have, template included.
+        order: `BA` shows answer B in the place of answer A.
+
+    Returns:
+        Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole.
+
+    Raises:
+        InputError: `max_length` leaves no room beside the template.
+    """
+    max_length = max_length or encoding.max_length
+    frame = tokens.vocabulary.frames[encoding.template]
+    budget = max_length - sum(map(len, frame))
+    if budget < 16:
+        raise InputError(
+            f"max_length {max_length}: template {encoding.template!r} takes "
+            f"{max_length - budget} tokens, which leaves {budget} for the battle; at least 16 needed"
+        )
+    names = FIELDS if order == "AB" else ("prompt", "response_b", "response_a")
+    fields = [tokens.fields[name] for name in names]
+    truncate = {"winners": truncate_winners, "rounds": truncate_rounds}[encoding.truncation]
+    starts, lengths = truncate(fields, budget)
+    return _fill(frame, fields, starts, lengths)
+
+
+def truncate_winners(fields: list[Field], budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """The winners' rule: what to keep of prompt, first and second answer.
+
+    Fields are cut to their word caps. A battle still longer than the budget has its prompt cut to 256
+    tokens (half the budget, where that is less), then the longer answer's tail trimmed until both are
+    equal, then both alike. An odd token that is left goes to neither, so both orders keep the same text.
+
+    Returns:
+        starts and lengths, int64 (rows, 3), within each field's row.
+    """
+    prompt, first, second = (np.minimum(f.tokens.lengths, f.cap) for f in fields)
+    over = prompt + first + second > budget
+    prompt = np.where(over, np.minimum(prompt, min(PROMPT_TOKENS, budget // 2)), prompt)
+    lengths = np.stack([prompt, *_share(first, second, budget - prompt)], axis=1)
+    return np.zeros_like(lengths), lengths
+
+
+def truncate_rounds(fields: list[Field], budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """The round-aware rule: what to keep of prompt, first and second answer.
+
+    Whole rounds (a prompt's turn with both its answers) are dropped from the front until the rest fits.
+    The last round always stays; where it alone is too long, its prompt keeps a quarter of the budget
+    (more, if the answers leave it) and the answers share what is left, the longer giving first.
+
+    Returns:
+        starts and lengths, int64 (rows, 3), within each field's row.
+    """
+    totals = np.stack([f.tokens.lengths for f in fields], axis=1)
+    turns = np.stack([f.turns.lengths for f in fields], axis=1)
+    rounds = np.maximum(turns.max(axis=1), 1)
+    offsets = _offsets(rounds)
+    row = np.repeat(np.arange(len(rounds)), rounds)
+    number = np.arange(len(row)) - offsets[row]
+    starts = np.stack([_turn_start(f, row, number) for f in fields], axis=1)
+    fits = ((totals[row] - starts).sum(axis=1) <= budget) | (number == rounds[row] - 1)
+    if not len(row):
+        return totals, totals
+    kept = np.minimum.reduceat(np.where(fits, number, np.iinfo(np.int64).max), offsets[:-1])
+    starts = starts[offsets[:-1] + kept]
+    prompt, first, second = (totals - starts).T
+    prompt = np.minimum(prompt, np.maximum(budget // 4, budget - first - second))
+    return starts, np.stack([prompt, *_share(first, second, budget - prompt)], axis=1)
+
+
+def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Where a round starts in a field; at the field's end, for one that has fewer turns."""
+    exists = number < field.turns.lengths[row]
+    position = np.where(exists, field.turns.offsets[row] + number, 0)
+    start = field.turns.ids[position] if len(field.turns.ids) else np.zeros(len(row), np.int64)
+    return np.where(exists, start, field.tokens.lengths[row]).astype(np.int64)
+
+
+def _share(first: np.ndarray, second: np.ndarray, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trim two lengths to a common room: the longer gives first, then both alike."""
+    half = room // 2
+    short = np.minimum(np.minimum(first, second), half)
+    fits = first + second <= room
+    trimmed = [
+        np.where(length <= half, length, np.where(other <= half, room - short, half))
+        for length, other in ((first, second), (second, first))
+    ]
+    return np.where(fits, first, trimmed[0]), np.where(fits, second, trimmed[1])
+
+
+def _fill(
+    frame: tuple[tuple[int, ...], ...],
+    fields: list[Field],
+    starts: np.ndarray,
+    lengths: np.ndarray,
+) -> Sequences:
+    """Set the kept stretches between the template's literals, for all rows in one gather."""
+    rows = len(starts)
+    literals = [np.array(ids, np.int32) for ids in frame]
+    pool = np.concatenate([*literals, *(field.tokens.ids for field in fields)])
+    base = _offsets(np.array([len(part) for part in (*literals, *(f.tokens.ids for f in fields))]))
+    stretch_starts = np.empty((rows, 7), np.int64)
+    stretch_lengths = np.empty((rows, 7), np.int64)
+    stretch_starts[:, 0::2] = base[:4]
+    stretch_lengths[:, 0::2] = [len(ids) for ids in literals]
+    for i, field in enumerate(fields):
+        stretch_starts[:, 2 * i + 1] = base[4 + i] + field.tokens.offsets[:-1] + starts[:, i]
+    stretch_lengths[:, 1::2] = lengths
+    flat = _gather(pool, stretch_starts.ravel(), stretch_lengths.ravel())
+    return Sequences(flat.ids, flat.offsets[::7])
+
+
+def _gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+    """Concatenate stretches of a pool."""
+    offsets = _offsets(lengths)
+    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return Sequences(pool[index], offsets)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _list_array(sequences: Sequences) -> pa.LargeListArray:
+    return pa.LargeListArray.from_arrays(sequences.offsets, pa.array(sequences.ids, pa.int32()))
+
+
+def _sequences(column: pa.ChunkedArray) -> Sequences:
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):  # an empty table has no chunk to combine into
+        lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    return Sequences(lists.flatten().to_numpy(), _offsets(lengths))
