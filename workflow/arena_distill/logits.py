@@ -1,0 +1,104 @@
+"""Judges score battles: logits per fold, both orders, float32, for evaluation and for students."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from arena_distill.artifacts import provenance, read_parquet, write_logits
+from arena_distill.batching import pad, token_batches
+from arena_distill.config import LogitsSettings
+from arena_distill.encoding import Sequences, encode, read_tokens
+from arena_distill.folds import training_rows, validation_rows
+from arena_distill.keys import key, locate
+from arena_distill.orders import CLASSES, ORDERS, swap_classes
+
+if TYPE_CHECKING:
+    import torch
+
+
+def predict_logits(
+    backbone: Path,
+    adapter: Path,
+    tokens: Path,
+    folds: Path,
+    fold: int,
+    output: Path,
+    *,
+    settings: LogitsSettings,
+    batch_tokens: int,
+) -> None:
+    """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
+
+    The file holds float32 (rows, orders, 3) in the canonical frame. The ids say of each row whether it
+    is a validation row of this fold: those alone are out-of-fold.
+    """
+    import torch
+
+    from arena_distill.backbones import load_classifier
+    from arena_distill.training import load_adapter
+
+    rows = fold_rows(read_parquet(folds), fold, settings)
+    read = read_tokens(tokens)
+    available = key(pa.table({"id": read.ids, "source": read.sources}))
+    read = read.take(locate(key(rows), available, f"tokens in {tokens}"))
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    base = load_classifier(backbone, dtype=dtype, pad_token_id=read.vocabulary.pad)
+    model = load_adapter(base, adapter)
+    sequences = [encode(read, settings.encoding, order) for order in ORDERS]
+    seen = [score(model, part, batch_tokens=batch_tokens) for part in sequences]
+    logits = np.stack([seen[0], swap_classes(seen[1])], axis=1)
+    about = provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
+    write_logits(output, logits, rows, about)
+    print(f"{output}: {len(rows):,} battles in {len(ORDERS)} orders")
+
+
+def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
+    """The rows a fold's judge has to score: columns `id`, `source`, `validation` (bool)."""
+    validation = validation_rows(folds, fold)
+    wanted = [validation]
+    if "training" in settings.rows:
+        wanted.append(training_rows(folds, fold))
+    if "extra" in settings.rows:
+        sources = folds["source"].cast(pa.string()).to_numpy(zero_copy_only=False)
+        wanted.append(np.flatnonzero(sources == "extra"))
+    rows = np.unique(np.concatenate(wanted))
+    flags = pa.array(np.isin(rows, validation))
+    return folds.select(["id", "source"]).take(pa.array(rows)).append_column("validation", flags)
+
+
+def score(model: torch.nn.Module, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
+    """Logits of every sequence, in the frame of the answers as shown.
+
+    Args:
+        model: a classifier whose `config.pad_token_id` stands in no sequence.
+        batch_tokens: tokens per forward pass, padding included.
+
+    Returns:
+        float32 (rows, 3).
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    model.eval()
+    weight = next(model.parameters())
+    scores = np.empty((len(sequences), len(CLASSES)), np.float32)
+    # A model in half precision has its head and adapters in float32: autocast lets them meet.
+    half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
+    with (
+        torch.inference_mode(),
+        torch.autocast(weight.device.type, dtype=half, enabled=half is not None),
+        tqdm(total=len(sequences), desc="scoring", unit="seq", mininterval=5) as progress,
+    ):
+        for rows in token_batches(sequences.lengths, batch_tokens):
+            ids, mask = pad([sequences[row] for row in rows], model.config.pad_token_id)
+            logits = model(
+                input_ids=torch.from_numpy(ids).to(weight.device),
+                attention_mask=torch.from_numpy(mask).to(weight.device),
+            ).logits
+            scores[rows] = logits.float().cpu().numpy()
+            progress.update(len(rows))
+    return scores
