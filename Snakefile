@@ -1,0 +1,26 @@
+# Arena Distill: from battles to a small judge, a file at a time.
+#
+#   snakemake --cores all             the whole graph of config/config.yaml
+#   snakemake -n                      what would run, and why
+#   snakemake --configfile X.yaml …   a run of your own: a file with `judges` stands alone, one without
+#                                     them (config/recipes/*.yaml) is laid over config/config.yaml
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+if "judges" not in config:
+
+    configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/battles.smk"
+include: "rules/encoding.smk"
+include: "rules/training.smk"
+include: "rules/logits.smk"
+include: "rules/merging.smk"
+include: "rules/quantization.smk"
+include: "rules/prediction.smk"
+include: "rules/evaluation.smk"
+include: "rules/targets.smk"

@@ -1,0 +1,74 @@
+# Raw files → canonical battles → folds.
+
+
+rule simulate_arena:
+    output:
+        files=[f"{R}/arena/{source}.csv" for source in (*SOURCES, "test_solution")],
+        truth=f"{R}/arena/truth.parquet",
+    params:
+        version=VERSIONS["simulate"],
+        settings=CONFIG.data.arena.model_dump_json() if CONFIG.data.arena else None,
+        folder=f"{R}/arena",
+    log:
+        f"{R}/logs/simulate_arena.log",
+    benchmark:
+        f"{R}/benchmarks/simulate_arena.tsv"
+    message:
+        "Simulating the synthetic arena"
+    conda:
+        "../envs/arena.yaml"
+    shell:
+        "{ARENA} simulate-arena --output {params.folder} --settings {params.settings:q} > {log} 2>&1"
+
+
+def battle_files(source):
+    if CONFIG.data.arena:
+        return [f"{R}/arena/{source}.csv"] if source in SOURCES else []
+    return list(getattr(CONFIG.data, source))
+
+
+rule read_battles:
+    input:
+        train=battle_files("train"),
+        extra=battle_files("extra"),
+        ut=battle_files("ut"),
+        test=battle_files("test"),
+    output:
+        battles=f"{R}/battles.parquet",
+        rejected=f"{R}/rejected.parquet",
+    params:
+        version=VERSIONS["battles"],
+        files=lambda wildcards, input: [
+            part for source in SOURCES for file in input.get(source) for part in (f"--{source}", file)
+        ],
+    log:
+        f"{R}/logs/read_battles.log",
+    benchmark:
+        f"{R}/benchmarks/read_battles.tsv"
+    message:
+        "Reading battles: {input}"
+    conda:
+        "../envs/arena.yaml"
+    shell:
+        "{ARENA} read-battles --output {output.battles} --rejected {output.rejected}"
+        " --version {params.version} {params.files:q} > {log} 2>&1"
+
+
+rule assign_folds:
+    input:
+        battles=f"{R}/battles.parquet",
+    output:
+        folds=f"{R}/folds.parquet",
+    params:
+        settings=settings("folds"),
+    log:
+        f"{R}/logs/assign_folds.log",
+    benchmark:
+        f"{R}/benchmarks/assign_folds.tsv"
+    message:
+        "Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
+    conda:
+        "../envs/arena.yaml"
+    shell:
+        "{ARENA} assign-folds --battles {input.battles} --output {output.folds}"
+        " --settings {params.settings:q} > {log} 2>&1"

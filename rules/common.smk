@@ -1,0 +1,115 @@
+# What all rules share: the validated configuration, where files lie, how a job is started.
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+CHECKOUT = Path(workflow.basedir)
+sys.path.insert(0, str(CHECKOUT / "workflow"))
+
+from arena_distill import config as configuration
+from arena_distill.errors import InputError
+from arena_distill.phases import VERSIONS
+
+try:
+    CONFIG = configuration.load(config)
+except InputError as error:
+    raise WorkflowError(str(error))
+
+R = f"{CONFIG.results}/{CONFIG.run}"
+SOURCES = CONFIG.data.sources()
+FOLDS = range(CONFIG.folds.n)
+TEACHERS = [name for name, judge in CONFIG.judges.items() if not judge.teachers]
+STUDENTS = [name for name, judge in CONFIG.judges.items() if judge.teachers]
+BACKBONES = {CONFIG.backbone_name(name): judge.backbone for name, judge in CONFIG.judges.items()}
+MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
+
+
+def one_of(names):
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+wildcard_constraints:
+    judge=one_of(CONFIG.judges),
+    tokenizer=one_of({CONFIG.tokenizer_name(name) for name in CONFIG.judges}),
+    backbone=one_of(BACKBONES),
+    fold=r"\d+",
+
+
+# --- how a job is started ---------------------------------------------------------------------------
+
+
+def interpreter(path):
+    """An interpreter of the configuration; inside a conda environment (--sdm conda) its own."""
+    if "conda" in {str(method) for method in workflow.deployment_settings.deployment_method}:
+        return "python"
+    if path is None:
+        return sys.executable
+    return path if Path(path).is_absolute() else str(CHECKOUT / path)
+
+
+# Jobs import the package from this checkout, installed or not.
+shell.prefix(f"set -euo pipefail; export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; ")
+ARENA = f"{shlex.quote(interpreter(CONFIG.environments.main))} -m arena_distill"
+ARENA_GPTQ = f"{shlex.quote(interpreter(CONFIG.environments.gptq))} -m arena_distill"
+
+
+def settings(phase):
+    """A phase's settings for a rule's params: its version and its own part of the configuration."""
+    make = getattr(CONFIG, f"{phase}_settings")
+
+    def of_job(wildcards):
+        judge = getattr(wildcards, "judge", None)
+        return (make(judge) if judge else make()).model_dump_json()
+
+    return of_job
+
+
+def compute(key):
+    """An operational knob of the job's judge. As a resource it reruns nothing when it changes."""
+    return lambda wildcards: int(getattr(CONFIG.judges[wildcards.judge].compute, key))
+
+
+# --- where files lie --------------------------------------------------------------------------------
+
+
+def backbone_folder(judge):
+    """A judge's backbone: a folder that is there, or one that `prepare_backbone` makes."""
+    backbone = CONFIG.judges[judge].backbone
+    if not backbone.is_ready_folder():
+        return f"{R}/backbones/{CONFIG.backbone_name(judge)}"
+    if backbone.tiny:
+        tiny = CHECKOUT / "workflow/arena_distill/tiny_backbones" / backbone.tiny
+        return f"{os.path.relpath(tiny)}/config.json"
+    return f"{backbone.path}/config.json"
+
+
+def backbone(wildcards):
+    return backbone_folder(wildcards.judge)
+
+
+def tokenizer(wildcards):
+    owners = (j for j in CONFIG.judges if CONFIG.tokenizer_name(j) == wildcards.tokenizer)
+    return backbone_folder(next(owners))
+
+
+def tokens(wildcards):
+    return f"{R}/tokens/{CONFIG.tokenizer_name(wildcards.judge)}/battles.parquet"
+
+
+def pretrained(wildcards):
+    """The post-pretrained adapter a judge starts from; nothing where it starts from its backbone."""
+    owner = CONFIG.pretraining_owner(wildcards.judge)
+    return f"{R}/adapters/{owner}/pretrained" if owner else []
+
+
+def fold_adapters(wildcards):
+    return [f"{R}/adapters/{wildcards.judge}/fold_{fold}" for fold in FOLDS]
+
+
+def teacher_logits(wildcards):
+    """A student's targets: every fold of its teachers (out of fold), or its own fold (in sample)."""
+    judge = CONFIG.judges[wildcards.judge]
+    folds = FOLDS if judge.targets == "out_of_fold" else [wildcards.fold]
+    return [f"{R}/logits/{teacher}/fold_{fold}.npy" for teacher in judge.teachers for fold in folds]

@@ -1,0 +1,1 @@
+# Every figure of the run, and the report that shows them.

@@ -1,0 +1,51 @@
+# The dense model in GPTQ, and the gate it has to pass.
+
+
+rule quantize_model:
+    input:
+        model=f"{R}/merged/{{judge}}",
+        tokens=tokens,
+        battles=f"{R}/battles.parquet",
+    output:
+        model=directory(f"{R}/gptq/{{judge}}"),
+    params:
+        settings=settings("quantization"),
+    threads: compute("threads")
+    resources:
+        gpu=compute("gpus"),
+        mem_mb=compute("mem_mb"),
+        runtime=compute("runtime"),
+        batch_tokens=compute("batch_tokens"),
+    log:
+        f"{R}/logs/quantize_model/{{judge}}.log",
+    benchmark:
+        f"{R}/benchmarks/quantize_model/{{judge}}.tsv"
+    message:
+        "Quantising {wildcards.judge} with GPTQ"
+    conda:
+        "../envs/gptq.yaml"
+    shell:
+        "{ARENA_GPTQ} quantize-model --model {input.model} --tokens {input.tokens}"
+        " --battles {input.battles} --output {output.model} --settings {params.settings:q}"
+        " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
+
+
+rule check_drift:
+    # A job of its own: exceeding the bound, or moving it, never costs the quantised model.
+    input:
+        model=f"{R}/gptq/{{judge}}",
+    output:
+        passed=f"{R}/checks/{{judge}}_drift.json",
+    params:
+        settings=settings("drift"),
+    log:
+        f"{R}/logs/check_drift/{{judge}}.log",
+    benchmark:
+        f"{R}/benchmarks/check_drift/{{judge}}.tsv"
+    message:
+        "Checking what quantisation changed in {wildcards.judge}"
+    conda:
+        "../envs/arena.yaml"
+    shell:
+        "{ARENA} check-drift --model {input.model} --output {output.passed}"
+        " --settings {params.settings:q} > {log} 2>&1"

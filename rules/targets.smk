@@ -1,0 +1,49 @@
+# What one asks for by name. `all` is the first target of the workflow.
+
+
+rule all:
+    default_target: True
+    input:
+        f"{R}/submission.csv",
+        f"{R}/metrics.json",
+        f"{R}/report.html",
+
+
+rule folds:
+    input:
+        rules.assign_folds.output.folds,
+
+
+rule teachers:
+    input:
+        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=TEACHERS, fold=FOLDS),
+
+
+rule logits:
+    input:
+        expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=CONFIG.judges, fold=FOLDS),
+
+
+rule students:
+    input:
+        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=STUDENTS, fold=FOLDS),
+
+
+rule merged:
+    input:
+        f"{R}/merged/{CONFIG.final}",
+
+
+rule quantized:
+    input:
+        f"{R}/checks/{CONFIG.final}_drift.json" if "gptq" in MODELS else [],
+
+
+rule submission:
+    input:
+        rules.write_submission.output.submission,
+
+
+rule report:
+    input:
+        f"{R}/report.html",

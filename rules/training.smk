@@ -1,0 +1,91 @@
+# Judges learn: adapters after UT battles, then per fold from votes (teachers) or teachers (students).
+
+
+rule pretrain_adapter:
+    input:
+        backbone=backbone,
+        tokens=tokens,
+        battles=f"{R}/battles.parquet",
+    output:
+        adapter=directory(f"{R}/adapters/{{judge}}/pretrained"),
+    params:
+        settings=settings("pretraining"),
+    threads: compute("threads")
+    resources:
+        gpu=compute("gpus"),
+        mem_mb=compute("mem_mb"),
+        runtime=compute("runtime"),
+        micro_batch_size=compute("micro_batch_size"),
+        gradient_checkpointing=compute("gradient_checkpointing"),
+    log:
+        f"{R}/logs/pretrain_adapter/{{judge}}.log",
+    benchmark:
+        f"{R}/benchmarks/pretrain_adapter/{{judge}}.tsv"
+    message:
+        "Post-pretraining {wildcards.judge} on UT battles"
+    conda:
+        "../envs/arena.yaml"
+    shell:
+        "{ARENA} pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
+        " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
+        " --micro-batch-size {resources.micro_batch_size}"
+        " --gradient-checkpointing {resources.gradient_checkpointing} > {log} 2>&1"
+
+
+rule train_teacher:
+    input:
+        backbone=backbone,
+        pretrained=pretrained,
+        tokens=tokens,
+        folds=f"{R}/folds.parquet",
+    output:
+        adapter=directory(f"{R}/adapters/{{judge}}/fold_{{fold}}"),
+    wildcard_constraints:
+        judge=one_of(TEACHERS),
+    params:
+        settings=settings("training"),
+        pretrained=lambda wildcards, input: ["--pretrained", input.pretrained]
+        if input.pretrained
+        else [],
+        teacher_logits=lambda wildcards, input: input.get("teacher_logits", []),
+    threads: compute("threads")
+    resources:
+        gpu=compute("gpus"),
+        mem_mb=compute("mem_mb"),
+        runtime=compute("runtime"),
+        micro_batch_size=compute("micro_batch_size"),
+        gradient_checkpointing=compute("gradient_checkpointing"),
+    log:
+        f"{R}/logs/train_teacher/{{judge}}_fold_{{fold}}.log",
+    benchmark:
+        f"{R}/benchmarks/train_teacher/{{judge}}_fold_{{fold}}.tsv"
+    message:
+        "Training teacher {wildcards.judge}, fold {wildcards.fold}"
+    conda:
+        "../envs/arena.yaml"
+    shell:
+        "{ARENA} train-fold --backbone {input.backbone} {params.pretrained:q}"
+        " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
+        " --output {output.adapter} --settings {params.settings:q}"
+        " --micro-batch-size {resources.micro_batch_size}"
+        " --gradient-checkpointing {resources.gradient_checkpointing}"
+        " {params.teacher_logits:q} > {log} 2>&1"
+
+
+use rule train_teacher as distill_student with:
+    input:
+        backbone=backbone,
+        pretrained=pretrained,
+        tokens=tokens,
+        folds=f"{R}/folds.parquet",
+        teacher_logits=teacher_logits,
+    output:
+        adapter=directory(f"{R}/adapters/{{judge}}/fold_{{fold}}"),
+    wildcard_constraints:
+        judge=one_of(STUDENTS),
+    log:
+        f"{R}/logs/distill_student/{{judge}}_fold_{{fold}}.log",
+    benchmark:
+        f"{R}/benchmarks/distill_student/{{judge}}_fold_{{fold}}.tsv"
+    message:
+        "Distilling student {wildcards.judge}, fold {wildcards.fold}"
