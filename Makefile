@@ -1,0 +1,49 @@
+# make demo    set up, run the whole graph on the synthetic arena, print the results
+# make test    set up, run every test
+PYTHON ?= python3
+SNAKEMAKE = .venv/bin/snakemake
+CORES ?= all
+
+.PHONY: demo test test-fast lint format setup lock clean
+
+demo: setup
+	$(SNAKEMAKE) --cores $(CORES) --quiet rules
+	.venv/bin/arena-distill show-results results/default/metrics.json
+	@echo "report: results/default/report.html"
+
+test: setup
+	.venv/bin/pytest
+
+test-fast: setup
+	.venv/bin/pytest -m "not slow"
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/snakefmt --check Snakefile rules
+	$(SNAKEMAKE) --lint
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/snakefmt Snakefile rules
+
+# Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other.
+setup: .venv/.ready .venv-gptq/.ready
+
+.venv/.ready: requirements.lock pyproject.toml
+.venv-gptq/.ready: requirements-gptq.lock pyproject.toml
+.venv/.ready .venv-gptq/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# Write both locks anew from what is installed in the two environments.
+lock:
+	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
+	.venv-gptq/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements-gptq.lock
+
+clean:
+	rm -rf results .snakemake
