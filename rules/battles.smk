@@ -5,18 +5,18 @@ rule simulate_arena:
     output:
         files=[f"{R}/arena/{source}.csv" for source in (*SOURCES, "test_solution")],
         truth=f"{R}/arena/truth.parquet",
-    params:
-        version=VERSIONS["simulate"],
-        settings=CONFIG.data.arena.model_dump_json() if CONFIG.data.arena else None,
-        folder=f"{R}/arena",
     log:
         f"{R}/logs/simulate_arena.log",
     benchmark:
         f"{R}/benchmarks/simulate_arena.tsv"
-    message:
-        "Simulating the synthetic arena"
     conda:
         "../envs/arena.yaml"
+    params:
+        version=VERSIONS["simulate"],
+        settings=CONFIG.data.arena.model_dump_json() if CONFIG.data.arena else None,
+        folder=f"{R}/arena",
+    message:
+        "Simulating the synthetic arena"
     shell:
         "{ARENA} simulate-arena --output {params.folder} --settings {params.settings:q} > {log} 2>&1"
 
@@ -36,19 +36,22 @@ rule read_battles:
     output:
         battles=f"{R}/battles.parquet",
         rejected=f"{R}/rejected.parquet",
-    params:
-        version=VERSIONS["battles"],
-        files=lambda wildcards, input: [
-            part for source in SOURCES for file in input.get(source) for part in (f"--{source}", file)
-        ],
     log:
         f"{R}/logs/read_battles.log",
     benchmark:
         f"{R}/benchmarks/read_battles.tsv"
-    message:
-        "Reading battles: {input}"
     conda:
         "../envs/arena.yaml"
+    params:
+        version=VERSIONS["battles"],
+        files=lambda wildcards, input: [
+            part
+            for source in SOURCES
+            for file in input.get(source)
+            for part in (f"--{source}", file)
+        ],
+    message:
+        "Reading battles: {input}"
     shell:
         "{ARENA} read-battles --output {output.battles} --rejected {output.rejected}"
         " --version {params.version} {params.files:q} > {log} 2>&1"
@@ -59,16 +62,16 @@ rule assign_folds:
         battles=f"{R}/battles.parquet",
     output:
         folds=f"{R}/folds.parquet",
-    params:
-        settings=settings("folds"),
     log:
         f"{R}/logs/assign_folds.log",
     benchmark:
         f"{R}/benchmarks/assign_folds.tsv"
-    message:
-        "Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     conda:
         "../envs/arena.yaml"
+    params:
+        settings=settings("folds"),
+    message:
+        "Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     shell:
         "{ARENA} assign-folds --battles {input.battles} --output {output.folds}"
         " --settings {params.settings:q} > {log} 2>&1"

@@ -4,17 +4,17 @@
 rule prepare_backbone:
     output:
         directory(f"{R}/backbones/{{backbone}}"),
-    params:
-        version=VERSIONS["backbone"],
-        settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
     log:
         f"{R}/logs/prepare_backbone/{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/prepare_backbone/{{backbone}}.tsv"
-    message:
-        "Preparing backbone {wildcards.backbone}"
     conda:
         "../envs/arena.yaml"
+    params:
+        version=VERSIONS["backbone"],
+        settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
+    message:
+        "Preparing backbone {wildcards.backbone}"
     shell:
         "{ARENA} prepare-backbone --output {output} --version {params.version}"
         " --settings {params.settings:q} > {log} 2>&1"
@@ -26,16 +26,16 @@ rule tokenize_battles:
         backbone=tokenizer,
     output:
         tokens=f"{R}/tokens/{{tokenizer}}/battles.parquet",
-    params:
-        version=VERSIONS["tokens"],
     log:
         f"{R}/logs/tokenize_battles/{{tokenizer}}.log",
     benchmark:
         f"{R}/benchmarks/tokenize_battles/{{tokenizer}}.tsv"
-    message:
-        "Tokenising battles with {wildcards.tokenizer}"
     conda:
         "../envs/arena.yaml"
+    params:
+        version=VERSIONS["tokens"],
+    message:
+        "Tokenising battles with {wildcards.tokenizer}"
     shell:
         "{ARENA} tokenize-battles --battles {input.battles} --backbone {input.backbone}"
         " --output {output.tokens} --version {params.version} > {log} 2>&1"

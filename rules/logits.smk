@@ -10,22 +10,22 @@ rule predict_logits:
     output:
         logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
         ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
-    params:
-        settings=settings("logits"),
+    log:
+        f"{R}/logs/predict_logits/{{judge}}_fold_{{fold}}.log",
+    benchmark:
+        f"{R}/benchmarks/predict_logits/{{judge}}_fold_{{fold}}.tsv"
+    conda:
+        "../envs/arena.yaml"
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
         mem_mb=compute("mem_mb"),
         runtime=compute("runtime"),
         batch_tokens=compute("batch_tokens"),
-    log:
-        f"{R}/logs/predict_logits/{{judge}}_fold_{{fold}}.log",
-    benchmark:
-        f"{R}/benchmarks/predict_logits/{{judge}}_fold_{{fold}}.tsv"
+    params:
+        settings=settings("logits"),
     message:
         "Scoring battles with {wildcards.judge}, fold {wildcards.fold}"
-    conda:
-        "../envs/arena.yaml"
     shell:
         "{ARENA} predict-logits --backbone {input.backbone} --adapter {input.adapter}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"

@@ -5,23 +5,22 @@ rule merge_folds:
     input:
         backbone=backbone,
         adapters=fold_adapters,
-        tokens=tokens,
     output:
         model=directory(f"{R}/merged/{{judge}}"),
-    params:
-        settings=settings("merge"),
-    threads: compute("threads")
-    resources:
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
     log:
         f"{R}/logs/merge_folds/{{judge}}.log",
     benchmark:
         f"{R}/benchmarks/merge_folds/{{judge}}.tsv"
-    message:
-        "Merging {CONFIG.folds.n} folds of {wildcards.judge}"
     conda:
         "../envs/arena.yaml"
+    threads: compute("threads")
+    resources:
+        mem_mb=compute("mem_mb"),
+        runtime=compute("runtime"),
+    params:
+        settings=settings("merge"),
+    message:
+        "Merging {CONFIG.folds.n} folds of {wildcards.judge}"
     shell:
         "{ARENA} merge-folds --backbone {input.backbone} --output {output.model}"
         " --settings {params.settings:q} {input.adapters} > {log} 2>&1"

@@ -8,22 +8,22 @@ rule quantize_model:
         battles=f"{R}/battles.parquet",
     output:
         model=directory(f"{R}/gptq/{{judge}}"),
-    params:
-        settings=settings("quantization"),
+    log:
+        f"{R}/logs/quantize_model/{{judge}}.log",
+    benchmark:
+        f"{R}/benchmarks/quantize_model/{{judge}}.tsv"
+    conda:
+        "../envs/gptq.yaml"
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
         mem_mb=compute("mem_mb"),
         runtime=compute("runtime"),
         batch_tokens=compute("batch_tokens"),
-    log:
-        f"{R}/logs/quantize_model/{{judge}}.log",
-    benchmark:
-        f"{R}/benchmarks/quantize_model/{{judge}}.tsv"
+    params:
+        settings=settings("quantization"),
     message:
         "Quantising {wildcards.judge} with GPTQ"
-    conda:
-        "../envs/gptq.yaml"
     shell:
         "{ARENA_GPTQ} quantize-model --model {input.model} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.model} --settings {params.settings:q}"
@@ -36,16 +36,16 @@ rule check_drift:
         model=f"{R}/gptq/{{judge}}",
     output:
         passed=f"{R}/checks/{{judge}}_drift.json",
-    params:
-        settings=settings("drift"),
     log:
         f"{R}/logs/check_drift/{{judge}}.log",
     benchmark:
         f"{R}/benchmarks/check_drift/{{judge}}.tsv"
-    message:
-        "Checking what quantisation changed in {wildcards.judge}"
     conda:
         "../envs/arena.yaml"
+    params:
+        settings=settings("drift"),
+    message:
+        "Checking what quantisation changed in {wildcards.judge}"
     shell:
         "{ARENA} check-drift --model {input.model} --output {output.passed}"
         " --settings {params.settings:q} > {log} 2>&1"

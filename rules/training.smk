@@ -8,8 +8,12 @@ rule pretrain_adapter:
         battles=f"{R}/battles.parquet",
     output:
         adapter=directory(f"{R}/adapters/{{judge}}/pretrained"),
-    params:
-        settings=settings("pretraining"),
+    log:
+        f"{R}/logs/pretrain_adapter/{{judge}}.log",
+    benchmark:
+        f"{R}/benchmarks/pretrain_adapter/{{judge}}.tsv"
+    conda:
+        "../envs/arena.yaml"
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
@@ -17,14 +21,10 @@ rule pretrain_adapter:
         runtime=compute("runtime"),
         micro_batch_size=compute("micro_batch_size"),
         gradient_checkpointing=compute("gradient_checkpointing"),
-    log:
-        f"{R}/logs/pretrain_adapter/{{judge}}.log",
-    benchmark:
-        f"{R}/benchmarks/pretrain_adapter/{{judge}}.tsv"
+    params:
+        settings=settings("pretraining"),
     message:
         "Post-pretraining {wildcards.judge} on UT battles"
-    conda:
-        "../envs/arena.yaml"
     shell:
         "{ARENA} pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
@@ -40,14 +40,14 @@ rule train_teacher:
         folds=f"{R}/folds.parquet",
     output:
         adapter=directory(f"{R}/adapters/{{judge}}/fold_{{fold}}"),
+    log:
+        f"{R}/logs/train_teacher/{{judge}}_fold_{{fold}}.log",
+    benchmark:
+        f"{R}/benchmarks/train_teacher/{{judge}}_fold_{{fold}}.tsv"
     wildcard_constraints:
         judge=one_of(TEACHERS),
-    params:
-        settings=settings("training"),
-        pretrained=lambda wildcards, input: ["--pretrained", input.pretrained]
-        if input.pretrained
-        else [],
-        teacher_logits=lambda wildcards, input: input.get("teacher_logits", []),
+    conda:
+        "../envs/arena.yaml"
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
@@ -55,14 +55,14 @@ rule train_teacher:
         runtime=compute("runtime"),
         micro_batch_size=compute("micro_batch_size"),
         gradient_checkpointing=compute("gradient_checkpointing"),
-    log:
-        f"{R}/logs/train_teacher/{{judge}}_fold_{{fold}}.log",
-    benchmark:
-        f"{R}/benchmarks/train_teacher/{{judge}}_fold_{{fold}}.tsv"
+    params:
+        settings=settings("training"),
+        pretrained=lambda wildcards, input: (
+            ["--pretrained", input.pretrained] if input.pretrained else []
+        ),
+        teacher_logits=lambda wildcards, input: input.get("teacher_logits", []),
     message:
         "Training teacher {wildcards.judge}, fold {wildcards.fold}"
-    conda:
-        "../envs/arena.yaml"
     shell:
         "{ARENA} train-fold --backbone {input.backbone} {params.pretrained:q}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
@@ -81,11 +81,11 @@ use rule train_teacher as distill_student with:
         teacher_logits=teacher_logits,
     output:
         adapter=directory(f"{R}/adapters/{{judge}}/fold_{{fold}}"),
-    wildcard_constraints:
-        judge=one_of(STUDENTS),
     log:
         f"{R}/logs/distill_student/{{judge}}_fold_{{fold}}.log",
     benchmark:
         f"{R}/benchmarks/distill_student/{{judge}}_fold_{{fold}}.tsv"
+    wildcard_constraints:
+        judge=one_of(STUDENTS),
     message:
         "Distilling student {wildcards.judge}, fold {wildcards.fold}"

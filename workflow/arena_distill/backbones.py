@@ -36,7 +36,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no tokenizer can be loaded from there: {_brief(error)}") from None
+        raise InputError(
+            f"{folder}: no tokenizer can be loaded from there: {_brief(error)}"
+        ) from None
 
 
 def load_classifier(

@@ -54,6 +54,7 @@ class Arena(Section):
     """The synthetic arena: battles with known vote probabilities (see ``simulation``)."""
 
     seed: int = 2025
+    """Another seed, other battles."""
     train: PositiveInt = 2000
     """Labelled battles."""
     extra: NonNegativeInt = 600
@@ -61,12 +62,14 @@ class Arena(Section):
     ut: NonNegativeInt = 1500
     """Battles for post-pretraining, voted on by another population."""
     test: PositiveInt = 500
+    """Battles to predict."""
 
 
 class Data(Section):
     """Where the battles come from: your own files, or the synthetic arena."""
 
     arena: Arena | None = None
+    """Simulate the battles instead of reading files."""
     train: tuple[str, ...] = ()
     """Labelled battles: CSV, JSONL (both also .gz) or parquet in the Kaggle schema."""
     extra: tuple[str, ...] = ()
@@ -92,7 +95,9 @@ class Data(Section):
         if self.arena is None and not (self.train and self.test):
             raise ValueError("give `train` and `test` files, or `arena` for the synthetic battles")
         if self.arena is not None and files:
-            raise ValueError("give files or `arena`, not both (set `arena: null` to use your files)")
+            raise ValueError(
+                "give files or `arena`, not both (set `arena: null` to use your files)"
+            )
         return self
 
     def sources(self) -> tuple[str, ...]:
@@ -102,10 +107,14 @@ class Data(Section):
 
 
 class Folds(Section):
+    """Cross-validation. Only `stratified_group` keeps battles of one prompt together."""
+
     method: Literal["kfold", "stratified", "stratified_group"] = "kfold"
     """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
     n: Annotated[int, Field(ge=2, le=127)] = 5
+    """How many folds."""
     seed: NonNegativeInt = 42
+    """Decides which battle is dealt where."""
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -151,6 +160,8 @@ class Backbone(Section):
 
 
 class Encoding(Section):
+    """How a battle becomes a sequence of tokens."""
+
     template: Literal["winners", "markers"] = "markers"
     """`winners`: User question / Answer A / Answer B; `markers`: [PROMPT] [RESPONSE_A] [RESPONSE_B]."""
     truncation: Literal["winners", "rounds"] = "rounds"
@@ -163,8 +174,11 @@ class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
     r: PositiveInt = 64
+    """Rank; scale it down for small models."""
     alpha: PositiveInt = 128
+    """The update is scaled by alpha / r."""
     dropout: Share = 0.05
+    """Of the adapter's input, in training."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
 
@@ -173,13 +187,19 @@ class Optimization(Section):
     """AdamW with a cosine schedule, as transformers' Trainer runs it."""
 
     lr: PositiveFloat
+    """Peak learning rate."""
     epochs: PositiveFloat = 1
+    """Passes over the sequences (both orders, with `swap`)."""
     batch_size: PositiveInt = 64
     """Sequences per optimizer step, over all devices."""
     warmup_steps: NonNegativeInt = 100
+    """Optimizer steps from zero to `lr`."""
     weight_decay: NonNegativeFloat = 0.0
+    """Of AdamW."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
     swap: bool = True
     """Show every battle in both orders, the vote exchanged with the answers."""
     seed: NonNegativeInt = 2025
@@ -190,13 +210,18 @@ class Pretraining(Optimization):
     """Post-pretraining of the adapter on UT battles."""
 
     lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
     keep_head: bool = False
     """Start the folds from the head learned here, instead of a fresh one."""
 
 
 class Training(Optimization):
+    """Training of each fold, on votes or on teachers."""
+
     lr: PositiveFloat = 5e-5
+    """Peak learning rate."""
     epochs: PositiveFloat = 2
+    """Passes over the sequences (both orders, with `swap`)."""
 
 
 class Loss(Section):
@@ -209,6 +234,7 @@ class Loss(Section):
     cosine: NonNegativeFloat = 0.0
     """Weight of the cosine distance between the two probability vectors."""
     temperature: PositiveFloat = 3.0
+    """T: softens the probabilities that KL and cosine compare."""
     temperature_squared: bool = True
     """Multiply the KL term by T², which keeps its gradients' size (Hinton et al. 2015)."""
     combine: Literal["mean_logits", "separate"] = "mean_logits"
@@ -222,6 +248,8 @@ class Loss(Section):
 
 
 class Merge(Section):
+    """How the folds' adapters become one dense model."""
+
     average: Literal["factors", "products"] = "factors"
     """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
     head: Literal["average", "first"] = "first"
@@ -232,10 +260,13 @@ class Quantization(Section):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
 
     bits: Literal[2, 3, 4, 8] = 8
+    """Per weight; the head stays as it is."""
     group_size: PositiveInt = 128
+    """Weights that share a scale; must divide every quantised layer's input size."""
     samples: PositiveInt = 128
     """Training battles that calibrate."""
     seed: NonNegativeInt = 2025
+    """Decides which battles calibrate and which measure the drift."""
     validation_rows: PositiveInt = 512
     """Training battles, others than those, on which the drift is measured."""
     max_kl: PositiveFloat = 0.001
@@ -248,8 +279,11 @@ class Compute(Section):
     """How a judge's jobs run. Changing it rebuilds nothing."""
 
     threads: PositiveInt = 1
+    """CPU cores per job."""
     gpus: NonNegativeInt = 0
+    """GPUs per job."""
     mem_mb: PositiveInt = 4000
+    """Host memory per job, MB."""
     runtime: PositiveInt = 120
     """Minutes."""
     micro_batch_size: PositiveInt = 8
@@ -257,32 +291,41 @@ class Compute(Section):
     batch_tokens: PositiveInt = 16384
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, much less memory."""
 
 
 class JudgeDefaults(Section):
     """What a judge is, apart from its backbone and teachers."""
 
     encoding: Encoding = Encoding()
+    """Template, truncation, length."""
     lora: Lora = Lora()
+    """The adapter."""
     precision: Precision = "bf16"
     """Of the forward and backward passes; losses and softmax are float32 always."""
     pretraining: Pretraining | None = Pretraining()
     """null: start from the backbone."""
     training: Training = Training()
+    """Of the folds."""
     targets: Targets = "out_of_fold"
     """A student's teacher logits: from the fold model that never saw the row, or the fold's own."""
     loss: Loss = Loss()
+    """A student's loss."""
     merge: Merge = Merge()
+    """Of the folds into one model."""
     quantization: Quantization | None = Quantization()
     """null: the merged model is the final one."""
     compute: Compute = Compute()
+    """How jobs run, never what they compute."""
 
 
 class Judge(JudgeDefaults):
     """A node of the graph. Without teachers it learns from votes, with teachers it is distilled."""
 
     backbone: Backbone
+    """The pretrained model under it."""
     teachers: tuple[Name, ...] = ()
+    """Judges whose logits it learns from; none: it learns from votes."""
 
     @model_validator(mode="after")
     def _distinct_teachers(self) -> Judge:
@@ -295,8 +338,11 @@ class Prediction(Section):
     """Test-time augmentation: every battle is scored at each length and in each order."""
 
     max_lengths: tuple[Annotated[int, Field(ge=32)], ...] = Field((1024, 2000), min_length=1)
+    """Tokens per sequence; several are averaged."""
     orders: tuple[Order, ...] = Field(("AB", "BA"), min_length=1)
+    """Several are averaged, the verdict of BA exchanged back first."""
     average: Literal["logits", "probabilities"] = "logits"
+    """What is averaged."""
     model: Literal["gptq", "merged"] = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
 
@@ -307,6 +353,7 @@ class Environments(Section):
     main: str | None = None
     """null: the interpreter that runs Snakemake."""
     gptq: str = ".venv-gptq/bin/python"
+    """The interpreter of the environment with GPTQModel."""
 
 
 # --- what a phase is told ---------------------------------------------------------------------------
@@ -351,6 +398,7 @@ class LogitsSettings(Settings):
 class MergeSettings(Settings, Merge):
     judge: Name
     template: str
+    precision: Precision
 
 
 class QuantizationSettings(Settings):
@@ -395,15 +443,21 @@ class Config(Section):
     run: Name = "default"
     """Results go to `results/<run>`."""
     results: str = "results"
+    """The folder of all runs."""
     environments: Environments = Environments()
+    """The interpreters jobs run with; `--sdm conda` uses envs/*.yaml instead."""
     data: Data
+    """Where the battles come from."""
     folds: Folds = Folds()
+    """How training battles are dealt into folds."""
     defaults: JudgeDefaults = JudgeDefaults()
     """What every judge is unless it says otherwise."""
     judges: dict[Name, Judge] = Field(min_length=1)
+    """The nodes of the graph, by name."""
     final: Name
     """The judge that is merged, quantised and submitted."""
     prediction: Prediction = Prediction()
+    """How the test battles are predicted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -429,7 +483,7 @@ class Config(Section):
             self.ordered()
         except graphlib.CycleError as error:
             cycle = " → ".join(reversed(error.args[1]))
-            raise ValueError(f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself")
+            raise ValueError(f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself") from None
         if self.prediction.model == "gptq" and self.judges[self.final].quantization is None:
             raise ValueError(
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
@@ -530,6 +584,7 @@ class Config(Section):
             version=VERSIONS["merging"],
             judge=judge,
             template=node.encoding.template,
+            precision=node.precision,
             **node.merge.model_dump(),
         )
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.artifacts import read_logits
-from arena_distill.keys import key, locate
 from arena_distill.config import Loss, Targets
 from arena_distill.errors import InputError
+from arena_distill.keys import key, locate
 from arena_distill.orders import swap_classes
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def losses(
     With `combine: mean_logits` the teachers are one target z̄ (the mean of their logits), with `separate`
     each of the J teachers adds its own terms:
 
-        (ce · CE(y, s) + Σ_j [kl · T² · KL(t_j ‖ s) + cosine · (1 − cos(p_j, p_s))]) / (ce + J (kl + cosine))
+        (ce · CE(y, s) + Σ_j [kl · T² · KL(t_j ‖ s) + cosine · (1 − cos(p_j, p_s))])
+        / (ce + J (kl + cosine))
 
     where KL compares softmax(·/T) (Hinton et al. 2015, arXiv:1503.02531; T² unless switched off) and cos
     compares the probabilities at temperature T. `alpha·T²·KL + (1−alpha)·CE` is ce = 1−alpha, kl = alpha;

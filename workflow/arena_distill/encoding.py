@@ -217,7 +217,9 @@ def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
             f"{tokenizer.name_or_path}: no token to pad with: the pad token is missing or doubles as "
             "another, and there is no unused special token; add a pad token to the tokenizer and model"
         )
-    telling = [i for i, text in spare.items() if re.search("pad|reserved|unused|extra", text.lower())]
+    telling = [
+        i for i, text in spare.items() if re.search("pad|reserved|unused|extra", text.lower())
+    ]
     return min(telling or spare)
 
 
@@ -269,7 +271,9 @@ def _join_turns(
     separator = np.full(count, len(newline))
     last = rows[1:][np.diff(rows) > 0] - 1
     separator[last] = 0
-    starts = np.stack([turns.offsets[:-1] + len(newline), np.zeros(count, np.int64)], axis=1).ravel()
+    starts = np.stack(
+        [turns.offsets[:-1] + len(newline), np.zeros(count, np.int64)], axis=1
+    ).ravel()
     lengths = np.stack([turns.lengths, separator], axis=1).ravel()
     ids = _gather(pool, starts, lengths).ids
     ends = _offsets(turns.lengths + separator)
@@ -328,7 +332,9 @@ def _forbid_special(
 # --- ids → sequences --------------------------------------------------------------------------------
 
 
-def encode(tokens: Tokens, encoding: Encoding, order: Order, max_length: int | None = None) -> Sequences:
+def encode(
+    tokens: Tokens, encoding: Encoding, order: Order, max_length: int | None = None
+) -> Sequences:
     """Assemble every battle's sequence.
 
     Args:
@@ -409,7 +415,9 @@ def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray
     return np.where(exists, start, field.tokens.lengths[row]).astype(np.int64)
 
 
-def _share(first: np.ndarray, second: np.ndarray, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _share(
+    first: np.ndarray, second: np.ndarray, room: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Trim two lengths to a common room: the longer gives first, then both alike."""
     half = room // 2
     short = np.minimum(np.minimum(first, second), half)

@@ -32,7 +32,6 @@ from arena_distill.artifacts import (
 )
 from arena_distill.backbones import load_classifier
 from arena_distill.batching import pad
-from arena_distill.keys import key, locate
 from arena_distill.config import (
     Lora,
     Loss,
@@ -45,6 +44,7 @@ from arena_distill.distillation import VOTES, as_seen, losses, teacher_targets
 from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows
+from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
 
 
@@ -255,7 +255,9 @@ def _fit(
         )
         result = trainer.train()
     if not np.isfinite(result.training_loss):
-        raise InputError(f"{output}: the loss is {result.training_loss}: lower the learning rate (lr)")
+        raise InputError(
+            f"{output}: the loss is {result.training_loss}: lower the learning rate (lr)"
+        )
     if not trainer.is_world_process_zero():
         return
     tokens = int(examples.sequences.lengths.sum())
@@ -297,6 +299,7 @@ def _arguments(
         max_grad_norm=optimization.max_grad_norm,
         seed=optimization.seed,
         bf16=precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=launch.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="group_by_length",

@@ -1,0 +1,120 @@
+"""Write what is generated from the configuration's model: its JSON schema and its reference.
+
+    python scripts/write_config_reference.py [--check]
+
+With `--check` nothing is written; the exit status says whether both files are up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "workflow"))
+
+from arena_distill.config import Config, Judge, schema  # noqa: E402
+
+INTRO = """\
+# Configuration
+
+Every key, its default and what it means. This file and `workflow/schemas/config.schema.json` (for your
+editor) are written by `scripts/write_config_reference.py` from the model in
+`workflow/arena_distill/config.py`.
+
+- `config.yaml` is the embedded default. A file given by `--configfile` that names `judges` stands alone;
+  one that does not (the recipes) is laid over `config.yaml`, or over the file before it:
+  `snakemake all --configfile mine.yaml config/recipes/blackpearl.yaml`.
+- `defaults` holds what every judge is; a judge overrides what differs, key by key, and `null` switches a
+  part off.
+- Everything under `compute` decides how a job runs, never what it computes: changing it rebuilds nothing.
+
+| file | what it is |
+|---|---|
+| `config.yaml` | the synthetic arena and three tiny models: minutes on two cores |
+| `real-tokenizers.yaml` | your battles through the real tokenizers of Llama-3, Qwen2.5 and Gemma-2 |
+| `smol.yaml` | your battles and real pretrained weights, SmolLM2 cut to its first layers |
+| `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
+| `recipes/blackpearl.yaml` | what the winners' published code does |
+"""
+
+
+def reference() -> str:
+    """The reference as Markdown: a table per part of the configuration."""
+    parts = [INTRO]
+    for path, model in sections(Config, ""):
+        rows = [
+            f"| `{name}` | {_default(field)} | {_meaning(field)} |"
+            for name, field in model.model_fields.items()
+        ]
+        doc = (model.__doc__ or "").strip()
+        head = [f"## `{path}`" if path else "## Top level", "", doc, ""]
+        parts.append("\n".join([*head, "| key | default | meaning |", "|---|---|---|", *rows]))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
+    """Every part of the configuration with its path; a judge's parts are those of `defaults`."""
+    found = [(path, model)]
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is not None and model is not Judge:
+            key = f"{name}.<judge>" if inner is Judge else name
+            found += sections(inner, f"{path}.{key}".lstrip("."))
+        elif name == "backbone" and inner is not None:
+            found += sections(inner, f"{path}.{name}")
+    return found
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_model_in(a) for a in get_args(annotation))
+    return next((model for model in inner if model), None)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "*required*"
+    if isinstance(field.default, BaseModel):
+        return "see below"
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{json.dumps(default)}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    options = [option for part in _literals(field.annotation) for option in get_args(part)]
+    allowed = "" if not options else "One of " + ", ".join(f"`{o}`" for o in options) + ". "
+    return (allowed + (field.description or "")).replace("\n", " ").replace("|", "\\|")
+
+
+def _literals(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _literals(inner)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in {
+        ROOT / "workflow/schemas/config.schema.json": json.dumps(schema(), indent=2) + "\n",
+        ROOT / "config/README.md": reference(),
+    }.items():
+        if check and (not path.exists() or path.read_text() != text):
+            stale.append(str(path.relative_to(ROOT)))
+        elif not check:
+            path.write_text(text)
+    sys.exit(f"not up to date: {', '.join(stale)}; run {Path(__file__).name}" if stale else 0)
+
+
+if __name__ == "__main__":
+    main()

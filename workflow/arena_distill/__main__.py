@@ -1,0 +1,3 @@
+from arena_distill.cli import main
+
+main()

@@ -1,0 +1,280 @@
+"""The command line: one command per rule, in the order that data flows.
+
+Every rule of the workflow is one of these commands; each can be run by hand. `--settings` takes what the
+rule hands over, JSON of one of the models in ``config`` (``snakemake -n -p`` prints it). Phases are
+imported by the command that runs them, so that `--help` and small jobs start at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from arena_distill import config
+from arena_distill.errors import InputError
+
+app = typer.Typer(
+    help="Distil big preference judges into a small one you can deploy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[str, typer.Option(help="The phase's settings, as JSON.")]
+Backbone = Annotated[Path, typer.Option(help="Hugging Face folder, or its config.json.")]
+Tokens = Annotated[Path, typer.Option(help="tokens/<tokenizer>/battles.parquet")]
+Battles = Annotated[Path, typer.Option(help="battles.parquet")]
+Folds = Annotated[Path, typer.Option(help="folds.parquet")]
+Fold = Annotated[int, typer.Option(help="0 to n - 1.", min=0)]
+Output = Annotated[Path, typer.Option(help="What to write.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens per forward pass, padding included.", min=1)]
+MicroBatch = Annotated[int, typer.Option(help="Sequences per device and forward pass.", min=1)]
+Checkpointing = Annotated[
+    int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
+]
+Version = Annotated[int, typer.Option(help="The phase's version (see `phases`).")]
+
+
+def main() -> NoReturn:
+    """Run a command; bad input ends in one line on stderr and exit status 1."""
+    try:
+        app(prog_name="arena-distill")
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+# --- battles and folds ------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate_arena(output: Output, settings: Settings) -> None:
+    """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
+    from arena_distill.simulation import write_arena
+
+    arena = config.parse(config.Arena, settings)
+    write_arena(output, **arena.model_dump())
+
+
+@app.command()
+def read_battles(
+    output: Output,
+    rejected: Annotated[Path, typer.Option(help="Where refused rows go.")],
+    version: Version,
+    train: Annotated[list[Path], typer.Option(help="Labelled battles (repeatable).")],
+    test: Annotated[list[Path], typer.Option(help="Battles to predict (repeatable).")],
+    extra: Annotated[list[Path] | None, typer.Option(help="More labelled battles.")] = None,
+    ut: Annotated[list[Path] | None, typer.Option(help="Battles for post-pretraining.")] = None,
+) -> None:
+    """Read CSV, JSONL or parquet in the Kaggle schema into canonical battles."""
+    from arena_distill.battles import write_battles
+
+    files = {"train": train, "extra": extra or [], "ut": ut or [], "test": test}
+    write_battles(files, output, rejected, {"version": version})
+
+
+@app.command()
+def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
+    """Deal the training battles into folds."""
+    from arena_distill.folds import write_folds
+
+    parsed = config.parse(config.FoldsSettings, settings)
+    write_folds(battles, output, settings=parsed.model_dump())
+
+
+# --- backbones and tokens ---------------------------------------------------------------------------
+
+
+@app.command()
+def prepare_backbone(output: Output, settings: Settings, version: Version) -> None:
+    """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
+    from arena_distill.backbones import prepare_backbone
+
+    prepare_backbone(config.parse(config.Backbone, settings), output, version=version)
+
+
+@app.command()
+def tokenize_battles(
+    battles: Battles, backbone: Backbone, output: Output, version: Version
+) -> None:
+    """Tokenise every field of every battle, once per tokenizer."""
+    from arena_distill.encoding import tokenize_battles
+
+    tokenize_battles(battles, _folder(backbone), output, version=version)
+
+
+# --- judges -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def pretrain_adapter(
+    backbone: Backbone,
+    tokens: Tokens,
+    battles: Battles,
+    output: Output,
+    settings: Settings,
+    micro_batch_size: MicroBatch = 8,
+    gradient_checkpointing: Checkpointing = 0,
+) -> None:
+    """Post-pretrain a judge's adapter on UT battles."""
+    from arena_distill.training import Launch, pretrain_adapter
+
+    pretrain_adapter(
+        _folder(backbone),
+        tokens,
+        battles,
+        output,
+        settings=config.parse(config.PretrainingSettings, settings),
+        launch=Launch(micro_batch_size, bool(gradient_checkpointing)),
+    )
+
+
+@app.command()
+def train_fold(
+    backbone: Backbone,
+    tokens: Tokens,
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+    pretrained: Annotated[Path | None, typer.Option(help="Post-pretrained adapter.")] = None,
+    micro_batch_size: MicroBatch = 8,
+    gradient_checkpointing: Checkpointing = 0,
+    teacher_logits: Annotated[
+        list[Path] | None, typer.Argument(help="A student's targets: logits/<teacher>/fold_<k>.npy")
+    ] = None,
+) -> None:
+    """Train one fold's judge: on votes, or distilled from its teachers' logits."""
+    from arena_distill.training import Launch, train_fold
+
+    parsed = config.parse(config.TrainingSettings, settings)
+    files = teacher_logits or []
+    train_fold(
+        _folder(backbone),
+        pretrained,
+        tokens,
+        folds,
+        fold,
+        output,
+        teachers={name: [f for f in files if f.parent.name == name] for name in parsed.teachers},
+        settings=parsed,
+        launch=Launch(micro_batch_size, bool(gradient_checkpointing)),
+    )
+
+
+@app.command()
+def predict_logits(
+    backbone: Backbone,
+    adapter: Annotated[Path, typer.Option(help="The fold's adapter folder.")],
+    tokens: Tokens,
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+    batch_tokens: BatchTokens = 16384,
+) -> None:
+    """Score a fold's battles in both orders."""
+    from arena_distill.logits import predict_logits
+
+    predict_logits(
+        _folder(backbone),
+        adapter,
+        tokens,
+        folds,
+        fold,
+        output,
+        settings=config.parse(config.LogitsSettings, settings),
+        batch_tokens=batch_tokens,
+    )
+
+
+# --- the deployable model ---------------------------------------------------------------------------
+
+
+@app.command()
+def merge_folds(
+    backbone: Backbone,
+    output: Output,
+    settings: Settings,
+    adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
+) -> None:
+    """Average the folds' adapters and heads and merge them into the backbone."""
+    from arena_distill.merging import merge_folds
+
+    parsed = config.parse(config.MergeSettings, settings)
+    merge_folds(
+        _folder(backbone),
+        adapters,
+        output,
+        average=parsed.average,
+        head=parsed.head,
+        dtype=parsed.precision,
+        settings=parsed.model_dump(),
+    )
+
+
+@app.command()
+def quantize_model(
+    model: Annotated[Path, typer.Option(help="The merged model.")],
+    tokens: Tokens,
+    battles: Battles,
+    output: Output,
+    settings: Settings,
+    batch_tokens: BatchTokens = 16384,
+) -> None:
+    """Quantise the merged model with GPTQ and measure its drift."""
+    from arena_distill.quantization import quantize_judge
+
+    quantize_judge(
+        model,
+        tokens,
+        battles,
+        output,
+        settings=config.parse(config.QuantizationSettings, settings),
+        batch_tokens=batch_tokens,
+    )
+
+
+@app.command()
+def check_drift(
+    model: Annotated[Path, typer.Option(help="The quantised model.")],
+    output: Output,
+    settings: Settings,
+) -> None:
+    """Fail where quantisation changed the model by more than the configured bound."""
+    from arena_distill.quantization import check_drift
+
+    parsed = config.parse(config.DriftSettings, settings)
+    check_drift(
+        model / "drift.json", output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate
+    )
+
+
+# --- predictions and results ------------------------------------------------------------------------
+
+
+@app.command()
+def score_test(
+    model: Annotated[Path, typer.Option(help="The merged or quantised model.")],
+    tokens: Tokens,
+    output: Output,
+    settings: Settings,
+    quantized: Annotated[bool, typer.Option(help="The model is a GPTQ checkpoint.")] = False,
+    batch_tokens: BatchTokens = 16384,
+) -> None:
+    """Score the test battles at every length and in every order."""
+    from arena_distill.prediction import score_test
+
+    parsed = config.parse(config.ScoringSettings, settings)
+    score_test(
+        model, tokens, output, quantized=quantized, settings=parsed, batch_tokens=batch_tokens
+    )
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.is_file() else path
