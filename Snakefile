@@ -15,6 +15,15 @@ if "judges" not in config:
 
 
 include: "rules/common.smk"
+
+
+rule all:
+    input:
+        f"{R}/submission.csv",
+        f"{R}/metrics.json",
+        f"{R}/report.html",
+
+
 include: "rules/battles.smk"
 include: "rules/encoding.smk"
 include: "rules/training.smk"

@@ -14,11 +14,11 @@ rule simulate_arena:
     params:
         version=VERSIONS["simulate"],
         settings=CONFIG.data.arena.model_dump_json() if CONFIG.data.arena else None,
-        folder=f"{R}/arena",
+        folder=lambda wildcards, output: os.path.dirname(output.truth),
     message:
         "Simulating the synthetic arena"
     shell:
-        "{ARENA} simulate-arena --output {params.folder} --settings {params.settings:q} > {log} 2>&1"
+        "arena simulate-arena --output {params.folder} --settings {params.settings:q} > {log} 2>&1"
 
 
 def battle_files(source):
@@ -53,7 +53,7 @@ rule read_battles:
     message:
         "Reading battles: {input}"
     shell:
-        "{ARENA} read-battles --output {output.battles} --rejected {output.rejected}"
+        "arena read-battles --output {output.battles} --rejected {output.rejected}"
         " --version {params.version} {params.files:q} > {log} 2>&1"
 
 
@@ -73,5 +73,5 @@ rule assign_folds:
     message:
         "Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     shell:
-        "{ARENA} assign-folds --battles {input.battles} --output {output.folds}"
+        "arena assign-folds --battles {input.battles} --output {output.folds}"
         " --settings {params.settings:q} > {log} 2>&1"

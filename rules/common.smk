@@ -49,10 +49,14 @@ def interpreter(path):
     return path if Path(path).is_absolute() else str(CHECKOUT / path)
 
 
-# Jobs import the package from this checkout, installed or not.
-shell.prefix(f"set -euo pipefail; export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; ")
-ARENA = f"{shlex.quote(interpreter(CONFIG.environments.main))} -m arena_distill"
-ARENA_GPTQ = f"{shlex.quote(interpreter(CONFIG.environments.gptq))} -m arena_distill"
+# What a rule calls: `arena` in the main environment, `arena_gptq` in the one that quantises. Jobs import
+# the package from this checkout, installed or not. (Snakemake formats the prefix: hence double braces.)
+shell.prefix(
+    "set -euo pipefail; "
+    f"export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; "
+    f'arena() {{{{ {shlex.quote(interpreter(CONFIG.environments.main))} -m arena_distill "$@"; }}}}; '
+    f'arena_gptq() {{{{ {shlex.quote(interpreter(CONFIG.environments.gptq))} -m arena_distill "$@"; }}}}; '
+)
 
 
 def settings(phase):

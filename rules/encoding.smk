@@ -16,7 +16,7 @@ rule prepare_backbone:
     message:
         "Preparing backbone {wildcards.backbone}"
     shell:
-        "{ARENA} prepare-backbone --output {output} --version {params.version}"
+        "arena prepare-backbone --output {output} --version {params.version}"
         " --settings {params.settings:q} > {log} 2>&1"
 
 
@@ -37,5 +37,5 @@ rule tokenize_battles:
     message:
         "Tokenising battles with {wildcards.tokenizer}"
     shell:
-        "{ARENA} tokenize-battles --battles {input.battles} --backbone {input.backbone}"
+        "arena tokenize-battles --battles {input.battles} --backbone {input.backbone}"
         " --output {output.tokens} --version {params.version} > {log} 2>&1"

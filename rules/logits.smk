@@ -27,7 +27,7 @@ rule predict_logits:
     message:
         "Scoring battles with {wildcards.judge}, fold {wildcards.fold}"
     shell:
-        "{ARENA} predict-logits --backbone {input.backbone} --adapter {input.adapter}"
+        "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
         " --output {output.logits} --settings {params.settings:q}"
         " --batch-tokens {resources.batch_tokens} > {log} 2>&1"

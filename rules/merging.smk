@@ -22,5 +22,5 @@ rule merge_folds:
     message:
         "Merging {CONFIG.folds.n} folds of {wildcards.judge}"
     shell:
-        "{ARENA} merge-folds --backbone {input.backbone} --output {output.model}"
+        "arena merge-folds --backbone {input.backbone} --output {output.model}"
         " --settings {params.settings:q} {input.adapters} > {log} 2>&1"

@@ -25,7 +25,7 @@ rule score_test_merged:
     message:
         "Scoring test battles with the merged {wildcards.judge}"
     shell:
-        "{ARENA} score-test --model {input.model} --tokens {input.tokens}"
+        "arena score-test --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
         " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
 
@@ -55,7 +55,7 @@ rule score_test_gptq:
     message:
         "Scoring test battles with the quantised {wildcards.judge}"
     shell:
-        "{ARENA_GPTQ} score-test --quantized --model {input.model} --tokens {input.tokens}"
+        "arena_gptq score-test --quantized --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
         " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
 
@@ -76,7 +76,7 @@ rule predict_test:
     message:
         "Averaging the test predictions of {wildcards.judge}"
     shell:
-        "{ARENA} predict-test --output {output.predictions} --settings {params.settings:q}"
+        "arena predict-test --output {output.predictions} --settings {params.settings:q}"
         " {input.logits} > {log} 2>&1"
 
 
@@ -97,5 +97,5 @@ rule write_submission:
     message:
         "Writing the submission"
     shell:
-        "{ARENA} write-submission --predictions {input.predictions} --battles {input.battles}"
+        "arena write-submission --predictions {input.predictions} --battles {input.battles}"
         " --output {output.submission} > {log} 2>&1"

@@ -25,7 +25,7 @@ rule quantize_model:
     message:
         "Quantising {wildcards.judge} with GPTQ"
     shell:
-        "{ARENA_GPTQ} quantize-model --model {input.model} --tokens {input.tokens}"
+        "arena_gptq quantize-model --model {input.model} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.model} --settings {params.settings:q}"
         " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
 
@@ -47,5 +47,5 @@ rule check_drift:
     message:
         "Checking what quantisation changed in {wildcards.judge}"
     shell:
-        "{ARENA} check-drift --model {input.model} --output {output.passed}"
+        "arena check-drift --model {input.model} --output {output.passed}"
         " --settings {params.settings:q} > {log} 2>&1"

@@ -1,12 +1,4 @@
-# What one asks for by name. `all` is the first target of the workflow.
-
-
-rule all:
-    default_target: True
-    input:
-        f"{R}/submission.csv",
-        f"{R}/metrics.json",
-        f"{R}/report.html",
+# What one asks for by name; `all` stands in the Snakefile.
 
 
 rule folds:

@@ -26,7 +26,7 @@ rule pretrain_adapter:
     message:
         "Post-pretraining {wildcards.judge} on UT battles"
     shell:
-        "{ARENA} pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
+        "arena pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing} > {log} 2>&1"
@@ -64,7 +64,7 @@ rule train_teacher:
     message:
         "Training teacher {wildcards.judge}, fold {wildcards.fold}"
     shell:
-        "{ARENA} train-fold --backbone {input.backbone} {params.pretrained:q}"
+        "arena train-fold --backbone {input.backbone} {params.pretrained:q}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
         " --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"

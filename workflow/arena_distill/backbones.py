@@ -6,8 +6,9 @@ sees an ordinary folder and loads it in one way. The network is reached for `hub
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json
 from arena_distill.config import Backbone
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parent / "tiny_backbones"
 """The tiny pretrained models that ship with the package, a folder per family."""
 
-HEAD = "score"
-"""The classification head's name in the decoder families; encoders call it `classifier`."""
+HEADS = ("score", "classifier")
+"""The classification head's name, in the decoder families and in encoders."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -60,6 +61,7 @@ def load_classifier(
         InputError: the folder is no model, or one that cannot classify sequences.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, logging
 
     logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
@@ -73,9 +75,19 @@ def load_classifier(
             dtype=dtype or torch.float32,
             local_files_only=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a judge: {_brief(error)}") from None
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = (
+            False  # nothing is generated: keys and values would only fill memory
+        )
     if pad_token_id is not None:
+        known = model.get_input_embeddings().num_embeddings
+        if pad_token_id >= known:
+            raise InputError(
+                f"{folder}: the pad token {pad_token_id} is outside the model's {known} embeddings: "
+                "this tokenizer is not this model's"
+            )
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
     return model
@@ -85,17 +97,23 @@ def prepare_backbone(backbone: Backbone, output: Path, *, version: int) -> None:
     """Make the ordinary folder of a backbone that is not one yet.
 
     Raises:
-        InputError: the source is missing, or asks for more layers than there are.
+        InputError: the source is missing or no model, or has fewer layers than asked for.
     """
+    rebuild = bool(backbone.gguf or backbone.layers or backbone.tokenizer)
     with atomic_directory(output) as folder:
         if backbone.hub:
-            source = _download(backbone, folder)
+            # What is rebuilt goes elsewhere first: files of the whole model must not stay beside it.
+            source = _download(backbone, folder / "download" if rebuild else folder)
         else:
             source = Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
             if not source.exists():
                 raise InputError(f"{source}: no such backbone (config: judges.*.backbone)")
-        if backbone.gguf or backbone.layers or backbone.tokenizer:
-            _rebuild(backbone, source, folder)
+        if rebuild:
+            try:
+                _rebuild(backbone, source, folder)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InputError(f"{source}: cannot be made a backbone: {_brief(error)}") from error
+            shutil.rmtree(folder / "download", ignore_errors=True)
         settings = {"version": version} | backbone.model_dump(exclude_none=True)
         write_json(provenance("backbone", settings), folder / "provenance.json")
     print(f"{output}: {backbone.stem()} is ready")
@@ -104,7 +122,7 @@ def prepare_backbone(backbone: Backbone, output: Path, *, version: int) -> None:
 def _download(backbone: Backbone, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
 
-    assert backbone.hub and backbone.revision
+    assert backbone.hub
     # Weights as safetensors only: nothing that is unpickled ever reaches the disk.
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
@@ -125,7 +143,9 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModel, logging
 
     logging.set_verbosity_error()
-    where = {"pretrained_model_name_or_path": source.parent if backbone.gguf else source}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": source.parent if backbone.gguf else source
+    }
     if backbone.gguf:
         where["gguf_file"] = source.name
     config = AutoConfig.from_pretrained(**where, local_files_only=True)
@@ -146,7 +166,10 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
             del model.config.quantization_config
         model = model.to(torch.bfloat16)
     if backbone.tokenizer:
-        tokenizer = load_tokenizer(Path(backbone.tokenizer))
+        # AutoTokenizer goes by the model's type too, and may add tokens: load it as all will do.
+        load_tokenizer(Path(backbone.tokenizer)).save_pretrained(folder)
+        config.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         torch.nn.init.normal_(

@@ -25,8 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.artifacts import StrPath, provenance, write_parquet
+from arena_distill.artifacts import StrPath, provenance, read_parquet, write_parquet
 from arena_distill.errors import InputError
+from arena_distill.keys import key, locate
 from arena_distill.tables import (
     JSON_TEXTS,
     KEPT_AS_RAW_TEXT,
@@ -162,6 +163,21 @@ def read_solution(path: StrPath) -> pa.Table:
             f"{_described(lines[0])}; every test battle needs one vote ({len(lines)} rows at fault)"
         )
     return pa.table({"id": ids, "label": pa.array(labels, pa.int8())})
+
+
+def read_votes(path: StrPath, keys: pa.Array) -> np.ndarray:
+    """Read the votes of the battles named by `keys`: int64 (keys,), in their order.
+
+    Raises:
+        InputError: the canonical file lacks one of them.
+    """
+    table = read_parquet(path, columns=["id", "source", "label"])
+    rows = locate(keys, key(table), str(path))
+    votes: np.ndarray = table["label"].take(pa.array(rows)).to_numpy().astype(np.int64)
+    return votes
+
+
+# --- one source -----------------------------------------------------------------------------------
 
 
 def _read_source(source: str, paths: Sequence[StrPath]) -> tuple[pa.Table, list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_args
 
 import typer
 
@@ -274,6 +274,114 @@ def score_test(
     score_test(
         model, tokens, output, quantized=quantized, settings=parsed, batch_tokens=batch_tokens
     )
+
+
+@app.command()
+def predict_test(
+    output: Output,
+    settings: Settings,
+    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/<model>_test.npy")],
+) -> None:
+    """Average the test logits over lengths and orders, every variant of it."""
+    from arena_distill.prediction import Model, predict_test
+
+    parsed = config.parse(config.PredictionSettings, settings)
+    named = {model: f for f in logits for model in get_args(Model) if f.stem == f"{model}_test"}
+    predict_test(named, output, settings=parsed)
+
+
+@app.command()
+def write_submission(
+    predictions: Annotated[Path, typer.Option(help="predictions/<judge>/test.parquet")],
+    battles: Battles,
+    output: Output,
+) -> None:
+    """Write the submission, validated against the test battles."""
+    from arena_distill.prediction import write_submission
+
+    write_submission(predictions, battles, output)
+
+
+@app.command()
+def evaluate(
+    folds: Folds,
+    battles: Battles,
+    rejected: Annotated[Path, typer.Option(help="rejected.parquet")],
+    predictions: Annotated[Path, typer.Option(help="predictions/<judge>/test.parquet")],
+    output: Output,
+    tables: Annotated[Path, typer.Option(help="Folder of the flat tables.")],
+    settings: Settings,
+    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
+    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
+    quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
+) -> None:
+    """Compute every figure of the run."""
+    from arena_distill.evaluation import evaluate
+
+    parsed = config.parse(config.EvaluationSettings, settings)
+    evaluate(
+        folds,
+        battles,
+        {name: [f for f in logits if f.parent.name == name] for name in parsed.judges},
+        output,
+        tables,
+        settings=parsed,
+        rejected=rejected,
+        predictions=predictions,
+        solution=solution,
+        drift=quantized / "drift.json" if quantized else None,
+        truth=truth,
+    )
+
+
+@app.command()
+def write_config(output: Output, settings: Settings) -> None:
+    """Write down the configuration that made a run."""
+    from arena_distill.artifacts import write_text
+
+    write_text(settings, output)
+
+
+@app.command()
+def render_report(
+    metrics: Annotated[Path, typer.Option(help="metrics.json")],
+    config: Annotated[Path, typer.Option(help="The run's config.yaml.")],
+    output: Output,
+    parts: Annotated[Path, typer.Option(help="Folder of the separate figures.")],
+) -> None:
+    """Write the report, one HTML file."""
+    from arena_distill.report import render_report
+
+    render_report(metrics, output, parts=parts, configuration=config)
+
+
+@app.command()
+def show_results(
+    metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
+) -> None:
+    """Print the result table."""
+    from arena_distill.artifacts import read_json
+    from arena_distill.evaluation import print_table
+
+    print_table(read_json(metrics))
+
+
+# --- what ships with the workflow -------------------------------------------------------------------
+
+
+@app.command()
+def pretrain_tiny(
+    family: Annotated[str, typer.Option(help="llama, qwen2 or gemma2.")],
+    output: Output,
+    battles: Annotated[int, typer.Option(help="Battles of the pool.")] = 0,
+    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides pool and weights.")] = 0,
+) -> None:
+    """Pretrain one of the tiny backbones that ship with the workflow, tokenizer included."""
+    from arena_distill.tiny import pretrain_tiny
+
+    pretrain_tiny(family, output, battles=battles, epochs=epochs, seed=seed)
 
 
 def _folder(path: Path) -> Path:

@@ -14,11 +14,14 @@ from __future__ import annotations
 import difflib
 import graphlib
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -36,6 +39,7 @@ from arena_distill.phases import VERSIONS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Order = Literal["AB", "BA"]
 Targets = Literal["out_of_fold", "in_sample"]
 Precision = Literal["fp32", "bf16"]
@@ -44,7 +48,12 @@ Precision = Literal["fp32", "bf16"]
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # JSON, in which settings are handed over, has neither
+    )
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -156,7 +165,9 @@ class Backbone(Section):
         source = self.path or self.hub or self.gguf or f"tiny-{self.tiny}"
         stem = PurePath(source).name.removesuffix(".gguf")
         stem += f"-{self.layers}layers" if self.layers else ""
-        return stem + (f"-{PurePath(self.tokenizer).name}" if self.tokenizer else "")
+        stem += f"-{PurePath(self.tokenizer).name}" if self.tokenizer else ""
+        # It names folders and wildcards: of a path such as `..` or `my model` keep what is safe there.
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-") or "backbone"
 
 
 class Encoding(Section):
@@ -196,7 +207,7 @@ class Optimization(Section):
     """Optimizer steps from zero to `lr`."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
@@ -483,13 +494,28 @@ class Config(Section):
             self.ordered()
         except graphlib.CycleError as error:
             cycle = " → ".join(reversed(error.args[1]))
-            raise ValueError(f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself") from None
+            raise ValueError(
+                f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself"
+            ) from None
         if self.prediction.model == "gptq" and self.judges[self.final].quantization is None:
             raise ValueError(
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
                 "set `prediction: {model: merged}`"
             )
         return self
+
+    def described(self) -> str:
+        """The whole configuration as YAML, defaults filled in: what was computed, not how."""
+        how = {"compute": True}
+        shown = self.model_dump(
+            mode="json",
+            exclude={
+                "environments": True,
+                "defaults": how,
+                "judges": dict.fromkeys(self.judges, how),
+            },
+        )
+        return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
     def ordered(self) -> list[str]:
         """Judges' names, every teacher before its students."""
@@ -548,7 +574,8 @@ class Config(Section):
             encoding=node.encoding,
             lora=node.lora,
             precision=node.precision,
-            pretraining=node.pretraining,
+            # What becomes of the head is for the folds to say: it changes nothing here.
+            pretraining=node.pretraining.model_copy(update={"keep_head": False}),
         )
 
     def training_settings(self, judge: str) -> TrainingSettings:
@@ -620,7 +647,7 @@ class Config(Section):
             orders=self.prediction.orders,
         )
 
-    def prediction_settings(self) -> PredictionSettings:
+    def prediction_settings(self, judge: str) -> PredictionSettings:
         return PredictionSettings(version=VERSIONS["prediction"], **self.prediction.model_dump())
 
     def evaluation_settings(self) -> EvaluationSettings:
@@ -669,16 +696,20 @@ def schema() -> dict[str, Any]:
 
 def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
     """One line per mistake. A mistake in `defaults` shows up in every judge: it is told once."""
-    problems = {}
+    problems: dict[tuple[str, ...], Any] = {}
     for item in error.errors(include_url=False):
-        path = [str(part) for part in item["loc"]]
-        problems[tuple(path)] = item
+        # The last parts may name a choice of types, such as `tuple[str, ...]`, or a `[key]`.
+        where = tuple(itertools.takewhile(lambda part: "[" not in part, map(str, item["loc"])))
+        if where in problems:
+            problems[where]["msg"] += f", or: {item['msg']}"
+        else:
+            problems[where] = dict(item)
     shared = {path[1:] for path in problems if path[:1] == ("defaults",)}
     lines = []
     for path, item in problems.items():
         if path[:1] == ("judges",) and path[2:] in shared:
             continue
-        where = ".".join(path)
+        name = ".".join(path)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             allowed = _keys_at(of, path[:-1])
@@ -689,7 +720,7 @@ def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
             message = "missing: this key is required"
         elif item["type"] not in ("value_error", "assertion_error"):
             message += f", got {item['input']!r}"
-        lines.append(f"config: {where}: {message}" if where else f"config: {message}")
+        lines.append(f"config: {name}: {message}" if name else f"config: {message}")
     return lines
 
 
@@ -699,7 +730,8 @@ def _keys_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     node: dict[str, Any] = schema
     for part in path:
         node = _resolve(node, schema)
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        named = node.get("patternProperties", {}).values()  # judges, by name
+        node = node.get("properties", {}).get(part) or next(iter(named), {})
     return list(_resolve(node, schema).get("properties", {}))
 
 

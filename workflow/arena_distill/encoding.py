@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 from arena_distill.artifacts import provenance, read_parquet, write_parquet
 from arena_distill.config import Encoding
 from arena_distill.errors import InputError
+from arena_distill.keys import key
 from arena_distill.orders import Order
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ TEMPLATES: Mapping[str, tuple[str, str, str, str]] = {
 
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The winners cut fields to so many words before they tokenise."""
+
+WORD = r"[^\s\x0b\x1c-\x1f\x85\p{Z}]+"
+"""A word for Arrow's regular expressions: what Python's ``\\S+`` matches (whose white space is wider)."""
 
 PROMPT_TOKENS = 256
 """The winners cut the prompt to so many tokens where a battle is too long."""
@@ -111,6 +116,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def keys(self) -> pa.Array:
+        """Every row's name, to join other files by (see ``keys``)."""
+        return key(pa.table({"id": self.ids, "source": self.sources}))
 
     def take(self, rows: np.ndarray) -> Tokens:
         """The given rows (int positions, or a bool mask), in that order."""
@@ -245,21 +254,31 @@ def _first(*ids: int | None) -> list[int]:
 
 def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequences:
     """Ids of each text, in batches that bound the memory of the tokenizer's own objects."""
-    parts: list[list[int]] = []
+    parts: list[np.ndarray] = []
+    lengths: list[int] = []
     for start in range(0, len(texts), 8192):
-        batch = tokenizer(
-            texts[start : start + 8192],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        parts += batch["input_ids"]
-    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-    offsets = _offsets(lengths)
-    flat = (token for part in parts for token in part)
-    return Sequences(np.fromiter(flat, np.int32, offsets[-1]), offsets)
+        rows = _ids(tokenizer, texts[start : start + 8192])
+        lengths += map(len, rows)
+        parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
+    return Sequences(np.concatenate([np.zeros(0, np.int32), *parts]), _offsets(np.array(lengths)))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, special tokens in it spelled out and none added."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # The same ids two to three times as fast: offsets into the text are left out.
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(  # a tokenizer without a fast backend
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
 
 
 def _join_turns(
@@ -294,7 +313,7 @@ def _word_cap(
     Rows within the cap get a bound no row reaches. Of the others only the turn in which the cap falls
     is tokenised again, up to it.
     """
-    words = pc.count_substring_regex(texts, r"[^\s\p{Z}]+").to_numpy(zero_copy_only=False)
+    words = pc.count_substring_regex(texts, WORD).to_numpy(zero_copy_only=False)
     before = _offsets(words)
     total = before[rows[1:]] - before[rows[:-1]]
     kept = np.full(len(rows) - 1, np.iinfo(np.int64).max)

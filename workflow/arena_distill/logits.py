@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS, swap_classes
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def predict_logits(
@@ -43,11 +43,12 @@ def predict_logits(
 
     rows = fold_rows(read_parquet(folds), fold, settings)
     read = read_tokens(tokens)
-    available = key(pa.table({"id": read.ids, "source": read.sources}))
-    read = read.take(locate(key(rows), available, f"tokens in {tokens}"))
+    read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     base = load_classifier(backbone, dtype=dtype, pad_token_id=read.vocabulary.pad)
-    model = load_adapter(base, adapter)
+    model: Any = load_adapter(base, adapter)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
     sequences = [encode(read, settings.encoding, order) for order in ORDERS]
     seen = [score(model, part, batch_tokens=batch_tokens) for part in sequences]
     logits = np.stack([seen[0], swap_classes(seen[1])], axis=1)
@@ -70,7 +71,7 @@ def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
     return folds.select(["id", "source"]).take(pa.array(rows)).append_column("validation", flags)
 
 
-def score(model: torch.nn.Module, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
+def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
     """Logits of every sequence, in the frame of the answers as shown.
 
     Args:

@@ -8,6 +8,7 @@ and the same head: averaging them afterwards relies on it.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -30,8 +32,9 @@ from arena_distill.artifacts import (
     write_json,
     write_parquet,
 )
-from arena_distill.backbones import load_classifier
+from arena_distill.backbones import HEADS, load_classifier
 from arena_distill.batching import pad
+from arena_distill.battles import read_votes
 from arena_distill.config import (
     Lora,
     Loss,
@@ -46,6 +49,8 @@ from arena_distill.errors import InputError
 from arena_distill.folds import training_rows
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
+
+_LOWER = "lower the learning rate (lr) or max_grad_norm"
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,7 @@ def pretrain_adapter(
     """Post-pretrain a judge's adapter on the votes of the UT battles."""
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
-    votes = read_parquet(battles, columns=["id", "source", "label"])
-    labels = _labels(votes, read, f"{battles}")
-    examples = show(read, labels, None, settings)
+    examples = show(read, read_votes(battles, read.keys()), None, settings)
     model = new_judge(
         backbone, settings.lora, settings.precision, read.vocabulary.pad, settings.pretraining.seed
     )
@@ -122,7 +125,7 @@ def train_fold(
     table = read_parquet(folds)
     rows = table.take(training_rows(table, fold))
     read = read_tokens(tokens)
-    read = read.take(locate(key(rows), _token_keys(read), f"tokens in {tokens}"))
+    read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     targets = None
     if settings.teachers and settings.targets:
         targets = teacher_targets(teachers, rows, settings.targets)
@@ -169,6 +172,7 @@ def new_judge(
 ) -> PeftModel:
     """A backbone with a fresh adapter and a fresh head, both decided by the seed."""
     model = _load_base(backbone, precision, pad_token_id, seed)
+    _head_in_float32(model)
     set_seed(seed)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,  # the head is trained too, and saved beside the adapter
@@ -191,10 +195,23 @@ def load_adapter(
     Raises:
         InputError: the folder holds no adapter, or one of another backbone.
     """
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():  # PEFT would ask the hub for it
+        raise InputError(f"{adapter}: no adapter: {weights.name} is missing")
+    _head_in_float32(model)
     try:
         judge = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        with safe_open(weights, "pt") as file:
+            stored = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{adapter}: no adapter for this backbone: {error}") from None
+    # PEFT only warns of layers that the adapter or the backbone lacks.
+    differing = stored ^ set(get_peft_model_state_dict(judge, save_embedding_layers=False))
+    if differing:
+        raise InputError(
+            f"{adapter}: no adapter for this backbone: {len(differing)} tensors are in one and not "
+            f"in the other, {min(differing)} among them"
+        )
     if not keep_head:
         for module in judge.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -229,6 +246,13 @@ class JudgeTrainer(Trainer):
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        for name in ("loss", "grad_norm"):
+            value = float(logs.get(name, 0.0))
+            if not math.isfinite(value):
+                raise InputError(f"step {self.state.global_step}: {name} is {value}: {_LOWER}")
+
 
 def _fit(
     model: PeftModel,
@@ -254,14 +278,12 @@ def _fit(
             loss=loss,
         )
         result = trainer.train()
-    if not np.isfinite(result.training_loss):
-        raise InputError(
-            f"{output}: the loss is {result.training_loss}: lower the learning rate (lr)"
-        )
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise InputError(f"{output}: the last step left no finite weights: {_LOWER}")
     if not trainer.is_world_process_zero():
         return
     tokens = int(examples.sequences.lengths.sum())
-    metrics = {
+    metrics: dict[str, Any] = {
         "sequences": len(examples),
         "tokens": tokens,
         "longest": int(examples.sequences.lengths.max()),
@@ -274,7 +296,7 @@ def _fit(
         "provenance": about,
     }
     with atomic_directory(output) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         write_json(metrics, folder / "metrics.json")
         write_parquet(_history(trainer.state.log_history), folder / "history.parquet", about)
     speed = tokens * metrics["epochs"] / max(metrics["seconds"], 1e-9)
@@ -300,17 +322,18 @@ def _arguments(
         seed=optimization.seed,
         bf16=precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=launch.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=launch.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=0.02,
+        logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
         save_strategy="no",
         report_to="none",
         disable_tqdm=False,
     )
-    devices = arguments.world_size
+    devices = arguments.world_size * max(1, arguments.n_gpu)
     if optimization.batch_size % devices:
         raise InputError(
             f"config: batch_size {optimization.batch_size} cannot be shared by {devices} devices; "
@@ -339,12 +362,20 @@ def _collator(pad_token_id: int) -> Any:
 def _history(log: list[dict[str, float]]) -> pa.Table:
     steps = [entry for entry in log if "loss" in entry]
     columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    return pa.table({name: [float(entry.get(name, "nan")) for entry in steps] for name in columns})
+    return pa.table({name: [entry.get(name, math.nan) for entry in steps] for name in columns})
 
 
 def _load_base(backbone: Path, precision: Precision, pad_token_id: int, seed: int) -> Any:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return load_classifier(backbone, dtype=dtype, pad_token_id=pad_token_id, head_seed=seed)
+
+
+def _head_in_float32(model: torch.nn.Module) -> None:
+    """Adapters are float32 by themselves; a head in bfloat16 would lose the small steps of AdamW."""
+    for name in HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, torch.nn.Module):
+            head.float()
 
 
 def _labels(votes: pa.Table, tokens: Tokens, where: str) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""Quantise, reload and score, for test_quantization.py, in the second environment.
+
+    python tests/quantize_in_gptq.py FOLDER
+
+reads FOLDER/cases.json and FOLDER/sequences.npz, and writes per case a GPTQ folder and the logits
+of the dense model, of the quantised one in plain transformers, and of `load_quantized`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from arena_distill.encoding import Sequences
+from arena_distill.errors import InputError
+from arena_distill.logits import score
+from arena_distill.quantization import load_quantized, quantize_model
+
+
+def main(folder: Path) -> None:
+    torch.compiler.set_stance("force_eager")  # plain transformers would compile a kernel
+    with np.load(folder / "sequences.npz") as stored:
+        sequences, labels = Sequences(stored["ids"], stored["offsets"]), stored["labels"]
+    half = len(sequences) // 2
+    calibration, validation = (
+        sequences.take(np.arange(half)),
+        sequences.take(np.arange(half, len(sequences))),
+    )
+    for case in json.loads((folder / "cases.json").read_text()):
+        model, output = folder / case["model"], folder / case["name"]
+        try:
+            quantize_model(
+                model,
+                output,
+                calibration=calibration,
+                validation=validation,
+                samples=48,
+                bits=case["bits"],
+                group_size=case["group_size"],
+                seed=case.get("seed", 0),
+                batch_tokens=2048,
+                settings={"bits": case["bits"]},
+                labels=labels,
+            )
+        except InputError as error:
+            (folder / f"{case['name']}.error").write_text(str(error))
+            continue
+        plain = AutoModelForSequenceClassification.from_pretrained
+        for name, judge in (
+            ("dense", plain(model, dtype="auto")),
+            ("plain", plain(output)),
+            ("loaded", load_quantized(output)),
+        ):
+            np.save(
+                folder / f"{output.name}.{name}.npy", score(judge, validation, batch_tokens=2048)
+            )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,323 @@
+"""Quantisation: the drift's arithmetic and bounds, what is refused, and GPTQ itself.
+
+GPTQ runs in the second environment: those tests start its interpreter once and look at its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from arena_distill import quantization
+from arena_distill.encoding import Sequences
+from arena_distill.errors import InputError
+from arena_distill.quantization import check_drift, check_layers, check_settings, drift
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ("llama", "qwen2", "gemma2")
+CASES: list[dict[str, Any]] = [
+    *({"name": f"{f}-8", "model": f, "bits": 8, "group_size": 32} for f in FAMILIES),
+    {"name": "llama-8-again", "model": "llama", "bits": 8, "group_size": 32},
+    {"name": "llama-8-seed", "model": "llama", "bits": 8, "group_size": 32, "seed": 1},
+    {"name": "gemma2-half", "model": "gemma2-bf16", "bits": 8, "group_size": 16},
+    *({"name": f"llama-{b}", "model": "llama", "bits": b, "group_size": 32} for b in (4, 3, 2)),
+    {"name": "llama-128", "model": "llama", "bits": 8, "group_size": 128},
+]
+
+# --- drift ----------------------------------------------------------------------------------------
+
+LOGITS = arrays.arrays(np.float32, (5, 3), elements=st.floats(-30, 30, width=32))
+
+
+@given(LOGITS, LOGITS)
+def test_drift_is_a_divergence(before: np.ndarray, after: np.ndarray) -> None:
+    report = drift(before, after)
+    assert 0 <= report["kl"] <= report["kl_max"] < np.inf
+    assert 0 <= report["flip_rate"] <= 1
+    assert drift(before, before)["kl"] == drift(before, before)["flip_rate"] == 0
+
+
+@given(LOGITS, st.floats(-5, 5))
+def test_drift_ignores_what_softmax_ignores(before: np.ndarray, shift: float) -> None:
+    assert drift(before, before + np.float32(shift))["kl"] < 1e-9
+
+
+def test_drift_by_hand() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]), np.array([[0.25, 0.5, 0.25]] * 2)
+    report = drift(np.log(p).astype(np.float32), np.log(q).astype(np.float32), np.array([0, 2]))
+    kl = (p * np.log(p / q)).sum(-1)
+    assert report["rows"] == 2
+    assert report["kl"] == pytest.approx(kl.mean(), rel=1e-6)
+    assert report["kl_max"] == pytest.approx(kl.max(), rel=1e-6)
+    assert report["flip_rate"] == 1
+    assert report["logit_change"] == pytest.approx(np.abs(np.log(p / q)).mean(), rel=1e-6)
+    assert report["log_loss_before"] == pytest.approx(-np.log([0.5, 0.1]).mean(), rel=1e-6)
+    assert report["log_loss"] == pytest.approx(-np.log([0.25, 0.25]).mean(), rel=1e-6)
+    change = report["log_loss"] - report["log_loss_before"]
+    assert report["log_loss_change"] == pytest.approx(change, rel=1e-6)
+
+
+def test_drift_without_labels_has_no_log_loss() -> None:
+    report = drift(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32))
+    assert report["log_loss"] is report["log_loss_before"] is report["log_loss_change"] is None
+
+
+@pytest.fixture
+def drifted(tmp_path: Path) -> Path:
+    path = tmp_path / "gptq" / "drift.json"
+    path.parent.mkdir()
+    report = {"rows": 9, "kl": 0.12, "flip_rate": 0.05, "bits": 4, "group_size": 32, "samples": 64}
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_drift_within_bounds_is_written_down(drifted: Path, tmp_path: Path) -> None:
+    check_drift(drifted, tmp_path / "ok.json", max_kl=0.12, max_flip_rate=0.05)
+    within = json.loads((tmp_path / "ok.json").read_text())["within_bounds"]
+    assert within["kl"] == {"value": 0.12, "bound": 0.12}
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "max_flip_rate", "message"),
+    [
+        (0.01, 1, r"mean KL 0\.12 > 0\.01 \(config: judges\.\*\.quantization\.max_kl\)"),
+        (1, 0.01, r"changed verdicts 0\.05 > 0\.01 \(config: .*max_flip_rate\)"),
+    ],
+)
+def test_drift_beyond_a_bound_keeps_the_model(
+    drifted: Path, tmp_path: Path, max_kl: float, max_flip_rate: float, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        check_drift(drifted, tmp_path / "ok.json", max_kl=max_kl, max_flip_rate=max_flip_rate)
+    assert f"kept in {drifted.parent}" in str(error.value)
+    assert drifted.exists() and not (tmp_path / "ok.json").exists()
+
+
+def test_drift_that_is_not_a_number_is_beyond_any_bound(drifted: Path, tmp_path: Path) -> None:
+    drifted.write_text(drifted.read_text().replace("0.12", "NaN"))
+    with pytest.raises(InputError, match="mean KL nan"):
+        check_drift(drifted, tmp_path / "ok.json", max_kl=1, max_flip_rate=1)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5, 128, 128, 500), r"bits: 5; supported are 2, 3, 4, 8"),
+        ((8, 100, 128, 500), r"group_size: 100; supported are 16, 32"),
+        ((8, 128, 8, 500), r"samples: 8; at least 16"),
+        ((8, 128, 128, 100), r"samples: 128, but only 100 rows"),
+    ],
+)
+def test_settings_no_model_fits(arguments: tuple[int, int, int, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_settings(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bits", "group_size", "message"),
+    [
+        (
+            {"q": (64, 64), "down": (192, 64)},
+            8,
+            128,
+            r"128 does not divide the 64 inputs of q; use 64",
+        ),
+        (
+            {"q": (64, 64), "down": (96, 64)},
+            8,
+            64,
+            r"does not divide the 96 inputs of down; use 32",
+        ),
+        ({"q": (24, 64)}, 8, 32, r"no supported size fits"),
+        (
+            {"q": (64, 48)},
+            3,
+            32,
+            r"q: weights of 3 bits are packed by 32, which does not divide 48",
+        ),
+    ],
+)
+def test_layers_that_do_not_divide(
+    sizes: dict[str, tuple[int, int]], bits: int, group_size: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_layers(sizes, bits, group_size)
+
+
+def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    rows = Sequences(np.zeros(0, np.int32), np.zeros(65, np.int64))
+    options = {"bits": 8, "group_size": 32, "seed": 0, "batch_tokens": 64, "settings": {}}
+    with pytest.raises(InputError, match=r"gptqmodel is not installed .*environments\.gptq"):
+        quantization.quantize_model(
+            tmp_path, tmp_path / "o", calibration=rows, validation=rows, samples=64, **options
+        )
+    with pytest.raises(InputError, match="gptqmodel is not installed"):
+        quantization.load_quantized(tmp_path)
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------
+
+
+def interpreter() -> Path:
+    path = Path(os.environ.get("ARENA_GPTQ_PYTHON", ROOT / ".venv-gptq" / "bin" / "python"))
+    if not path.exists():
+        pytest.skip(f"no second environment: {path} does not exist (set ARENA_GPTQ_PYTHON)")
+    return path
+
+
+def save_dense(folder: Path, family: str, dtype: str = "float32") -> None:
+    import torch
+    from test_merging import save_backbone
+    from transformers import (
+        AutoModelForSequenceClassification,
+        Gemma2Config,
+        LlamaConfig,
+        Qwen2Config,
+    )
+
+    kinds: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
+    options = {"sliding_window": 8} if family == "gemma2" else {}
+    config = kinds[family](
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        num_labels=3,
+        **options,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "proj.bias" in name:  # Qwen2 starts them at zero, where a lost one would not be seen
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    save_backbone(model.to(getattr(torch, dtype)), folder)
+    (folder / "README.md").write_text("---\ntags: [x]\n---\n# the judge\n")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases quantised, by one process of the second environment: its imports take seconds."""
+    python, folder = interpreter(), tmp_path_factory.mktemp("gptq")
+    for family in FAMILIES:
+        save_dense(folder / family, family)
+    save_dense(folder / "gemma2-bf16", "gemma2", "bfloat16")
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(20, 50, 128))])
+    np.savez(
+        folder / "sequences.npz",
+        ids=rng.integers(3, 256, offsets[-1]).astype(np.int32),
+        offsets=offsets,
+        labels=rng.integers(0, 3, 64),
+    )
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    run = subprocess.run(
+        [python, ROOT / "tests" / "quantize_in_gptq.py", folder],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "workflow"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+def report(work: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((work / name / "drift.json").read_text()))
+
+
+def logits(work: Path, name: str, of: str) -> np.ndarray:
+    found: np.ndarray = np.load(work / f"{name}.{of}.npy")
+    return found
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+gptq = [pytest.mark.gptq, pytest.mark.slow]
+
+
+class TestGPTQ:
+    pytestmark = gptq
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_eight_bits_barely_drift(self, work: Path, family: str) -> None:
+        found = report(work, f"{family}-8")
+        assert 0 < found["kl"] < 5e-4 and found["flip_rate"] <= 1 / 64
+        assert found["rows"] == 64 and found["bits"] == 8 and found["group_size"] == 32
+        assert abs(found["log_loss_change"]) < 0.01
+        assert found["bytes"] < found["bytes_before"]
+        assert found["provenance"]["settings"] == {"bits": 8}
+
+    def test_fewer_bits_drift_more(self, work: Path) -> None:
+        divergences = [report(work, f"llama-{bits}")["kl"] for bits in (8, 4, 3, 2)]
+        assert divergences == sorted(divergences) and divergences[1] > 10 * divergences[0]
+        assert report(work, "llama-4")["bytes"] < report(work, "llama-8")["bytes"]
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_only_layers_of_blocks_change(self, work: Path, family: str) -> None:
+        dense, quantized = tensors(work / family), tensors(work / f"{family}-8")
+        kept = set(dense) & set(quantized)
+        assert "score.weight" in kept and "model.embed_tokens.weight" in kept
+        for name in kept - {n for n in kept if n.endswith("proj.bias")}:  # stored in float16
+            assert dense[name].equal(quantized[name]), name
+        assert {n.rpartition(".")[0] for n in set(dense) - kept} == {
+            n.removesuffix(".qweight") for n in quantized if n.endswith(".qweight")
+        }
+
+    @pytest.mark.parametrize("name", ["llama-8", "qwen2-8", "gemma2-8", "gemma2-half", "llama-3"])
+    def test_plain_transformers_load_the_same_model(self, work: Path, name: str) -> None:
+        plain, loaded = logits(work, name, "plain"), logits(work, name, "loaded")
+        np.testing.assert_allclose(plain, loaded, atol=1e-5)
+        found = drift(logits(work, name, "dense"), loaded)
+        assert found["kl"] == pytest.approx(report(work, name)["kl"], rel=1e-3)
+
+    def test_plain_four_bits_are_close(self, work: Path) -> None:
+        # On a CPU transformers picks another kernel there, with scales in bfloat16.
+        found = drift(logits(work, "llama-4", "loaded"), logits(work, "llama-4", "plain"))
+        assert found["kl"] < report(work, "llama-4")["kl"]
+
+    def test_same_seed_gives_the_same_bytes(self, work: Path) -> None:
+        first, again = work / "llama-8", work / "llama-8-again"
+        files = sorted(path.name for path in first.iterdir())
+        assert {"model.safetensors", "config.json", "drift.json"} <= set(files)
+        for name in files:
+            assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+    def test_seed_decides_the_sample(self, work: Path) -> None:
+        a, b = tensors(work / "llama-8"), tensors(work / "llama-8-seed")
+        assert any(not a[name].equal(b[name]) for name in a)
+
+    def test_folder_says_what_it_is(self, work: Path) -> None:
+        card = (work / "llama-8" / "README.md").read_text()
+        assert card.startswith("---\ntags: [x]\n---\n> Quantised by GPTQ: 8 bits")
+        assert card.endswith("# the judge\n")
+        config = json.loads((work / "llama-8" / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "gptq"
+        assert config["pad_token_id"] == 0
+        assert str(work) not in json.dumps(config)
+
+    def test_group_that_does_not_divide_is_refused_first(self, work: Path) -> None:
+        message = (work / "llama-128.error").read_text()
+        assert "128 does not divide the 64 inputs of model.layers.0.self_attn.q_proj" in message
+        assert not (work / "llama-128").exists()

@@ -1,0 +1,332 @@
+"""A judge's folds → one dense model: adapters are averaged and added to the backbone's weights.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685) trains W + s·B·A. Two means over the folds are offered:
+
+``products``  the mean of s·B·A. It is what averaging the folds' dense models would give: exact, of
+              any rank, and folds may differ in rank and scaling.
+``factors``   mean B times mean A, as the documents describe it. That is another matrix: B₁·A₂ and
+              all other mixed products enter it. It is close to the exact mean only where the folds
+              started from the same adapter and stayed near it; ``merge.json`` says how close.
+
+Either is computed in float32, one matrix at a time, added to the backbone as it was before anybody
+quantised it, and rounded to the target dtype once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from arena_distill.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.errors import InputError
+from arena_distill.orders import CLASSES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Average = Literal["factors", "products"]
+Head = Literal["average", "first"]
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Short names of dtypes; torch's own names are understood too."""
+
+_PREFIX = "base_model.model."
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+# Other starts change the backbone's own weights: the adapter alone is not all that was learned.
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def merge_folds(
+    backbone: Path,
+    adapters: Sequence[Path],
+    output: Path,
+    *,
+    average: Average,
+    head: Head,
+    dtype: str,
+    settings: Mapping[str, Any],
+) -> None:
+    """Merge the folds' adapters and heads into the backbone → an ordinary Hugging Face folder.
+
+    The backbone (in the dtype of its file, or of the result) is in memory, and one matrix more.
+
+    Args:
+        backbone: the folder the folds were trained from, not quantised.
+        adapters: one PEFT folder per fold, in the order of the folds.
+        output: the folder to write: model, tokenizer, model card, ``merge.json``.
+        average: see the module.
+        head: the mean of the folds' heads, or the head of the first.
+        dtype: of the result: fp32, bf16, fp16.
+        settings: JSON values for the provenance; the model card names `judge` and `template`.
+
+    Raises:
+        InputError: there is no adapter, one is not plain LoRA with a head, they do not fit each
+            other or the backbone, or their factors cannot be averaged.
+    """
+    import torch
+
+    from arena_distill.backbones import load_classifier, load_tokenizer
+    from arena_distill.encoding import safe_pad_id
+
+    if not adapters:
+        raise InputError(f"{output}: there is no adapter to merge")
+    target = getattr(torch, DTYPES.get(dtype, dtype), None)
+    if not isinstance(target, torch.dtype) or not target.is_floating_point:
+        raise InputError(f"config: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    folds = [_read(folder) for folder in adapters]
+    _check_alike(folds)
+
+    tokenizer = load_tokenizer(backbone)
+    pad = safe_pad_id(tokenizer)
+    # Padding is recognised by its id alone: give whoever loads the folder the same one.
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    wide = torch.float32 if target == torch.float32 else "auto"
+    model: Any = load_classifier(backbone, dtype=wide, pad_token_id=pad)
+    with torch.no_grad():
+        gap = _merge(model, folds, average, head, target)
+    model.to(target)
+
+    with atomic_directory(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        about = {
+            "backbone": backbone.name,
+            "folds": len(folds),
+            "average": average,
+            "head": head,
+            "dtype": str(target).removeprefix("torch."),
+            "targets": len(folds[0].targets),
+            "ranks": [fold.rank for fold in folds],
+            "factors_gap": gap,
+            "provenance": provenance("merging", settings),
+        }
+        write_json(about, folder / "merge.json")
+        write_text(_card(about, tokenizer, settings), folder / "README.md")
+    distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
+    print(f"{output}: {len(folds)} folds merged by their {average}{distance}")
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A saved adapter; its tensors stay in the file until they are asked for.
+
+    targets: names of the adapted linear layers, as in the backbone.
+    head: names of the head's tensors, as in the classifier.
+    """
+
+    folder: Path
+    file: Any
+    config: Any
+    targets: tuple[str, ...]
+    head: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        return max(self.factors(target)[0].shape[0] for target in self.targets)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.file.get_tensor(_PREFIX + name)
+        return tensor.float()
+
+    def factors(self, target: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (r, in), B (out, r), both float32, and the scaling of their product."""
+        from peft.utils.other import get_pattern_key
+
+        a, b = (self.tensor(target + suffix) for suffix in _FACTORS)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            raise InputError(f"{self.folder}: {target}: {shapes} are no factors of a linear layer")
+        patterns = self.config.alpha_pattern
+        alpha = patterns.get(get_pattern_key(patterns.keys(), target), self.config.lora_alpha)
+        return a, b, alpha / (math.sqrt(len(a)) if self.config.use_rslora else len(a))
+
+
+def _read(folder: Path) -> _Fold:
+    """Open a PEFT folder.
+
+    Raises:
+        InputError: it is missing, damaged, or not low-rank factors of linear layers and a head.
+    """
+    from peft import LoraConfig
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if options.get("peft_type") != "LORA":
+            raise InputError(f"{folder}: a {options.get('peft_type')} adapter; only LoRA is merged")
+        config = LoraConfig.from_pretrained(str(folder))
+        file: Any = safe_open(folder / "adapter_model.safetensors", "pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: no adapter can be read from there: {error}") from None
+    if config.init_lora_weights not in _HARMLESS_STARTS:
+        raise InputError(
+            f"{folder}: its start ({config.init_lora_weights}) changed the backbone too; save it "
+            "with PEFT's path_initial_model_for_weight_conversion and merge that"
+        )
+    names = [key.removeprefix(_PREFIX) for key in file.keys()]  # noqa: SIM118 (it is no dict)
+    targets = {name.removesuffix(s) for name in names for s in _FACTORS if name.endswith(s)}
+    head = [name for name in names if not name.endswith(_FACTORS)]
+    # Whatever else is in the file would be lost: magnitudes of DoRA, biases, embeddings.
+    saved = set(config.modules_to_save or ())
+    strange = [name for name in head if ".lora_" in name or saved.isdisjoint(name.split("."))]
+    if config.use_dora or strange:
+        what = "DoRA" if config.use_dora else strange[0]
+        raise InputError(f"{folder}: it holds {what}; plain LoRA with bias: none is merged")
+    if not targets or not head:
+        what = "head (train with task_type SEQ_CLS)" if targets else "low-rank factors"
+        raise InputError(f"{folder}: it holds no {what}")
+    return _Fold(folder, file, config, tuple(sorted(targets)), tuple(sorted(head)))
+
+
+def _check_alike(folds: Sequence[_Fold]) -> None:
+    first = folds[0]
+    for fold in folds[1:]:
+        for names, expected in ((fold.targets, first.targets), (fold.head, first.head)):
+            if differing := sorted(set(names) ^ set(expected)):
+                raise InputError(
+                    f"{fold.folder} and {first.folder} differ: {differing[0]} is in one of them "
+                    "only; the folds of a judge share their targets and head"
+                )
+
+
+def _merge(
+    model: torch.nn.Module,
+    folds: Sequence[_Fold],
+    average: Average,
+    head: Head,
+    dtype: torch.dtype,
+) -> float | None:
+    """Merge into `model` in place.
+
+    Returns:
+        ‖factors − products‖ / ‖products‖ over all targets (Frobenius), None where the factors have
+        no mean because ranks or scalings differ.
+    """
+    import torch
+
+    layers = dict(model.named_modules())
+    gap: float | None = 0.0
+    size = 0.0
+    for target in folds[0].targets:
+        layer = layers.get(target)
+        if not isinstance(layer, torch.nn.Linear):
+            found = "no such layer" if layer is None else f"a {type(layer).__name__}"
+            raise InputError(
+                f"{folds[0].folder}: adapts {target}, but the backbone has {found} there; "
+                "give the backbone that the adapters were trained from, not quantised"
+            )
+        parts = [fold.factors(target) for fold in folds]
+        for fold, (a, b, _) in zip(folds, parts, strict=True):
+            if (len(b), a.shape[1]) != tuple(layer.weight.shape):
+                raise InputError(
+                    f"{fold.folder}: {target} is {len(b)} × {a.shape[1]}, in the backbone "
+                    f"{' × '.join(map(str, layer.weight.shape))}; it was trained from another one"
+                )
+        exact = _mean_of_products(parts)
+        rough = _product_of_means(parts)
+        size += float(exact.square().sum(dtype=torch.float64))
+        if rough is None and average == "factors":
+            raise InputError(
+                f"{target}: the folds differ in rank or scaling, so their factors have no mean; "
+                "set merge: {average: products}"
+            )
+        if rough is None or gap is None:
+            gap = None
+        else:
+            gap += float((rough - exact).square().sum(dtype=torch.float64))
+        delta = exact if average == "products" or rough is None else rough
+        layer.weight.data = (layer.weight.float() + delta).to(dtype)
+    parameters = dict(model.named_parameters())
+    for name in folds[0].head:
+        heads = [fold.tensor(name) for fold in folds]
+        if name not in parameters or any(h.shape != parameters[name].shape for h in heads):
+            shape = " × ".join(map(str, heads[0].shape))
+            raise InputError(
+                f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
+            )
+        merged = heads[0] if head == "first" else torch.stack(heads).mean(0)
+        parameters[name].data = merged.to(dtype)
+    if gap is None:
+        return None
+    return math.sqrt(gap / size) if size else 0.0
+
+
+_Factors = Sequence[tuple["torch.Tensor", "torch.Tensor", float]]
+
+
+def _mean_of_products(parts: _Factors) -> torch.Tensor:
+    """Mean over folds of s·B·A: (out, in). One product, of the factors laid side by side."""
+    import torch
+
+    left = torch.cat([b * (scaling / len(parts)) for _, b, scaling in parts], dim=1)
+    return left @ torch.cat([a for a, _, _ in parts])
+
+
+def _product_of_means(parts: _Factors) -> torch.Tensor | None:
+    """s · mean B · mean A: (out, in); None where ranks or scalings differ."""
+    import torch
+
+    if len({(a.shape, scaling) for a, _, scaling in parts}) > 1:
+        return None
+    mean_a, mean_b = (torch.stack([part[i] for part in parts]).mean(0) for i in (0, 1))  # type: ignore[misc]
+    return parts[0][2] * mean_b @ mean_a
+
+
+def _card(
+    about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
+) -> str:
+    """The model card: what the model is, where it is from, how to ask it."""
+    from arena_distill.encoding import TEMPLATES
+
+    template = str(settings.get("template", "markers"))
+    fields = ("prompt", "answer_a", "answer_b", "")
+    parts = zip(map(repr, TEMPLATES[template]), fields, strict=True)
+    layout = " + ".join(part for pair in parts for part in pair if part not in ("", "''"))
+    frame = (
+        (tokenizer.bos_token_id, tokenizer.cls_token_id),
+        (tokenizer.eos_token_id, tokenizer.sep_token_id),
+    )
+    begin, end = ([str(i) for i in ids if i is not None][:1] for ids in frame)
+    ids = ", ".join([*begin, "*tokens", *end])
+    how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
+    heads = {"average": "the mean of the folds' heads", "first": "the head of the first fold"}
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [preference-judge, arena-distill]
+---
+# {settings.get("judge", "judge")}: which of two answers do people prefer?
+
+A sequence classifier over a prompt and two answers. Its three classes, in this order, are
+{", ".join(f"{i} = {name}" for i, name in enumerate(CLASSES))}: which answer a person prefers.
+
+- Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
+- Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["head"]]}.
+- Weights: {about["dtype"]}.
+- Prompt layout `{template}`: {layout}
+- Written by Arena Distill; `merge.json` holds settings, versions, and how far the two ways of
+  averaging are apart.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+text = {layout}
+# Text is data: a special token spelled out in it means nothing.
+tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+ids = torch.tensor([[{ids}]])
+probabilities = model(ids).logits.softmax(-1)[0]  # model_a, model_b, tie
+```
+
+Pad on the right, with the tokenizer's pad token and an attention mask. A judge may favour the
+answer it sees first: average over both orders, exchanging the first two classes of the second.
+"""

@@ -1,0 +1,313 @@
+"""The final judge on the test battles: logits of every length and order, averages, submission.
+
+Test-time augmentation (TTA) shows a battle several times: cut to several lengths, and with the
+answers in both orders. The forward passes are done once and kept as logits; every average of them
+that may be asked about is then a variant, and one of the variants is submitted: the configured
+model's, averaged over all lengths and all orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.artifacts import (
+    ids_path,
+    provenance,
+    read_logits,
+    read_parquet,
+    read_provenance,
+    write_logits,
+    write_parquet,
+    write_text,
+)
+from arena_distill.config import PredictionSettings, ScoringSettings
+from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
+from arena_distill.errors import InputError
+from arena_distill.keys import key, locate
+from arena_distill.orders import CLASSES, Order, swap_classes
+
+WINNERS = tuple(f"winner_{name}" for name in CLASSES)
+"""The probability columns of predictions and submission, in the order of the classes."""
+
+SUM_TOLERANCE = 1e-6
+
+
+# --- forward passes -------------------------------------------------------------------------------
+
+Model = Literal["merged", "gptq"]
+"""The deployed forms of a judge that are scored."""
+
+
+def score_test(
+    model: Path,
+    tokens: Path,
+    output: Path,
+    *,
+    quantized: bool,
+    settings: ScoringSettings,
+    batch_tokens: int,
+) -> None:
+    """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
+
+    The file holds float32 (rows, lengths, orders, 3) in the canonical frame; lengths and orders are
+    those of `settings`, which the ids' provenance repeats.
+
+    Args:
+        model: a dense folder, or a GPTQ one where `quantized`.
+        batch_tokens: tokens per forward pass, padding included.
+
+    Raises:
+        InputError: there is no test battle, or a file or the model cannot be read.
+    """
+    from arena_distill.logits import score
+
+    read = read_tokens(tokens)
+    test = read.take(np.asarray(pc.equal(read.sources, "test")))
+    if not len(test):
+        raise InputError(f"{tokens}: holds no test battle; give `test` files in the configuration")
+    judge = _load(model, quantized=quantized, settings=settings, pad=test.vocabulary.pad)
+    logits, scored = score_variants(
+        test, settings, lambda sequences: score(judge, sequences, batch_tokens=batch_tokens)
+    )
+    ids = pa.table({"id": test.ids, "source": test.sources})
+    about = settings.model_dump(mode="json") | {"quantized": quantized}
+    write_logits(output, logits, ids, provenance("scoring", about))
+    lengths, orders = len(settings.max_lengths), len(settings.orders)
+    total = len(test) * lengths * orders
+    print(
+        f"{output}: {len(test):,} battles, lengths {_joined(settings.max_lengths)}, orders "
+        f"{_joined(settings.orders)}; {scored:,} sequences scored, {total - scored:,} of {total:,} "
+        "saved as repetitions"
+    )
+
+
+def score_variants(
+    tokens: Tokens, settings: ScoringSettings, forward: Callable[[Sequences], np.ndarray]
+) -> tuple[np.ndarray, int]:
+    """Score every battle at every length and in every order, the same sequence only once.
+
+    A battle that fits into the shorter length reads the same at the longer one, and one with two
+    equal answers reads the same in both orders: such repetitions are copied.
+
+    Args:
+        forward: sequences → float32 (rows, 3), in the frame of the answers as shown.
+
+    Returns:
+        logits: float32 (rows, lengths, orders, 3), in the canonical frame.
+        scored: how many sequences went through `forward`.
+    """
+    rows, lengths, orders = len(tokens), settings.max_lengths, settings.orders
+    views = [(length, order) for length in lengths for order in orders]
+    shown = [encode(tokens, settings.encoding, order, length) for length, order in views]
+    original = np.tile(np.arange(len(views))[:, None], rows)  # the view that each view repeats
+    for later in range(1, len(views)):
+        for earlier in reversed(range(later)):
+            original[later, identical(shown[later], shown[earlier])] = earlier
+    own = original == np.arange(len(views))[:, None]
+    parts = [part.take(mask) for part, mask in zip(shown, own, strict=True)]
+    seen = np.empty((len(views), rows, len(CLASSES)), np.float32)
+    # One call for all: batches of like length are easier to fill.
+    seen[own] = forward(Sequences.concatenate(parts))
+    seen = np.take_along_axis(seen, original[:, :, None], axis=0)
+    logits = (
+        seen.reshape(len(lengths), len(orders), rows, len(CLASSES)).transpose(2, 0, 1, 3).copy()
+    )
+    swapped = [i for i, order in enumerate(orders) if order == "BA"]
+    logits[:, :, swapped] = swap_classes(logits[:, :, swapped])
+    return logits, int(own.sum())
+
+
+def identical(first: Sequences, second: Sequences) -> np.ndarray:
+    """Which rows of two sets hold the same tokens: bool (rows,)."""
+    same = first.lengths == second.lengths
+    candidates = np.flatnonzero(same)
+    one, other = first.take(candidates), second.take(candidates)
+    differing = np.concatenate([[0], np.cumsum(one.ids != other.ids)])
+    same[candidates] = differing[one.offsets[1:]] == differing[one.offsets[:-1]]
+    return same
+
+
+def _load(folder: Path, *, quantized: bool, settings: ScoringSettings, pad: int) -> Any:
+    """Load the judge, on the GPU where there is one."""
+    if quantized:
+        from arena_distill.quantization import load_quantized
+
+        return load_quantized(folder)
+    import torch
+
+    from arena_distill.backbones import load_classifier
+
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    judge: Any = load_classifier(folder, dtype=dtype, pad_token_id=pad)
+    return judge.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- averages -------------------------------------------------------------------------------------
+
+
+def predict_test(
+    logits: Mapping[Model, Path], output: Path, *, settings: PredictionSettings
+) -> None:
+    """Average the test logits in every way → `test.parquet`.
+
+    Its columns are `id`, `model`, `variant` (such as ``256+512/AB+BA``), the probabilities
+    `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the
+    configured model's variant of all lengths and all orders.
+
+    Args:
+        logits: model → file of :func:`score_test`.
+
+    Raises:
+        InputError: the model to submit is missing, a file was made with other lengths or orders, or
+            the files are not of the same battles.
+    """
+    if settings.model not in logits:
+        raise InputError(
+            f"prediction.model: {settings.model}, but there are only {_joined(logits)}"
+        )
+    lengths, orders = settings.max_lengths, settings.orders
+    submitted = submitted_variant(settings)
+    ids: pa.Table | None = None
+    parts = []
+    for model, path in logits.items():
+        scores, rows = _read_test_logits(path, settings)
+        ids = rows if ids is None else ids
+        if len(rows) != len(ids):
+            raise InputError(f"{path}: {len(rows)} battles, the other model's file has {len(ids)}")
+        scores = scores[locate(key(ids), key(rows), str(path))]
+        for name, probabilities in averages(scores, lengths, orders, settings.average).items():
+            part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
+            part["variant"] = pa.repeat(name, len(ids))
+            part |= {w: probabilities[:, i] for i, w in enumerate(WINNERS)}
+            part["submitted"] = pa.repeat(model == settings.model and name == submitted, len(ids))
+            parts.append(pa.table(part))
+    about = provenance("prediction", settings.model_dump(mode="json"))
+    write_parquet(pa.concat_tables(parts), output, about)
+    print(f"{output}: {len(parts)} variants; submitted: {settings.model}, {submitted}")
+
+
+def averages(
+    logits: np.ndarray,
+    lengths: Sequence[int],
+    orders: Sequence[Order],
+    average: Literal["logits", "probabilities"],
+) -> dict[str, np.ndarray]:
+    """Probabilities of every variant: each length and all of them × each order and all of them.
+
+    Args:
+        logits: float (rows, lengths, orders, 3), in the canonical frame.
+        average: what is averaged; both are the same where a variant is a single view.
+
+    Returns:
+        Name, as ``256+512/AB+BA``, → float64 (rows, 3), every row of which sums to 1.
+    """
+    variants = {}
+    for length_name, i in _choices(lengths):
+        for order_name, j in _choices(orders):
+            chosen = logits[:, i][:, :, j]
+            chosen = chosen.reshape(len(logits), len(i) * len(j), len(CLASSES)).astype(np.float64)
+            if average == "logits":
+                probabilities = softmax(chosen.mean(axis=1))
+            else:
+                probabilities = softmax(chosen).mean(axis=1)
+            variants[f"{length_name}/{order_name}"] = probabilities
+    return variants
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in float64, whatever the precision of the logits (..., 3)."""
+    logits = logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray = odds / odds.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def submitted_variant(settings: PredictionSettings) -> str:
+    """The name of the variant of all lengths and all orders."""
+    return f"{_joined(settings.max_lengths)}/{_joined(settings.orders)}"
+
+
+def _choices(values: Sequence[object]) -> list[tuple[str, list[int]]]:
+    """Each value alone, then all of them: (name, positions)."""
+    single = [(str(value), [i]) for i, value in enumerate(values)]
+    return single if len(values) == 1 else [*single, (_joined(values), list(range(len(values))))]
+
+
+def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndarray, pa.Table]:
+    """Read a file of `score_test`, sure that its axes are the lengths and orders of `settings`."""
+    scores, rows = read_logits(path)
+    made_with = read_provenance(ids_path(path)).get("settings", {})
+    for name in ("max_lengths", "orders"):
+        wanted, found = list(getattr(settings, name)), made_with.get(name)
+        if wanted != found:
+            raise InputError(
+                f"{path}: made with prediction.{name} {found}, the configuration says {wanted}; "
+                "delete the file and run the workflow again: it will be rebuilt"
+            )
+    expected = (len(rows), len(settings.max_lengths), len(settings.orders), len(CLASSES))
+    if scores.shape != expected:
+        raise InputError(f"{path}: logits have shape {scores.shape}, {expected} expected")
+    return scores, rows
+
+
+def _joined(values: object) -> str:
+    return "+".join(map(str, values))  # type: ignore[call-overload]
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def write_submission(predictions: Path, battles: Path, output: Path) -> None:
+    """Write the submitted variant as Kaggle wants it → `submission.csv`.
+
+    One row per test battle, in the order of `battles`: `id`, `winner_model_a`, `winner_model_b`,
+    `winner_tie`. Numbers are written in full, so what was checked is what a reader gets.
+
+    Raises:
+        InputError: a test battle has no prediction or several, a prediction belongs to no test
+            battle, or its numbers are no probabilities.
+    """
+    import pandas as pd
+
+    table = read_parquet(predictions, ["id", *WINNERS, "submitted"])
+    table = table.filter(table["submitted"])
+    test = read_parquet(battles, ["id", "source"])
+    ids = test.filter(pc.equal(test["source"].cast(pa.string()), "test"))["id"].combine_chunks()
+    probabilities = np.column_stack([table[name].to_numpy() for name in WINNERS]).astype(np.float64)
+    predicted = table["id"].combine_chunks()
+    _check_submission(ids, predicted, probabilities, predictions)
+    probabilities = probabilities[locate(ids, predicted, str(predictions))]
+    frame = pd.DataFrame(probabilities, columns=list(WINNERS))
+    frame.insert(0, "id", ids.to_pylist())
+    write_text(frame.to_csv(index=False, lineterminator="\n"), output)
+    print(f"{output}: {len(frame):,} battles")
+
+
+def _check_submission(
+    ids: pa.Array, predicted: pa.Array, probabilities: np.ndarray, file: Path
+) -> None:
+    """Raise InputError for what `locate` does not see: foreign ids, and impossible numbers."""
+    foreign = predicted.filter(pc.invert(pc.is_in(predicted, ids)))
+    if len(foreign):
+        raise InputError(
+            f"{file}: {len(foreign)} predictions belong to no test battle, "
+            f"that of {foreign[0]} among them"
+        )
+    faults = {
+        "are not finite": ~np.isfinite(probabilities).all(axis=1),
+        "are negative": (probabilities < 0).any(axis=1),
+        "do not sum to 1": abs(probabilities.sum(axis=1) - 1) > SUM_TOLERANCE,
+    }
+    for fault, mask in faults.items():
+        if mask.any():
+            first = int(mask.argmax())
+            raise InputError(
+                f"{file}: the probabilities of {int(mask.sum())} test battles {fault}; id "
+                f"{predicted[first]}: {', '.join(map(str, probabilities[first]))}"
+            )
