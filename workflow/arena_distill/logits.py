@@ -12,6 +12,7 @@ from arena_distill.artifacts import provenance, read_parquet, write_logits
 from arena_distill.batching import pad, token_batches
 from arena_distill.config import LogitsSettings
 from arena_distill.encoding import Sequences, encode, read_tokens
+from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS, swap_classes
@@ -52,6 +53,8 @@ def predict_logits(
     sequences = [encode(read, settings.encoding, order) for order in ORDERS]
     seen = [score(model, part, batch_tokens=batch_tokens) for part in sequences]
     logits = np.stack([seen[0], swap_classes(seen[1])], axis=1)
+    if not np.isfinite(logits).all():
+        raise InputError(f"{adapter}: its logits are not finite: train it again with a lower lr")
     about = provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
     write_logits(output, logits, rows, about)
     print(f"{output}: {len(rows):,} battles in {len(ORDERS)} orders")

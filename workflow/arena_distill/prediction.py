@@ -32,6 +32,9 @@ from arena_distill.errors import InputError
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, Order, swap_classes
 
+Model = Literal["merged", "gptq"]
+"""The deployed forms of a judge that are scored."""
+
 WINNERS = tuple(f"winner_{name}" for name in CLASSES)
 """The probability columns of predictions and submission, in the order of the classes."""
 
@@ -39,9 +42,6 @@ SUM_TOLERANCE = 1e-6
 
 
 # --- forward passes -------------------------------------------------------------------------------
-
-Model = Literal["merged", "gptq"]
-"""The deployed forms of a judge that are scored."""
 
 
 def score_test(

@@ -295,6 +295,10 @@ def _fit(
         "seconds": round(result.metrics["train_runtime"], 3),
         "provenance": about,
     }
+    for adapter in model.peft_config.values():
+        targets: Any = getattr(adapter, "target_modules", None)
+        if isinstance(targets, set):  # each process would write it in another order
+            adapter.target_modules = sorted(targets)  # type: ignore[attr-defined]
     with atomic_directory(output) as folder:
         model.save_pretrained(str(folder))
         write_json(metrics, folder / "metrics.json")

@@ -1,0 +1,177 @@
+"""A whole run's files, made up: battles of known probabilities, judges that know them roughly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from arena_distill import battles as raw
+from arena_distill.artifacts import provenance as origin
+from arena_distill.artifacts import write_json, write_logits, write_parquet, write_text
+from arena_distill.config import EvaluationSettings, PredictionSettings
+from arena_distill.evaluation import evaluate
+from arena_distill.folds import assign_folds
+from arena_distill.keys import key, locate
+from arena_distill.prediction import WINNERS, Model, predict_test, softmax
+
+SIZES = {"train": 120, "extra": 30, "test": 40}
+FOLDS = 3
+JUDGES = {"big": (), "other-big": (), "small": ("big", "other-big")}
+NOISE = {"big": 0.4, "other-big": 0.6, "small": 0.5}
+LENGTHS = (256, 512)
+
+
+@dataclass(frozen=True)
+class MadeUpRun:
+    """The files of a run in `folder`, and what is behind them.
+
+    battles, folds: the tables as written.
+    truth: float64 (rows of battles, 3), the logarithms of the true probabilities.
+    """
+
+    folder: Path
+    battles: pa.Table
+    folds: pa.Table
+    truth: np.ndarray
+    settings: EvaluationSettings
+
+    @property
+    def logits(self) -> dict[str, list[Path]]:
+        """Each judge's files."""
+        return {j: sorted((self.folder / "logits" / j).glob("fold_*.npy")) for j in JUDGES}
+
+    def true_logits(self, rows: pa.Table) -> np.ndarray:
+        """Rows of `truth` for the ids and sources of a table."""
+        return self.truth[locate(key(rows), key(self.battles), "battles")]
+
+    def evaluate(self, *, test: bool = True, **changes: Path | None) -> Path:
+        """Write `metrics.json` of this run; without `test`, as on an arena of unknown votes."""
+        known = {"predictions": "test.parquet", "solution": "solution.csv", "drift": "drift.json"}
+        known = {"truth": "truth.parquet", **known} if test else {}
+        options = {name: self.folder / file for name, file in known.items()}
+        evaluate(
+            self.folder / "folds.parquet",
+            self.folder / "battles.parquet",
+            self.logits,
+            self.folder / "metrics.json",
+            self.folder / "tables",
+            settings=self.settings,
+            **{"rejected": self.folder / "rejected.parquet", **options, **changes},
+        )
+        return self.folder / "metrics.json"
+
+
+def made_up_run(folder: Path, *, seed: int = 0, noise: Mapping[str, float] = NOISE) -> MadeUpRun:
+    """Write a run's files; `noise` is each judge's error, the standard deviation of its logits'."""
+    dice = np.random.default_rng(seed)
+    battles, truth = _battles(dice)
+    about = origin("made up", {})
+    folds = assign_folds(battles, method="stratified_group", n=FOLDS, seed=1)
+    write_parquet(battles, folder / "battles.parquet", about)
+    write_parquet(folds, folder / "folds.parquet", about)
+    settings = EvaluationSettings(version=1, run="made-up", judges=JUDGES, final="small")
+    run = MadeUpRun(folder, battles, folds, truth, settings)
+    for judge, error in noise.items():
+        for fold in range(FOLDS):
+            _write_fold(run, judge, fold, error, dice)
+    _write_test(run, noise["small"], dice)
+    _write_beside(run)
+    return run
+
+
+def _battles(dice: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
+    """Battles whose longer answer tends to win, in the canonical schema, and their truth."""
+    rows = sum(SIZES.values())
+    source = np.repeat(list(SIZES), list(SIZES.values()))
+    words = dice.integers(1, 60, (rows, 2))
+    logits = np.column_stack([words / 20, words.mean(axis=1) / 20 - 0.8])
+    logits[:, :2] += dice.normal(0, 0.8, (rows, 2))
+    truth = np.log(softmax(logits))
+    label = (np.exp(truth).cumsum(axis=1) < dice.random(rows)[:, None]).sum(axis=1).clip(max=2)
+    ids = [str(i) for i in dice.permutation(rows)]
+    # An id of train turns up in test as well: rows are named by source and id.
+    ids[-1] = ids[0]
+    table = {
+        "id": ids,
+        "source": source,
+        "prompt": [[f"question {i // 2}"] for i in range(rows)],
+        "response_a": [["word " * n] for n in words[:, 0]],
+        "response_b": [["word " * n] for n in words[:, 1]],
+        "model_a": ["x"] * rows,
+        "model_b": ["y"] * rows,
+        "label": pa.array(label, pa.int8(), mask=source == "test"),
+    }
+    return pa.table(table).cast(raw.SCHEMA).replace_schema_metadata(_votes(label)), truth
+
+
+def _votes(label: np.ndarray) -> dict[str, str]:
+    return {"votes": "".join(map(str, label))}
+
+
+def _write_fold(
+    run: MadeUpRun, judge: str, fold: int, error: float, dice: np.random.Generator
+) -> None:
+    """A fold's logits: its validation rows, and the extra rows that students learn from."""
+    fold_of = run.folds["fold"].to_numpy()
+    rows = dice.permutation(np.flatnonzero((fold_of == fold) | (fold_of == -1)))
+    ids = run.folds.select(["id", "source"]).take(pa.array(rows))
+    ids = ids.append_column("validation", pa.array(fold_of[rows] == fold))
+    true = run.true_logits(ids)[:, None]
+    logits = (true + dice.normal(0, error, (len(rows), 2, 3))).astype(np.float32)
+    path = run.folder / "logits" / judge / f"fold_{fold}.npy"
+    write_logits(path, logits, ids, origin("logits", {"fold": fold}))
+
+
+def _write_test(run: MadeUpRun, error: float, dice: np.random.Generator) -> None:
+    test = run.battles.slice(sum(SIZES.values()) - SIZES["test"]).select(["id", "source"])
+    settings = PredictionSettings(
+        version=1, max_lengths=LENGTHS, orders=("AB", "BA"), average="logits", model="gptq"
+    )
+    shape = (len(test), len(LENGTHS), 2, 3)
+    logits = run.true_logits(test)[:, None, None] + dice.normal(0, error, shape)
+    files: dict[Model, Path] = {}
+    drifts: dict[Model, float] = {"merged": 0.0, "gptq": 0.01}
+    for model, drift in drifts.items():
+        files[model] = run.folder / "logits" / "small" / f"{model}_test.npy"
+        shuffled = dice.permutation(len(test))
+        drifted = logits + dice.normal(0, drift, shape)
+        write_logits(
+            files[model],
+            drifted[shuffled].astype(np.float32),
+            test.take(pa.array(shuffled)),
+            origin("scoring", {"max_lengths": LENGTHS, "orders": ["AB", "BA"]}),
+        )
+    predict_test(files, run.folder / "test.parquet", settings=settings)
+
+
+def _write_beside(run: MadeUpRun) -> None:
+    """The solution, the truth, the refused rows and the drift of GPTQ."""
+    folder, battles = run.folder, run.battles
+    votes = np.array(list(battles.schema.metadata[b"votes"].decode()), np.int64)
+    test = np.flatnonzero(battles["source"].to_numpy() == "test")
+    frame = pd.DataFrame(np.eye(3, dtype=int)[votes[test]], columns=list(WINNERS))
+    frame.insert(0, "id", battles["id"].take(pa.array(test)).to_pylist())
+    write_text(frame.to_csv(index=False), folder / "solution.csv")
+    p = np.exp(run.truth)
+    truth = {"source": battles["source"], "id": battles["id"]}
+    truth |= {f"p_{name}": p[:, i] for i, name in enumerate(("model_a", "model_b", "tie"))}
+    write_parquet(pa.table(truth), folder / "truth.parquet", origin("made up", {}))
+    refused = [
+        ("train", "prompt", "starts with [ but is not a JSON list: Expecting value: line 1"),
+        ("train", "prompt", "starts with [ but is not a JSON list: Extra data: line 9"),
+        ("train", "id", "id 12 is taken by row 3 of train.csv"),
+        ("extra", None, "not a battle: Expecting value"),
+    ]
+    lines = [
+        {"source": s, "file": f"{s}.csv", "row": i, "column": c, "reason": r}
+        for i, (s, c, r) in enumerate(refused, start=1)
+    ]
+    rejected = pa.Table.from_pylist(lines, schema=raw.REJECTED_SCHEMA)
+    write_parquet(rejected, folder / "rejected.parquet", origin("made up", {}))
+    drift = {"kl": 2.5e-6, "max_kl": 4e-5, "flip_rate": 0.0, "rows": 512}
+    write_json(drift | {"bytes_before": 4_300_000, "bytes": 1_900_000}, folder / "drift.json")

@@ -1,0 +1,257 @@
+"""Whatever a backbone comes from, an ordinary folder comes out, and loads as a judge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone
+
+from arena_distill.artifacts import read_json
+from arena_distill.backbones import HEADS, load_classifier, load_tokenizer, prepare_backbone
+from arena_distill.config import Backbone
+from arena_distill.encoding import safe_pad_id
+from arena_distill.errors import InputError
+
+GGUF = ROOT / "models" / "smollm2-135m-instruct.gguf"
+
+Folders = Callable[[str], Path]
+
+
+def head_of(model: Any) -> torch.Tensor:
+    (head,) = (getattr(model, name) for name in HEADS if hasattr(model, name))
+    weight: torch.Tensor = head.weight
+    return weight
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+def test_the_same_seed_gives_the_same_head(family: str, backbones: Folders) -> None:
+    folder = backbones(family)
+    first = head_of(load_classifier(folder, head_seed=5))
+    torch.randn(7)
+    again = head_of(load_classifier(folder, head_seed=5))
+    other = head_of(load_classifier(folder, head_seed=6))
+    assert first.shape == (3, 32)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_judge_says_what_its_logits_mean(backbone: Path) -> None:
+    model = load_classifier(backbone, pad_token_id=2)
+    assert model.config.num_labels == 3
+    assert model.config.id2label == {0: "model_a", 1: "model_b", 2: "tie"}
+    assert model.config.pad_token_id == 2
+    assert not model.config.use_cache  # keys and values are never read again
+    assert model.dtype == torch.float32
+    assert load_classifier(backbone, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_saved_head_is_kept(backbone: Path, tmp_path: Path) -> None:
+    model = load_classifier(backbone, head_seed=9)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(head_of(load_classifier(tmp_path, head_seed=1)), head_of(model))
+
+
+@pytest.mark.parametrize("load", [load_classifier, load_tokenizer])
+def test_a_missing_folder_is_an_error(load: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing"):
+        load(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty"):
+        load(tmp_path / "empty")
+
+
+def test_a_head_of_other_classes_is_an_error(backbones: Folders, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(backbones("llama"), num_labels=2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded as a judge"):
+        load_classifier(tmp_path)
+
+
+def test_damaged_weights_are_an_error(backbones: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(backbones("llama"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged: cannot be loaded as a judge"):
+        load_classifier(folder)
+
+
+# --- prepared backbones -----------------------------------------------------------------------------
+
+
+def plain(folder: Path) -> Any:
+    """Load with plain transformers, as anybody would."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+def test_the_first_layers_make_a_backbone(family: str, tmp_path: Path) -> None:
+    source = make_backbone(family, tmp_path / "whole", layers=3)
+    prepare_backbone(Backbone(path=str(source), layers=2), tmp_path / "cut", version=1)
+    config = json.loads((tmp_path / "cut" / "config.json").read_text(encoding="utf-8"))
+    assert config["num_hidden_layers"] == 2
+    if "layer_types" in config:
+        assert len(config["layer_types"]) == 2
+    whole, cut = plain(source).state_dict(), plain(tmp_path / "cut").state_dict()
+    for name in HEADS:
+        cut = {k: v for k, v in cut.items() if not k.startswith(name)}
+    assert {k for k in whole if ".2." not in k and not k.startswith(HEADS)} == set(cut)
+    for name, weight in cut.items():
+        assert torch.equal(weight, whole[name]), name
+    tokenizers = [load_tokenizer(folder) for folder in (source, tmp_path / "cut")]
+    assert tokenizers[0]("a b").input_ids == tokenizers[1]("a b").input_ids
+    origin = read_json(tmp_path / "cut" / "provenance.json")
+    assert origin["settings"] == {"version": 1, "path": str(source), "layers": 2}
+
+
+def test_a_cut_backbone_scores_like_the_whole_one_stopped_early(tmp_path: Path) -> None:
+    source = make_backbone("gemma2", tmp_path / "whole", layers=3)
+    prepare_backbone(Backbone(path=str(source), layers=2), tmp_path / "cut", version=1)
+    ids = torch.tensor([[0, 40, 41, 42, 43]])
+    with torch.inference_mode():
+        states = load_classifier(source).eval().model(ids, output_hidden_states=True).hidden_states
+        cut = load_classifier(tmp_path / "cut").eval().model(ids, output_hidden_states=True)
+    torch.testing.assert_close(states[1], cut.hidden_states[1])
+
+
+def test_more_layers_than_there_are_is_an_error(backbones: Folders, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"backbone\.layers: 3, but .* has only 2"):
+        prepare_backbone(
+            Backbone(path=str(backbones("llama")), layers=3), tmp_path / "x", version=1
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_tokenizer_gives_embeddings_of_its_size(
+    family: str, backbones: Folders, tmp_path: Path
+) -> None:
+    backbone = Backbone(path=str(backbones(family)), tokenizer=str(backbones("bert")))
+    for name in ("one", "two"):
+        prepare_backbone(backbone, tmp_path / name, version=1)
+    tokenizer = load_tokenizer(tmp_path / "one")
+    assert tokenizer.cls_token == "[CLS]"
+    model = load_classifier(tmp_path / "one", pad_token_id=safe_pad_id(tokenizer))
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    before = load_classifier(backbones(family)).model.layers[0].state_dict()
+    for name, weight in model.model.layers[0].state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        Backbone(path="nowhere/model", layers=1),
+        Backbone(gguf="nowhere/model.gguf"),
+        Backbone(path="nowhere/model", tokenizer="nowhere/tokenizer"),
+    ],
+)
+def test_a_source_that_is_missing_is_an_error(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such backbone"):
+        prepare_backbone(backbone, tmp_path / "x", version=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot be made a backbone"):
+        prepare_backbone(
+            Backbone(path=str(tmp_path / "folder"), layers=1), tmp_path / "x", version=1
+        )
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_hub_model_is_downloaded_and_cut(
+    layers: int | None, backbones: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In shards, as big models come: of a cut one no file of the whole stays."""
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def download(repo: str, *, local_dir: Path, **options: Any) -> None:
+        asked.update(options, repo=repo)
+        shutil.copytree(backbones("llama"), local_dir, dirs_exist_ok=True)
+        model = load_classifier(backbones("llama")).model
+        Path(local_dir, "model.safetensors").unlink()
+        model.save_pretrained(local_dir, max_shard_size="20KB")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    backbone = Backbone(hub="org/model", revision="abc", layers=layers)
+    prepare_backbone(backbone, tmp_path / "x", version=1)
+    assert (asked["repo"], asked["revision"]) == ("org/model", "abc")
+    assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+    model = load_classifier(tmp_path / "x")
+    assert model.config.num_hidden_layers == (layers or 2)
+    names = {path.name for path in (tmp_path / "x").iterdir()}
+    assert ("model.safetensors.index.json" in names) == (layers is None)
+    assert "download" not in names
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=r"org/model@abc: cannot be downloaded: no route; check"):
+        prepare_backbone(Backbone(hub="org/model", revision="abc"), tmp_path / "x", version=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GGUF.is_file(), reason=f"no {GGUF}; scripts/fetch_smollm2.sh fetches it")
+def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
+    prepare_backbone(Backbone(gguf=str(GGUF), layers=2), tmp_path / "x", version=1)
+    model = plain(tmp_path / "x")
+    assert model.config.num_hidden_layers == 2
+    assert model.dtype == torch.bfloat16
+    tokenizer = load_tokenizer(tmp_path / "x")
+    pad = safe_pad_id(tokenizer)
+    assert pad != tokenizer.eos_token_id
+    judge = load_classifier(tmp_path / "x", pad_token_id=pad).eval()
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert np.isfinite(judge(input_ids=ids).logits.numpy()).all()
+    assert tokenizer.decode(ids[0]) == "The capital of France is"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "llama3"), ("qwen2", "qwen2_5"), ("gemma2", "gemma2")]
+)
+def test_a_real_tokenizer_keeps_its_ids_on_another_model(
+    family: str, name: str, backbones: Folders, tmp_path: Path
+) -> None:
+    """The class that AutoTokenizer picks depends on the model's type: it must read the same text."""
+    source = REAL_TOKENIZERS / name
+    if not source.is_dir():
+        pytest.skip(f"no tokenizer in {source}; scripts/fetch_tokenizers.sh fetches it")
+    backbone = Backbone(path=str(backbones(family)), tokenizer=str(source))
+    prepare_backbone(backbone, tmp_path / "x", version=1)
+    before, after = load_tokenizer(source), load_tokenizer(tmp_path / "x")
+    text = "What's 12345 + 67890?\n\n\tdef f(x):  return x\u2028é 你好 🏳️‍🌈"
+    ask = {"add_special_tokens": False, "split_special_tokens": True}
+    assert before(text, **ask).input_ids == after(text, **ask).input_ids
+    assert (before.bos_token_id, before.eos_token_id) == (after.bos_token_id, after.eos_token_id)
+    assert safe_pad_id(after) == safe_pad_id(before)
+    model = load_classifier(tmp_path / "x", pad_token_id=safe_pad_id(after))
+    assert model.get_input_embeddings().num_embeddings == len(after)

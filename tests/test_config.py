@@ -1,0 +1,468 @@
+"""The configuration: mistakes are told in one line, and a phase is handed its own part alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from arena_distill import config as module
+from arena_distill.config import (
+    Backbone,
+    Config,
+    Data,
+    Folds,
+    JudgeDefaults,
+    Loss,
+    Prediction,
+    load,
+    overlay,
+    parse,
+)
+from arena_distill.errors import InputError
+from arena_distill.phases import VERSIONS
+
+FILES = {"train": "train.csv", "test": "test.csv"}
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "data": {**FILES, "ut": "ut.csv", "extra": ["extra.csv", "more.csv"]},
+        "judges": {
+            "l": {"backbone": {"tiny": "llama"}},
+            "q": {"backbone": {"tiny": "qwen2"}},
+            "s": {"backbone": {"tiny": "gemma2"}, "teachers": ["l", "q"]},
+        },
+        "final": "s",
+    }
+    return {**whole, **changes}
+
+
+def judged(**judges: Any) -> dict[str, Any]:
+    """The configuration with some judges laid over its own."""
+    return raw(judges=overlay(raw()["judges"], judges))
+
+
+def lines(broken: dict[str, Any]) -> list[str]:
+    with pytest.raises(InputError) as error:
+        load(broken)
+    return str(error.value).splitlines()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        (raw(finale="s"), "config: finale: unknown key; did you mean 'final'?"),
+        (raw(folds={"methods": "kfold"}), "config: folds.methods: unknown key; did you mean 'method'?"),
+        (
+            judged(l={"lora": {"dropuot": 0.1}}),
+            "config: judges.l.lora.dropuot: unknown key; did you mean 'dropout'?",
+        ),
+        (
+            judged(l={"lora": {"rr": 4}}),
+            "config: judges.l.lora.rr: unknown key; did you mean 'r'?",
+        ),
+        (
+            judged(l={"lora": {"zzz": 4}}),
+            "config: judges.l.lora.zzz: unknown key; known keys: r, alpha, dropout, targets",
+        ),
+        (
+            judged(l={"pretraining": {"keephead": True}}),
+            "config: judges.l.pretraining.keephead: unknown key; did you mean 'keep_head'?",
+        ),
+        (
+            judged(l={"techers": ["q"]}),
+            "config: judges.l.techers: unknown key; did you mean 'teachers'?",
+        ),
+        (
+            raw(data={**FILES, "arena": {"trains": 3}}),
+            "config: data.arena.trains: unknown key; did you mean 'train'?",
+        ),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_told_with_what_is_meant(broken: dict[str, Any], expected: str) -> None:
+    assert expected in lines(broken)
+
+
+@pytest.mark.parametrize(
+    ("broken", "start"),
+    [
+        (raw(folds={"n": "five"}), "config: folds.n: "),
+        (raw(folds={"n": 1}), "config: folds.n: "),
+        (raw(folds={"method": "random"}), "config: folds.method: "),
+        (judged(l={"lora": {"r": 0}}), "config: judges.l.lora.r: "),
+        (judged(l={"lora": {"dropout": 1.5}}), "config: judges.l.lora.dropout: "),
+        (judged(l={"lora": {"targets": "q_proj"}}), "config: judges.l.lora.targets: "),
+        (judged(l={"training": {"lr": 0}}), "config: judges.l.training.lr: "),
+        (judged(l={"training": {"lr": float("nan")}}), "config: judges.l.training.lr: "),
+        (judged(l={"training": {"epochs": float("inf")}}), "config: judges.l.training.epochs: "),
+        (judged(l={"training": {"betas": [0.9, 1.0]}}), "config: judges.l.training.betas.1: "),
+        (judged(l={"loss": {"ce": 0, "kl": 0}}), "config: judges.l.loss: at least one of ce"),
+        (judged(l={"encoding": {"max_length": 31}}), "config: judges.l.encoding.max_length: "),
+        (judged(l={"training": None}), "config: judges.l.training: "),
+        (judged(l="llama"), "config: judges.l: "),
+        (raw(judges={}), "config: judges: "),
+        (raw(judges=None), "config: judges: "),
+        (raw(judges={"a b": {"backbone": {"tiny": "llama"}}}), "config: judges.a b: "),
+        (raw(run="../up"), "config: run: "),
+        (raw(prediction={"orders": []}), "config: prediction.orders: "),
+        (raw(data={"train": "x.csv"}), "config: data: give `train` and `test`"),
+        (raw(data={**FILES, "arena": {}}), "config: data: give files or `arena`, not both"),
+        ({k: v for k, v in raw().items() if k != "final"}, "config: final: missing"),
+        (judged(l={"backbone": {"path": "x"}}), "config: judges.l.backbone: needs exactly one of"),
+        (raw(judges={"l": {"backbone": {"hub": "a/b"}}}), "config: judges.l.backbone: `hub` and"),
+        (raw(judges={"l": {"backbone": {}}}), "config: judges.l.backbone: needs exactly one"),
+        (raw(judges={"l": {}}), "config: judges.l.backbone: missing"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_key(broken: dict[str, Any], start: str) -> None:
+    told = lines(broken)
+    assert len([line for line in told if line.startswith(start)]) == 1, told
+    assert len(told) == 1, told
+
+
+def test_unknown_teachers_cycles_and_finals() -> None:
+    (line,) = lines(judged(s={"teachers": ["l", "p"]}))
+    assert line == "config: judges.s.teachers: unknown judge 'p'; known judges: l, q, s"
+    (line,) = lines(judged(l={"teachers": ["s"]}))
+    assert "a cycle of teachers" in line
+    assert "l" in line
+    assert "s" in line
+    (line,) = lines(judged(l={"teachers": ["l"]}))
+    assert "l → l" in line
+    (line,) = lines(raw(final="x"))
+    assert line == "config: final: unknown judge 'x'; known judges: l, q, s"
+    (line,) = lines(judged(s={"teachers": ["l", "l"]}))
+    assert "named twice" in line
+    (line,) = lines(judged(s={"quantization": None}))
+    assert "prediction.model" in line
+
+
+def test_a_mistake_in_the_defaults_is_told_once() -> None:
+    assert lines(raw(defaults={"lora": {"rank": 3}})) == [
+        "config: defaults.lora.rank: unknown key; known keys: r, alpha, dropout, targets"
+    ]
+    assert len(lines(raw(defaults={"precision": "fp8"}))) == 1
+    assert len(lines(raw(defaults={"loss": {"ce": 0, "kl": 0}}))) == 1
+    assert len(lines(raw(defaults={"lora": {"targets": 3}}))) == 1
+    both = overlay(judged(l={"lora": {"dropout": 3}}), {"defaults": {"lora": {"r": -1}}})
+    assert [line.split(": ")[1] for line in lines(both)] == [
+        "defaults.lora.r",
+        "judges.l.lora.dropout",
+    ]
+
+
+@pytest.mark.parametrize("broken", [{}, [], None, "x", 3, {"data": 3, "judges": [1], "final": {}}])
+def test_nonsense_is_an_input_error(broken: Any) -> None:
+    with pytest.raises(InputError, match="^config: "):
+        load(broken)
+
+
+def test_a_mistake_in_settings_names_the_key() -> None:
+    with pytest.raises(InputError, match="config: lora.rr: unknown key; did you mean 'r'"):
+        settings = json.loads(load(raw()).training_settings("l").model_dump_json())
+        settings["lora"]["rr"] = 3
+        parse(module.TrainingSettings, json.dumps(settings))
+    with pytest.raises(InputError, match="^config: "):
+        parse(module.TrainingSettings, "{")
+
+
+# --- judges and their defaults ----------------------------------------------------------------------
+
+
+def test_a_judge_overrides_the_defaults_all_the_way_down() -> None:
+    config = load(
+        overlay(
+            judged(s={"training": {"lr": 0.5}, "pretraining": None, "quantization": {"bits": 4}}),
+            {"defaults": {"training": {"lr": 0.1, "epochs": 7}, "lora": {"r": 2}}},
+        )
+    )
+    student, teacher = config.judges["s"], config.judges["l"]
+    assert (student.training.lr, student.training.epochs, student.lora.r) == (0.5, 7, 2)
+    assert (teacher.training.lr, teacher.training.epochs) == (0.1, 7)
+    assert student.pretraining is None
+    assert teacher.pretraining is not None
+    assert student.quantization is not None
+    assert (student.quantization.bits, student.quantization.group_size) == (4, 128)
+
+
+def test_null_in_the_defaults_is_switched_on_again_by_a_judge() -> None:
+    config = load(
+        overlay(judged(s={"pretraining": {"lr": 0.25}}), {"defaults": {"pretraining": None}})
+    )
+    assert config.judges["l"].pretraining is None
+    assert config.judges["s"].pretraining is not None
+    assert config.judges["s"].pretraining.lr == 0.25
+
+
+def test_overlay_changes_neither_of_its_arguments() -> None:
+    base = {"a": {"b": 1, "c": [1]}, "d": 2}
+    top = {"a": {"b": {"x": 1}}, "e": None}
+    assert overlay(base, top) == {"a": {"b": {"x": 1}, "c": [1]}, "d": 2, "e": None}
+    assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
+    assert top == {"a": {"b": {"x": 1}}, "e": None}
+
+
+def test_students_may_teach() -> None:
+    config = load(judged(t={"backbone": {"tiny": "gemma2", "layers": 1}, "teachers": ["s"]}))
+    ordered = config.ordered()
+    assert sorted(ordered) == ["l", "q", "s", "t"]
+    assert ordered.index("l") < ordered.index("s") < ordered.index("t")
+    assert config.students_of("s") == ["t"]
+    assert config.students_of("l") == ["s"]
+    assert config.students_of("t") == []
+    assert config.training_settings("t").teachers == ("s",)
+    assert config.logits_settings("s").rows == ("validation", "extra")
+    assert config.logits_settings("t").rows == ("validation",)
+
+
+def test_logits_cover_the_rows_that_students_need() -> None:
+    assert load(raw()).logits_settings("l").rows == ("validation", "extra")
+    own = load(judged(s={"targets": "in_sample"}))
+    assert own.logits_settings("l").rows == ("validation", "training")
+    both = load(
+        judged(s={"targets": "in_sample"}, t={"backbone": {"tiny": "gemma2"}, "teachers": ["l"]})
+    )
+    assert both.logits_settings("l").rows == ("validation", "training", "extra")
+    assert both.logits_settings("q").rows == ("validation", "training")
+    assert load(raw(data=FILES)).logits_settings("l").rows == ("validation",)
+
+
+def test_sources_are_those_given() -> None:
+    assert load(raw()).data.sources() == ("train", "extra", "ut", "test")
+    assert load(raw(data=FILES)).data.sources() == ("train", "test")
+    assert Data(arena={"extra": 0, "ut": 0}).sources() == ("train", "test")
+
+
+# --- names ------------------------------------------------------------------------------------------
+
+
+def names(**backbones: dict[str, Any]) -> tuple[list[str], list[str]]:
+    judges = {name: {"backbone": backbone} for name, backbone in backbones.items()}
+    config = load(raw(judges=judges, final=next(iter(judges))))
+    return (
+        [config.backbone_name(name) for name in judges],
+        [config.tokenizer_name(name) for name in judges],
+    )
+
+
+def test_backbones_have_readable_names_and_share_them() -> None:
+    backbones, tokenizers = names(
+        a={"tiny": "llama"}, b={"tiny": "llama"}, c={"path": "m/gemma-2-9b"}
+    )
+    assert backbones == ["tiny-llama", "tiny-llama", "gemma-2-9b"]
+    assert tokenizers == backbones
+
+
+def test_a_cut_backbone_shares_the_tokenizer_of_the_whole_one() -> None:
+    backbones, tokenizers = names(
+        a={"gguf": "m/smol.gguf"}, b={"gguf": "m/smol.gguf", "layers": 8},
+        c={"gguf": "m/smol.gguf", "layers": 4},
+    )  # fmt: skip
+    assert backbones == ["smol", "smol-8layers", "smol-4layers"]
+    assert tokenizers == ["smol"] * 3
+
+
+def test_different_backbones_never_share_a_name() -> None:
+    given: list[dict[str, Any]] = [
+        {"path": "one/model"}, {"path": "two/model"}, {"hub": "org/model", "revision": "a"},
+        {"hub": "org/model", "revision": "b"}, {"gguf": "model.gguf"}, {"path": "model", "layers": 2},
+        {"path": "two/model", "tokenizer": "x/t"}, {"path": "two/model", "tokenizer": "y/t"},
+        {"path": "model-2layers"}, {"path": "."}, {"path": ".."}, {"path": "my model"},
+    ]  # fmt: skip
+    backbones, tokenizers = names(**{f"j{i}": backbone for i, backbone in enumerate(given)})
+    assert len(set(backbones)) == len(given)
+    assert len(set(tokenizers)) == len(given)
+    for name in (*backbones, *tokenizers):
+        assert module.re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), name
+
+
+def test_a_name_does_not_depend_on_judges_of_other_backbones() -> None:
+    alone, _ = names(a={"path": "one/model"})
+    with_others, _ = names(a={"path": "one/model"}, b={"tiny": "llama"})
+    assert alone[0] == with_others[0] == "model"
+
+
+def test_ready_folders_need_no_job() -> None:
+    assert Backbone(path="x").is_ready_folder()
+    assert Backbone(tiny="llama").is_ready_folder()
+    assert not Backbone(path="x", layers=2).is_ready_folder()
+    assert not Backbone(path="x", tokenizer="t").is_ready_folder()
+    assert not Backbone(hub="a/b", revision="c").is_ready_folder()
+    assert not Backbone(gguf="x.gguf").is_ready_folder()
+
+
+# --- post-pretraining -------------------------------------------------------------------------------
+
+
+def test_an_ablation_shares_its_post_pretraining() -> None:
+    same = {"backbone": {"tiny": "gemma2"}, "teachers": ["l"]}
+    config = load(
+        judged(
+            t=same | {"loss": {"kl": 1}, "training": {"lr": 1.0}},
+            u=same | {"pretraining": {"lr": 0.5}},
+            v=same | {"pretraining": None},
+            w={"backbone": {"tiny": "gemma2"}, "lora": {"r": 3}},
+            x=same | {"pretraining": {"keep_head": True}},
+        )
+    )
+    owners = {name: config.pretraining_owner(name) for name in config.judges}
+    assert owners == {
+        "l": "l", "q": "q", "s": "s", "t": "s", "u": "u", "v": None, "w": "w", "x": "s",
+    }  # fmt: skip
+    assert config.training_settings("x").keep_head
+    assert not config.training_settings("s").keep_head
+    assert not config.training_settings("v").keep_head
+
+
+def test_without_ut_battles_nothing_is_post_pretrained() -> None:
+    config = load(raw(data=FILES, defaults={"pretraining": {"keep_head": True}}))
+    assert config.pretraining_owner("l") is None
+    assert not config.training_settings("l").keep_head
+
+
+# --- what a phase is told ---------------------------------------------------------------------------
+
+
+def all_settings(config: Config) -> dict[tuple[str, str], Any]:
+    """Every phase's settings, per judge where it has one."""
+    found = {}
+    for name in dir(Config):
+        phase = name.removesuffix("_settings")
+        if phase == name:
+            continue
+        make = getattr(config, name)
+        judges = tuple(config.judges) if "judge" in inspect.signature(make).parameters else ("",)
+        for judge in judges:
+            found[phase, judge] = make(judge) if judge else make()
+    return found
+
+
+def changed(**changes: Any) -> set[tuple[str, str]]:
+    """The phases, and their judges, whose settings differ where the configuration does."""
+    before, after = all_settings(load(raw())), all_settings(load(overlay(raw(), changes)))
+    return {k for k in before if before[k].model_dump_json() != after[k].model_dump_json()}
+
+
+def test_compute_is_in_no_settings() -> None:
+    compute = {
+        "threads": 9, "gpus": 8, "mem_mb": 99, "runtime": 99, "micro_batch_size": 99,
+        "batch_tokens": 99, "gradient_checkpointing": True,
+    }  # fmt: skip
+    assert set(compute) == set(module.Compute.model_fields)
+    assert changed(defaults={"compute": compute}) == set()
+    for settings in all_settings(load(raw())).values():
+        assert not set(compute) & set(json.loads(settings.model_dump_json()))
+
+
+def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
+    assert changed(folds={"seed": 1}) == {("folds", "")}
+    assert changed(judges={"l": {"training": {"lr": 1.0}}}) == {("training", "l")}
+    assert changed(judges={"l": {"pretraining": {"lr": 1.0}}}) == {("pretraining", "l")}
+    assert changed(judges={"l": {"pretraining": {"keep_head": True}}}) == {("training", "l")}
+    assert changed(judges={"s": {"loss": {"kl": 1.0}}}) == {("training", "s")}
+    assert changed(judges={"l": {"loss": {"kl": 1.0}}}) == set()
+    assert changed(judges={"s": {"quantization": {"bits": 4}}}) == {("quantization", "s")}
+    assert changed(judges={"s": {"quantization": {"max_kl": 1.0}}}) == {("drift", "s")}
+    assert changed(judges={"s": {"merge": {"head": "average"}}}) == {("merge", "s")}
+    assert {p for p, _ in changed(prediction={"average": "probabilities"})} == {"prediction"}
+    assert changed(judges={"l": {"encoding": {"max_length": 64}}}) == {
+        (phase, "l") for phase in ("pretraining", "training", "logits", "quantization", "scoring")
+    }
+
+
+def test_settings_survive_json() -> None:
+    config = load(judged(l={"lora": {"targets": ["q_proj", "v_proj"]}}))
+    for settings in all_settings(config).values():
+        assert parse(type(settings), settings.model_dump_json()) == settings
+        assert settings.version >= 1
+        assert json.loads(settings.model_dump_json()) == settings.model_dump(mode="json")
+
+
+def test_a_phase_version_is_part_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = all_settings(load(raw()))
+    monkeypatch.setitem(VERSIONS, "distillation", 99)
+    after = all_settings(load(raw()))
+    assert {key for key in before if before[key] != after[key]} == {("training", "s")}
+
+
+def test_what_is_switched_off_has_no_settings() -> None:
+    config = load(
+        raw(defaults={"pretraining": None, "quantization": None}, prediction={"model": "merged"})
+    )
+    for ask in (config.pretraining_settings, config.quantization_settings, config.drift_settings):
+        with pytest.raises(InputError, match=r"judges\.s\.\w+ is null"):
+            ask("s")
+
+
+# --- shipped configurations -------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "config" / "recipes").glob("*.yaml"))
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: str(path.stem)
+)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    config = load(read(path))
+    assert config.final in config.judges
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_lay_over_the_default(recipe: Path) -> None:
+    default = read(ROOT / "config" / "config.yaml")
+    config = load(overlay(default, read(recipe)))
+    for settings in all_settings(config).values():
+        assert parse(type(settings), settings.model_dump_json()) == settings
+
+
+def test_the_summary_recipe_is_what_every_key_defaults_to() -> None:
+    summary = read(ROOT / "config" / "recipes" / "summary.yaml")
+    plain = {
+        "folds": Folds().model_dump(),
+        "defaults": JudgeDefaults().model_dump(),
+        "prediction": Prediction().model_dump(),
+    }
+
+    def compare(given: Any, default: Any, path: str) -> None:
+        if isinstance(given, dict):
+            for key, value in given.items():
+                compare(value, default[key], f"{path}.{key}")
+        else:
+            default = list(default) if isinstance(default, tuple) else default
+            assert given == default, path
+
+    for section in summary:
+        compare(summary[section], plain[section], section)
+
+
+def test_the_blackpearl_recipe_is_five_equal_terms() -> None:
+    recipe = read(ROOT / "config" / "recipes" / "blackpearl.yaml")
+    config = load(overlay(read(ROOT / "config" / "config.yaml"), recipe))
+    student = config.judges[config.final]
+    assert student.loss == Loss(
+        ce=1, kl=1, cosine=1, temperature=1, temperature_squared=False, combine="separate"
+    )
+    assert student.targets == "in_sample"
+    assert config.folds.method == "stratified"
+    assert config.prediction.average == "probabilities"
+
+
+def test_the_schema_is_plain_json_and_closed() -> None:
+    schema = module.schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert schema["additionalProperties"] is False
+    for name, part in schema["$defs"].items():
+        assert part["additionalProperties"] is False, name

@@ -1,0 +1,291 @@
+"""Students learn from the right rows of their teachers, by the loss that was written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from arena_distill.artifacts import write_logits
+from arena_distill.config import Loss
+from arena_distill.distillation import VOTES, as_seen, losses, teacher_targets
+from arena_distill.errors import InputError
+
+SUMMARY = Loss()
+BLACKPEARL = Loss(
+    ce=1, kl=1, cosine=1, temperature=1, temperature_squared=False, combine="separate"
+)
+
+# --- the loss, in numpy and float64 -----------------------------------------------------------------
+
+
+def softmax(z: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    e = np.exp((z - z.max(-1, keepdims=True)) / temperature)
+    return np.asarray(e / e.sum(-1, keepdims=True))
+
+
+def cross_entropy(z: np.ndarray, y: np.ndarray) -> float:
+    return float(-np.log(softmax(z)[np.arange(len(y)), y]).mean())
+
+
+def kl(teacher: np.ndarray, student: np.ndarray, temperature: float) -> float:
+    t, s = softmax(teacher, temperature), softmax(student, temperature)
+    return float((t * (np.log(t) - np.log(s))).sum(-1).mean())  # "batchmean"
+
+
+def cosine_distance(teacher: np.ndarray, student: np.ndarray) -> float:
+    t, s = softmax(teacher), softmax(student)
+    norms = np.linalg.norm(t, axis=-1) * np.linalg.norm(s, axis=-1)
+    return float((1 - (t * s).sum(-1) / norms).mean())
+
+
+@pytest.fixture
+def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(5)
+    return random.normal(0, 2, (7, 3)), random.integers(0, 3, 7), random.normal(0, 2, (7, 2, 3))
+
+
+def mean_loss(z: np.ndarray, y: np.ndarray, teachers: np.ndarray | None, loss: Loss) -> float:
+    given = None if teachers is None else torch.tensor(teachers)
+    return float(losses(torch.tensor(z), torch.tensor(y), given, loss).mean())
+
+
+def test_summary_loss_is_the_written_one(batch: tuple[np.ndarray, ...]) -> None:
+    z, y, teachers = batch
+    expected = 0.7 * 9 * kl(teachers.mean(1), z, 3.0) + 0.3 * cross_entropy(z, y)
+    assert mean_loss(z, y, teachers, SUMMARY) == pytest.approx(expected, rel=1e-5)
+
+
+def test_blackpearl_loss_is_the_written_one(batch: tuple[np.ndarray, ...]) -> None:
+    z, y, teachers = batch
+    terms = [cross_entropy(z, y)]
+    for j in range(2):
+        terms += [kl(teachers[:, j], z, 1.0), cosine_distance(teachers[:, j], z)]
+    assert mean_loss(z, y, teachers, BLACKPEARL) == pytest.approx(sum(terms) / 5, rel=1e-5)
+
+
+def test_losses_by_hand() -> None:
+    """One battle, numbers that can be checked on paper."""
+    z, y = np.array([[0.0, 0.0, 0.0]]), np.array([0])
+    teacher = np.array([[[np.log(2.0), 0.0, 0.0]]])  # probabilities 1/2, 1/4, 1/4
+    assert mean_loss(z, y, None, VOTES) == pytest.approx(np.log(3))
+    only_kl = Loss(ce=0, kl=1, cosine=0, temperature=1, combine="separate")
+    expected = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
+    assert mean_loss(z, y, teacher, only_kl) == pytest.approx(expected, rel=1e-5)
+    only_cosine = Loss(ce=0, kl=0, cosine=1, temperature=1)
+    distance = 1 - (1 / 3) / (np.sqrt(1 / 3) * np.sqrt(3 / 8))
+    assert mean_loss(z, y, teacher, only_cosine) == pytest.approx(distance, rel=1e-5)
+
+
+def test_temperature_squared_multiplies_the_divergence_alone(
+    batch: tuple[np.ndarray, ...],
+) -> None:
+    z, y, teachers = batch
+    with_it = mean_loss(z, y, teachers, Loss(temperature=3, temperature_squared=True))
+    without = mean_loss(z, y, teachers, Loss(temperature=3, temperature_squared=False))
+    assert with_it - without == pytest.approx(0.7 * 8 * kl(teachers.mean(1), z, 3.0), rel=1e-5)
+
+
+def test_the_mean_of_logits_is_one_teacher(batch: tuple[np.ndarray, ...]) -> None:
+    z, y, teachers = batch
+    one = teachers.mean(1, keepdims=True)
+    for loss in (SUMMARY, Loss(ce=1, kl=1, cosine=1, combine="mean_logits")):
+        assert mean_loss(z, y, teachers, loss) == pytest.approx(mean_loss(z, y, one, loss))
+
+
+logits = hnp.arrays(np.float64, (4, 3), elements=st.floats(-30, 30))
+
+
+@settings(max_examples=40)
+@given(logits, st.sampled_from([1.0, 3.0]))
+def test_a_student_like_its_teachers_has_nothing_left_to_learn(
+    z: np.ndarray, temperature: float
+) -> None:
+    same = np.stack([z, z], axis=1)
+    for combine in ("mean_logits", "separate"):
+        loss = Loss(ce=0, kl=1, cosine=1, temperature=temperature, combine=combine)
+        assert mean_loss(z, np.zeros(4, int), same, loss) == pytest.approx(0, abs=1e-5)
+
+
+@settings(max_examples=40)
+@given(logits, logits, st.sampled_from([SUMMARY, BLACKPEARL, VOTES]))
+def test_losses_and_gradients_are_finite_and_not_negative(
+    z: np.ndarray, teacher: np.ndarray, loss: Loss
+) -> None:
+    student = torch.tensor(z, requires_grad=True)
+    given = torch.tensor(np.stack([teacher, z], axis=1))
+    total = losses(student, torch.tensor([0, 1, 2, 0]), given, loss)
+    assert total.shape == (4,)
+    assert torch.isfinite(total).all()
+    assert (total > -1e-5).all()
+    total.sum().backward()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize(
+    "loss", [SUMMARY, BLACKPEARL, VOTES], ids=["summary", "blackpearl", "votes"]
+)
+def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
+    """The same numbers, given in bfloat16 and in float32, have the same loss to the last bit."""
+    random = torch.Generator().manual_seed(3)
+    half = (torch.randn(64, 3, generator=random) * 2).bfloat16()
+    teachers = (torch.randn(64, 2, 3, generator=random) * 2).bfloat16()
+    labels = torch.randint(0, 3, (64,), generator=random)
+    low = losses(half, labels, teachers, loss)
+    high = losses(half.float(), labels, teachers.float(), loss)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, high, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = losses(half, labels, teachers, loss)
+    assert under_autocast.dtype == torch.float32
+    torch.testing.assert_close(under_autocast, high, rtol=0, atol=1e-7)
+
+
+# --- which rows -------------------------------------------------------------------------------------
+
+Write = Callable[..., Path]
+
+
+def logit_of(source: str, id_: str, salt: float = 0.0) -> np.ndarray:
+    """Logits that tell which row they belong to: (orders, 3)."""
+    base = float(id_) + (1000.0 if source == "extra" else 0.0) + salt
+    return np.array([[base, base + 0.25, -base], [base + 0.5, base + 0.75, -base]], np.float32)
+
+
+def table(names: list[tuple[str, str]]) -> pa.Table:
+    return pa.table({"id": [id_ for _, id_ in names], "source": [source for source, _ in names]})
+
+
+def write(
+    folder: Path,
+    fold: int,
+    rows: list[tuple[str, str, bool]],
+    salt: float = 0.0,
+    seed: int | None = None,
+) -> Path:
+    """A fold's file: (source, id, validation) per row, in a shuffled order if there is a seed."""
+    rows = list(rows)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(rows)
+        rows = [(str(s), str(i), str(v) == "True") for s, i, v in rows]
+    values = np.stack([logit_of(source, id_, salt) for source, id_, _ in rows])
+    ids = table([(source, id_) for source, id_, _ in rows]).append_column(
+        "validation", pa.array([flag for *_, flag in rows])
+    )
+    path = folder / f"fold_{fold}.npy"
+    write_logits(path, values, ids, {})
+    return path
+
+
+FOLDS = [["0", "3", "6"], ["1", "4", "7"], ["2", "5", "8"]]
+EXTRA = ["0", "1", "2"]
+STUDENT = [("train", i) for i in ["8", "0", "4", "7"]] + [("extra", "2"), ("extra", "0")]
+
+
+def out_of_fold_files(folder: Path, seed: int | None = None) -> list[Path]:
+    """Each fold scores its own rows truly, other folds' rows (in sample) and extra with its salt."""
+    files = []
+    for fold, own in enumerate(FOLDS):
+        rows: list[tuple[str, str, bool]] = [("train", i, True) for i in own]
+        rows += [("extra", i, False) for i in EXTRA]
+        files.append(write(folder, fold, rows, seed=None if seed is None else seed + fold))
+    return files
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_out_of_fold_targets_are_joined_by_key(tmp_path: Path, seed: int | None) -> None:
+    targets = teacher_targets(
+        {"teacher": out_of_fold_files(tmp_path, seed)}, table(STUDENT), "out_of_fold"
+    )
+    assert targets.shape == (6, 1, 2, 3)
+    assert targets.dtype == np.float32
+    np.testing.assert_array_equal(targets[:, 0], [logit_of(*name) for name in STUDENT])
+
+
+def test_out_of_fold_takes_the_model_that_never_saw_the_row(tmp_path: Path) -> None:
+    """Files that also hold in-sample rows, as for a teacher of both kinds of student."""
+    files = []
+    everyone = [i for own in FOLDS for i in own]
+    for fold, own in enumerate(FOLDS):
+        true = {("train", i, True) for i in own}
+        rows = [("train", i, i in own) for i in everyone]
+        values = [logit_of(s, i, 0.0 if (s, i, v) in true else 500.0) for s, i, v in rows]
+        ids = table([(s, i) for s, i, _ in rows]).append_column(
+            "validation", pa.array([v for *_, v in rows])
+        )
+        files.append(tmp_path / f"fold_{fold}.npy")
+        write_logits(files[-1], np.stack(values), ids, {})
+    names = [("train", i) for i in everyone]
+    targets = teacher_targets({"teacher": files}, table(names), "out_of_fold")
+    np.testing.assert_array_equal(targets[:, 0], [logit_of(*name) for name in names])
+
+
+def test_extra_rows_get_the_mean_over_folds(tmp_path: Path) -> None:
+    files = []
+    for fold, own in enumerate(FOLDS):
+        rows: list[tuple[str, str, bool]] = [("train", i, True) for i in own]
+        rows += [("extra", i, False) for i in EXTRA]
+        files.append(write(tmp_path, fold, rows, salt=float(fold), seed=fold))
+    targets = teacher_targets({"teacher": files}, table([("extra", "1")]), "out_of_fold")
+    np.testing.assert_allclose(targets[0, 0], logit_of("extra", "1", salt=1.0))
+
+
+def test_in_sample_targets_come_from_the_fold_own_file(tmp_path: Path) -> None:
+    rows = [("train", i, False) for i in ("0", "4", "7", "8")]
+    rows += [("extra", i, False) for i in EXTRA]
+    file = write(tmp_path, 0, rows, salt=9.0, seed=4)
+    targets = teacher_targets({"teacher": [file]}, table(STUDENT), "in_sample")
+    np.testing.assert_array_equal(targets[:, 0], [logit_of(*name, salt=9.0) for name in STUDENT])
+
+
+def test_teachers_stay_in_the_order_given(tmp_path: Path) -> None:
+    files = {}
+    for number, name in enumerate(["zebra", "ant"]):
+        rows = [("train", "0", True)]
+        (tmp_path / name).mkdir()
+        files[name] = [write(tmp_path / name, 0, rows, salt=float(number))]
+    targets = teacher_targets(files, table([("train", "0")]), "out_of_fold")
+    np.testing.assert_array_equal(targets[0, 0], logit_of("train", "0", 0.0))
+    np.testing.assert_array_equal(targets[0, 1], logit_of("train", "0", 1.0))
+
+
+@pytest.mark.parametrize("targets", ["out_of_fold", "in_sample"])
+def test_a_missing_row_names_teacher_and_file(tmp_path: Path, targets: Any) -> None:
+    file = write(tmp_path, 0, [("train", "0", True)])
+    with pytest.raises(InputError, match=rf"teacher's .*{tmp_path}.* rows are missing, train:5"):
+        teacher_targets({"teacher": [file]}, table([("train", "0"), ("train", "5")]), targets)
+
+
+def test_extra_rows_missing_in_one_fold_are_an_error(tmp_path: Path) -> None:
+    full: list[tuple[str, str, bool]] = [("train", "0", True), ("extra", "0", False)]
+    files = [write(tmp_path, 0, full), write(tmp_path, 1, [("train", "1", True)])]
+    with pytest.raises(InputError, match="only some folds of teacher hold extra rows"):
+        teacher_targets({"teacher": files}, table([("extra", "0")]), "out_of_fold")
+
+
+def test_two_folds_that_both_validate_a_row_are_an_error(tmp_path: Path) -> None:
+    files = [write(tmp_path, fold, [("train", "0", True)]) for fold in range(2)]
+    with pytest.raises(InputError, match="train:0 is there more than once"):
+        teacher_targets({"teacher": files}, table([("train", "0")]), "out_of_fold")
+
+
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+    file = write(tmp_path, 0, [("train", "0", True)])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"fold_0\.npy"):
+        teacher_targets({"teacher": [file]}, table([("train", "0")]), "in_sample")
+
+
+def test_swapped_rows_have_their_targets_exchanged() -> None:
+    targets = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
+    np.testing.assert_array_equal(as_seen(targets, 0), targets[:, :, 0])
+    np.testing.assert_array_equal(as_seen(targets, 1), targets[:, :, 1][..., [1, 0, 2]])

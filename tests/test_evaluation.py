@@ -1,0 +1,387 @@
+"""What the figures of a run mean: by hand on a few rows, by properties on a made-up run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up_run import FOLDS, JUDGES, SIZES, MadeUpRun, made_up_run
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from arena_distill.artifacts import (
+    ids_path,
+    provenance,
+    read_logits,
+    read_parquet,
+    write_logits,
+    write_parquet,
+)
+from arena_distill.errors import InputError
+from arena_distill.evaluation import (
+    calibration_error,
+    class_prior,
+    gap_closed,
+    length_features,
+    length_regression,
+    losses,
+    paired_difference,
+    print_table,
+    reliability,
+    scores,
+)
+from arena_distill.prediction import softmax
+
+Edit = Callable[[np.ndarray, pa.Table], tuple[np.ndarray, pa.Table]]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
+    """A run that no test changes."""
+    return made_up_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def metrics(whole_run: MadeUpRun) -> dict[str, Any]:
+    return json.loads(whole_run.evaluate().read_text())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> MadeUpRun:
+    """A run to spoil."""
+    return made_up_run(tmp_path)
+
+
+def rewrite(path: Path, edit: Edit) -> None:
+    logits, ids = edit(*read_logits(path))
+    write_logits(path, logits, ids, provenance("edited", {}))
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def test_log_loss_and_accuracy_by_hand() -> None:
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
+    found = scores(probabilities, np.array([0, 2, 1]))
+    assert found["rows"] == 3
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    by_hand = -(np.log(0.5) + np.log(0.7) + np.log(0.3)) / 3
+    assert found["log_loss"] == pytest.approx(by_hand, abs=1e-15)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 50))
+def test_log_loss_is_scikit_learns(seed: int, rows: int) -> None:
+    dice = np.random.default_rng(seed)
+    probabilities, votes = dice.dirichlet(np.ones(3), rows), dice.integers(0, 3, rows)
+    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
+    assert scores(probabilities, votes)["log_loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_impossible_vote_costs_much_but_not_infinitely_much() -> None:
+    probabilities, votes = np.array([[1.0, 0.0, 0.0]]), np.array([1])
+    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
+    assert losses(probabilities, votes)[0] == pytest.approx(expected)
+
+
+def test_calibration_error_by_hand() -> None:
+    # Two verdicts of confidence 0.9, one right; two of 0.5 (bin 0.467 to 0.533), both right.
+    probabilities = np.array([[0.9, 0.1, 0], [0, 0.9, 0.1], [0.5, 0.3, 0.2], [0.3, 0.2, 0.5]])
+    bins = reliability(probabilities, np.array([0, 0, 0, 2]))
+    assert [b["rows"] for b in bins] == [2, 2]
+    assert [b["accuracy"] for b in bins] == [1.0, 0.5]
+    assert calibration_error(bins) == pytest.approx((2 * 0.5 + 2 * 0.4) / 4)
+
+
+def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower() -> None:
+    (only,) = reliability(np.array([[0.6, 0.3, 0.1]]), np.array([0]))
+    assert (only["lower"], only["upper"]) == (8 / 15, 9 / 15)
+    (sure,) = reliability(np.array([[1.0, 0.0, 0.0]]), np.array([0]))
+    assert sure["upper"] == 1
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_bins_hold_every_verdict_once(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    probabilities, votes = dice.dirichlet(np.full(3, 0.3), 60), dice.integers(0, 3, 60)
+    bins = reliability(probabilities, votes)
+    assert sum(b["rows"] for b in bins) == 60
+    assert all(b["lower"] < b["confidence"] <= b["upper"] + 1e-12 for b in bins)
+    right = sum(b["rows"] * b["accuracy"] for b in bins)
+    assert right / 60 == pytest.approx(scores(probabilities, votes)["accuracy"])
+
+
+def test_gap_closed_runs_from_the_prior_to_the_bayes_limit() -> None:
+    baselines = {"class_prior": {"log_loss": 1.1}, "bayes": {"log_loss": 0.9}}
+    assert gap_closed(1.1, baselines) == 0
+    assert gap_closed(0.9, baselines) == 1
+    assert gap_closed(1.05, baselines) == pytest.approx(0.25)
+    assert gap_closed(1.05, {**baselines, "bayes": None}) is None
+
+
+def test_paired_difference_by_hand() -> None:
+    loss, reference = np.array([1.0, 2.0, 3.0, 2.0]), np.array([1.0, 1.0, 1.0, 1.0])
+    found = paired_difference(loss, reference, np.arange(4))
+    assert found["difference"] == 1
+    # Every row a prompt of its own: the textbook standard error.
+    error = np.std(loss - reference, ddof=1) / 2
+    assert found["high"] - found["difference"] == pytest.approx(1.96 * error)
+    same = paired_difference(reference, reference, np.zeros(4, int))
+    assert same == {"difference": 0, "low": 0, "high": 0}
+
+
+def test_repeated_prompts_make_a_difference_less_sure() -> None:
+    dice = np.random.default_rng(0)
+    loss, reference = np.repeat(dice.random(100), 5), np.zeros(500)
+    alone = paired_difference(loss, reference, np.arange(500))
+    grouped = paired_difference(loss, reference, np.repeat(np.arange(100), 5))
+    width = grouped["high"] - grouped["low"]
+    assert width == pytest.approx(5**0.5 * (alone["high"] - alone["low"]), rel=0.02)
+
+
+# --- yardsticks -----------------------------------------------------------------------------------
+
+
+def test_length_features_exchange_sign_with_the_answers() -> None:
+    table = {"response_a": [["one two", "three"], []], "response_b": [["one"], ["a b"]]}
+    features = length_features(pa.table(table))
+    assert features[:, 0].tolist() == [13 - 3, 0 - 3]
+    assert features[:, 2].tolist() == [3 - 1, 0 - 2]
+    swapped = {"response_a": table["response_b"], "response_b": table["response_a"]}
+    assert (length_features(pa.table(swapped)) == -features).all()
+
+
+def test_the_class_prior_never_peeks_at_its_validation_fold(
+    run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    fold, label = (run.folds[name].to_numpy() for name in ("fold", "label"))
+    for k, figures in enumerate(metrics["baselines"]["class_prior"]["folds"]):
+        shares = np.bincount(label[fold != k], minlength=3) / (fold != k).sum()
+        expected = -np.log(shares[label[fold == k]]).mean()
+        assert figures["log_loss"] == pytest.approx(expected)
+
+
+def test_the_length_regression_never_peeks_at_its_validation_fold(
+    run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    fold, label = (run.folds[name].to_numpy() for name in ("fold", "label"))
+    # Folds list train and extra in the battles' order.
+    features = length_features(run.battles.slice(0, len(run.folds)))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model.fit(features[fold != 1], label[fold != 1])
+    expected = log_loss(label[fold == 1], model.predict_proba(features[fold == 1]))
+    assert metrics["baselines"]["length"]["folds"][1]["log_loss"] == pytest.approx(expected)
+
+
+def test_a_vote_that_training_rows_lack_has_probability_zero() -> None:
+    features = np.array([[0.0], [1.0], [2.0], [3.0]])
+    votes = np.array([0, 0, 2, 2])
+    assert (length_regression(features, votes, features)[:, 1] == 0).all()
+    assert (length_regression(features, votes * 0, features) == [1, 0, 0]).all()
+    assert (class_prior(features, votes, features[:1]) == [[0.5, 0, 0.5]]).all()
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_every_promised_figure_is_there(metrics: dict[str, Any]) -> None:
+    assert metrics["run"] == "made-up"
+    assert metrics["rows"] == SIZES["train"]
+    assert metrics["battles"] == SIZES
+    assert set(metrics["baselines"]) == {"class_prior", "length", "bayes"}
+    assert list(metrics["judges"]) == list(JUDGES)
+    for name, judge in metrics["judges"].items():
+        assert judge["teachers"] == list(JUDGES[name])
+        assert [set(f) for f in judge["folds"]] == [{"fold", "rows", "log_loss", "accuracy"}] * 3
+        assert sum(f["rows"] for f in judge["folds"]) == judge["oof"]["rows"] == SIZES["train"]
+        assert {"log_loss", "accuracy", "ece"} <= set(judge["oof"])
+    final = metrics["final"]
+    assert final["judge"] == "small"
+    assert set(final["variants"]) == set(metrics["test"]["models"]["gptq"])
+    gptq = final["gptq"]
+    assert {"kl", "flip_rate", "log_loss_change", "bytes", "bytes_before"} <= set(gptq)
+    test = metrics["test"]
+    assert test["rows"] == SIZES["test"]
+    assert test["submitted"] == {"model": "gptq", "variant": "256+512/AB+BA"}
+    after, before = (test["models"][m]["256+512/AB+BA"]["log_loss"] for m in ("gptq", "merged"))
+    assert gptq["log_loss_change"] == pytest.approx(after - before)
+
+
+def test_a_judge_is_scored_by_the_mean_of_both_orders_logits(
+    run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    train = run.folds.filter(pc.field("source") == "train").to_pylist()
+    label_of = {row["id"]: row["label"] for row in train}
+    parts, votes = [], []
+    for path in run.logits["big"]:
+        logits, ids = read_logits(path)
+        keep = ids["validation"].to_numpy()
+        parts.append(logits[keep].astype(np.float64))
+        votes += [label_of[i] for i in ids["id"].filter(ids["validation"]).to_pylist()]
+    seen, label = np.concatenate(parts), np.array(votes)
+    judge = metrics["judges"]["big"]
+    expected = log_loss(label, softmax(seen.mean(axis=1)))
+    assert judge["oof"]["log_loss"] == pytest.approx(expected)
+    for i, order in enumerate(("AB", "BA")):
+        expected = log_loss(label, softmax(seen[:, i]))
+        assert judge["orders"][order]["log_loss"] == pytest.approx(expected)
+    flips = (seen[:, 0].argmax(axis=1) != seen[:, 1].argmax(axis=1)).mean()
+    assert judge["order_flip_rate"] == pytest.approx(flips)
+
+
+def test_a_judge_that_knows_the_truth_closes_the_gap(tmp_path: Path) -> None:
+    noise = {"big": 0.0, "other-big": 0.5, "small": 3.0}
+    metrics = json.loads(made_up_run(tmp_path, noise=noise).evaluate().read_text())
+    judges = metrics["judges"]
+    assert judges["big"]["gap_closed"] == pytest.approx(1, abs=1e-4)
+    assert judges["big"]["order_flip_rate"] == 0
+    assert judges["big"]["orders"]["AB"] == judges["big"]["orders"]["BA"]
+    assert judges["small"]["gap_closed"] < judges["other-big"]["gap_closed"]
+    assert judges["big"]["versus_final"]["high"] < 0
+
+
+def test_the_order_of_rows_in_files_changes_nothing(
+    run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    dice = np.random.default_rng(1)
+
+    def shuffled(logits: np.ndarray, ids: pa.Table) -> tuple[np.ndarray, pa.Table]:
+        order = dice.permutation(len(ids))
+        return logits[order], ids.take(pa.array(order))
+
+    for paths in run.logits.values():
+        for path in paths:
+            rewrite(path, shuffled)
+    for name in ("battles", "truth", "test"):
+        table = read_parquet(run.folder / f"{name}.parquet")
+        table = table.take(pa.array(dice.permutation(len(table))))
+        write_parquet(table, run.folder / f"{name}.parquet", provenance("edited", {}))
+    found = json.loads(run.evaluate().read_text())
+    for part in ("baselines", "judges", "final"):
+        assert flat(found[part]) == pytest.approx(flat(metrics[part]))
+
+
+def flat(figures: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested figures, by path."""
+    if not isinstance(figures, dict | list):
+        return {path: figures}
+    items = figures.items() if isinstance(figures, dict) else enumerate(figures)
+    return {k: v for name, part in items for k, v in flat(part, f"{path}.{name}").items()}
+
+
+def test_extra_and_training_rows_of_a_file_are_not_scored(
+    run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    def ruined(logits: np.ndarray, ids: pa.Table) -> tuple[np.ndarray, pa.Table]:
+        logits[~ids["validation"].to_numpy()] = 99
+        return logits, ids
+
+    for path in run.logits["big"]:
+        rewrite(path, ruined)
+    assert json.loads(run.evaluate().read_text())["judges"]["big"] == metrics["judges"]["big"]
+
+
+def test_ids_that_sources_share_do_not_mix(whole_run: MadeUpRun, metrics: dict[str, Any]) -> None:
+    # The first battle of train and the last of test have the same id: see made_up_run.
+    ids = whole_run.battles["id"]
+    assert ids[0] == ids[-1]
+    assert metrics["test"]["rows"] == SIZES["test"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        # A distributed sampler fills its last batch with rows it had already.
+        (lambda x, ids: (np.concatenate([x, x[:9]]), pa.concat_tables([ids, ids[:9]])), "once"),
+        (lambda x, ids: (x[9:], ids[9:]), "missing"),
+        (lambda x, ids: (x, all_validate(ids)), "not of fold 0"),
+        (lambda x, ids: (x, ids.drop_columns("validation")), "no column validation"),
+        (lambda x, ids: (x[:, :1], ids), r"\(1, 3\)"),
+    ],
+)
+def test_logits_of_wrong_rows_are_refused(run: MadeUpRun, edit: Edit, message: str) -> None:
+    path = run.logits["small"][0]
+    rewrite(path, edit)
+    with pytest.raises(InputError, match=message) as error:
+        run.evaluate()
+    assert str(ids_path(path)) in str(error.value) or str(path) in str(error.value)
+
+
+def all_validate(ids: pa.Table) -> pa.Table:
+    flags = pa.array(np.ones(len(ids), bool))
+    return ids.set_column(ids.column_names.index("validation"), "validation", flags)
+
+
+def test_every_fold_of_every_judge_must_be_there(run: MadeUpRun) -> None:
+    run.logits["big"][1].unlink()
+    with pytest.raises(InputError, match=r"judge big: logits of the folds \[0, 1, 2\] expected"):
+        run.evaluate()
+
+
+@pytest.mark.parametrize("name", ["battles", "truth"])
+def test_rows_missing_in_a_table_are_refused(run: MadeUpRun, name: str) -> None:
+    path = run.folder / f"{name}.parquet"
+    write_parquet(read_parquet(path).slice(1), path, provenance("edited", {}))
+    with pytest.raises(InputError, match=rf"{name}\.parquet: 1 of \d+ rows are missing"):
+        run.evaluate()
+
+
+@pytest.mark.parametrize("name", ["battles", "truth", "folds"])
+def test_rows_twice_in_a_table_are_refused(run: MadeUpRun, name: str) -> None:
+    path = run.folder / f"{name}.parquet"
+    table = read_parquet(path)
+    write_parquet(pa.concat_tables([table, table[:1]]), path, provenance("edited", {}))
+    with pytest.raises(InputError, match=rf"{name}\.parquet: train:\d+ is there more than once"):
+        run.evaluate()
+
+
+def test_without_test_votes_truth_and_quantisation_the_rest_is_there(run: MadeUpRun) -> None:
+    metrics = json.loads(run.evaluate(test=False, rejected=None).read_text())
+    assert metrics["test"] is metrics["baselines"]["bayes"] is metrics["final"]["gptq"] is None
+    assert metrics["final"]["variants"] == {}
+    assert metrics["rejected"] == []
+    assert all(judge["gap_closed"] is None for judge in metrics["judges"].values())
+    assert (run.folder / "tables" / "variants.csv").read_text().startswith("model,variant,rows")
+
+
+def test_refused_rows_are_counted_by_kind_of_reason(metrics: dict[str, Any]) -> None:
+    counts = {(r["source"], r["column"], r["reason"]): r["rows"] for r in metrics["rejected"]}
+    assert counts == {
+        ("train", "prompt", "starts with [ but is not a JSON list"): 2,
+        ("train", "id", "id is taken by another row"): 1,
+        ("extra", None, "not a battle"): 1,
+    }
+
+
+def test_the_flat_tables_hold_the_same_figures(
+    whole_run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    judges = pd.read_csv(whole_run.folder / "tables" / "judges.csv", dtype={"fold": str})
+    assert len(judges) == (len(JUDGES) + 3) * (FOLDS + 1)
+    small = judges[(judges["name"] == "small") & (judges["fold"] == "all")]
+    assert small["log_loss"].item() == metrics["judges"]["small"]["oof"]["log_loss"]
+    variants = pd.read_csv(whole_run.folder / "tables" / "variants.csv")
+    assert len(variants) == 18
+    assert variants.loc[variants["submitted"], "model"].tolist() == ["gptq"]
+
+
+def test_the_printed_table_fits_a_terminal_and_names_everyone(metrics: dict[str, Any]) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_table(metrics, console)
+    text = console.export_text()
+    for name in (*JUDGES, "class_prior", "length", "bayes", "256+512/AB+BA", "GPTQ of small"):
+        assert name in text
+    assert f"{metrics['judges']['small']['oof']['log_loss']:.4f}" in text
+    assert max(map(len, text.splitlines())) <= 80

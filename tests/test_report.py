@@ -1,0 +1,219 @@
+"""The report: whole, offline, and the same figures as `metrics.json`, also in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
+
+from arena_distill.artifacts import write_json
+from arena_distill.errors import InputError
+from arena_distill.report import FIGURES, TABLES, TEMPLATES, percent, render_report, signed
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
+    run = made_up_run(tmp_path_factory.mktemp("run"))
+    (run.folder / "config.yaml").write_text("run: <made-up>\n")
+    render_report(
+        run.evaluate(),
+        run.folder / "report.html",
+        configuration=run.folder / "config.yaml",
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: MadeUpRun) -> str:
+    return (run.folder / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def metrics(run: MadeUpRun) -> dict[str, Any]:
+    return json.loads((run.folder / "metrics.json").read_text())
+
+
+class Page(HTMLParser):
+    """Tags, ids and addresses of a page, and the cells of its tables by caption."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._rows: list[list[str]] = []
+        self._caption = ""
+        self._within: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+        self._within = tag if tag in ("td", "th", "caption") else self._within
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._within:
+            self._within = None
+        if tag == "table":
+            self.tables[" ".join(self._caption.split())] = self._rows
+
+    def handle_data(self, data: str) -> None:
+        if self._within == "caption":
+            self._caption += data
+        elif self._within:
+            self._rows[-1][-1] += data
+
+
+def table(page: str, caption: str) -> list[list[str]]:
+    """The rows of the table whose caption starts so, the header first."""
+    return next(rows for name, rows in Page(page).tables.items() if name.startswith(caption))
+
+
+def test_the_table_of_judges_has_the_figures(page: str, metrics: dict[str, Any]) -> None:
+    header, *rows = table(page, "Log loss by fold")
+    assert len(header) == 2 + FOLDS + 4
+    names = ["class prior", "length regression", *JUDGES, "Bayes limit"]
+    assert [row[0] for row in rows] == names
+    small = metrics["judges"]["small"]
+    row = rows[names.index("small")]
+    assert row[1] == "big, other-big"
+    assert row[2] == f"{small['folds'][0]['log_loss']:.3f}"
+    oof = small["oof"]
+    shown = [f"{oof['log_loss']:.4f}", percent(oof["accuracy"]), f"{oof['ece']:.3f}"]
+    assert row[-4:] == [*shown, percent(small["gap_closed"], 0)]
+
+
+def test_every_variant_of_both_models_is_shown(page: str, metrics: dict[str, Any]) -> None:
+    _, *rows = table(page, "Log loss and accuracy on")
+    cells = {row[0]: row[1:] for row in rows}
+    for variant, figures in metrics["final"]["variants"].items():
+        assert cells[variant][2:] == [f"{figures['log_loss']:.4f}", percent(figures["accuracy"])]
+    assert cells["class prior"][0] == cells["class prior"][2]
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
+    parsed = Page(page)
+    assert "://" not in page.replace("arXiv:", "")
+    assert "@import" not in page
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "iframe", "img", "object"})
+    for _, attributes in parsed.tags:
+        for name in ("href", "xlink:href", "src"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_the_page_can_be_read_aloud(page: str) -> None:
+    parsed = Page(page)
+    drawings = [attributes for tag, attributes in parsed.tags if tag == "svg"]
+    assert len(drawings) == len(FIGURES)
+    assert all(a["role"] == "img" and len(a["aria-label"] or "") > 60 for a in drawings)
+    headers = [attributes for tag, attributes in parsed.tags if tag == "th"]
+    assert all(a.get("scope") in ("row", "col") for a in headers)
+    assert ("html", {"lang": "en"}) in parsed.tags
+    ids = [attributes["id"] for _, attributes in parsed.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_text_from_outside_stays_text(page: str, run: MadeUpRun, tmp_path: Path) -> None:
+    assert "run: &lt;made-up&gt;" in page
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics["rejected"][0]["reason"] = "<script>alert(1)</script>"
+    write_json(metrics, tmp_path / "metrics.json")
+    render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+    written = (tmp_path / "report.html").read_text()
+    assert "<script>" not in written
+    assert "&lt;script&gt;" in written
+
+
+def test_figures_and_tables_are_files_as_well(run: MadeUpRun) -> None:
+    folder = run.folder / "report"
+    names = {f"{name}.svg" for name in FIGURES} | {f"{name}.csv" for name in TABLES}
+    assert {path.name for path in folder.iterdir()} == names
+    for name in FIGURES:
+        assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
+    rows = list(csv.DictReader(io.StringIO((folder / "judges.csv").read_text())))
+    assert [row["name"] for row in rows if row["taught by"]] == list(JUDGES)
+
+
+def test_the_same_figures_give_the_same_bytes(run: MadeUpRun, page: str, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    configuration = run.folder / "config.yaml"
+    render_report(run.folder / "metrics.json", output, configuration=configuration)
+    assert output.read_text() == page
+
+
+def test_a_run_without_test_votes_has_a_report_and_all_its_files(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path)
+    render_report(run.evaluate(test=False, rejected=None), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "votes are not known" in page
+    assert "is not quantised" in page
+    assert "Bayes" not in page
+    assert len(list((tmp_path / "report").iterdir())) == len(FIGURES) + len(TABLES)
+
+
+def test_shared_prompts_are_pointed_out(run: MadeUpRun, page: str, tmp_path: Path) -> None:
+    assert "share their prompt" not in page
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics["folds"][0]["shared_prompts"] = 7
+    write_json(metrics, tmp_path / "metrics.json")
+    render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+    assert "7 validation rows share their prompt" in (tmp_path / "report.html").read_text()
+
+
+def test_figures_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    write_json({"run": "x"}, tmp_path / "metrics.json")
+    with pytest.raises(InputError, match=r"metrics\.json: not the figures of a run"):
+        render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+
+
+def test_every_part_has_a_caption() -> None:
+    captions = {path.stem for path in TEMPLATES.glob("*.rst")}
+    assert {*FIGURES, "variants_table", "judges", "folds", "rejected", "workflow"} <= captions
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert percent(0.4567) == "45.7\u202f%"
+    assert signed(-0.5, 2) == "\N{MINUS SIGN}0.50"
+    assert signed(0.5, 2) == "+0.50"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) -> None:
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    flags += "--disable-background-networking --disable-component-update --disable-sync "
+    flags += "--enable-logging=stderr --window-size=400,800 --dump-dom"
+    # What does not fit the window makes the page scroll sideways, and this title tells so.
+    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
+    page = tmp_path / "report.html"
+    written = (run.folder / "report.html").read_text()
+    page.write_text(written.replace("</body>", f"{probe}</body>"))
+    shown = subprocess.run(
+        [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "CONSOLE" not in shown.stderr
+    assert [row[0] for row in table(shown.stdout, "Log loss by fold")[3:6]] == list(JUDGES)
+    assert len(Page(shown.stdout).tables) == 6
+    width = re.search(r"<title>(\d+)</title>", shown.stdout)
+    assert width is not None
+    assert int(width[1]) <= 500  # the narrowest window a headless browser opens

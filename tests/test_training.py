@@ -1,0 +1,516 @@
+"""Judges learn what they are shown, reproducibly, and from nothing they are validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from conftest import FAMILIES, Run, make_backbone
+from safetensors.torch import load_file
+
+from arena_distill import training
+from arena_distill.artifacts import read_json, read_parquet, write_logits
+from arena_distill.backbones import load_classifier
+from arena_distill.config import (
+    Encoding,
+    LogitsSettings,
+    Lora,
+    Loss,
+    Pretraining,
+    PretrainingSettings,
+    Training,
+    TrainingSettings,
+)
+from arena_distill.encoding import read_tokens
+from arena_distill.errors import InputError
+from arena_distill.folds import training_rows, validation_rows
+from arena_distill.keys import key, locate
+from arena_distill.logits import predict_logits
+from arena_distill.training import (
+    Examples,
+    Launch,
+    load_adapter,
+    new_judge,
+    pretrain_adapter,
+    show,
+    train_fold,
+)
+
+LORA = Lora(r=4, alpha=8, dropout=0.0)
+ENCODING = Encoding(max_length=96)
+OPTIMIZATION: dict[str, Any] = {"lr": 1e-3, "epochs": 1, "batch_size": 8, "warmup_steps": 0}
+
+
+def training_settings(**changes: Any) -> TrainingSettings:
+    optimization = {k: changes.pop(k) for k in list(changes) if k in Training.model_fields}
+    whole: dict[str, Any] = {
+        "version": 1,
+        "encoding": ENCODING,
+        "lora": LORA,
+        "precision": "fp32",
+        "training": Training(**(OPTIMIZATION | optimization)),
+        "keep_head": False,
+    }
+    return TrainingSettings(**(whole | changes))
+
+
+def pretraining_settings(**changes: Any) -> PretrainingSettings:
+    optimization = {k: changes.pop(k) for k in list(changes) if k in Pretraining.model_fields}
+    whole: dict[str, Any] = {
+        "version": 1,
+        "encoding": ENCODING,
+        "lora": LORA,
+        "precision": "fp32",
+        "pretraining": Pretraining(**(OPTIMIZATION | optimization)),
+    }
+    return PretrainingSettings(**(whole | changes))
+
+
+def fit(
+    run: Run,
+    output: Path,
+    fold: int = 0,
+    *,
+    pretrained: Path | None = None,
+    teachers: dict[str, list[Path]] | None = None,
+    launch: Launch | None = None,
+    **changes: Any,
+) -> dict[str, torch.Tensor]:
+    train_fold(
+        run.backbone,
+        pretrained,
+        run.tokens,
+        run.folds,
+        fold,
+        output,
+        teachers=teachers or {},
+        settings=training_settings(**changes),
+        launch=launch or Launch(),
+    )
+    return load_file(output / "adapter_model.safetensors")
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def llama(make_run: Callable[..., Run]) -> Run:
+    return make_run("llama")
+
+
+class Spy:
+    """Keeps the Examples that reach the Trainer, and the weights the training starts from."""
+
+    def __init__(self) -> None:
+        self.examples: list[Examples] = []
+        self.starts: list[dict[str, torch.Tensor]] = []
+
+    def fit(self, model: Any, examples: Examples, *_: Any) -> None:
+        self.examples.append(examples)
+        named = model.named_parameters()
+        self.starts.append({n: p.detach().clone() for n, p in named if p.requires_grad})
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    spy = Spy()
+    monkeypatch.setattr(training, "_fit", spy.fit)
+    return spy
+
+
+# --- what reaches the Trainer -----------------------------------------------------------------------
+
+
+def test_swap_shows_every_row_twice_with_vote_and_targets_exchanged(llama: Run) -> None:
+    tokens = read_tokens(llama.tokens).take(np.arange(5))
+    labels = np.array([0, 1, 2, 0, 1])
+    targets = np.random.default_rng(0).normal(size=(5, 2, 2, 3)).astype(np.float32)
+    shown = show(tokens, labels, targets, training_settings(swap=True))
+    assert len(shown) == 10
+    assert shown.labels.tolist() == [0, 1, 2, 0, 1, 1, 0, 2, 1, 0]
+    assert shown.teachers is not None
+    np.testing.assert_array_equal(shown.teachers[:5], targets[:, :, 0])
+    np.testing.assert_array_equal(shown.teachers[5:], targets[:, :, 1][..., [1, 0, 2]])
+    for row in range(5):
+        assert sorted(shown.sequences[row]) == sorted(shown.sequences[row + 5])
+    alone = show(tokens, labels, targets, training_settings(swap=False))
+    assert len(alone) == 5
+    np.testing.assert_array_equal(alone.sequences.ids, shown.sequences.take(np.arange(5)).ids)
+
+
+@pytest.mark.parametrize("method", ["kfold", "stratified", "stratified_group"])
+@pytest.mark.parametrize("fold", [0, 1, 2])
+def test_a_fold_never_reads_its_validation_rows(
+    method: str, fold: int, make_run: Callable[..., Run], spy: Spy, tmp_path: Path
+) -> None:
+    run = make_run("llama", method)
+    fit_spied(run, tmp_path, fold)
+    folds, tokens = read_parquet(run.folds), read_tokens(run.tokens)
+    (shown,) = spy.examples
+    held_out = folds.take(validation_rows(folds, fold))
+    mine = folds.take(training_rows(folds, fold))
+    if method == "stratified_group":
+        assert not set(held_out["group"].to_pylist()) & set(mine["group"].to_pylist())
+    expected = show(of_rows(tokens, mine), votes(mine), None, training_settings())
+    np.testing.assert_array_equal(shown.sequences.ids, expected.sequences.ids)
+    np.testing.assert_array_equal(shown.labels, expected.labels)
+    hidden = show(of_rows(tokens, held_out), votes(held_out), None, training_settings())
+    seen = {ids.tobytes() for ids in shown.sequences}
+    assert not seen & {ids.tobytes() for ids in hidden.sequences}
+
+
+def fit_spied(run: Run, output: Path, fold: int = 0, **options: Any) -> None:
+    """Train with `_fit` replaced: nothing is written."""
+    pretrained = options.pop("pretrained", None)
+    train_fold(
+        run.backbone, pretrained, run.tokens, run.folds, fold, output,
+        teachers=options.pop("teachers", {}), settings=training_settings(**options),
+        launch=Launch(),
+    )  # fmt: skip
+
+
+def of_rows(tokens: Any, rows: Any) -> Any:
+    return tokens.take(locate(key(rows), training._token_keys(tokens), "tokens"))
+
+
+def votes(rows: Any) -> np.ndarray:
+    return np.asarray(rows["label"].to_numpy(), np.int64)
+
+
+def test_post_pretraining_reads_the_ut_battles_and_their_votes(
+    llama: Run, spy: Spy, tmp_path: Path
+) -> None:
+    pretrain_adapter(
+        llama.backbone, llama.tokens, llama.battles, tmp_path / "x",
+        settings=pretraining_settings(), launch=Launch(),
+    )  # fmt: skip
+    battles = read_parquet(llama.battles)
+    ut = battles.filter(pc.equal(battles["source"], "ut"))
+    (shown,) = spy.examples
+    expected = show(of_rows(read_tokens(llama.tokens), ut), votes(ut), None, training_settings())
+    np.testing.assert_array_equal(shown.sequences.ids, expected.sequences.ids)
+    np.testing.assert_array_equal(shown.labels, expected.labels)
+
+
+def test_without_ut_battles_post_pretraining_says_so(
+    llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = read_tokens(llama.tokens)
+    train = tokens.take(pc.equal(tokens.sources, "train").to_numpy(zero_copy_only=False))
+    monkeypatch.setattr(training, "read_tokens", lambda path: train)
+    with pytest.raises(InputError, match="no battle to train on"):
+        pretrain_adapter(
+            llama.backbone, llama.tokens, llama.battles, tmp_path / "x",
+            settings=pretraining_settings(), launch=Launch(),
+        )  # fmt: skip
+
+
+# --- where training starts --------------------------------------------------------------------------
+
+
+def test_all_folds_start_from_the_same_adapter_and_head(run: Run, spy: Spy, tmp_path: Path) -> None:
+    for fold in range(3):
+        torch.randn(fold + 1)  # what happened before in the process must not matter
+        fit_spied(run, tmp_path, fold)
+    assert any("score" in name for name in spy.starts[0])
+    for other in spy.starts[1:]:
+        assert distance(spy.starts[0], other) == 0
+
+
+def test_another_seed_starts_elsewhere(llama: Run, spy: Spy, tmp_path: Path) -> None:
+    fit_spied(llama, tmp_path, seed=1)
+    fit_spied(llama, tmp_path, seed=2)
+    assert all(
+        not torch.equal(spy.starts[0][n], spy.starts[1][n])
+        for n in spy.starts[0]
+        if "lora_B" not in n
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(llama: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("adapters") / "pretrained"
+    pretrain_adapter(
+        llama.backbone, llama.tokens, llama.battles, output,
+        settings=pretraining_settings(lr=0.01), launch=Launch(),
+    )  # fmt: skip
+    return output
+
+
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_folds_start_from_the_post_pretrained_adapter(
+    keep_head: bool, llama: Run, pretrained: Path, spy: Spy, tmp_path: Path
+) -> None:
+    for fold in range(2):
+        fit_spied(llama, tmp_path, fold, pretrained=pretrained, keep_head=keep_head)
+    fit_spied(llama, tmp_path)
+    first, second, fresh = spy.starts
+    assert distance(first, second) == 0
+    saved = load_file(pretrained / "adapter_model.safetensors")
+    for name, start in first.items():
+        if "lora" in name:
+            short = name.replace(".default", "")
+            torch.testing.assert_close(start, saved[short], rtol=0, atol=0)
+    (head,) = (name for name in first if "score" in name)
+    kept = saved["base_model.model.score.weight"]
+    expected = kept if keep_head else fresh[head]
+    torch.testing.assert_close(first[head], expected, rtol=0, atol=0)
+    assert not torch.equal(kept, fresh[head])
+
+
+def test_no_adapter_to_start_from_is_an_error(llama: Run, tmp_path: Path) -> None:
+    model = load_classifier(llama.backbone, pad_token_id=3)
+    with pytest.raises(InputError, match="no adapter"):
+        load_adapter(model, tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 1), ("bert", 2)])
+def test_an_adapter_of_another_backbone_is_an_error(
+    family: str, layers: int, pretrained: Path, tmp_path: Path
+) -> None:
+    """PEFT loads what fits and warns of the rest: half a judge would go unseen."""
+    other = load_classifier(make_backbone(family, tmp_path / "other", layers=layers))
+    with pytest.raises(InputError, match="no adapter for this backbone"):
+        load_adapter(other, pretrained)
+
+
+def test_unknown_lora_targets_are_an_error(llama: Run) -> None:
+    with pytest.raises(InputError, match=r"lora\.targets"):
+        new_judge(llama.backbone, Lora(targets=("q_prok",)), "fp32", 3, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_trained_is_float32(precision: Any, llama: Run) -> None:
+    """At 1e-5, steps of AdamW are smaller than what bfloat16 can add to a weight."""
+    judge = new_judge(llama.backbone, LORA, precision, 3, 0)
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    for name, parameter in judge.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, name
+        elif "original_module" not in name:
+            assert parameter.dtype == frozen, name
+
+
+# --- training itself --------------------------------------------------------------------------------
+
+
+def test_judges_of_every_family_train_and_are_written_whole(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = fit(run, tmp_path / "fold_0", epochs=2)
+    assert "tokens/s" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "fold_0").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "metrics.json"} <= names
+    assert "history.parquet" in names
+    suffixes = {path.suffix for path in (tmp_path / "fold_0").rglob("*")}
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl", ".pickle"}
+    assert {path.name for path in tmp_path.iterdir()} == {"fold_0"}
+    targets = read_json(tmp_path / "fold_0" / "adapter_config.json")["target_modules"]
+    assert targets == sorted(targets)  # one order, whatever the process
+    assert any("score" in name for name in weights)
+    assert sum("lora_A" in name for name in weights) == 14  # q, k, v, o, gate, up, down of 2 layers
+    metrics = read_json(tmp_path / "fold_0" / "metrics.json")
+    assert metrics["steps"] == 2 * -(-metrics["sequences"] // 8)
+    assert metrics["epochs"] == 2
+    assert metrics["trainable_parameters"] == sum(w.numel() for w in weights.values())
+    assert metrics["provenance"]["phase"] == "training"
+    assert metrics["provenance"]["settings"]["fold"] == 0
+    history = read_parquet(tmp_path / "fold_0" / "history.parquet")
+    assert history["step"].to_pylist() == list(range(1, metrics["steps"] + 1))
+    assert np.isfinite(history["loss"].to_numpy()).all()
+    assert np.isfinite(history["grad_norm"].to_numpy()).all()
+
+
+def test_training_lowers_the_loss(llama: Run, tmp_path: Path) -> None:
+    fit(llama, tmp_path / "x", epochs=20, lr=0.02, swap=False)
+    loss = read_parquet(tmp_path / "x" / "history.parquet")["loss"].to_numpy()
+    assert loss[-5:].mean() < 0.5 * loss[:5].mean()
+
+
+def test_the_same_seed_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        torch.randn(3)
+        fit(run, tmp_path / name, lora=Lora(r=4, alpha=8, dropout=0.1))
+    one, two = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_accumulation_changes_nothing(micro: int, llama: Run, tmp_path: Path) -> None:
+    """The mean is over the optimizer step, also in the last one, which is short."""
+    folds = read_parquet(llama.folds)
+    assert len(training_rows(folds, 0)) * 2 % 8 != 0
+    whole = fit(llama, tmp_path / "whole", launch=Launch(micro_batch_size=8))
+    parts = fit(llama, tmp_path / "parts", launch=Launch(micro_batch_size=micro))
+    assert distance(whole, parts) < 1e-5
+    losses = [
+        read_parquet(tmp_path / name / "history.parquet")["loss"].to_numpy()
+        for name in ("whole", "parts")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Path) -> None:
+    """One optimizer step over everything, against plain torch."""
+    settings = training_settings(batch_size=1024, epochs=1)
+    fit(llama, tmp_path / "x", batch_size=1024, launch=Launch(micro_batch_size=5))
+    (reported,) = read_parquet(tmp_path / "x" / "history.parquet")["grad_norm"].to_pylist()
+    folds, tokens = read_parquet(llama.folds), read_tokens(llama.tokens)
+    mine = folds.take(training_rows(folds, 0))
+    shown = show(of_rows(tokens, mine), votes(mine), None, settings)
+    judge = new_judge(llama.backbone, LORA, "fp32", tokens.vocabulary.pad, settings.training.seed)
+    total = torch.zeros(())
+    for ids, label in zip(shown.sequences, shown.labels, strict=True):
+        logits = judge(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
+    (total / len(shown)).backward()
+    squares = [p.grad.square().sum() for p in judge.parameters() if p.grad is not None]
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(reported, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(
+    family: str, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(family)
+    plain = fit(run, tmp_path / "plain")
+    saved = fit(run, tmp_path / "saved", launch=Launch(gradient_checkpointing=True))
+    assert distance(plain, saved) < 1e-6
+    start = new_judge(run.backbone, LORA, "fp32", 2, training_settings().training.seed)
+    names = [
+        name for name, p in start.named_parameters() if "layers.0" in name and "lora_B" in name
+    ]
+    for name in names:  # the first layer learns too: gradients reach it
+        assert float(saved[name.replace(".default", "")].abs().max()) > 0
+
+
+def test_the_backbone_stays_as_it_is(
+    llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges = []
+    original = training.new_judge
+
+    def keep(*args: Any) -> Any:
+        judges.append(original(*args))
+        return judges[-1]
+
+    before = (llama.backbone / "model.safetensors").read_bytes()
+    monkeypatch.setattr(training, "new_judge", keep)
+    fit(llama, tmp_path / "x", epochs=2, lr=0.05)
+    assert (llama.backbone / "model.safetensors").read_bytes() == before
+    start = original(llama.backbone, LORA, "fp32", 3, training_settings().training.seed)
+    after = dict(judges[0].named_parameters())
+    moved = {n for n, p in start.named_parameters() if not torch.equal(p, after[n])}
+    assert moved == {n for n, p in after.items() if p.requires_grad}
+
+
+def test_a_loss_that_is_not_a_number_is_an_error(
+    llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.losses
+    calls = []
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(training, "losses", broken)
+    with pytest.raises(InputError, match="lower the learning rate"):
+        fit(llama, tmp_path / "x", epochs=50)
+    assert not (tmp_path / "x").exists()
+    assert len(calls) < 20  # told while it happens, not days later
+
+
+def test_half_precision_learns_like_full_precision(run: Run, tmp_path: Path) -> None:
+    half = fit(run, tmp_path / "half", precision="bf16", epochs=2)
+    full = fit(run, tmp_path / "full", precision="fp32", epochs=2)
+    assert all(weight.dtype == torch.float32 for weight in half.values())
+    moved = torch.cat([w.flatten() for n, w in full.items() if "lora_B" in n])
+    other = torch.cat([w.flatten() for n, w in half.items() if "lora_B" in n])
+    assert float(torch.nn.functional.cosine_similarity(moved, other, dim=0)) > 0.8
+
+
+def test_too_many_devices_for_a_batch_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(training.TrainingArguments, "world_size", property(lambda self: 3))
+    with pytest.raises(InputError, match="batch_size 8 cannot be shared by 3 devices"):
+        training._arguments(str(tmp_path), training_settings().training, "fp32", Launch())
+
+
+@pytest.mark.parametrize(
+    ("batch", "bound", "micro", "accumulated"),
+    [(8, 8, 8, 1), (8, 3, 2, 4), (8, 1, 1, 8), (8, 100, 8, 1), (7, 3, 1, 7), (64, 24, 16, 4)],
+)
+def test_micro_batches_make_the_batch_exactly(
+    batch: int, bound: int, micro: int, accumulated: int, tmp_path: Path
+) -> None:
+    optimization = training_settings(batch_size=batch).training
+    launch = Launch(micro_batch_size=bound)
+    arguments = training._arguments(str(tmp_path), optimization, "fp32", launch)
+    assert arguments.per_device_train_batch_size == micro
+    assert arguments.gradient_accumulation_steps == accumulated
+
+
+# --- students ---------------------------------------------------------------------------------------
+
+
+def test_a_student_follows_its_teachers(llama: Run, tmp_path: Path) -> None:
+    """Teachers that always see a tie: the student unlearns the votes."""
+    folds = read_parquet(llama.folds)
+    files = []
+    for fold in range(3):
+        extra = np.flatnonzero(pc.equal(folds["source"], "extra").to_numpy(zero_copy_only=False))
+        rows = np.union1d(validation_rows(folds, fold), extra)
+        flags = np.isin(rows, validation_rows(folds, fold))
+        ids = folds.select(["id", "source"]).take(rows).append_column("validation", [flags])
+        logits = np.tile(np.array([0, 0, 9], np.float32), (len(rows), 2, 1))
+        files.append(tmp_path / "logits" / f"fold_{fold}.npy")
+        write_logits(files[-1], logits, ids, {})
+    loss = Loss(ce=0, kl=1, temperature=1)
+    student = {"teachers": ("t",), "targets": "out_of_fold"}
+    options = {"epochs": 20, "lr": 0.02, "swap": False}
+    train_fold(
+        llama.backbone, None, llama.tokens, llama.folds, 0, tmp_path / "fold_0",
+        teachers={"t": files}, settings=training_settings(**student, loss=loss, **options),
+        launch=Launch(),
+    )  # fmt: skip
+    metrics = read_json(tmp_path / "fold_0" / "metrics.json")
+    assert metrics["provenance"]["phase"] == "distillation"
+    predict_logits(
+        llama.backbone, tmp_path / "fold_0", llama.tokens, llama.folds, 0, tmp_path / "x.npy",
+        settings=LogitsSettings(
+            version=1, encoding=ENCODING, precision="fp32", rows=("validation",)
+        ),
+        batch_tokens=512,
+    )  # fmt: skip
+    assert (np.load(tmp_path / "x.npy")[:, 0].argmax(-1) == 2).mean() > 0.8
+
+
+# --- other architectures ----------------------------------------------------------------------------
+
+
+def test_an_encoder_can_be_a_judge(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run("bert")
+    weights = fit(run, tmp_path / "fold_0")
+    heads = sorted(name for name in weights if "classifier" in name)
+    assert [name.rsplit(".", 1)[1] for name in heads] == ["bias", "weight"]
+    assert not any("lora" in name for name in heads)
+    assert any("attention" in name and "lora_A" in name for name in weights)
+    predict_logits(
+        run.backbone, tmp_path / "fold_0", run.tokens, run.folds, 0, tmp_path / "x.npy",
+        settings=LogitsSettings(
+            version=1, encoding=ENCODING, precision="fp32", rows=("validation",)
+        ),
+        batch_tokens=512,
+    )  # fmt: skip
+    assert np.load(tmp_path / "x.npy").shape[1:] == (2, 3)
