@@ -69,7 +69,7 @@ rule assign_folds:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings("folds"),
+        settings=settings_of(phase.FoldsSettings),
     message:
         "Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     shell:

@@ -9,6 +9,7 @@ CHECKOUT = Path(workflow.basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow"))
 
 from arena_distill import config as configuration
+from arena_distill import settings as phase
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
 
@@ -59,13 +60,12 @@ shell.prefix(
 )
 
 
-def settings(phase):
+def settings_of(phase):
     """A phase's settings for a rule's params: its version and its own part of the configuration."""
-    make = getattr(CONFIG, f"{phase}_settings")
 
     def of_job(wildcards):
         judge = getattr(wildcards, "judge", None)
-        return (make(judge) if judge else make()).model_dump_json()
+        return (phase.of(CONFIG, judge) if judge else phase.of(CONFIG)).model_dump_json()
 
     return of_job
 

@@ -51,7 +51,7 @@ rule evaluate:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings("evaluation"),
+        settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
         optional=lambda wildcards, input: [
             part

@@ -23,7 +23,7 @@ rule predict_logits:
         runtime=compute("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
-        settings=settings("logits"),
+        settings=settings_of(phase.LogitsSettings),
     message:
         "Scoring battles with {wildcards.judge}, fold {wildcards.fold}"
     shell:

@@ -18,7 +18,7 @@ rule merge_folds:
         mem_mb=compute("mem_mb"),
         runtime=compute("runtime"),
     params:
-        settings=settings("merge"),
+        settings=settings_of(phase.MergeSettings),
     message:
         "Merging {CONFIG.folds.n} folds of {wildcards.judge}"
     shell:

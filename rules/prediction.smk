@@ -21,7 +21,7 @@ rule score_test_merged:
         runtime=compute("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
-        settings=settings("scoring"),
+        settings=settings_of(phase.ScoringSettings),
     message:
         "Scoring test battles with the merged {wildcards.judge}"
     shell:
@@ -51,7 +51,7 @@ rule score_test_gptq:
         runtime=compute("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
-        settings=settings("scoring"),
+        settings=settings_of(phase.ScoringSettings),
     message:
         "Scoring test battles with the quantised {wildcards.judge}"
     shell:
@@ -72,7 +72,7 @@ rule predict_test:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings("prediction"),
+        settings=settings_of(phase.PredictionSettings),
     message:
         "Averaging the test predictions of {wildcards.judge}"
     shell:

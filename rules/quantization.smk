@@ -21,7 +21,7 @@ rule quantize_model:
         runtime=compute("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
-        settings=settings("quantization"),
+        settings=settings_of(phase.QuantizationSettings),
     message:
         "Quantising {wildcards.judge} with GPTQ"
     shell:
@@ -43,7 +43,7 @@ rule check_drift:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings("drift"),
+        settings=settings_of(phase.DriftSettings),
     message:
         "Checking what quantisation changed in {wildcards.judge}"
     shell:

@@ -22,7 +22,7 @@ rule pretrain_adapter:
         micro_batch_size=compute("micro_batch_size"),
         gradient_checkpointing=compute("gradient_checkpointing"),
     params:
-        settings=settings("pretraining"),
+        settings=settings_of(phase.PretrainingSettings),
     message:
         "Post-pretraining {wildcards.judge} on UT battles"
     shell:
@@ -56,7 +56,7 @@ rule train_teacher:
         micro_batch_size=compute("micro_batch_size"),
         gradient_checkpointing=compute("gradient_checkpointing"),
     params:
-        settings=settings("training"),
+        settings=settings_of(phase.TrainingSettings),
         pretrained=lambda wildcards, input: (
             ["--pretrained", input.pretrained] if input.pretrained else []
         ),

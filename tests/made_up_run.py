@@ -13,11 +13,11 @@ import pyarrow as pa
 from arena_distill import battles as raw
 from arena_distill.artifacts import provenance as origin
 from arena_distill.artifacts import write_json, write_logits, write_parquet, write_text
-from arena_distill.config import EvaluationSettings, PredictionSettings
 from arena_distill.evaluation import evaluate
 from arena_distill.folds import assign_folds
 from arena_distill.keys import key, locate
 from arena_distill.prediction import WINNERS, Model, predict_test, softmax
+from arena_distill.settings import EvaluationSettings, PredictionSettings
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3

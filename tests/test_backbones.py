@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,13 @@ import torch
 from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone
 
 from arena_distill.artifacts import read_json
-from arena_distill.backbones import HEADS, load_classifier, load_tokenizer, prepare_backbone
+from arena_distill.backbones import (
+    HEADS,
+    check_length,
+    load_classifier,
+    load_tokenizer,
+    prepare_backbone,
+)
 from arena_distill.config import Backbone
 from arena_distill.encoding import safe_pad_id
 from arena_distill.errors import InputError
@@ -255,3 +262,12 @@ def test_a_real_tokenizer_keeps_its_ids_on_another_model(
     assert safe_pad_id(after) == safe_pad_id(before)
     model = load_classifier(tmp_path / "x", pad_token_id=safe_pad_id(after))
     assert model.get_input_embeddings().num_embeddings == len(after)
+
+
+def test_sequences_beyond_the_models_positions_are_refused() -> None:
+    model = SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=512, name_or_path="bert")
+    )
+    check_length(model, 512)
+    with pytest.raises(InputError, match="bert: sequences of 513 tokens.*512.*max_length"):
+        check_length(model, 513)

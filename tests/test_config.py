@@ -22,10 +22,18 @@ from arena_distill.config import (
     Prediction,
     load,
     overlay,
-    parse,
 )
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
+from arena_distill.settings import (
+    DriftSettings,
+    LogitsSettings,
+    PretrainingSettings,
+    QuantizationSettings,
+    Settings,
+    TrainingSettings,
+    parse,
+)
 
 FILES = {"train": "train.csv", "test": "test.csv"}
 
@@ -168,11 +176,11 @@ def test_nonsense_is_an_input_error(broken: Any) -> None:
 
 def test_a_mistake_in_settings_names_the_key() -> None:
     with pytest.raises(InputError, match="config: lora.rr: unknown key; did you mean 'r'"):
-        settings = json.loads(load(raw()).training_settings("l").model_dump_json())
+        settings = json.loads(TrainingSettings.of(load(raw()), "l").model_dump_json())
         settings["lora"]["rr"] = 3
-        parse(module.TrainingSettings, json.dumps(settings))
+        parse(TrainingSettings, json.dumps(settings))
     with pytest.raises(InputError, match="^config: "):
-        parse(module.TrainingSettings, "{")
+        parse(TrainingSettings, "{")
 
 
 # --- judges and their defaults ----------------------------------------------------------------------
@@ -219,21 +227,21 @@ def test_students_may_teach() -> None:
     assert config.students_of("s") == ["t"]
     assert config.students_of("l") == ["s"]
     assert config.students_of("t") == []
-    assert config.training_settings("t").teachers == ("s",)
-    assert config.logits_settings("s").rows == ("validation", "extra")
-    assert config.logits_settings("t").rows == ("validation",)
+    assert TrainingSettings.of(config, "t").teachers == ("s",)
+    assert LogitsSettings.of(config, "s").rows == ("validation", "extra")
+    assert LogitsSettings.of(config, "t").rows == ("validation",)
 
 
 def test_logits_cover_the_rows_that_students_need() -> None:
-    assert load(raw()).logits_settings("l").rows == ("validation", "extra")
+    assert LogitsSettings.of(load(raw()), "l").rows == ("validation", "extra")
     own = load(judged(s={"targets": "in_sample"}))
-    assert own.logits_settings("l").rows == ("validation", "training")
+    assert LogitsSettings.of(own, "l").rows == ("validation", "training")
     both = load(
         judged(s={"targets": "in_sample"}, t={"backbone": {"tiny": "gemma2"}, "teachers": ["l"]})
     )
-    assert both.logits_settings("l").rows == ("validation", "training", "extra")
-    assert both.logits_settings("q").rows == ("validation", "training")
-    assert load(raw(data=FILES)).logits_settings("l").rows == ("validation",)
+    assert LogitsSettings.of(both, "l").rows == ("validation", "training", "extra")
+    assert LogitsSettings.of(both, "q").rows == ("validation", "training")
+    assert LogitsSettings.of(load(raw(data=FILES)), "l").rows == ("validation",)
 
 
 def test_sources_are_those_given() -> None:
@@ -318,15 +326,15 @@ def test_an_ablation_shares_its_post_pretraining() -> None:
     assert owners == {
         "l": "l", "q": "q", "s": "s", "t": "s", "u": "u", "v": None, "w": "w", "x": "s",
     }  # fmt: skip
-    assert config.training_settings("x").keep_head
-    assert not config.training_settings("s").keep_head
-    assert not config.training_settings("v").keep_head
+    assert TrainingSettings.of(config, "x").keep_head
+    assert not TrainingSettings.of(config, "s").keep_head
+    assert not TrainingSettings.of(config, "v").keep_head
 
 
 def test_without_ut_battles_nothing_is_post_pretrained() -> None:
     config = load(raw(data=FILES, defaults={"pretraining": {"keep_head": True}}))
     assert config.pretraining_owner("l") is None
-    assert not config.training_settings("l").keep_head
+    assert not TrainingSettings.of(config, "l").keep_head
 
 
 # --- what a phase is told ---------------------------------------------------------------------------
@@ -335,14 +343,13 @@ def test_without_ut_battles_nothing_is_post_pretrained() -> None:
 def all_settings(config: Config) -> dict[tuple[str, str], Any]:
     """Every phase's settings, per judge where it has one."""
     found = {}
-    for name in dir(Config):
-        phase = name.removesuffix("_settings")
-        if phase == name:
-            continue
-        make = getattr(config, name)
-        judges = tuple(config.judges) if "judge" in inspect.signature(make).parameters else ("",)
+    for model in Settings.__subclasses__():
+        phase = model.__name__.removesuffix("Settings").lower()
+        judges = (
+            tuple(config.judges) if "judge" in inspect.signature(model.of).parameters else ("",)
+        )
         for judge in judges:
-            found[phase, judge] = make(judge) if judge else make()
+            found[phase, judge] = model.of(config, judge) if judge else model.of(config)
     return found
 
 
@@ -398,9 +405,9 @@ def test_what_is_switched_off_has_no_settings() -> None:
     config = load(
         raw(defaults={"pretraining": None, "quantization": None}, prediction={"model": "merged"})
     )
-    for ask in (config.pretraining_settings, config.quantization_settings, config.drift_settings):
+    for model in (PretrainingSettings, QuantizationSettings, DriftSettings):
         with pytest.raises(InputError, match=r"judges\.s\.\w+ is null"):
-            ask("s")
+            model.of(config, "s")
 
 
 # --- shipped configurations -------------------------------------------------------------------------

@@ -15,12 +15,13 @@ from arena_distill import logits as module
 from arena_distill.artifacts import read_logits, read_parquet, read_provenance
 from arena_distill.backbones import load_classifier
 from arena_distill.batching import pad
-from arena_distill.config import Encoding, LogitsSettings, Lora
+from arena_distill.config import Encoding, Lora
 from arena_distill.encoding import Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
 from arena_distill.keys import key
 from arena_distill.logits import fold_rows, predict_logits, score
+from arena_distill.settings import LogitsSettings
 from arena_distill.training import new_judge
 
 ENCODING = Encoding(max_length=96)

@@ -26,7 +26,7 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Encoding, PredictionSettings, ScoringSettings
+from arena_distill.config import Encoding
 from arena_distill.encoding import Sequences, Tokens, encode, read_tokens, tokenize_battles
 from arena_distill.errors import InputError
 from arena_distill.keys import key
@@ -43,6 +43,7 @@ from arena_distill.prediction import (
     submitted_variant,
     write_submission,
 )
+from arena_distill.settings import PredictionSettings, ScoringSettings
 
 ORDERS: tuple[Order, ...] = ("AB", "BA")
 LENGTHS = (40, 64)

@@ -106,15 +106,23 @@ def checkout(finished: Checkout) -> Iterator[Checkout]:
 
 def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
     results = finished.results
-    for name in (
-        "battles.parquet rejected.parquet folds.parquet submission.csv metrics.json report.html "
-        "config.yaml adapters/llama-teacher/pretrained/adapter_model.safetensors "
-        "adapters/gemma2-student/fold_1/adapter_model.safetensors "
-        "adapters/gemma2-student/fold_1/metrics.json "
-        "adapters/gemma2-student/fold_1/history.parquet "
-        "merged/gemma2-student/model.safetensors merged/gemma2-student/README.md "
-        "gptq/gemma2-student/drift.json predictions/gemma2-student/test.parquet"
-    ).split():
+    for name in [
+        "battles.parquet",
+        "rejected.parquet",
+        "folds.parquet",
+        "submission.csv",
+        "metrics.json",
+        "report.html",
+        "config.yaml",
+        "adapters/llama-teacher/pretrained/adapter_model.safetensors",
+        "adapters/gemma2-student/fold_1/adapter_model.safetensors",
+        "adapters/gemma2-student/fold_1/metrics.json",
+        "adapters/gemma2-student/fold_1/history.parquet",
+        "merged/gemma2-student/model.safetensors",
+        "merged/gemma2-student/README.md",
+        "gptq/gemma2-student/drift.json",
+        "predictions/gemma2-student/test.parquet",
+    ]:
         assert (results / name).is_file(), name
 
 
@@ -188,7 +196,9 @@ def test_another_drift_bound_keeps_the_quantised_model(checkout: Checkout) -> No
 
 def test_a_teachers_lr_rebuilds_its_folds_and_every_student(checkout: Checkout) -> None:
     checkout.edit(
-        "mini.yaml", "    backbone:\n      tiny: llama", "    backbone:\n      tiny: llama\n    training: {lr: 0.01}"
+        "mini.yaml",
+        "    backbone:\n      tiny: llama",
+        "    backbone:\n      tiny: llama\n    training: {lr: 0.01}",
     )
     expected = {"train_teacher": 2, "predict_logits": 4, **STUDENT, "write_config": 1}
     assert checkout.would_run() == expected
@@ -201,7 +211,9 @@ def test_another_fold_seed_rebuilds_everything_after_the_folds(checkout: Checkou
 
 
 def test_threads_and_resources_rebuild_nothing(checkout: Checkout) -> None:
-    checkout.edit("mini.yaml", "mem_mb: 2000", "mem_mb: 3000\n    threads: 2\n    batch_tokens: 999")
+    checkout.edit(
+        "mini.yaml", "mem_mb: 2000", "mem_mb: 3000\n    threads: 2\n    batch_tokens: 999"
+    )
     checkout.edit("mini.yaml", "micro_batch_size: 16", "micro_batch_size: 4")
     assert checkout.would_run() == {}
 
@@ -231,7 +243,8 @@ def test_one_folds_logits_are_rebuilt_by_naming_their_file(checkout: Checkout) -
 
 
 @pytest.mark.parametrize(
-    "target", "folds teachers logits students merged quantized submission report".split()
+    "target",
+    ["folds", "teachers", "logits", "students", "merged", "quantized", "submission", "report"],
 )
 def test_aggregate_targets(checkout: Checkout, target: str) -> None:
     assert checkout.would_run(target) in ({}, {target: 1})

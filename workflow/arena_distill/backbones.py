@@ -70,6 +70,7 @@ def load_classifier(
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=len(CLASSES),
+            use_safetensors=True,  # nothing that would be unpickled
             id2label=dict(enumerate(CLASSES)),
             label2id={name: i for i, name in enumerate(CLASSES)},
             dtype=dtype or torch.float32,
@@ -91,6 +92,20 @@ def load_classifier(
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
     return model
+
+
+def check_length(model: Any, longest: int) -> None:
+    """Refuse sequences that are longer than the model has positions for.
+
+    Raises:
+        InputError: names the model's limit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise InputError(
+            f"{model.config.name_or_path}: sequences of {longest} tokens, but the model has positions "
+            f"for {limit}; lower max_length (config: encoding.max_length, prediction.max_lengths)"
+        )
 
 
 def prepare_backbone(backbone: Backbone, output: Path, *, version: int) -> None:

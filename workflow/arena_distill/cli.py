@@ -1,7 +1,7 @@
 """The command line: one command per rule, in the order that data flows.
 
 Every rule of the workflow is one of these commands; each can be run by hand. `--settings` takes what the
-rule hands over, JSON of one of the models in ``config`` (``snakemake -n -p`` prints it). Phases are
+rule hands over, JSON of one of the models in ``settings`` (``snakemake -n -p`` prints it). Phases are
 imported by the command that runs them, so that `--help` and small jobs start at once.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, Literal, NoReturn, get_args
 
 import typer
 
 from arena_distill import config
+from arena_distill import settings as phase
 from arena_distill.errors import InputError
+from arena_distill.settings import parse
 
 app = typer.Typer(
     help="Distil big preference judges into a small one you can deploy.",
@@ -57,7 +59,7 @@ def simulate_arena(output: Output, settings: Settings) -> None:
     """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
     from arena_distill.simulation import write_arena
 
-    arena = config.parse(config.Arena, settings)
+    arena = parse(config.Arena, settings)
     write_arena(output, **arena.model_dump())
 
 
@@ -83,7 +85,7 @@ def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
     """Deal the training battles into folds."""
     from arena_distill.folds import write_folds
 
-    parsed = config.parse(config.FoldsSettings, settings)
+    parsed = parse(phase.FoldsSettings, settings)
     write_folds(battles, output, settings=parsed.model_dump())
 
 
@@ -95,7 +97,7 @@ def prepare_backbone(output: Output, settings: Settings, version: Version) -> No
     """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
     from arena_distill.backbones import prepare_backbone
 
-    prepare_backbone(config.parse(config.Backbone, settings), output, version=version)
+    prepare_backbone(parse(config.Backbone, settings), output, version=version)
 
 
 @app.command()
@@ -129,7 +131,7 @@ def pretrain_adapter(
         tokens,
         battles,
         output,
-        settings=config.parse(config.PretrainingSettings, settings),
+        settings=parse(phase.PretrainingSettings, settings),
         launch=Launch(micro_batch_size, bool(gradient_checkpointing)),
     )
 
@@ -152,7 +154,7 @@ def train_fold(
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
     from arena_distill.training import Launch, train_fold
 
-    parsed = config.parse(config.TrainingSettings, settings)
+    parsed = parse(phase.TrainingSettings, settings)
     files = teacher_logits or []
     train_fold(
         _folder(backbone),
@@ -188,7 +190,7 @@ def predict_logits(
         folds,
         fold,
         output,
-        settings=config.parse(config.LogitsSettings, settings),
+        settings=parse(phase.LogitsSettings, settings),
         batch_tokens=batch_tokens,
     )
 
@@ -206,7 +208,7 @@ def merge_folds(
     """Average the folds' adapters and heads and merge them into the backbone."""
     from arena_distill.merging import merge_folds
 
-    parsed = config.parse(config.MergeSettings, settings)
+    parsed = parse(phase.MergeSettings, settings)
     merge_folds(
         _folder(backbone),
         adapters,
@@ -235,7 +237,7 @@ def quantize_model(
         tokens,
         battles,
         output,
-        settings=config.parse(config.QuantizationSettings, settings),
+        settings=parse(phase.QuantizationSettings, settings),
         batch_tokens=batch_tokens,
     )
 
@@ -249,7 +251,7 @@ def check_drift(
     """Fail where quantisation changed the model by more than the configured bound."""
     from arena_distill.quantization import check_drift
 
-    parsed = config.parse(config.DriftSettings, settings)
+    parsed = parse(phase.DriftSettings, settings)
     check_drift(
         model / "drift.json", output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate
     )
@@ -270,7 +272,7 @@ def score_test(
     """Score the test battles at every length and in every order."""
     from arena_distill.prediction import score_test
 
-    parsed = config.parse(config.ScoringSettings, settings)
+    parsed = parse(phase.ScoringSettings, settings)
     score_test(
         model, tokens, output, quantized=quantized, settings=parsed, batch_tokens=batch_tokens
     )
@@ -285,7 +287,7 @@ def predict_test(
     """Average the test logits over lengths and orders, every variant of it."""
     from arena_distill.prediction import Model, predict_test
 
-    parsed = config.parse(config.PredictionSettings, settings)
+    parsed = parse(phase.PredictionSettings, settings)
     named = {model: f for f in logits for model in get_args(Model) if f.stem == f"{model}_test"}
     predict_test(named, output, settings=parsed)
 
@@ -319,7 +321,7 @@ def evaluate(
     """Compute every figure of the run."""
     from arena_distill.evaluation import evaluate
 
-    parsed = config.parse(config.EvaluationSettings, settings)
+    parsed = parse(phase.EvaluationSettings, settings)
     evaluate(
         folds,
         battles,
@@ -372,15 +374,18 @@ def show_results(
 
 @app.command()
 def pretrain_tiny(
-    family: Annotated[str, typer.Option(help="llama, qwen2 or gemma2.")],
+    family: Annotated[Literal["llama", "qwen2", "gemma2"], typer.Option(help="Architecture.")],
     output: Output,
-    battles: Annotated[int, typer.Option(help="Battles of the pool.")] = 0,
-    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 0,
+    battles: Annotated[int, typer.Option(help="Battles of the pool.")] = 40_000,
+    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 4,
     seed: Annotated[int, typer.Option(help="Decides pool and weights.")] = 0,
 ) -> None:
     """Pretrain one of the tiny backbones that ship with the workflow, tokenizer included."""
+    import logging
+
     from arena_distill.tiny import pretrain_tiny
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     pretrain_tiny(family, output, battles=battles, epochs=epochs, seed=seed)
 
 

@@ -4,9 +4,7 @@ Every key is a field below; its docstring says what it means, ``config/README.md
 ``workflow/schemas/config.schema.json`` is generated from them. An unknown key, a wrong type, an unknown
 teacher or a cycle among judges gives one line each, never a traceback.
 
-The part of the configuration that decides *what* a phase computes is handed to it as one of the
-``…Settings`` models, with the phase's version; it is the rule's ``params``, so changing it rebuilds that
-phase and what follows. ``compute`` decides only *how* a job runs and is never part of them.
+What a phase is told of it is in ``settings``.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -35,7 +33,6 @@ from pydantic import (
 )
 
 from arena_distill.errors import InputError
-from arena_distill.phases import VERSIONS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -338,6 +335,11 @@ class Judge(JudgeDefaults):
     teachers: tuple[Name, ...] = ()
     """Judges whose logits it learns from; none: it learns from votes."""
 
+    def before_folds(self) -> tuple[Any, ...]:
+        """What decides the post-pretrained adapter. (What becomes of its head, the folds decide.)"""
+        pretraining = self.pretraining and self.pretraining.model_copy(update={"keep_head": False})
+        return self.backbone, self.encoding, self.lora, self.precision, pretraining
+
     @model_validator(mode="after")
     def _distinct_teachers(self) -> Judge:
         if len(set(self.teachers)) != len(self.teachers):
@@ -365,86 +367,6 @@ class Environments(Section):
     """null: the interpreter that runs Snakemake."""
     gptq: str = ".venv-gptq/bin/python"
     """The interpreter of the environment with GPTQModel."""
-
-
-# --- what a phase is told ---------------------------------------------------------------------------
-
-
-class Settings(Section):
-    """Settings of one phase: its version and the part of the configuration that it computes by."""
-
-    version: int
-
-
-class FoldsSettings(Settings, Folds):
-    pass
-
-
-class PretrainingSettings(Settings):
-    encoding: Encoding
-    lora: Lora
-    precision: Precision
-    pretraining: Pretraining
-
-
-class TrainingSettings(Settings):
-    encoding: Encoding
-    lora: Lora
-    precision: Precision
-    training: Training
-    keep_head: bool
-    """Start from the post-pretrained head."""
-    teachers: tuple[Name, ...] = ()
-    targets: Targets | None = None
-    loss: Loss | None = None
-
-
-class LogitsSettings(Settings):
-    encoding: Encoding
-    precision: Precision
-    rows: tuple[Literal["validation", "training", "extra"], ...]
-    """Validation rows always; training (with extra) or extra rows where a student learns from them."""
-
-
-class MergeSettings(Settings, Merge):
-    judge: Name
-    template: str
-    precision: Precision
-
-
-class QuantizationSettings(Settings):
-    encoding: Encoding
-    bits: int
-    group_size: int
-    samples: int
-    seed: int
-    validation_rows: int
-
-
-class DriftSettings(Settings):
-    max_kl: float
-    max_flip_rate: float
-
-
-class ScoringSettings(Settings):
-    encoding: Encoding
-    precision: Precision
-    max_lengths: tuple[int, ...]
-    orders: tuple[Order, ...]
-
-
-class PredictionSettings(Settings):
-    max_lengths: tuple[int, ...]
-    orders: tuple[Order, ...]
-    average: Literal["logits", "probabilities"]
-    model: Literal["gptq", "merged"]
-
-
-class EvaluationSettings(Settings):
-    run: str
-    judges: dict[str, tuple[str, ...]]
-    """Teachers by judge."""
-    final: str
 
 
 # --- the whole --------------------------------------------------------------------------------------
@@ -555,108 +477,8 @@ class Config(Section):
         """
         if self.judges[judge].pretraining is None or "ut" not in self.data.sources():
             return None
-        same = (self.judges[judge].backbone, self.pretraining_settings(judge))
-        return next(
-            name
-            for name, other in self.judges.items()
-            if other.pretraining and (other.backbone, self.pretraining_settings(name)) == same
-        )
-
-    def folds_settings(self) -> FoldsSettings:
-        return FoldsSettings(version=VERSIONS["folds"], **self.folds.model_dump())
-
-    def pretraining_settings(self, judge: str) -> PretrainingSettings:
-        node = self.judges[judge]
-        if node.pretraining is None:
-            raise InputError(f"judges.{judge}.pretraining is null: there is no adapter to pretrain")
-        return PretrainingSettings(
-            version=VERSIONS["pretraining"],
-            encoding=node.encoding,
-            lora=node.lora,
-            precision=node.precision,
-            # What becomes of the head is for the folds to say: it changes nothing here.
-            pretraining=node.pretraining.model_copy(update={"keep_head": False}),
-        )
-
-    def training_settings(self, judge: str) -> TrainingSettings:
-        node = self.judges[judge]
-        student = bool(node.teachers)
-        return TrainingSettings(
-            version=VERSIONS["distillation" if student else "training"],
-            encoding=node.encoding,
-            lora=node.lora,
-            precision=node.precision,
-            training=node.training,
-            keep_head=bool(self.pretraining_owner(judge) and node.pretraining.keep_head),  # type: ignore[union-attr]
-            teachers=node.teachers,
-            targets=node.targets if student else None,
-            loss=node.loss if student else None,
-        )
-
-    def logits_settings(self, judge: str) -> LogitsSettings:
-        node = self.judges[judge]
-        needed = {self.judges[student].targets for student in self.students_of(judge)}
-        rows: tuple[str, ...] = ("validation",)
-        if "in_sample" in needed:
-            rows += ("training",)
-        if "out_of_fold" in needed and "extra" in self.data.sources():
-            rows += ("extra",)
-        return LogitsSettings(
-            version=VERSIONS["logits"], encoding=node.encoding, precision=node.precision, rows=rows
-        )
-
-    def merge_settings(self, judge: str) -> MergeSettings:
-        node = self.judges[judge]
-        return MergeSettings(
-            version=VERSIONS["merging"],
-            judge=judge,
-            template=node.encoding.template,
-            precision=node.precision,
-            **node.merge.model_dump(),
-        )
-
-    def quantization_settings(self, judge: str) -> QuantizationSettings:
-        quantization = self._quantization(judge)
-        return QuantizationSettings(
-            version=VERSIONS["quantization"],
-            encoding=self.judges[judge].encoding,
-            **quantization.model_dump(exclude={"max_kl", "max_flip_rate"}),
-        )
-
-    def drift_settings(self, judge: str) -> DriftSettings:
-        quantization = self._quantization(judge)
-        return DriftSettings(
-            version=VERSIONS["drift"],
-            max_kl=quantization.max_kl,
-            max_flip_rate=quantization.max_flip_rate,
-        )
-
-    def _quantization(self, judge: str) -> Quantization:
-        quantization = self.judges[judge].quantization
-        if quantization is None:
-            raise InputError(f"judges.{judge}.quantization is null: there is nothing to quantise")
-        return quantization
-
-    def scoring_settings(self, judge: str) -> ScoringSettings:
-        node = self.judges[judge]
-        return ScoringSettings(
-            version=VERSIONS["scoring"],
-            encoding=node.encoding,
-            precision=node.precision,
-            max_lengths=self.prediction.max_lengths,
-            orders=self.prediction.orders,
-        )
-
-    def prediction_settings(self, judge: str) -> PredictionSettings:
-        return PredictionSettings(version=VERSIONS["prediction"], **self.prediction.model_dump())
-
-    def evaluation_settings(self) -> EvaluationSettings:
-        return EvaluationSettings(
-            version=VERSIONS["evaluation"],
-            run=self.run,
-            judges={name: self.judges[name].teachers for name in self.ordered()},
-            final=self.final,
-        )
+        same = self.judges[judge].before_folds()
+        return next(name for name, other in self.judges.items() if other.before_folds() == same)
 
 
 def overlay(base: Any, top: Any) -> Any:
@@ -675,18 +497,7 @@ def load(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(error))) from None
-
-
-T = TypeVar("T", bound=Section)
-
-
-def parse(model: type[T], text: str) -> T:
-    """Read a phase's settings from JSON text (what a rule hands to the command line)."""
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        raise InputError("\n".join(_explain(error, of=model))) from None
+        raise InputError("\n".join(explain(error))) from None
 
 
 def schema() -> dict[str, Any]:
@@ -694,7 +505,7 @@ def schema() -> dict[str, Any]:
     return json.loads(json.dumps(Config.model_json_schema()))
 
 
-def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
+def explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
     """One line per mistake. A mistake in `defaults` shows up in every judge: it is told once."""
     problems: dict[tuple[str, ...], Any] = {}
     for item in error.errors(include_url=False):

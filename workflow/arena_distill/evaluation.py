@@ -35,7 +35,6 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.battles import read_solution
-from arena_distill.config import EvaluationSettings
 from arena_distill.errors import InputError
 from arena_distill.folds import (
     dropped_extra,
@@ -47,6 +46,7 @@ from arena_distill.folds import (
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS
 from arena_distill.prediction import WINNERS, softmax
+from arena_distill.settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from arena_distill.artifacts import provenance, read_parquet, write_logits
 from arena_distill.batching import pad, token_batches
-from arena_distill.config import LogitsSettings
 from arena_distill.encoding import Sequences, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS, swap_classes
+from arena_distill.settings import LogitsSettings
 
 if TYPE_CHECKING:
     pass
@@ -83,10 +83,16 @@ def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
 
     Returns:
         float32 (rows, 3).
+
+    Raises:
+        InputError: a sequence is longer than the model has positions for.
     """
     import torch
     from tqdm.auto import tqdm
 
+    from arena_distill.backbones import check_length
+
+    check_length(model, int(sequences.lengths.max(initial=0)))
     model.eval()
     weight = next(model.parameters())
     scores = np.empty((len(sequences), len(CLASSES)), np.float32)

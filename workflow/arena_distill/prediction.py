@@ -26,11 +26,11 @@ from arena_distill.artifacts import (
     write_parquet,
     write_text,
 )
-from arena_distill.config import PredictionSettings, ScoringSettings
 from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, Order, swap_classes
+from arena_distill.settings import PredictionSettings, ScoringSettings
 
 Model = Literal["merged", "gptq"]
 """The deployed forms of a judge that are scored."""

@@ -35,9 +35,9 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.battles import read_votes
-from arena_distill.config import QuantizationSettings
 from arena_distill.encoding import Sequences, encode, read_tokens
 from arena_distill.errors import InputError
+from arena_distill.settings import QuantizationSettings
 
 if TYPE_CHECKING:
     import torch

@@ -32,23 +32,17 @@ from arena_distill.artifacts import (
     write_json,
     write_parquet,
 )
-from arena_distill.backbones import HEADS, load_classifier
+from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
-from arena_distill.config import (
-    Lora,
-    Loss,
-    Optimization,
-    Precision,
-    PretrainingSettings,
-    TrainingSettings,
-)
+from arena_distill.config import Lora, Loss, Optimization, Precision
 from arena_distill.distillation import VOTES, as_seen, losses, teacher_targets
 from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
+from arena_distill.settings import PretrainingSettings, TrainingSettings
 
 _LOWER = "lower the learning rate (lr) or max_grad_norm"
 
@@ -267,6 +261,7 @@ def _fit(
     """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet."""
     if not len(examples):
         raise InputError(f"{output}: there is no battle to train on")
+    check_length(model, int(examples.sequences.lengths.max()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:

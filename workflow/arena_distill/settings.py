@@ -1,0 +1,247 @@
+"""What a phase is told: its version, and the part of the configuration that it computes by.
+
+A phase's settings are its rule's ``params``: changing them rebuilds that phase and what follows, and
+nothing else does. So they hold no more than the phase reads, and never `compute`, which decides only
+how a job runs. Rules hand them over as JSON; the command line reads them back with :func:`parse`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from arena_distill.config import (
+    Config,
+    Encoding,
+    Folds,
+    Lora,
+    Loss,
+    Merge,
+    Name,
+    Order,
+    Precision,
+    Pretraining,
+    Quantization,
+    Section,
+    Targets,
+    Training,
+    explain,
+)
+from arena_distill.errors import InputError
+from arena_distill.phases import VERSIONS
+
+Rows = Literal["validation", "training", "extra"]
+
+
+class Settings(Section):
+    """Settings of one phase: its version and the part of the configuration that it computes by."""
+
+    version: int
+
+
+class FoldsSettings(Settings, Folds):
+    """How battles are dealt."""
+
+    @classmethod
+    def of(cls, config: Config) -> FoldsSettings:
+        return cls(version=VERSIONS["folds"], **config.folds.model_dump())
+
+
+class PretrainingSettings(Settings):
+    """Post-pretraining of a judge's adapter."""
+
+    encoding: Encoding
+    lora: Lora
+    precision: Precision
+    pretraining: Pretraining
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> PretrainingSettings:
+        node = config.judges[judge]
+        if node.pretraining is None:
+            raise InputError(f"judges.{judge}.pretraining is null: there is no adapter to pretrain")
+        return cls(
+            version=VERSIONS["pretraining"],
+            encoding=node.encoding,
+            lora=node.lora,
+            precision=node.precision,
+            # What becomes of the head is for the folds to say: it changes nothing here.
+            pretraining=node.pretraining.model_copy(update={"keep_head": False}),
+        )
+
+
+class TrainingSettings(Settings):
+    """Training of a judge's folds, on votes or on teachers."""
+
+    encoding: Encoding
+    lora: Lora
+    precision: Precision
+    training: Training
+    keep_head: bool
+    """Start from the post-pretrained head."""
+    teachers: tuple[Name, ...] = ()
+    targets: Targets | None = None
+    loss: Loss | None = None
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> TrainingSettings:
+        node = config.judges[judge]
+        student = bool(node.teachers)
+        owner = config.pretraining_owner(judge)
+        return cls(
+            version=VERSIONS["distillation" if student else "training"],
+            encoding=node.encoding,
+            lora=node.lora,
+            precision=node.precision,
+            training=node.training,
+            keep_head=bool(owner and node.pretraining and node.pretraining.keep_head),
+            teachers=node.teachers,
+            targets=node.targets if student else None,
+            loss=node.loss if student else None,
+        )
+
+
+class LogitsSettings(Settings):
+    """What a fold's judge scores."""
+
+    encoding: Encoding
+    precision: Precision
+    rows: tuple[Rows, ...]
+    """Validation rows always; training (with extra) or extra rows where a student learns from them."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> LogitsSettings:
+        node = config.judges[judge]
+        needed = {config.judges[student].targets for student in config.students_of(judge)}
+        rows: tuple[Rows, ...] = ("validation",)
+        if "in_sample" in needed:
+            rows += ("training",)
+        if "out_of_fold" in needed and "extra" in config.data.sources():
+            rows += ("extra",)
+        return cls(
+            version=VERSIONS["logits"], encoding=node.encoding, precision=node.precision, rows=rows
+        )
+
+
+class MergeSettings(Settings, Merge):
+    """How a judge's folds become one model."""
+
+    judge: Name
+    template: str
+    precision: Precision
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> MergeSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["merging"],
+            judge=judge,
+            template=node.encoding.template,
+            precision=node.precision,
+            **node.merge.model_dump(),
+        )
+
+
+class QuantizationSettings(Settings):
+    """GPTQ of the merged judge."""
+
+    encoding: Encoding
+    bits: int
+    group_size: int
+    samples: int
+    seed: int
+    validation_rows: int
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> QuantizationSettings:
+        return cls(
+            version=VERSIONS["quantization"],
+            encoding=config.judges[judge].encoding,
+            **_quantization(config, judge).model_dump(exclude={"max_kl", "max_flip_rate"}),
+        )
+
+
+class DriftSettings(Settings):
+    """The bounds of the drift gate."""
+
+    max_kl: float
+    max_flip_rate: float
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> DriftSettings:
+        bounds = _quantization(config, judge).model_dump(include={"max_kl", "max_flip_rate"})
+        return cls(version=VERSIONS["drift"], **bounds)
+
+
+class ScoringSettings(Settings):
+    """How test battles are scored."""
+
+    encoding: Encoding
+    precision: Precision
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> ScoringSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["scoring"],
+            encoding=node.encoding,
+            precision=node.precision,
+            max_lengths=config.prediction.max_lengths,
+            orders=config.prediction.orders,
+        )
+
+
+class PredictionSettings(Settings):
+    """How test scores are averaged."""
+
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    average: Literal["logits", "probabilities"]
+    model: Literal["gptq", "merged"]
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> PredictionSettings:
+        return cls(version=VERSIONS["prediction"], **config.prediction.model_dump())
+
+
+class EvaluationSettings(Settings):
+    """What is evaluated."""
+
+    run: str
+    judges: dict[str, tuple[str, ...]]
+    """Teachers by judge."""
+    final: str
+
+    @classmethod
+    def of(cls, config: Config) -> EvaluationSettings:
+        return cls(
+            version=VERSIONS["evaluation"],
+            run=config.run,
+            judges={name: config.judges[name].teachers for name in config.ordered()},
+            final=config.final,
+        )
+
+
+T = TypeVar("T", bound=Section)
+
+
+def parse(model: type[T], text: str) -> T:
+    """Read settings back from JSON.
+
+    Raises:
+        InputError: one line per mistake.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError("\n".join(explain(error, of=model))) from None
+
+
+def _quantization(config: Config, judge: str) -> Quantization:
+    quantization = config.judges[judge].quantization
+    if quantization is None:
+        raise InputError(f"judges.{judge}.quantization is null: there is nothing to quantise")
+    return quantization
