@@ -21,12 +21,6 @@ rule simulate_arena:
         "arena simulate-arena --output {params.folder} --settings {params.settings:q} > {log} 2>&1"
 
 
-def battle_files(source):
-    if CONFIG.data.arena:
-        return [f"{R}/arena/{source}.csv"] if source in SOURCES else []
-    return list(getattr(CONFIG.data, source))
-
-
 rule read_battles:
     input:
         train=battle_files("train"),

@@ -50,7 +50,7 @@ def interpreter(path):
     return path if Path(path).is_absolute() else str(CHECKOUT / path)
 
 
-# What a rule calls: `arena` in the main environment, `arena_gptq` in the one that quantises. Jobs import
+# Jobs call `arena` in the main environment, `arena_gptq` in the one that quantises, and import
 # the package from this checkout, installed or not. (Snakemake formats the prefix: hence double braces.)
 shell.prefix(
     "set -euo pipefail; "
@@ -76,6 +76,20 @@ def compute(key):
 
 
 # --- where files lie --------------------------------------------------------------------------------
+
+
+def battle_files(source):
+    """The files of a source: the configuration's, or the simulated arena's."""
+    if CONFIG.data.arena:
+        return [f"{R}/arena/{source}.csv"] if source in SOURCES else []
+    return list(getattr(CONFIG.data, source))
+
+
+def labelled_test(wildcards):
+    """What the test predictions are scored by, where the votes are known."""
+    if CONFIG.data.arena:
+        return [f"{R}/arena/test_solution.csv"]
+    return [CONFIG.data.solution] if CONFIG.data.solution else []
 
 
 def backbone_folder(judge):

@@ -1,5 +1,13 @@
 # Every figure of the run, and the report that shows them.
-FIGURES = ["log_loss", "reliability", "variants"]
+REPORTED = {  # file of `render_report` → caption
+    "log_loss.svg": "log_loss.rst",
+    "reliability.svg": "reliability.rst",
+    "variants.svg": "variants.rst",
+    "judges.csv": "judges.rst",
+    "variants.csv": "variants_table.rst",
+    "folds.csv": "folds.rst",
+    "rejected.csv": "rejected.rst",
+}
 
 
 rule write_config:
@@ -19,13 +27,6 @@ rule write_config:
         "arena write-config --output {output.config} --settings {params.settings:q} > {log} 2>&1"
 
 
-def labelled_test(wildcards):
-    """What the test predictions are scored by, where the votes are known."""
-    if CONFIG.data.arena:
-        return [f"{R}/arena/test_solution.csv"]
-    return [CONFIG.data.solution] if CONFIG.data.solution else []
-
-
 rule evaluate:
     input:
         folds=f"{R}/folds.parquet",
@@ -38,12 +39,8 @@ rule evaluate:
         truth=f"{R}/arena/truth.parquet" if CONFIG.data.arena else [],
     output:
         metrics=f"{R}/metrics.json",
-        judges=report(
-            f"{R}/tables/judges.csv", caption="../workflow/report/judges.rst", category="Judges"
-        ),
-        variants=report(
-            f"{R}/tables/variants.csv", caption="../workflow/report/variants.rst", category="Test"
-        ),
+        judges=f"{R}/tables/judges.csv",
+        variants=f"{R}/tables/variants.csv",
     log:
         f"{R}/logs/evaluate.log",
     benchmark:
@@ -72,14 +69,14 @@ rule render_report:
         metrics=f"{R}/metrics.json",
         config=f"{R}/config.yaml",
     output:
-        page=f"{R}/report.html",
-        figures=[
+        page=report(f"{R}/report.html", caption="../workflow/report/report.rst", category="Report"),
+        parts=[
             report(
-                f"{R}/report/{name}.svg",
-                caption=f"../workflow/report/{name}.rst",
-                category="Figures",
+                f"{R}/report/{name}",
+                caption=f"../workflow/report/{caption}",
+                category="Figures" if name.endswith(".svg") else "Tables",
             )
-            for name in FIGURES
+            for name, caption in REPORTED.items()
         ],
     log:
         f"{R}/logs/render_report.log",
@@ -89,7 +86,7 @@ rule render_report:
         "../envs/arena.yaml"
     params:
         version=VERSIONS["report"],
-        parts=lambda wildcards, output: os.path.dirname(output.figures[0]),
+        parts=lambda wildcards, output: os.path.dirname(output.parts[0]),
     message:
         "Writing the report: {output.page}"
     shell:

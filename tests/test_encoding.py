@@ -373,7 +373,8 @@ def test_a_short_battle_reads_as_the_template_says(
 def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     order: Any, make_run: Callable[..., Any]
 ) -> None:
-    from arena_distill.config import Lora, Training, TrainingSettings
+    from arena_distill.config import Lora, Training
+    from arena_distill.settings import TrainingSettings
     from arena_distill.training import show
 
     tokens = read_tokens(make_run("gemma2").tokens)
