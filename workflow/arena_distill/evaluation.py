@@ -587,7 +587,9 @@ def _judges_table(metrics: Figures) -> Table:
     final = metrics["final"]["judge"]
     rows = [(name, "–", f, f) for name, f in metrics["baselines"].items() if f]
     for name, figures in metrics["judges"].items():
-        rows.append((name, ", ".join(figures["teachers"]) or "votes", figures, figures["oof"]))
+        teachers = figures["teachers"]
+        taught_by = f"{len(teachers)} judges" if len(teachers) > 1 else (*teachers, "votes")[0]
+        rows.append((name, taught_by, figures, figures["oof"]))
     for name, teachers, figures, overall in rows:
         closed = figures["gap_closed"]
         judged = figures is not overall
