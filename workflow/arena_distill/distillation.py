@@ -2,6 +2,11 @@
 
 The targets are gathered here from the teachers' files, row by row of the student's training set and by
 key, so a file in another order changes nothing and a missing row is an error.
+
+What each kind of target knows: `in_sample` targets come from a teacher that was trained on the very rows,
+so they are over-confident. `out_of_fold` targets are honest about their rows, but the teacher of another
+fold was trained on the votes of the student's own validation rows, and extra rows were seen by every
+fold's teacher: a student's out-of-fold score is a little flattered by that, its score on test is not.
 """
 
 from __future__ import annotations
