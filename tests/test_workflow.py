@@ -318,8 +318,11 @@ def test_wrong_battles_are_one_clear_line(
 ) -> None:
     (tmp_path / "train.csv").write_text(f"{header}\n{row}\n")
     (tmp_path / "test.csv").write_text("id,prompt,response_a,response_b\n1,q,a,b\n")
-    data = json.dumps({"arena": None} | {n: str(tmp_path / f"{n}.csv") for n in ("train", "test")})
-    done = checkout.snakemake("folds", "--cores", "1", "--config", "run=wrong", f"data={data}")
+    config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    config["data"] = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    config["run"] = "wrong"
+    (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
+    done = checkout.snakemake("folds", "--cores", "1")
     assert done.returncode != 0
     assert re.search(rf"error: .*train\.csv.*{message}", done.stdout + done.stderr)
     assert "Traceback" not in done.stdout + done.stderr
