@@ -33,17 +33,15 @@ from arena_distill.artifacts import (
 from arena_distill.errors import InputError
 from arena_distill.evaluation import (
     calibration_error,
-    class_prior,
     gap_closed,
-    length_features,
-    length_regression,
     losses,
     paired_difference,
-    print_table,
     reliability,
     scores,
 )
 from arena_distill.prediction import softmax
+from arena_distill.results import print_table
+from arena_distill.yardsticks import class_prior, length_features, length_regression
 
 Edit = Callable[[np.ndarray, pa.Table], tuple[np.ndarray, pa.Table]]
 

@@ -364,7 +364,7 @@ def show_results(
 ) -> None:
     """Print the result table."""
     from arena_distill.artifacts import read_json
-    from arena_distill.evaluation import print_table
+    from arena_distill.results import print_table
 
     print_table(read_json(metrics))
 

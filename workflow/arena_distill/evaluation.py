@@ -15,10 +15,10 @@ are joined by key: a row that is missing, or there twice, ends the job.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,13 +47,15 @@ from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS
 from arena_distill.prediction import WINNERS, softmax
 from arena_distill.settings import EvaluationSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from arena_distill.yardsticks import (
+    Yardstick,
+    class_prior,
+    length_features,
+    length_regression,
+    true_probabilities,
+)
 
 ECE_BINS = 15
-WORD = r"[^\s\p{Z}]+"
 
 JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
 VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
@@ -236,56 +238,6 @@ def gap_closed(log_loss: float, baselines: Mapping[str, Figures | None]) -> floa
         return None
     gap = prior["log_loss"] - bayes["log_loss"]
     return float((prior["log_loss"] - log_loss) / gap)
-
-
-# --- yardsticks -----------------------------------------------------------------------------------
-
-Yardstick = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(features of the training rows, their votes, features of the rows to predict) → probabilities."""
-
-
-def class_prior(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Predict the shares of the training votes: float64 (rows, 3)."""
-    shares = np.bincount(votes, minlength=len(CLASSES)) / len(votes)
-    return np.tile(shares, (len(rows), 1))
-
-
-def length_regression(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Predict by multinomial logistic regression on :func:`length_features`: float64 (rows, 3)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if len(np.unique(votes)) < 2:
-        return class_prior(training, votes, rows)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(training, votes)
-    probabilities = np.zeros((len(rows), len(CLASSES)))
-    probabilities[:, model.classes_] = model.predict_proba(rows)
-    return probabilities
-
-
-def length_features(battles: pa.Table) -> np.ndarray:
-    """How much longer answer A is than B: float64 (rows, 4).
-
-    Difference and log-ratio, in characters and in words; exchanging the answers changes their sign.
-    """
-    columns = []
-    for count in (pc.utf8_length, lambda text: pc.count_substring_regex(text, WORD)):
-        a, b = (
-            count(pc.binary_join(battles[name], "\n")).to_numpy().astype(np.float64)
-            for name in ("response_a", "response_b")
-        )
-        columns += [a - b, np.log1p(a) - np.log1p(b)]
-    return np.column_stack(columns)
-
-
-def true_probabilities(truth: Path, keys: pa.Array) -> np.ndarray:
-    """The true vote probabilities of the given rows, from `truth.parquet`: float64 (rows, 3)."""
-    names = [f"p_{name}" for name in CLASSES]
-    table = read_parquet(truth, ["id", "source", *names])
-    probabilities = np.column_stack([table[name].to_numpy() for name in names]).astype(np.float64)
-    return probabilities[locate(keys, key(table), str(truth))]
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -543,97 +495,3 @@ def _csv(records: Sequence[Figures], columns: Sequence[str]) -> str:
     import pandas as pd
 
     return pd.DataFrame(records, columns=list(columns)).to_csv(index=False, lineterminator="\n")
-
-
-def print_table(metrics: Figures, console: Console | None = None) -> None:
-    """Print the results of `metrics.json`: judges and baselines, test variants, quantisation."""
-    from rich.console import Console
-
-    console = console or Console()
-    final, test = metrics["final"], metrics["test"]
-    console.print(
-        f"\n[bold]{metrics['run']}[/bold]: log loss by fold and over all, "
-        f"{metrics['rows']:,} battles out of fold (lower is better)\n"
-    )
-    console.print(_judges_table(metrics))
-    console.print(
-        "* final judge; gap: the way from the class prior (0%) to Bayes (100%)", style="dim"
-    )
-    if test:
-        console.print(
-            f"\n[bold]{final['judge']}[/bold]: log loss (accuracy) on {test['rows']:,} "
-            "test battles\n"
-        )
-        console.print(_variants_table(metrics))
-        console.print("* submitted", style="dim")
-    if final["gptq"]:
-        console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
-
-
-def describe_drift(gptq: Figures) -> str:
-    """One line: size before and after, drift, and the change in log loss where it is known."""
-    before, after = gptq["bytes_before"], gptq["bytes"]
-    line = (
-        f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB ({before / after:.1f}× smaller), "
-        f"KL {gptq['kl']:.1e} nats, {gptq['flip_rate']:.2%} of verdicts change"
-    )
-    change = gptq["log_loss_change"]
-    return line if change is None else f"{line}, test log loss {change:+.5f}"
-
-
-def _judges_table(metrics: Figures) -> Table:
-    folds = [str(fold["fold"]) for fold in metrics["folds"]]
-    table = _table(["judge", "taught by"], [*folds, "all", "acc.", "ECE", "gap"])
-    final = metrics["final"]["judge"]
-    rows = [(name, "–", f, f) for name, f in metrics["baselines"].items() if f]
-    for name, figures in metrics["judges"].items():
-        teachers = figures["teachers"]
-        taught_by = f"{len(teachers)} judges" if len(teachers) > 1 else (*teachers, "votes")[0]
-        rows.append((name, taught_by, figures, figures["oof"]))
-    for name, teachers, figures, overall in rows:
-        closed = figures["gap_closed"]
-        judged = figures is not overall
-        chosen = judged and name == final
-        table.add_row(
-            f"{name} *" if chosen else name,
-            teachers,
-            *(f"{part['log_loss']:.3f}" for part in figures["folds"]),
-            f"{overall['log_loss']:.4f}",
-            f"{overall['accuracy']:.1%}",
-            f"{overall['ece']:.3f}" if "ece" in overall else "–",
-            "–" if closed is None else f"{closed:.0%}",
-            style="bold" if chosen else None if judged else "dim",
-        )
-    return table
-
-
-def _variants_table(metrics: Figures) -> Table:
-    test = metrics["test"]
-    table = _table(["lengths/orders"], list(test["models"]))
-    for name, figures in test["baselines"].items():
-        if figures:
-            table.add_row(name, *[_cell(figures)] * len(test["models"]), style="dim")
-    for variant in dict.fromkeys(record["variant"] for record in variant_records(metrics)):
-        cells = []
-        for model, variants in test["models"].items():
-            submitted = test["submitted"] == {"model": model, "variant": variant}
-            cell = _cell(variants[variant])
-            cells.append(f"[bold]* {cell}[/bold]" if submitted else cell)
-        table.add_row(variant, *cells)
-    return table
-
-
-def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table, lean enough for five folds in a terminal of 80 columns."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
-    for i, name in enumerate(names):
-        table.add_column(name, no_wrap=i == 0, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _cell(figures: Figures) -> str:
-    return f"{figures['log_loss']:.4f} ({figures['accuracy']:.1%})"
