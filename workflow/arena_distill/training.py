@@ -375,12 +375,3 @@ def _head_in_float32(model: torch.nn.Module) -> None:
         head = getattr(model, name, None)
         if isinstance(head, torch.nn.Module):
             head.float()
-
-
-def _labels(votes: pa.Table, tokens: Tokens, where: str) -> np.ndarray:
-    rows = locate(_token_keys(tokens), key(votes), where)
-    return votes["label"].take(pa.array(rows)).to_numpy().astype(np.int64)
-
-
-def _token_keys(tokens: Tokens) -> pa.Array:
-    return key(pa.table({"id": tokens.ids, "source": tokens.sources}))
