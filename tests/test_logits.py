@@ -189,10 +189,9 @@ def test_the_file_holds_both_orders_in_the_canonical_frame(
 
 def of_rows(run: Run, ids: Any) -> Tokens:
     from arena_distill.keys import locate
-    from arena_distill.training import _token_keys
 
     tokens = read_tokens(run.tokens)
-    return tokens.take(locate(key(ids), _token_keys(tokens), "tokens"))
+    return tokens.take(locate(key(ids), tokens.keys(), "tokens"))
 
 
 def module_judge(run: Run, adapter: Path, tokens: Tokens) -> Any:

@@ -169,7 +169,7 @@ def fit_spied(run: Run, output: Path, fold: int = 0, **options: Any) -> None:
 
 
 def of_rows(tokens: Any, rows: Any) -> Any:
-    return tokens.take(locate(key(rows), training._token_keys(tokens), "tokens"))
+    return tokens.take(locate(key(rows), tokens.keys(), "tokens"))
 
 
 def votes(rows: Any) -> np.ndarray:
