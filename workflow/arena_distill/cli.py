@@ -249,12 +249,10 @@ def check_drift(
     settings: Settings,
 ) -> None:
     """Fail where quantisation changed the model by more than the configured bound."""
-    from arena_distill.quantization import check_drift
+    from arena_distill.quantization import DRIFT, check_drift
 
     parsed = parse(phase.DriftSettings, settings)
-    check_drift(
-        model / "drift.json", output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate
-    )
+    check_drift(model / DRIFT, output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate)
 
 
 # --- predictions and results ------------------------------------------------------------------------
@@ -320,6 +318,7 @@ def evaluate(
 ) -> None:
     """Compute every figure of the run."""
     from arena_distill.evaluation import evaluate
+    from arena_distill.quantization import DRIFT
 
     parsed = parse(phase.EvaluationSettings, settings)
     evaluate(
@@ -332,7 +331,7 @@ def evaluate(
         rejected=rejected,
         predictions=predictions,
         solution=solution,
-        drift=quantized / "drift.json" if quantized else None,
+        drift=quantized / DRIFT if quantized else None,
         truth=truth,
     )
 
