@@ -36,3 +36,7 @@ include: "rules/quantization.smk"
 include: "rules/prediction.smk"
 include: "rules/evaluation.smk"
 include: "rules/targets.smk"
+
+
+onsuccess:
+    jobs.sweep(Path(R))

@@ -1,5 +1,6 @@
 # What all rules share: the validated configuration, where files lie, how a job is started.
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ CHECKOUT = Path(workflow.basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow"))
 
 from arena_distill import config as configuration
+from arena_distill import jobs
 from arena_distill import settings as phase
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
@@ -23,6 +25,8 @@ SOURCES = CONFIG.data.sources()
 FOLDS = range(CONFIG.folds.n)
 TEACHERS = [name for name, judge in CONFIG.judges.items() if not judge.teachers]
 STUDENTS = [name for name, judge in CONFIG.judges.items() if judge.teachers]
+SHARDED = [name for name, judge in CONFIG.judges.items() if judge.logits.shards > 1]
+WHOLE = [name for name in CONFIG.judges if name not in SHARDED]
 BACKBONES = {CONFIG.backbone_name(name): judge.backbone for name, judge in CONFIG.judges.items()}
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
@@ -36,6 +40,12 @@ wildcard_constraints:
     tokenizer=one_of({CONFIG.tokenizer_name(name) for name in CONFIG.judges}),
     backbone=one_of(BACKBONES),
     fold=r"\d+",
+    shard=r"\d+",
+
+
+# Slurm warns of a time limit by SIGUSR1 (slurm/config.yaml), and warns every process of the job. The
+# training heeds it; this Snakemake, which started it there, must not die of it.
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 # --- how a job is started ---------------------------------------------------------------------------
@@ -51,12 +61,13 @@ def interpreter(path):
 
 
 # Jobs call `arena` in the main environment, `arena_gptq` in the one that quantises, and import
-# the package from this checkout, installed or not. (Snakemake formats the prefix: hence double braces.)
+# the package from this checkout, installed or not. They take the shell's place, so that a signal to
+# the job reaches them. (Snakemake formats the prefix: hence double braces.)
 shell.prefix(
     "set -euo pipefail; "
     f"export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; "
-    f'arena() {{{{ {shlex.quote(interpreter(CONFIG.environments.main))} -m arena_distill "$@"; }}}}; '
-    f'arena_gptq() {{{{ {shlex.quote(interpreter(CONFIG.environments.gptq))} -m arena_distill "$@"; }}}}; '
+    f'arena() {{{{ exec {shlex.quote(interpreter(CONFIG.environments.main))} -m arena_distill "$@"; }}}}; '
+    f'arena_gptq() {{{{ exec {shlex.quote(interpreter(CONFIG.environments.gptq))} -m arena_distill "$@"; }}}}; '
 )
 
 
@@ -72,7 +83,28 @@ def settings_of(phase):
 
 def compute(key):
     """An operational knob of the job's judge. As a resource it reruns nothing when it changes."""
-    return lambda wildcards: int(getattr(CONFIG.judges[wildcards.judge].compute, key))
+
+    def of_job(wildcards):
+        value = getattr(CONFIG.judges[wildcards.judge].compute, key)
+        return int(value) if isinstance(value, int) else str(value)  # all that a resource may be
+
+    return of_job
+
+
+def growing(key):
+    """A knob of which every further attempt gets as much again: it may have been too little."""
+    return lambda wildcards, attempt: attempt * compute(key)(wildcards)
+
+
+def gpu_model(wildcards):
+    """The cluster's name of the GPU, for a job that has one."""
+    return compute("gpu_model")(wildcards) if compute("gpus")(wildcards) else ""
+
+
+def checkpoints(wildcards, output):
+    """Where a training's checkpoints go: Snakemake deletes the outputs of a job that fails."""
+    adapter = Path(output.adapter)
+    return str(adapter.parents[2] / ".checkpoints" / wildcards.judge / adapter.name)
 
 
 # --- where files lie --------------------------------------------------------------------------------
@@ -124,6 +156,20 @@ def pretrained(wildcards):
 
 def fold_adapters(wildcards):
     return [f"{R}/adapters/{wildcards.judge}/fold_{fold}" for fold in FOLDS]
+
+
+def shards(wildcards):
+    """The parts of a fold's logits."""
+    folder = f"{R}/shards/{wildcards.judge}/fold_{wildcards.fold}"
+    return [f"{folder}/{n}.npy" for n in range(CONFIG.judges[wildcards.judge].logits.shards)]
+
+
+def shard(wildcards):
+    """Which part a scoring job does, as options."""
+    if not hasattr(wildcards, "shard"):
+        return ""
+    n = CONFIG.judges[wildcards.judge].logits.shards
+    return f"--shard {wildcards.shard} --shards {n}"
 
 
 def teacher_logits(wildcards):

@@ -1,4 +1,4 @@
-# Every fold's judge scores its battles, in both orders.
+# Every fold's judge scores its battles, in both orders: in one job, or in shards that are gathered.
 
 
 rule predict_logits:
@@ -14,20 +14,63 @@ rule predict_logits:
         f"{R}/logs/predict_logits/{{judge}}_fold_{{fold}}.log",
     benchmark:
         f"{R}/benchmarks/predict_logits/{{judge}}_fold_{{fold}}.tsv"
+    wildcard_constraints:
+        judge=one_of(WHOLE),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        gpu_model=gpu_model,
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
         settings=settings_of(phase.LogitsSettings),
+        shard=shard,
     message:
         "Scoring battles with {wildcards.judge}, fold {wildcards.fold}"
     shell:
         "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
-        " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
+        " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold} {params.shard}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
+
+
+use rule predict_logits as predict_shard with:
+    output:
+        logits=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.npy",
+        ids=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.ids.parquet",
+    log:
+        f"{R}/logs/predict_shard/{{judge}}_fold_{{fold}}_{{shard}}.log",
+    benchmark:
+        f"{R}/benchmarks/predict_shard/{{judge}}_fold_{{fold}}_{{shard}}.tsv"
+    wildcard_constraints:
+        judge=one_of(SHARDED),
+    message:
+        "Scoring battles with {wildcards.judge}, fold {wildcards.fold}, shard {wildcards.shard}"
+
+
+rule gather_logits:
+    input:
+        folds=f"{R}/folds.parquet",
+        shards=shards,
+    output:
+        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
+        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
+    log:
+        f"{R}/logs/gather_logits/{{judge}}_fold_{{fold}}.log",
+    benchmark:
+        f"{R}/benchmarks/gather_logits/{{judge}}_fold_{{fold}}.tsv"
+    wildcard_constraints:
+        judge=one_of(SHARDED),
+    conda:
+        "../envs/arena.yaml"
+    params:
+        settings=settings_of(phase.LogitsSettings),
+    message:
+        "Gathering the shards of {wildcards.judge}, fold {wildcards.fold}"
+    shell:
+        "arena gather-logits --folds {input.folds} --fold {wildcards.fold}"
+        " --output {output.logits} --settings {params.settings:q} {input.shards} > {log} 2>&1"

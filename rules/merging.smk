@@ -15,8 +15,9 @@ rule merge_folds:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
     params:
         settings=settings_of(phase.MergeSettings),
     message:

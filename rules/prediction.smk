@@ -17,8 +17,10 @@ rule score_test_merged:
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        gpu_model=gpu_model,
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
         settings=settings_of(phase.ScoringSettings),
@@ -27,7 +29,7 @@ rule score_test_merged:
     shell:
         "arena score-test --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
 
 
 rule score_test_gptq:
@@ -47,8 +49,10 @@ rule score_test_gptq:
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        gpu_model=gpu_model,
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
         settings=settings_of(phase.ScoringSettings),
@@ -57,7 +61,7 @@ rule score_test_gptq:
     shell:
         "arena_gptq score-test --quantized --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
 
 
 rule predict_test:

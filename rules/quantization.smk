@@ -17,8 +17,10 @@ rule quantize_model:
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        gpu_model=gpu_model,
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
     params:
         settings=settings_of(phase.QuantizationSettings),
@@ -27,7 +29,7 @@ rule quantize_model:
     shell:
         "arena_gptq quantize-model --model {input.model} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.model} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
 
 
 rule check_drift:

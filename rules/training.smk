@@ -17,19 +17,26 @@ rule pretrain_adapter:
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        gpu_model=gpu_model,
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
         micro_batch_size=compute("micro_batch_size"),
         gradient_checkpointing=compute("gradient_checkpointing"),
+        fsdp=compute("fsdp"),
+        checkpoint_minutes=compute("checkpoint_minutes"),
     params:
         settings=settings_of(phase.PretrainingSettings),
+        checkpoints=checkpoints,
     message:
         "Post-pretraining {wildcards.judge} on UT battles"
     shell:
         "arena pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} > {log} 2>&1"
+        " --gradient-checkpointing {resources.gradient_checkpointing}"
+        " --gpus {resources.gpu} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
+        " --checkpoint-minutes {resources.checkpoint_minutes} > {log} 2>&1"
 
 
 rule train_teacher:
@@ -51,12 +58,17 @@ rule train_teacher:
     threads: compute("threads")
     resources:
         gpu=compute("gpus"),
-        mem_mb=compute("mem_mb"),
-        runtime=compute("runtime"),
+        gpu_model=gpu_model,
+        mem_mb=growing("mem_mb"),
+        disk_mb=growing("disk_mb"),
+        runtime=growing("runtime"),
         micro_batch_size=compute("micro_batch_size"),
         gradient_checkpointing=compute("gradient_checkpointing"),
+        fsdp=compute("fsdp"),
+        checkpoint_minutes=compute("checkpoint_minutes"),
     params:
         settings=settings_of(phase.TrainingSettings),
+        checkpoints=checkpoints,
         pretrained=lambda wildcards, input: (
             ["--pretrained", input.pretrained] if input.pretrained else []
         ),
@@ -69,6 +81,8 @@ rule train_teacher:
         " --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
+        " --gpus {resources.gpu} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
+        " --checkpoint-minutes {resources.checkpoint_minutes}"
         " {params.teacher_logits:q} > {log} 2>&1"
 
 

@@ -148,7 +148,7 @@ def test_every_train_row_is_out_of_fold_in_exactly_one_file(make_run: Callable[.
 @pytest.fixture
 def adapter(run: Run, tmp_path: Path) -> Path:
     pad_id = read_tokens(run.tokens).vocabulary.pad
-    judge = new_judge(run.backbone, LORA, "fp32", pad_id, 4)
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
     torch.manual_seed(1)
     for name, parameter in judge.named_parameters():
         if "lora_B" in name:
@@ -211,7 +211,8 @@ def test_half_precision_is_near_full_precision(run: Run, adapter: Path, tmp_path
 
 def test_the_same_judge_writes_the_same_bytes(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run("qwen2")
-    judge = new_judge(run.backbone, LORA, "fp32", read_tokens(run.tokens).vocabulary.pad, 4)
+    pad_id = read_tokens(run.tokens).vocabulary.pad
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     for name in ("one", "two"):
         predict(run, tmp_path / "adapter", tmp_path / f"{name}.npy", logits_settings())
@@ -287,10 +288,11 @@ def test_logits_that_are_not_finite_are_an_error(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run("llama")
-    judge = new_judge(run.backbone, LORA, "fp32", read_tokens(run.tokens).vocabulary.pad, 4)
+    pad_id = read_tokens(run.tokens).vocabulary.pad
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.setattr(
-        module, "score", lambda _, rows, **__: np.full((len(rows), 3), np.nan, np.float32)
+        module, "score_batches", lambda _, rows, __: np.full((len(rows), 3), np.nan, np.float32)
     )
     with pytest.raises(InputError, match="adapter: its logits are not finite"):
         predict(run, tmp_path / "adapter", tmp_path / "x.npy", logits_settings())

@@ -275,14 +275,14 @@ def test_an_adapter_of_another_backbone_is_an_error(
 
 def test_unknown_lora_targets_are_an_error(llama: Run) -> None:
     with pytest.raises(InputError, match=r"lora\.targets"):
-        new_judge(llama.backbone, Lora(targets=("q_prok",)), "fp32", 3, 0)
+        new_judge(load_classifier(llama.backbone), Lora(targets=("q_prok",)), 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_trained_is_float32(precision: Any, llama: Run) -> None:
     """At 1e-5, steps of AdamW are smaller than what bfloat16 can add to a weight."""
-    judge = new_judge(llama.backbone, LORA, precision, 3, 0)
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    judge = new_judge(load_classifier(llama.backbone, dtype=frozen), LORA, 0)
     for name, parameter in judge.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name
@@ -359,7 +359,9 @@ def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Pat
     folds, tokens = read_parquet(llama.folds), read_tokens(llama.tokens)
     mine = folds.take(training_rows(folds, 0))
     shown = show(of_rows(tokens, mine), votes(mine), None, settings)
-    judge = new_judge(llama.backbone, LORA, "fp32", tokens.vocabulary.pad, settings.training.seed)
+    seed = settings.training.seed
+    base = load_classifier(llama.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=seed)
+    judge = new_judge(base, LORA, seed)
     total = torch.zeros(())
     for ids, label in zip(shown.sequences, shown.labels, strict=True):
         logits = judge(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits
@@ -377,7 +379,7 @@ def test_gradient_checkpointing_changes_nothing(
     plain = fit(run, tmp_path / "plain")
     saved = fit(run, tmp_path / "saved", launch=Launch(gradient_checkpointing=True))
     assert distance(plain, saved) < 1e-6
-    start = new_judge(run.backbone, LORA, "fp32", 2, training_settings().training.seed)
+    start = new_judge(load_classifier(run.backbone), LORA, training_settings().training.seed)
     names = [
         name for name, p in start.named_parameters() if "layers.0" in name and "lora_B" in name
     ]
@@ -399,7 +401,8 @@ def test_the_backbone_stays_as_it_is(
     monkeypatch.setattr(training, "new_judge", keep)
     fit(llama, tmp_path / "x", epochs=2, lr=0.05)
     assert (llama.backbone / "model.safetensors").read_bytes() == before
-    start = original(llama.backbone, LORA, "fp32", 3, training_settings().training.seed)
+    seed = training_settings().training.seed
+    start = original(load_classifier(llama.backbone, head_seed=seed), LORA, seed)
     after = dict(judges[0].named_parameters())
     moved = {n for n, p in start.named_parameters() if not torch.equal(p, after[n])}
     assert moved == {n for n, p in after.items() if p.requires_grad}
@@ -436,7 +439,7 @@ def test_too_many_devices_for_a_batch_are_an_error(
 ) -> None:
     monkeypatch.setattr(training.TrainingArguments, "world_size", property(lambda self: 3))
     with pytest.raises(InputError, match="batch_size 8 cannot be shared by 3 devices"):
-        training._arguments(str(tmp_path), training_settings().training, "fp32", Launch())
+        training._arguments(tmp_path, training_settings().training, "fp32", Launch())
 
 
 @pytest.mark.parametrize(
@@ -448,7 +451,7 @@ def test_micro_batches_make_the_batch_exactly(
 ) -> None:
     optimization = training_settings(batch_size=batch).training
     launch = Launch(micro_batch_size=bound)
-    arguments = training._arguments(str(tmp_path), optimization, "fp32", launch)
+    arguments = training._arguments(tmp_path, optimization, "fp32", launch)
     assert arguments.per_device_train_batch_size == micro
     assert arguments.gradient_accumulation_steps == accumulated
 

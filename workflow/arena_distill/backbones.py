@@ -7,6 +7,7 @@ sees an ordinary folder and loads it in one way. The network is reached for `hub
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def load_classifier(
     dtype: torch.dtype | str | None = None,
     pad_token_id: int | None = None,
     head_seed: int = 0,
+    shards: int = 1,
 ) -> PreTrainedModel:
     """Load a model as a judge: three logits per sequence (see ``orders.CLASSES``).
 
@@ -56,6 +58,8 @@ def load_classifier(
         dtype: of the weights; float32 by default.
         pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
         head_seed: decides a fresh head's weights, where the folder has no head.
+        shards: processes that share the weights (FSDP2): each loads and holds its part of them, and
+            the whole head, which is small and learns.
 
     Raises:
         InputError: the folder is no model, or one that cannot classify sequences.
@@ -64,10 +68,14 @@ def load_classifier(
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, logging
 
+    sharded: dict[str, Any] = {}
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        sharded["distributed_config"] = DistributedConfig(fsdp_size=shards)
     logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
-    torch.manual_seed(head_seed)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=len(CLASSES),
             use_safetensors=True,  # nothing that would be unpickled
@@ -75,13 +83,17 @@ def load_classifier(
             label2id={name: i for i, name in enumerate(CLASSES)},
             dtype=dtype or torch.float32,
             local_files_only=True,
+            output_loading_info=True,
+            **sharded,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a judge: {_brief(error)}") from None
+    if shards > 1:
+        _hold_whole_head(model)
+    _start_head(model, loaded["missing_keys"], head_seed)
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = (
-            False  # nothing is generated: keys and values would only fill memory
-        )
+        # Nothing is generated: keys and values would only fill memory.
+        model.config.use_cache = False
     if pad_token_id is not None:
         known = model.get_input_embeddings().num_embeddings
         if pad_token_id >= known:
@@ -92,6 +104,42 @@ def load_classifier(
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
     return model
+
+
+def _hold_whole_head(model: PreTrainedModel) -> None:
+    from copy import deepcopy
+
+    from torch.distributed.tensor import DTensor
+    from torch.nn import Parameter
+
+    for name in HEADS:
+        if hasattr(model, name):
+            # A copy: the module that FSDP manages keeps the shards it knows.
+            head = deepcopy(getattr(model, name))
+            for module in head.modules():
+                for key, weight in list(module.named_parameters(recurse=False)):
+                    if isinstance(weight.data, DTensor):
+                        setattr(module, key, Parameter(weight.data.full_tensor()))
+            setattr(model, name, head)
+
+
+def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> None:
+    """Draw what the folder lacks of the head, as the families' `_init_weights` do.
+
+    From a generator of its own: in what order the model's modules draw theirs depends on how they
+    are spread over processes.
+    """
+    import torch
+
+    dice = torch.Generator().manual_seed(seed)
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    for name, weight in model.named_parameters():
+        if name in missing and name.partition(".")[0] in HEADS:
+            with torch.no_grad():
+                start = torch.zeros(weight.shape)
+                if weight.ndim > 1:
+                    start.normal_(std=std, generator=dice)
+                weight.copy_(start)
 
 
 def check_length(model: Any, longest: int) -> None:

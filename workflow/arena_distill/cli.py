@@ -13,9 +13,9 @@ from typing import Annotated, Literal, NoReturn, get_args
 
 import typer
 
-from arena_distill import config
+from arena_distill import config, jobs
 from arena_distill import settings as phase
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, Stopped
 from arena_distill.settings import parse
 
 app = typer.Typer(
@@ -37,17 +37,27 @@ MicroBatch = Annotated[int, typer.Option(help="Sequences per device and forward 
 Checkpointing = Annotated[
     int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
 ]
+Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
+Fsdp = Annotated[int, typer.Option(help="1: spread the backbone over the GPUs.", min=0, max=1)]
+CheckpointFolder = Annotated[
+    Path | None, typer.Option(help="Where this output's checkpoints go; none: none are written.")
+]
+CheckpointMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.", min=0)]
 Version = Annotated[int, typer.Option(help="The phase's version (see `phases`).")]
 
 
 def main() -> NoReturn:
     """Run a command; bad input ends in one line on stderr and exit status 1."""
+    jobs.mind_signals()
     try:
         app(prog_name="arena-distill")
     except InputError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.received)
     sys.exit(0)
 
 
@@ -122,8 +132,13 @@ def pretrain_adapter(
     settings: Settings,
     micro_batch_size: MicroBatch = 8,
     gradient_checkpointing: Checkpointing = 0,
+    gpus: Gpus = 0,
+    fsdp: Fsdp = 0,
+    checkpoints: CheckpointFolder = None,
+    checkpoint_minutes: CheckpointMinutes = 30,
 ) -> None:
     """Post-pretrain a judge's adapter on UT battles."""
+    jobs.start(gpus=gpus, lock=checkpoints)
     from arena_distill.training import Launch, pretrain_adapter
 
     pretrain_adapter(
@@ -132,7 +147,13 @@ def pretrain_adapter(
         battles,
         output,
         settings=parse(phase.PretrainingSettings, settings),
-        launch=Launch(micro_batch_size, bool(gradient_checkpointing)),
+        launch=Launch(
+            micro_batch_size,
+            bool(gradient_checkpointing),
+            bool(fsdp),
+            checkpoints,
+            checkpoint_minutes,
+        ),
     )
 
 
@@ -147,11 +168,16 @@ def train_fold(
     pretrained: Annotated[Path | None, typer.Option(help="Post-pretrained adapter.")] = None,
     micro_batch_size: MicroBatch = 8,
     gradient_checkpointing: Checkpointing = 0,
+    gpus: Gpus = 0,
+    fsdp: Fsdp = 0,
+    checkpoints: CheckpointFolder = None,
+    checkpoint_minutes: CheckpointMinutes = 30,
     teacher_logits: Annotated[
         list[Path] | None, typer.Argument(help="A student's targets: logits/<teacher>/fold_<k>.npy")
     ] = None,
 ) -> None:
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
+    jobs.start(gpus=gpus, lock=checkpoints)
     from arena_distill.training import Launch, train_fold
 
     parsed = parse(phase.TrainingSettings, settings)
@@ -165,7 +191,13 @@ def train_fold(
         output,
         teachers={name: [f for f in files if f.parent.name == name] for name in parsed.teachers},
         settings=parsed,
-        launch=Launch(micro_batch_size, bool(gradient_checkpointing)),
+        launch=Launch(
+            micro_batch_size,
+            bool(gradient_checkpointing),
+            bool(fsdp),
+            checkpoints,
+            checkpoint_minutes,
+        ),
     )
 
 
@@ -178,9 +210,13 @@ def predict_logits(
     fold: Fold,
     output: Output,
     settings: Settings,
+    shard: Annotated[int, typer.Option(help="0 to --shards less 1.", min=0)] = 0,
+    shards: Annotated[int, typer.Option(help="Jobs that share the fold.", min=1)] = 1,
     batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
 ) -> None:
-    """Score a fold's battles in both orders."""
+    """Score a fold's battles in both orders; or one shard of them."""
+    jobs.claim_gpus(gpus)
     from arena_distill.logits import predict_logits
 
     predict_logits(
@@ -192,7 +228,23 @@ def predict_logits(
         output,
         settings=parse(phase.LogitsSettings, settings),
         batch_tokens=batch_tokens,
+        shard=shard,
+        shards=shards,
     )
+
+
+@app.command()
+def gather_logits(
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+    shards: Annotated[list[Path], typer.Argument(help="The shards' .npy files.")],
+) -> None:
+    """Put the shards of a fold together."""
+    from arena_distill.logits import gather_logits
+
+    gather_logits(shards, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
 
 
 # --- the deployable model ---------------------------------------------------------------------------
@@ -228,8 +280,10 @@ def quantize_model(
     output: Output,
     settings: Settings,
     batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
 ) -> None:
     """Quantise the merged model with GPTQ and measure its drift."""
+    jobs.claim_gpus(gpus)
     from arena_distill.quantization import quantize_judge
 
     quantize_judge(
@@ -266,8 +320,10 @@ def score_test(
     settings: Settings,
     quantized: Annotated[bool, typer.Option(help="The model is a GPTQ checkpoint.")] = False,
     batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
 ) -> None:
     """Score the test battles at every length and in every order."""
+    jobs.claim_gpus(gpus)
     from arena_distill.prediction import score_test
 
     parsed = parse(phase.ScoringSettings, settings)
@@ -366,6 +422,27 @@ def show_results(
     from arena_distill.results import print_table
 
     print_table(read_json(metrics))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def status(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
+) -> None:
+    """Tell what of a run is done, runs, waits and has failed, and why; exits with 1 if a job failed.
+
+    All other arguments are those of snakemake: --configfile, --directory, --profile, targets.
+    """
+    import json
+
+    from arena_distill.status import print_status, read_status
+
+    found = read_status(context.args)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print_status(found)
+    raise typer.Exit(int(found.counts["failed"] > 0))
 
 
 # --- what ships with the workflow -------------------------------------------------------------------

@@ -289,17 +289,38 @@ class Compute(Section):
     threads: PositiveInt = 1
     """CPU cores per job."""
     gpus: NonNegativeInt = 0
-    """GPUs per job."""
+    """GPUs per job, 0 for the CPU. Training starts one process on each; batch_size stays what it is."""
+    gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]*$")] = ""
+    """The cluster's name of the GPU, such as a100; empty takes any."""
+    fsdp: bool = False
+    """Spread the backbone over the GPUs instead of holding it on each: for what does not fit on one."""
     mem_mb: PositiveInt = 4000
-    """Host memory per job, MB."""
+    """Host memory per job, MB; every further attempt asks for as much again."""
+    disk_mb: PositiveInt = 1000
+    """Disk per job, MB; every further attempt asks for as much again."""
     runtime: PositiveInt = 120
-    """Minutes."""
+    """Minutes; every further attempt asks for as much again."""
+    checkpoint_minutes: NonNegativeFloat = 30.0
+    """Minutes between a training's checkpoints: what a crash costs at most. 0: after each step."""
     micro_batch_size: PositiveInt = 8
     """Sequences per device and forward pass; the rest of the batch is accumulated."""
     batch_tokens: PositiveInt = 16384
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, much less memory."""
+
+    @model_validator(mode="after")
+    def _fsdp_needs_several(self) -> Compute:
+        if self.fsdp and self.gpus < 2:
+            raise ValueError("fsdp spreads a backbone over several GPUs: set gpus to 2 or more")
+        return self
+
+
+class Logits(Section):
+    """Scoring of a fold's battles, for evaluation and for students."""
+
+    shards: PositiveInt = 1
+    """Jobs that share a fold's scoring; what they gather is what one job would have written."""
 
 
 class JudgeDefaults(Section):
@@ -319,6 +340,8 @@ class JudgeDefaults(Section):
     """A student's teacher logits: from the fold model that never saw the row, or the fold's own."""
     loss: Loss = Loss()
     """A student's loss."""
+    logits: Logits = Logits()
+    """Of the folds."""
     merge: Merge = Merge()
     """Of the folds into one model."""
     quantization: Quantization | None = Quantization()

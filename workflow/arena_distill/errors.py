@@ -1,4 +1,6 @@
-"""The one exception that is meant for a person."""
+"""The exceptions that are meant for a person."""
+
+from signal import Signals
 
 
 class InputError(Exception):
@@ -7,3 +9,11 @@ class InputError(Exception):
     The message says what is wrong, where (file, row, column, key) and what to do. The command
     line prints it as ``error: <message>`` and exits with 1, without a traceback.
     """
+
+
+class Stopped(Exception):
+    """The job was told to end, and has put aside what it did; exits with 128 + the signal."""
+
+    def __init__(self, message: str, received: Signals) -> None:
+        super().__init__(message)
+        self.received = received

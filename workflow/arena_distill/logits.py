@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from arena_distill.artifacts import provenance, read_parquet, write_logits
+from arena_distill.artifacts import (
+    provenance,
+    read_logits,
+    read_parquet,
+    write_logits,
+)
 from arena_distill.batching import pad, token_batches
 from arena_distill.encoding import Sequences, encode, read_tokens
 from arena_distill.errors import InputError
@@ -16,9 +22,6 @@ from arena_distill.folds import training_rows, validation_rows
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS, swap_classes
 from arena_distill.settings import LogitsSettings
-
-if TYPE_CHECKING:
-    pass
 
 
 def predict_logits(
@@ -31,11 +34,17 @@ def predict_logits(
     *,
     settings: LogitsSettings,
     batch_tokens: int,
+    shard: int = 0,
+    shards: int = 1,
 ) -> None:
     """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
 
     The file holds float32 (rows, orders, 3) in the canonical frame. The ids say of each row whether it
     is a validation row of this fold: those alone are out-of-fold.
+
+    A shard is every n-th batch of rows that have like length, so shards take equally long and
+    :func:`gather_logits` makes of them what one job would have written: a row's batch, and so its last
+    bits, do not depend on the number of shards.
     """
     import torch
 
@@ -45,19 +54,47 @@ def predict_logits(
     rows = fold_rows(read_parquet(folds), fold, settings)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
+    sequences = [encode(read, settings.encoding, order) for order in ORDERS]
+    longest = np.maximum(*(part.lengths for part in sequences))
+    batches = list(token_batches(longest, batch_tokens))[shard::shards]
+    ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     base = load_classifier(backbone, dtype=dtype, pad_token_id=read.vocabulary.pad)
     model: Any = load_adapter(base, adapter)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    sequences = [encode(read, settings.encoding, order) for order in ORDERS]
-    seen = [score(model, part, batch_tokens=batch_tokens) for part in sequences]
-    logits = np.stack([seen[0], swap_classes(seen[1])], axis=1)
+    seen = [score_batches(model, part, batches) for part in sequences]
+    logits = np.stack([seen[0], swap_classes(seen[1])], axis=1)[ours]
     if not np.isfinite(logits).all():
         raise InputError(f"{adapter}: its logits are not finite: train it again with a lower lr")
-    about = provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
-    write_logits(output, logits, rows, about)
-    print(f"{output}: {len(rows):,} battles in {len(ORDERS)} orders")
+    write_logits(output, logits, rows.take(pa.array(ours)), _about(settings, fold))
+    print(f"{output}: {len(ours):,} battles in {len(ORDERS)} orders")
+
+
+def gather_logits(
+    shards: Sequence[Path], folds: Path, fold: int, output: Path, *, settings: LogitsSettings
+) -> None:
+    """Put the shards of a fold together, exactly: the bytes that one job would have written.
+
+    Raises:
+        InputError: a shard is damaged, or a row is in none of them or in two.
+    """
+    rows = fold_rows(read_parquet(folds), fold, settings)
+    parts = [read_logits(path) for path in shards]
+    logits = np.concatenate([part for part, _ in parts])
+    ids = pa.concat_tables([table.select(["id", "source"]) for _, table in parts])
+    if len(logits) != len(rows):
+        raise InputError(
+            f"{shards[0].parent}: the shards hold {len(logits):,} rows, the fold has {len(rows):,}; "
+            "delete them and run the workflow again: they will be rebuilt"
+        )
+    place = locate(key(rows), key(ids), f"logits in {shards[0].parent}")
+    write_logits(output, logits[place], rows, _about(settings, fold))
+    print(f"{output}: {len(rows):,} battles of {len(shards)} shards")
+
+
+def _about(settings: LogitsSettings, fold: int) -> dict[str, Any]:
+    return provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
 
 
 def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
@@ -87,6 +124,11 @@ def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
     Raises:
         InputError: a sequence is longer than the model has positions for.
     """
+    return score_batches(model, sequences, list(token_batches(sequences.lengths, batch_tokens)))
+
+
+def score_batches(model: Any, sequences: Sequences, batches: Sequence[np.ndarray]) -> np.ndarray:
+    """As :func:`score`, for the rows of the batches alone; the others stay NaN."""
     import torch
     from tqdm.auto import tqdm
 
@@ -95,15 +137,15 @@ def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
     check_length(model, int(sequences.lengths.max(initial=0)))
     model.eval()
     weight = next(model.parameters())
-    scores = np.empty((len(sequences), len(CLASSES)), np.float32)
+    scores = np.full((len(sequences), len(CLASSES)), np.nan, np.float32)
     # A model in half precision has its head and adapters in float32: autocast lets them meet.
     half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
     with (
         torch.inference_mode(),
         torch.autocast(weight.device.type, dtype=half, enabled=half is not None),
-        tqdm(total=len(sequences), desc="scoring", unit="seq", mininterval=5) as progress,
+        tqdm(total=sum(map(len, batches)), desc="scoring", unit="seq", mininterval=5) as progress,
     ):
-        for rows in token_batches(sequences.lengths, batch_tokens):
+        for rows in batches:
             ids, mask = pad([sequences[row] for row in rows], model.config.pad_token_id)
             logits = model(
                 input_ids=torch.from_numpy(ids).to(weight.device),

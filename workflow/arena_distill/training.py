@@ -2,15 +2,19 @@
 
 Both phases are one call of transformers' Trainer (so accelerate, and several GPUs under torchrun, come
 with it) over sequences assembled from the token file. A judge's folds all start from the same adapter
-and the same head: averaging them afterwards relies on it.
+and the same head: averaging them afterwards relies on it. Neither the number of processes nor an
+interruption changes what is learned: the order of the battles follows from seed and epoch alone, and
+``checkpoints`` restores the rest.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,18 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from arena_distill.artifacts import (
     atomic_directory,
@@ -35,6 +49,7 @@ from arena_distill.artifacts import (
 from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
+from arena_distill.checkpoints import Checkpoints, digest, file_identities
 from arena_distill.config import Lora, Loss, Optimization, Precision
 from arena_distill.distillation import VOTES, as_seen, losses, teacher_targets
 from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
@@ -43,6 +58,9 @@ from arena_distill.folds import training_rows
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
 from arena_distill.settings import PretrainingSettings, TrainingSettings
+
+FILLER = -100
+"""The label that weighs nothing, as PyTorch and the Trainer know it."""
 
 _LOWER = "lower the learning rate (lr) or max_grad_norm"
 
@@ -53,11 +71,17 @@ class Launch:
 
     micro_batch_size: int = 8
     gradient_checkpointing: bool = False
+    fsdp: bool = False
+    checkpoints: Path | None = None
+    """The folder of this output's checkpoints; None writes none."""
+    checkpoint_minutes: float = 30.0
 
 
 @dataclass(frozen=True)
 class Examples(Dataset):
     """What the Trainer reads: sequences as shown, votes as shown, teachers' logits as shown.
+
+    A position past the end is a filler (see `ByLength`): a short sequence whose label is -100.
 
     sequences: one per shown battle.
     labels: int64 (sequences,).
@@ -72,8 +96,48 @@ class Examples(Dataset):
         return len(self.sequences)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        item = {"input_ids": self.sequences[i], "labels": self.labels[i]}
-        return item if self.teachers is None else item | {"teachers": self.teachers[i]}
+        row = i if i < len(self) else int(np.argmin(self.sequences.lengths))
+        label = self.labels[row] if row == i else np.int64(FILLER)
+        item = {"input_ids": self.sequences[row], "labels": label}
+        return item if self.teachers is None else item | {"teachers": self.teachers[row]}
+
+
+class ByLength(Sampler[int]):
+    """Battles in batches of like length, in an order that follows from seed and epoch alone.
+
+    Processes that share a batch all see this order and take their parts of it, so that a batch holds
+    the same battles whatever their number. Where the last batch cannot be shared evenly, fillers that
+    weigh nothing complete it: the sampler of accelerate would repeat battles instead.
+
+    Args:
+        lengths: tokens per row.
+        batch_size: rows per optimizer step, over all processes.
+        share: rows that the processes take at once; the order's length is a multiple of it.
+        epoch: called at the start of an epoch for its number.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        share: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.lengths: list[int] = lengths.tolist()
+        self.batch_size = batch_size
+        self.fillers = -len(self.lengths) % share
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        dice = torch.Generator().manual_seed(self.seed + self.epoch())
+        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=dice)
+        yield from range(len(self.lengths), len(self))
 
 
 def pretrain_adapter(
@@ -89,9 +153,10 @@ def pretrain_adapter(
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
     examples = show(read, read_votes(battles, read.keys()), None, settings)
-    model = new_judge(
-        backbone, settings.lora, settings.precision, read.vocabulary.pad, settings.pretraining.seed
+    base = _load_base(
+        backbone, settings.precision, read.vocabulary.pad, settings.pretraining.seed, launch
     )
+    model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
     _fit(model, examples, output, settings.pretraining, VOTES, settings.precision, launch, about)
 
@@ -125,11 +190,11 @@ def train_fold(
         targets = teacher_targets(teachers, rows, settings.targets)
     examples = show(read, rows["label"].to_numpy().astype(np.int64), targets, settings)
     seed = settings.training.seed
+    base = _load_base(backbone, settings.precision, read.vocabulary.pad, seed, launch)
     if pretrained is None:
-        model = new_judge(backbone, settings.lora, settings.precision, read.vocabulary.pad, seed)
+        model = new_judge(base, settings.lora, seed)
     else:
-        model = _load_base(backbone, settings.precision, read.vocabulary.pad, seed)
-        model = load_adapter(model, pretrained, keep_head=settings.keep_head, trainable=True)
+        model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
     phase = "distillation" if settings.teachers else "training"
     about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
     loss = settings.loss or VOTES
@@ -161,11 +226,8 @@ def show(
     )
 
 
-def new_judge(
-    backbone: Path, lora: Lora, precision: Precision, pad_token_id: int, seed: int
-) -> PeftModel:
-    """A backbone with a fresh adapter and a fresh head, both decided by the seed."""
-    model = _load_base(backbone, precision, pad_token_id, seed)
+def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
+    """Put a fresh adapter on a backbone with a fresh head; the seed decides both."""
     _head_in_float32(model)
     set_seed(seed)
     config = LoraConfig(
@@ -224,6 +286,17 @@ class JudgeTrainer(Trainer):
         self.loss = loss
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts each batch's battles
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        args = self.args
+        examples: Any = train_dataset or self.train_dataset
+        return ByLength(
+            examples.sequences.lengths,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            share=args.train_batch_size * args.world_size if args.world_size > 1 else 1,
+            seed=args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -233,9 +306,11 @@ class JudgeTrainer(Trainer):
     ) -> Any:
         labels, teachers = inputs.pop("labels"), inputs.pop("teachers", None)
         outputs = model(**inputs)
-        total = losses(outputs.logits, labels, teachers, self.loss).sum()
+        counts = labels != FILLER
+        each = losses(outputs.logits, labels.where(counts, 0), teachers, self.loss)
+        total = (each * counts).sum()
         if num_items_in_batch is None:
-            loss = total / len(labels)
+            loss = total / counts.sum()
         else:  # the mean over the whole optimizer step; DDP averages gradients over processes
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -248,6 +323,26 @@ class JudgeTrainer(Trainer):
                 raise InputError(f"step {self.state.global_step}: {name} is {value}: {_LOWER}")
 
 
+class Progress(TrainerCallback):
+    """A line per fiftieth of the way, instead of the Trainer's bar: logs are read as files."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        last, every = state.log_history[-1], max(1, state.max_steps // 50)
+        if state.is_world_process_zero and "loss" in last and state.global_step % every == 0:
+            print(
+                f"step {state.global_step}/{state.max_steps}, epoch {last['epoch']:.2f}: "
+                f"loss {last['loss']:.4f}, gradient {last['grad_norm']:.3f}, "
+                f"lr {last['learning_rate']:.2e}",
+                flush=True,
+            )
+
+
 def _fit(
     model: PeftModel,
     examples: Examples,
@@ -258,25 +353,70 @@ def _fit(
     launch: Launch,
     about: dict[str, Any],
 ) -> None:
-    """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet."""
+    """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet.
+
+    Raises:
+        Stopped: the job was told to end before; a checkpoint holds what was done.
+    """
     if not len(examples):
         raise InputError(f"{output}: there is no battle to train on")
     check_length(model, int(examples.sequences.lengths.max()))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = JudgeTrainer(
-            model=model,
-            args=_arguments(scratch, optimization, precision, launch),
-            train_dataset=examples,
-            data_collator=_collator(model.config.pad_token_id),
-            loss=loss,
-        )
-        result = trainer.train()
-    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-        raise InputError(f"{output}: the last step left no finite weights: {_LOWER}")
-    if not trainer.is_world_process_zero():
-        return
+        folder, checkpoints = Path(scratch), None
+        arguments = _arguments(folder, optimization, precision, launch)
+        if launch.checkpoints:
+            folder = launch.checkpoints / _key(model, examples, about, arguments.world_size)
+            checkpoints = Checkpoints(folder, every=60 * launch.checkpoint_minutes)
+            arguments.output_dir = str(folder)
+        if checkpoints is None or not checkpoints.finished.exists():
+            trainer = JudgeTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=examples,
+                data_collator=_collator(model.config.pad_token_id),
+                callbacks=[Progress, *([checkpoints] if checkpoints else [])],
+                loss=loss,
+            )
+            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(PrinterCallback)
+            latest = checkpoints.latest() if checkpoints else None
+            if latest:
+                print(f"{latest}: going on from there", flush=True)
+            with checkpoints.listening() if checkpoints else nullcontext():
+                result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+            if checkpoints:
+                checkpoints.raise_if_stopped(trainer.state)
+            if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+                raise InputError(f"{output}: the last step left no finite weights: {_LOWER}")
+            seconds = checkpoints.seconds if checkpoints else result.metrics["train_runtime"]
+            if trainer.is_world_process_zero():
+                finished = checkpoints.finished if checkpoints else output
+                _write(trainer, examples, finished, about, seconds=seconds)
+        if checkpoints and arguments.process_index == 0:
+            checkpoints.publish(output)
+
+
+def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
+    """Of everything that decides the weights; how it is launched does not, but for rounding."""
+    arrays = [examples.sequences.ids, examples.sequences.offsets, examples.labels]
+    arrays += [] if examples.teachers is None else [examples.teachers]
+    start = [p for p in model.parameters() if p.requires_grad]
+    backbone = file_identities(Path(model.config.name_or_path))
+    settings = about | {"world_size": world_size, "backbone": backbone}
+    return digest(settings, [*arrays, *start])
+
+
+def _write(
+    trainer: JudgeTrainer,
+    examples: Examples,
+    output: Path,
+    about: dict[str, Any],
+    *,
+    seconds: float,
+) -> None:
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    history = _history(trainer.state.log_history)
     tokens = int(examples.sequences.lengths.sum())
     metrics: dict[str, Any] = {
         "sequences": len(examples),
@@ -284,32 +424,34 @@ def _fit(
         "longest": int(examples.sequences.lengths.max()),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": result.training_loss,
-        "trainable_parameters": trainable,
+        "train_loss": pc.mean(history["loss"]).as_py(),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(result.metrics["train_runtime"], 3),
+        "seconds": round(seconds, 3),
         "provenance": about,
     }
     for adapter in model.peft_config.values():
         targets: Any = getattr(adapter, "target_modules", None)
         if isinstance(targets, set):  # each process would write it in another order
-            adapter.target_modules = sorted(targets)  # type: ignore[attr-defined]
+            adapter.target_modules = sorted(targets)
+    # Only what was trained: to ask for all of a backbone that is spread would need all processes.
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     with atomic_directory(output) as folder:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=trained)
         write_json(metrics, folder / "metrics.json")
-        write_parquet(_history(trainer.state.log_history), folder / "history.parquet", about)
-    speed = tokens * metrics["epochs"] / max(metrics["seconds"], 1e-9)
+        write_parquet(history, folder / "history.parquet", about)
+    speed = tokens * metrics["epochs"] / max(seconds, 1e-9)
     print(
-        f"{output}: {len(examples):,} sequences, {trainer.state.global_step} steps, "
-        f"loss {result.training_loss:.4f}, {speed:,.0f} tokens/s"
+        f"{len(examples):,} sequences, {trainer.state.global_step} steps, "
+        f"loss {metrics['train_loss']:.4f}, {speed:,.0f} tokens/s"
     )
 
 
 def _arguments(
-    scratch: str, optimization: Optimization, precision: Precision, launch: Launch
+    folder: Path, optimization: Optimization, precision: Precision, launch: Launch
 ) -> TrainingArguments:
     arguments = TrainingArguments(
-        output_dir=scratch,
+        output_dir=str(folder),
         learning_rate=optimization.lr,
         num_train_epochs=optimization.epochs,
         lr_scheduler_type="cosine",
@@ -323,14 +465,13 @@ def _arguments(
         use_cpu=not torch.accelerator.is_available(),
         activation_checkpointing=launch.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         label_names=["labels"],
-        logging_steps=0.02,
+        logging_steps=1,  # so that the history does not depend on where a job was interrupted
         logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
-        save_strategy="no",
+        save_strategy="no",  # `Checkpoints` decides when
+        save_total_limit=2,
         report_to="none",
-        disable_tqdm=False,
     )
     devices = arguments.world_size * max(1, arguments.n_gpu)
     if optimization.batch_size % devices:
@@ -364,9 +505,14 @@ def _history(log: list[dict[str, float]]) -> pa.Table:
     return pa.table({name: [entry.get(name, math.nan) for entry in steps] for name in columns})
 
 
-def _load_base(backbone: Path, precision: Precision, pad_token_id: int, seed: int) -> Any:
+def _load_base(
+    backbone: Path, precision: Precision, pad_token_id: int, seed: int, launch: Launch
+) -> Any:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return load_classifier(backbone, dtype=dtype, pad_token_id=pad_token_id, head_seed=seed)
+    shards = int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1
+    return load_classifier(
+        backbone, dtype=dtype, pad_token_id=pad_token_id, head_seed=seed, shards=shards
+    )
 
 
 def _head_in_float32(model: torch.nn.Module) -> None:

@@ -1,0 +1,210 @@
+"""What a job is given (a lock, GPUs, processes) and what is left when a run has succeeded.
+
+Snakemake or Slurm say how many GPUs a job has; here it gets the very devices, and starts itself once
+per device where it has several.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from arena_distill.errors import InputError
+
+CPU_ALLOWED = "ACCELERATE_USE_CPU"
+"""accelerate's own variable: `true` lets a job that asks for GPUs run without."""
+
+
+def in_slurm() -> bool:
+    """Whether this process is part of a Slurm job."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def mind_signals() -> None:
+    """Outlive the signals that announce a job's end, also while modules are still being imported.
+
+    Slurm warns by SIGUSR1 (see the profile). It means to end a job where it sends SIGTERM, and kills it
+    after its grace time; a preempted job that ends before by itself would not be queued again.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if in_slurm():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def start(*, gpus: int, lock: Path | None = None) -> None:
+    """Begin a training job: alone at its output, on its own GPUs, one process per GPU.
+
+    With several GPUs this replaces the process by torchrun, which starts the same command once per
+    GPU; there this function returns at once.
+
+    Args:
+        gpus: how many; 0 is the CPU.
+        lock: the folder in which the output is claimed; None claims nothing.
+
+    Raises:
+        InputError: there are fewer GPUs than asked for.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    if lock:
+        hold(lock)
+    claim_gpus(gpus)
+    if gpus > 1:
+        sys.stdout.flush()
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        if in_slurm():  # it too leaves it to Slurm to end the job
+            torchrun.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "arena_distill", *sys.argv[1:]])
+
+
+def hold(folder: Path) -> None:
+    """Wait until no other job works on the output that `folder` stands for; keep others away.
+
+    The kernel drops the lock with its last holder, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open(folder / "lock")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: another job is at work on this: waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks: no worse than without this
+        print(f"{folder}: cannot be locked ({error.strerror})", flush=True)
+
+
+def claim_gpus(count: int) -> None:
+    """Make `count` GPUs visible to this process, and no other.
+
+    Where the scheduler gave the job its own devices there are just as many. Where jobs share a
+    machine (profile `local-gpu`) there are more, and each job takes free ones: a locked file per
+    device, in the machine's folder for temporary files, tells which are taken.
+
+    Raises:
+        InputError: there are fewer GPUs than asked for, or PyTorch cannot use them.
+    """
+    if count == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    on_cpu = os.environ.get(CPU_ALLOWED, "").lower() in ("1", "true", "yes")
+    devices = _visible_devices()
+    if len(devices) < count:
+        if on_cpu:
+            return
+        raise InputError(
+            f"the job asks for {count} GPUs (config: compute.gpus) and {len(devices)} are visible; "
+            f"{CPU_ALLOWED}=true lets it run on the CPU"
+        )
+    if len(devices) > count:
+        devices = _take(devices, count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    print(f"GPUs: {os.environ['CUDA_VISIBLE_DEVICES']}", flush=True)
+    if not on_cpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"the job has GPUs, but PyTorch {torch.__version__} cannot use them: install a build "
+                f"for them, or set {CPU_ALLOWED}=true to run on the CPU"
+            )
+
+
+def _visible_devices() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device.strip() for device in named.split(",") if device.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _take(devices: list[str], count: int) -> list[str]:
+    folder = Path(tempfile.gettempdir()) / f"arena-distill-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # One job at a time gathers devices: two that wait for each other's would wait for ever.
+    door = _open(folder / "door")
+    fcntl.flock(door, fcntl.LOCK_EX)
+    taken: list[str] = []
+    while len(taken) < count:
+        for device in devices:
+            if len(taken) < count and device not in taken:
+                lock = _open(folder / device.replace("/", "_"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    taken.append(device)
+                except BlockingIOError:
+                    os.close(lock)
+        if len(taken) < count:
+            time.sleep(0.2)
+    os.close(door)
+    return sorted(taken, key=devices.index)
+
+
+def _open(path: Path) -> int:
+    """A file to lock, open until the process ends, also where torchrun takes the process over."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.set_inheritable(descriptor, True)
+    return descriptor
+
+
+def wait_for_orphans(job_ids: Iterable[str], *, every: float = 10) -> None:
+    """Wait for Slurm jobs that a Snakemake which was killed has left running.
+
+    Starting their rules again beside them would do everything twice.
+
+    Args:
+        job_ids: those that Snakemake noted for outputs it still holds for incomplete.
+        every: seconds between questions.
+
+    Raises:
+        InputError: Slurm does not answer.
+    """
+    ids = sorted({job.split("_")[0] for job in job_ids if job.split("_")[0].isdigit()})
+    said = False
+    while ids and shutil.which("squeue"):
+        command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(ids)}"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            raise InputError(f"squeue: {answer.stderr.strip()}")
+        ids = sorted(set(answer.stdout.split()))
+        if ids and not said:
+            print(
+                f"Waiting for Slurm jobs that an earlier Snakemake left running: {', '.join(ids)} "
+                "(scancel them to go on at once: training resumes at its last checkpoint)",
+                file=sys.stderr,
+                flush=True,
+            )
+            said = True
+        if ids:
+            time.sleep(every)
+
+
+def sweep(results: Path) -> None:
+    """Remove what a run that has succeeded needs no more: finished trainings, files half written.
+
+    What another Snakemake may be working on stays.
+    """
+    for lock in results.glob(".checkpoints/*/*/lock"):
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            if any(lock.parent.glob("*/finished")):
+                shutil.rmtree(lock.parent)
+    for folder in (*results.glob(".checkpoints/*"), results / ".checkpoints"):
+        with suppress(OSError):  # not empty, or not there
+            folder.rmdir()
+    yesterday = time.time() - 24 * 3600
+    for path in results.rglob(".*.tmp"):
+        if path.stat().st_mtime < yesterday:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
