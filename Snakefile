@@ -38,5 +38,10 @@ include: "rules/evaluation.smk"
 include: "rules/targets.smk"
 
 
+onstart:
+    if workflow.executor_plugin.name == "slurm":
+        jobs.wait_for_orphans(map(slurm_comment, workflow.dag.needrun_jobs()))
+
+
 onsuccess:
     jobs.sweep(Path(R))

@@ -60,6 +60,7 @@ rule assign_folds:
         f"{R}/logs/assign_folds.log",
     benchmark:
         f"{R}/benchmarks/assign_folds.tsv"
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:

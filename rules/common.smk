@@ -107,6 +107,12 @@ def checkpoints(wildcards, output):
     return str(adapter.parents[2] / ".checkpoints" / wildcards.judge / adapter.name)
 
 
+def slurm_comment(job):
+    """What the Slurm plugin calls a job."""
+    named = "_wildcards_" + "_".join(job.wildcards) if job.wildcards else ""
+    return f"rule_{job.rule.name}{named}"
+
+
 # --- where files lie --------------------------------------------------------------------------------
 
 

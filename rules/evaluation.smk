@@ -17,6 +17,7 @@ rule write_config:
         f"{R}/logs/write_config.log",
     benchmark:
         f"{R}/benchmarks/write_config.tsv"
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:
@@ -82,6 +83,7 @@ rule render_report:
         f"{R}/logs/render_report.log",
     benchmark:
         f"{R}/benchmarks/render_report.tsv"
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:

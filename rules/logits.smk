@@ -65,6 +65,7 @@ rule gather_logits:
         f"{R}/benchmarks/gather_logits/{{judge}}_fold_{{fold}}.tsv"
     wildcard_constraints:
         judge=one_of(SHARDED),
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:

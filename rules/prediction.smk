@@ -73,6 +73,7 @@ rule predict_test:
         f"{R}/logs/predict_test/{{judge}}.log",
     benchmark:
         f"{R}/benchmarks/predict_test/{{judge}}.tsv"
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:
@@ -94,6 +95,7 @@ rule write_submission:
         f"{R}/logs/write_submission.log",
     benchmark:
         f"{R}/benchmarks/write_submission.tsv"
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:

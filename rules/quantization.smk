@@ -42,6 +42,7 @@ rule check_drift:
         f"{R}/logs/check_drift/{{judge}}.log",
     benchmark:
         f"{R}/benchmarks/check_drift/{{judge}}.tsv"
+    localrule: True
     conda:
         "../envs/arena.yaml"
     params:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from checkouts import Checkout, make_checkout
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -240,3 +241,14 @@ def make_run(
 @pytest.fixture
 def run(family: str, make_run: Callable[..., Run]) -> Run:
     return make_run(family)
+
+
+# --- whole runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A finished run."""
+    checkout = make_checkout(tmp_path_factory.mktemp("finished") / "checkout")
+    checkout.run()
+    return checkout

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_workflow import ROOT, make_checkout
+from checkouts import ROOT, make_checkout
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -8,82 +8,21 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-GPTQ = Path(os.environ.get("ARENA_GPTQ_PYTHON", ROOT / ".venv-gptq/bin/python"))
-WORKFLOW = ("Snakefile", "rules", "workflow", "config", "profiles", "envs")
+from checkouts import GPTQ, ROOT, Checkout
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.gptq,
     pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}"),
 ]
-
-
-@dataclass
-class Checkout:
-    """A copy of the workflow that a test may edit, with its own results."""
-
-    folder: Path
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results/mini"
-
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", "mini.yaml"]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
-
-    def run(self, *arguments: str) -> str:
-        done = self.snakemake(*arguments, "--cores", "2")
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        return done.stdout + done.stderr
-
-    def would_run(self, *arguments: str) -> dict[str, int]:
-        """Jobs per rule that a dry run announces; aggregate targets left out."""
-        done = self.snakemake("-n", *arguments)
-        assert done.returncode == 0, done.stderr
-        jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE))
-        return {rule: int(n) for rule, n in jobs.items() if rule not in ("all", "total")}
-
-    def edit(self, path: str, old: str, new: str) -> None:
-        file = self.folder / path
-        text = file.read_text()
-        assert old in text
-        file.write_text(text.replace(old, new, 1))
-
-
-def make_checkout(folder: Path) -> Checkout:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in WORKFLOW:
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, folder / name)
-    config = yaml.safe_load((ROOT / "tests/mini.yaml").read_text())
-    config["environments"] = {"gptq": str(GPTQ)}
-    (folder / "mini.yaml").write_text(yaml.safe_dump(config))
-    return Checkout(folder)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A finished run."""
-    checkout = make_checkout(tmp_path_factory.mktemp("finished") / "checkout")
-    checkout.run()
-    return checkout
 
 
 @pytest.fixture
@@ -226,10 +165,10 @@ def test_docstrings_and_the_look_of_rules_rebuild_nothing(checkout: Checkout) ->
 
 
 def test_a_raised_version_rebuilds_that_phase_and_what_follows(checkout: Checkout) -> None:
-    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 1', '"distillation": 2')
+    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 2', '"distillation": 3')
     assert checkout.would_run() == {**STUDENT, "predict_logits": 2}
     checkout.edit("workflow/arena_distill/phases.py", '"submission": 1', '"submission": 2')
-    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 2', '"distillation": 1')
+    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 3', '"distillation": 2')
     assert checkout.would_run() == {"write_submission": 1}
 
 

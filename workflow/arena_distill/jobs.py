@@ -156,36 +156,41 @@ def _open(path: Path) -> int:
     return descriptor
 
 
-def wait_for_orphans(job_ids: Iterable[str], *, every: float = 10) -> None:
-    """Wait for Slurm jobs that a Snakemake which was killed has left running.
+def wait_for_orphans(comments: Iterable[str], *, every: float = 10) -> None:
+    """Wait for Slurm jobs that a Snakemake which was killed has left in this folder.
 
-    Starting their rules again beside them would do everything twice.
+    Starting their rules again beside them would do everything twice. (Snakemake's own notes do not
+    help: a job that has begun overwrites the note of its number.)
 
     Args:
-        job_ids: those that Snakemake noted for outputs it still holds for incomplete.
+        comments: what the Slurm plugin calls the jobs that are to be run.
         every: seconds between questions.
 
     Raises:
         InputError: Slurm does not answer.
     """
-    ids = sorted({job.split("_")[0] for job in job_ids if job.split("_")[0].isdigit()})
+    if not shutil.which("squeue"):
+        return
+    wanted, here = set(comments), os.getcwd()
     said = False
-    while ids and shutil.which("squeue"):
-        command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(ids)}"]
+    while True:
+        command = ["squeue", "--noheader", "--format=%i|%Z|%k"]
         answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode and "Invalid job id" not in answer.stderr:
+        if answer.returncode:
             raise InputError(f"squeue: {answer.stderr.strip()}")
-        ids = sorted(set(answer.stdout.split()))
-        if ids and not said:
+        jobs = [line.split("|", 2) for line in answer.stdout.splitlines()]
+        left = [number for number, folder, comment in jobs if folder == here and comment in wanted]
+        if not left:
+            return
+        if not said:
             print(
-                f"Waiting for Slurm jobs that an earlier Snakemake left running: {', '.join(ids)} "
+                f"Waiting for Slurm jobs that an earlier Snakemake left: {', '.join(left)} "
                 "(scancel them to go on at once: training resumes at its last checkpoint)",
                 file=sys.stderr,
                 flush=True,
             )
             said = True
-        if ids:
-            time.sleep(every)
+        time.sleep(every)
 
 
 def sweep(results: Path) -> None:

@@ -1,0 +1,396 @@
+"""`snakemake --profile slurm` on a real Slurm, and what it survives.
+
+The cluster is scripts/slurm_cluster.sh's: two nodes with four make-believe A100s each. The faults are
+inflicted on one training, long enough to be hit; it has to end with the weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from checkouts import GPTQ, ROOT, Checkout, make_checkout
+
+CLUSTER = ROOT / "scripts/slurm_cluster.sh"
+WEIGHTS = "adapter_model.safetensors"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.gptq,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin"),
+        reason="no Slurm on this machine: `make test-slurm` installs one",
+    ),
+    pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}"),
+]
+
+
+def cluster(*arguments: str) -> str:
+    done = subprocess.run([CLUSTER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm() -> Iterator[None]:
+    """A cluster, and an environment in which jobs with make-believe GPUs train on the CPU."""
+    was_up = subprocess.run([CLUSTER, "status"], capture_output=True).returncode == 0
+    cluster("start")
+    before = dict(os.environ)
+    (conf,) = re.findall(r"SLURM_CONF=(\S+)", cluster("env"))
+    os.environ |= {"SLURM_CONF": conf, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    yield
+    if not was_up:
+        cluster("stop")
+    os.environ.clear()
+    os.environ.update(before)
+
+
+# --- a whole run ------------------------------------------------------------------------------------
+
+
+def on_slurm(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
+    """Snakemake as users start it, but asking for news more often."""
+    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
+    log = open(checkout.folder / "snakemake.log", "a")  # noqa: SIM115
+    return subprocess.Popen(
+        [*command, "--slurm-init-seconds-before-status-checks", "2", "--configfile", "mini.yaml"],
+        cwd=checkout.folder,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(snakemake: subprocess.Popen[str], checkout: Checkout, seconds: float = 600) -> str:
+    try:
+        assert snakemake.wait(seconds) == 0, said(checkout)[-6000:]
+    finally:
+        snakemake.kill()
+    return said(checkout)
+
+
+def said(checkout: Checkout) -> str:
+    return (checkout.folder / "snakemake.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """The graph of tests/mini.yaml, each judge on one GPU, the teachers' logits in shards."""
+    checkout = make_checkout(tmp_path_factory.mktemp("slurm") / "checkout")
+    config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    config["defaults"]["compute"] |= {"gpus": 1, "gpu_model": "a100"}
+    config["judges"]["qwen2-teacher"]["logits"] = {"shards": 2}
+    (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
+    finish(on_slurm(checkout, "all"), checkout, 900)
+    return checkout
+
+
+def test_the_submission_is_that_of_a_local_run(whole_run: Checkout, finished: Checkout) -> None:
+    for name in ("submission.csv", "logits/qwen2-teacher/fold_1.npy"):
+        assert (whole_run.results / name).read_bytes() == (finished.results / name).read_bytes()
+
+
+@dataclass
+class Job:
+    """What Slurm remembers of a job."""
+
+    comment: str
+    start: str
+    end: str
+    place: str
+
+
+def past_jobs(rule: str) -> list[Job]:
+    jobs = []
+    for text in ask("scontrol", "--details", "--oneliner", "show", "job").splitlines():
+        found = dict(re.findall(r"(\w+)=(\S+)", text))
+        if found.get("Comment", "").startswith(f"rule_{rule}_"):
+            place = f"{found['Nodes']}:{found.get('GRES', '')}"
+            jobs.append(Job(found["Comment"], found["StartTime"], found["EndTime"], place))
+    return jobs
+
+
+def test_folds_run_at_the_same_time_on_different_gpus(whole_run: Checkout) -> None:
+    jobs = past_jobs("train_teacher")
+    pairs = [
+        (one, other)
+        for one in jobs
+        for other in jobs
+        if one.comment < other.comment and one.start < other.end and other.start < one.end
+    ]
+    assert len(pairs) >= 2, jobs
+    assert all(one.place != other.place and "gpu:a100:1" in one.place for one, other in pairs), (
+        pairs
+    )
+
+
+def test_one_folds_logits_by_name_are_one_job(whole_run: Checkout) -> None:
+    path = whole_run.results / "logits/llama-teacher/fold_1.npy"
+    before = path.read_bytes()
+    path.unlink()
+    names = len(past_jobs("predict_logits"))
+    finish(on_slurm(whole_run, str(path.relative_to(whole_run.folder))), whole_run)
+    assert len(past_jobs("predict_logits")) == names + 1
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_left_to_do_and_no_checkpoint_lies_about(whole_run: Checkout) -> None:
+    assert whole_run.would_run("--profile", "slurm") == {}
+    assert not (whole_run.results / ".checkpoints").exists()
+
+
+# --- faults -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Victim:
+    """A checkout in which one training of half a minute is left to do."""
+
+    checkout: Checkout
+    uninterrupted: bytes
+    snakemakes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> Path:
+        return self.checkout.results / "adapters/llama-teacher/fold_0"
+
+    @property
+    def log(self) -> str:
+        path = self.checkout.results / "logs/train_teacher/llama-teacher_fold_0.log"
+        return path.read_text() if path.exists() else ""
+
+    def start(self, *arguments: str) -> None:
+        target = str(self.adapter.relative_to(self.checkout.folder))
+        self.snakemakes.append(on_slurm(self.checkout, target, *arguments))
+
+    def finish(self) -> str:
+        text = finish(self.snakemakes[-1], self.checkout)
+        assert (self.adapter / WEIGHTS).read_bytes() == self.uninterrupted
+        return text
+
+    @property
+    def slurm_id(self) -> str:
+        """Of the training's last job."""
+        jobs = ask("squeue", "--noheader", "--states=all", "--format=%i %k").splitlines()
+        return max((j.split()[0] for j in jobs if "rule_train_teacher_" in j), key=int, default="")
+
+    @property
+    def node(self) -> str:
+        return ask("squeue", "--noheader", "--format=%N", f"--jobs={self.slurm_id}")
+
+    @property
+    def process(self) -> int:
+        """The process that trains."""
+        pids = ask("pgrep", "--full", f"arena_distill train-fold .*{self.adapter.name}").split()
+        names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids}
+        return next(int(pid) for pid, words in names.items() if b"train-fold" in words)
+
+    def wait_for_a_checkpoint(self, times: int = 2) -> None:
+        wait_for(lambda: self.log.count(": saved") >= times)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Victim:
+    checkout = make_checkout(tmp_path_factory.mktemp("faults") / "checkout")
+    config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    config["judges"] = {"llama-teacher": {"backbone": {"tiny": "llama"}}}
+    config["final"] = "llama-teacher"
+    config["defaults"] |= {"pretraining": None, "quantization": None}
+    config["defaults"]["training"]["epochs"] = 10
+    config["defaults"]["compute"] |= {"gpus": 1, "checkpoint_minutes": 0.02}
+    config["prediction"]["model"] = "merged"
+    (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
+    adapter = "results/mini/adapters/llama-teacher/fold_0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        checkout.run(adapter)
+    return Victim(checkout, (checkout.folder / adapter / WEIGHTS).read_bytes())
+
+
+@pytest.fixture
+def victim(prepared: Victim) -> Iterator[Victim]:
+    """Nothing of the training is done yet; whatever a test leaves running is stopped."""
+    shutil.rmtree(prepared.adapter, ignore_errors=True)
+    shutil.rmtree(prepared.checkout.results / ".checkpoints", ignore_errors=True)
+    for name in ("snakemake.log", "results/mini/logs/train_teacher/llama-teacher_fold_0.log"):
+        (prepared.checkout.folder / name).unlink(missing_ok=True)
+    yield prepared
+    for snakemake in prepared.snakemakes:
+        snakemake.kill()
+    ask("scancel", "--user=root")
+    wait_for(lambda: not ask("squeue", "--noheader"))
+    locks = prepared.checkout.folder / ".snakemake/locks"
+    shutil.rmtree(locks, ignore_errors=True)
+
+
+def test_a_cancelled_training_is_tried_again_and_goes_on(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint()
+    ask("scancel", victim.slurm_id)
+    assert "Trying to restart job" in victim.finish()
+    assert "going on from there" in victim.log
+
+
+def test_a_killed_process_is_tried_again_and_goes_on(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint()
+    os.kill(victim.process, signal.SIGKILL)
+    assert "Trying to restart job" in victim.finish()
+    assert "going on from there" in victim.log
+
+
+def test_a_lost_node_costs_nothing_but_time(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint()
+    job, node = victim.slurm_id, victim.node
+    cluster("lose", node)
+    try:
+        wait_for(lambda: victim.node not in ("", node) or victim.slurm_id != job)
+        victim.finish()
+    finally:
+        cluster("restore", node)
+    assert "going on from there" in victim.log
+
+
+def test_a_time_limit_is_survived_in_the_next_attempt(victim: Victim) -> None:
+    """Slurm counts minutes: a training held up until the first is over."""
+    victim.start("--set-resources", "train_teacher:runtime=1")
+    victim.wait_for_a_checkpoint()
+    first = victim.slurm_id
+    process = victim.process
+    os.kill(process, signal.SIGSTOP)
+    wait_for(lambda: state(first) in ("TIMEOUT", "FAILED", "CANCELLED"), 150)
+    assert state(first) == "TIMEOUT"
+    assert "Trying to restart job" in victim.finish()
+    assert victim.slurm_id != first
+    assert "going on from there" in victim.log
+
+
+def state(job: str) -> str:
+    return ask("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}")
+
+
+def test_the_warning_before_a_time_limit_saves_a_checkpoint(victim: Victim) -> None:
+    victim.checkout.edit("mini.yaml", "checkpoint_minutes: 0.02", "checkpoint_minutes: 30.0")
+    try:
+        warned = ["--default-resources", "nodes=1", "slurm_extra='--signal=USR1@40'"]
+        victim.start("--set-resources", "train_teacher:runtime=1", *warned)
+        victim.wait_for_a_checkpoint(1)
+        victim.finish()
+    finally:
+        victim.checkout.edit("mini.yaml", "checkpoint_minutes: 30.0", "checkpoint_minutes: 0.02")
+
+
+def test_a_preempted_training_is_queued_again_and_goes_on(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint()
+    job = victim.slurm_id
+    everything = ["--partition=urgent", "--nodes=2", "--gpus-per-node=4", "--wrap=sleep 3"]
+    ask("sbatch", *everything, "--output=/dev/null")
+    text = victim.finish()
+    if victim.slurm_id == job:  # else the training was done within its grace time
+        restarts = re.findall(r"Restarts=(\d+)", ask("scontrol", "show", "job", job))
+        assert restarts == ["1"] or "going on" not in victim.log
+    assert "Error in rule" not in text
+
+
+def test_a_snakemake_that_was_killed_does_not_start_its_jobs_twice(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint()
+    orphan = victim.slurm_id
+    os.killpg(victim.snakemakes[-1].pid, signal.SIGKILL)
+    victim.snakemakes[-1].wait()
+    unlock = victim.checkout.snakemake("--unlock")
+    assert unlock.returncode == 0, unlock.stderr
+    victim.start()
+    wait_for(lambda: "Waiting for Slurm jobs" in said(victim.checkout))
+    assert victim.slurm_id == orphan
+    steps = re.findall(r"^step (\d+)/", victim.log, re.MULTILINE)
+    assert len(steps) == len(set(steps))
+    victim.finish()
+    # The second job took what the orphan had trained.
+    assert "step" not in victim.log
+
+
+def test_a_stopped_snakemake_takes_its_jobs_with_it_and_goes_on_later(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint()
+    os.killpg(victim.snakemakes[-1].pid, signal.SIGINT)
+    assert victim.snakemakes[-1].wait(120) != 0
+    wait_for(lambda: not ask("squeue", "--noheader"))
+    victim.start()
+    victim.finish()
+    assert "going on from there" in victim.log
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(victim: Victim) -> None:
+    victim.start()
+    victim.wait_for_a_checkpoint(3)
+    os.killpg(victim.snakemakes[-1].pid, signal.SIGINT)
+    victim.snakemakes[-1].wait(120)
+    wait_for(lambda: not ask("squeue", "--noheader"))
+    saved = victim.checkout.results.glob(".checkpoints/*/*/*/checkpoint-*")
+    newest = max(saved, key=lambda c: int(c.name.split("-")[1]))
+    os.truncate(newest / "optimizer.pt", 1000)
+    victim.start()
+    victim.finish()
+    assert f"{newest.name}: not whole (optimizer.pt is not what was written)" in victim.log
+    assert "going on from there" in victim.log
+
+
+@pytest.fixture
+def small_disk(victim: Victim, tmp_path: Path) -> Iterator[Path]:
+    """The results on a disk that is almost full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "arena", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    results = victim.checkout.folder / "results"
+    aside = victim.checkout.folder / "aside"
+    shutil.copytree(results, disk / "results", symlinks=True)
+    results.rename(aside)
+    results.symlink_to(disk / "results")
+    yield disk
+    results.unlink()
+    aside.rename(results)
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(victim: Victim, small_disk: Path) -> None:
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(free - 250_000))
+    victim.start("--retries", "0")
+    assert victim.snakemakes[-1].wait(300) != 0
+    text = said(victim.checkout)
+    assert re.search(r"error: .*no space left", text, re.IGNORECASE), text[-3000:]
+    assert "Traceback" not in text
+    assert not victim.adapter.exists()
+    (small_disk / "ballast").unlink()
+    victim.start()
+    victim.finish()
