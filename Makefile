@@ -1,10 +1,10 @@
 # make demo    set up, run the whole graph on the synthetic arena, print the results
-# make test    set up, run every test
+# make test    set up, run every test (make test-slurm: those that need a Slurm, on one of its own)
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 CORES ?= all
 
-.PHONY: demo test test-fast lint format setup lock clean
+.PHONY: demo test test-fast test-slurm lint format setup lock clean
 
 demo: setup
 	$(SNAKEMAKE) --cores $(CORES) --quiet rules
@@ -16,6 +16,11 @@ test: setup
 
 test-fast: setup
 	.venv/bin/pytest -m "not slow"
+
+# Debian or Ubuntu, and root: installs Slurm, starts one with make-believe GPUs, stops it again.
+test-slurm: setup
+	scripts/slurm_cluster.sh start
+	.venv/bin/pytest -m slurm; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
 
 lint: setup
 	.venv/bin/ruff check .

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 
 from arena_distill.artifacts import (
     atomic_directory,
+    full_disk_told,
     ids_path,
     provenance,
     read_json,
@@ -199,3 +204,62 @@ def test_logits_and_ids_of_two_runs_are_never_mixed(tmp_path: Path) -> None:
     ids_path(path).unlink()
     with pytest.raises(InputError, match=r"fold_0\.ids\.parquet: no such file"):
         read_logits(path)
+
+
+# --- a full disk --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for little."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "arena", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def write_weights(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.rand(100_000)}, folder / "w.safetensors")
+
+
+def write_optimizer(folder: Path) -> None:
+    import torch
+
+    torch.save(torch.rand(100_000), folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize("write", [write_weights, write_optimizer])
+@pytest.mark.parametrize("name", ["adapter", "x.npy", "x.parquet", "x.txt"])
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    name: str, write: Any, full_disk: Path
+) -> None:
+    path = full_disk / name
+    with pytest.raises(InputError, match=f"{name}: no space left on its disk"):
+        if name == "adapter":
+            with atomic_directory(path) as folder:
+                write(folder)
+        elif name == "x.npy":
+            ids = pa.table({"id": np.arange(50_000)})
+            write_logits(path, np.zeros((50_000, 2, 3), np.float32), ids, {})
+        elif name == "x.parquet":
+            write_parquet(pa.table({"x": np.random.default_rng(0).random(99_000)}), path, {})
+        else:
+            write_text("x" * 999_999, path)
+    assert not [file for file in full_disk.rglob("*") if file.name != "x.ids.parquet"]
+
+
+@pytest.mark.parametrize("write", [write_weights, write_optimizer])
+def test_a_full_disk_is_told_whoever_writes(write: Any, full_disk: Path) -> None:
+    with pytest.raises(InputError, match="no space left"), full_disk_told(full_disk):
+        write(full_disk)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mine"), full_disk_told(tmp_path):
+        raise RuntimeError("mine")

@@ -6,6 +6,7 @@ names the file: no phase ever works on half a file that an interrupted job left 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -189,22 +190,43 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = _beside(path)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        if path.exists():
-            # A directory cannot be renamed onto a full one: step the old one aside first.
-            old = _beside(path)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        with full_disk_told(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if path.exists():
+                # A directory cannot be renamed onto a full one: step the old one aside first.
+                old = _beside(path)
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def full_disk_told(path: StrPath) -> Iterator[None]:
+    """Say of what is written below `path` that the disk was full, whichever library met it.
+
+    Raises:
+        InputError: no space was left.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch.save raise errors of their own, torch.save without a reason.
+        signs = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(sign in str(error) for sign in signs):
+            raise InputError(
+                f"{path}: no space left on its disk: free some and run again; what was finished is kept"
+            ) from error
         raise
 
 
@@ -212,12 +234,13 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
 def _replacing(path: StrPath) -> Iterator[Path]:
     """Yield a name beside `path`; what is written there becomes `path` if the block succeeds."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        with full_disk_told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

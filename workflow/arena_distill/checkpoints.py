@@ -89,6 +89,9 @@ class Checkpoints(TrainerCallback):
     def _newest_whole(self) -> tuple[Path | None, float]:
         every = self.folder.glob("checkpoint-*")
         for checkpoint in sorted(every, key=lambda c: -int(c.name.rpartition("-")[2])):
+            if not (checkpoint / SEAL).exists():  # its job ended before it was whole
+                shutil.rmtree(checkpoint)
+                continue
             fault = _fault(checkpoint)
             if fault is None:
                 return checkpoint, float(read_json(checkpoint / SEAL)["seconds"])

@@ -41,6 +41,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from arena_distill.artifacts import (
     atomic_directory,
+    full_disk_told,
     provenance,
     read_parquet,
     write_json,
@@ -383,7 +384,7 @@ def _fit(
             latest = checkpoints.latest() if checkpoints else None
             if latest:
                 print(f"{latest}: going on from there", flush=True)
-            with checkpoints.listening() if checkpoints else nullcontext():
+            with checkpoints.listening() if checkpoints else nullcontext(), full_disk_told(folder):
                 result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
             if checkpoints:
                 checkpoints.raise_if_stopped(trainer.state)

@@ -1,0 +1,84 @@
+"""A run that is killed again and again, at any moment, ends with the files of one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from checkouts import GPTQ, Checkout, make_checkout
+
+KILLS = 20
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.gptq,
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}"),
+]
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Checkout:
+    """A run of tests/mini.yaml that saves a checkpoint after every step."""
+    checkout = make_checkout(tmp_path / "checkout")
+    config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    config["defaults"]["compute"]["checkpoint_minutes"] = 0
+    (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
+    return checkout
+
+
+def done(checkout: Checkout) -> int:
+    """Jobs that have ended well, over all attempts: each leaves its benchmark."""
+    return len(list(checkout.results.glob("benchmarks/**/*.tsv")))
+
+
+def kill_at(checkout: Checkout, jobs: float, dice: random.Random) -> str:
+    """Start the run, and kill it some seconds after as many jobs are done."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "mini.yaml"]
+    with open(checkout.folder / "snakemake.log", "a") as log:
+        snakemake = subprocess.Popen(
+            command, cwd=checkout.folder, stdout=log, stderr=log, start_new_session=True
+        )
+    while snakemake.poll() is None and done(checkout) < jobs:
+        time.sleep(0.2)
+    deadline = time.monotonic() + dice.uniform(0, 10)
+    while snakemake.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # The power fails; or Snakemake alone dies, and its jobs go on while their successors start.
+    how = dice.choice(["all", "snakemake"])
+    if how == "all":
+        os.killpg(snakemake.pid, signal.SIGKILL)
+    else:
+        snakemake.kill()
+    snakemake.wait()
+    unlock = checkout.snakemake("--unlock")
+    assert unlock.returncode == 0, unlock.stderr
+    return f"{how} after {done(checkout)} jobs"
+
+
+def test_kills_at_random_moments_change_nothing(victim: Checkout, finished: Checkout) -> None:
+    dice = random.Random(20)
+    jobs = done(finished)
+    moments = [kill_at(victim, jobs * kill / KILLS, dice) for kill in range(KILLS)]
+    print("\n".join(moments))
+    victim.run()
+    for name in (
+        "submission.csv",
+        "battles.parquet",
+        "folds.parquet",
+        "adapters/llama-teacher/fold_0/adapter_model.safetensors",
+        "adapters/gemma2-student/fold_1/adapter_model.safetensors",
+        "logits/qwen2-teacher/fold_1.npy",
+        "logits/gemma2-student/gptq_test.npy",
+        "merged/gemma2-student/model.safetensors",
+    ):
+        assert (victim.results / name).read_bytes() == (finished.results / name).read_bytes(), name
+    assert "Nothing to be done" in victim.run()
+    assert len({moment.split(" after ")[1] for moment in moments}) > KILLS / 2
