@@ -12,15 +12,16 @@ demo: setup
 	@echo "report: results/default/report.html"
 
 test: setup
-	.venv/bin/pytest
+	.venv/bin/pytest $(PYTEST)
 
 test-fast: setup
 	.venv/bin/pytest -m "not slow"
 
-# Debian or Ubuntu, and root: installs Slurm, starts one with make-believe GPUs, stops it again.
+# Debian or Ubuntu, and root: installs Slurm, starts one with make-believe GPUs, stops it again. Most of the
+# time these tests wait for Slurm: several at a time.
 test-slurm: setup
 	scripts/slurm_cluster.sh start
-	.venv/bin/pytest -m slurm; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
+	.venv/bin/pytest -m slurm -n 3; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
 
 lint: setup
 	.venv/bin/ruff check .
