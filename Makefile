@@ -27,13 +27,13 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/snakefmt --check Snakefile rules
+	.venv/bin/snakefmt --check Snakefile rules examples
 	$(SNAKEMAKE) --lint
 
 format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	.venv/bin/snakefmt Snakefile rules
+	.venv/bin/snakefmt Snakefile rules examples
 
 # Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other.
 setup: .venv/.ready .venv-gptq/.ready

@@ -44,4 +44,4 @@ onstart:
 
 
 onsuccess:
-    jobs.sweep(Path(R))
+    jobs.sweep(Path(rules.read_battles.output.battles).parent)  # R, with a module's prefix

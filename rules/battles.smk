@@ -66,7 +66,7 @@ rule assign_folds:
     params:
         settings=settings_of(phase.FoldsSettings),
     message:
-        "Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
+        f"Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     shell:
         "arena assign-folds --battles {input.battles} --output {output.folds}"
         " --settings {params.settings:q} > {log} 2>&1"

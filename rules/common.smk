@@ -6,8 +6,12 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-CHECKOUT = Path(workflow.basedir)
-sys.path.insert(0, str(CHECKOUT / "workflow"))
+# Found from this file: where the workflow is a module, `workflow.basedir` is another repository. There is
+# none where Snakemake fetches the rules by `github(...)`: then the package has to be installed.
+HERE = workflow.current_basedir
+CHECKOUT = Path(HERE).parent if isinstance(HERE, os.PathLike) else None
+if CHECKOUT:
+    sys.path.insert(0, str(CHECKOUT / "workflow"))
 
 from arena_distill import config as configuration
 from arena_distill import jobs
@@ -57,15 +61,19 @@ def interpreter(path):
         return "python"
     if path is None:
         return sys.executable
-    return path if Path(path).is_absolute() else str(CHECKOUT / path)
+    return path if Path(path).is_absolute() else str((CHECKOUT or Path.cwd()) / path)
+
+
+class shell(shell):
+    """Snakemake's, for these rules alone: its own prefix is one for all modules and who uses them."""
 
 
 # Jobs call `arena` in the main environment, `arena_gptq` in the one that quantises, and import
 # the package from this checkout, installed or not. They take the shell's place, so that a signal to
 # the job reaches them. (Snakemake formats the prefix: hence double braces.)
+IMPORTS = f"export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; " if CHECKOUT else ""
 shell.prefix(
-    "set -euo pipefail; "
-    f"export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; "
+    f"set -euo pipefail; {IMPORTS}"
     f'arena() {{{{ exec {shlex.quote(interpreter(CONFIG.environments.main))} -m arena_distill "$@"; }}}}; '
     f'arena_gptq() {{{{ exec {shlex.quote(interpreter(CONFIG.environments.gptq))} -m arena_distill "$@"; }}}}; '
 )
@@ -114,20 +122,23 @@ def slurm_comment(job):
 
 
 # --- where files lie --------------------------------------------------------------------------------
+#
+# A module's prefix moves all that this workflow makes. What the configuration names, and what ships with
+# the workflow, is `local`: it stays where it is.
 
 
 def battle_files(source):
     """The files of a source: the configuration's, or the simulated arena's."""
     if CONFIG.data.arena:
         return [f"{R}/arena/{source}.csv"] if source in SOURCES else []
-    return list(getattr(CONFIG.data, source))
+    return [local(file) for file in getattr(CONFIG.data, source)]
 
 
 def labelled_test(wildcards):
     """What the test predictions are scored by, where the votes are known."""
     if CONFIG.data.arena:
         return [f"{R}/arena/test_solution.csv"]
-    return [CONFIG.data.solution] if CONFIG.data.solution else []
+    return [local(CONFIG.data.solution)] if CONFIG.data.solution else []
 
 
 def backbone_folder(judge):
@@ -136,9 +147,9 @@ def backbone_folder(judge):
     if not backbone.is_ready_folder():
         return f"{R}/backbones/{CONFIG.backbone_name(judge)}"
     if backbone.tiny:
-        tiny = CHECKOUT / "workflow/arena_distill/tiny_backbones" / backbone.tiny
-        return f"{os.path.relpath(tiny)}/config.json"
-    return f"{backbone.path}/config.json"
+        tiny = Path(configuration.__file__).parent / "tiny_backbones" / backbone.tiny
+        return local(f"{os.path.relpath(tiny)}/config.json")
+    return local(f"{backbone.path}/config.json")
 
 
 def backbone(wildcards):

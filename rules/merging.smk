@@ -21,7 +21,7 @@ rule merge_folds:
     params:
         settings=settings_of(phase.MergeSettings),
     message:
-        "Merging {CONFIG.folds.n} folds of {wildcards.judge}"
+        f"Merging {CONFIG.folds.n} folds of {{wildcards.judge}}"
     shell:
         "arena merge-folds --backbone {input.backbone} --output {output.model}"
         " --settings {params.settings:q} {input.adapters} > {log} 2>&1"

@@ -1,0 +1,92 @@
+"""The workflow as a module: examples/module as another repository beside a checkout of this one."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkouts import ROOT, make_checkout
+
+pytestmark = pytest.mark.slow  # its judge is not quantised: no `gptq`
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, old
+    file.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The example, with fewer battles and a shell prefix, as a repository beside a checkout."""
+    make_checkout(tmp_path / "arena-distill")
+    folder = tmp_path / "support"
+    made = shutil.ignore_patterns("judges", "results", ".snakemake")
+    shutil.copytree(ROOT / "examples/module", folder, ignore=made)
+    replace(folder / "Snakefile", "../../Snakefile", "../arena-distill/Snakefile")
+    replace(folder / "config/config.yaml", "voted: 240", "voted: 64")
+    replace(folder / "config/config.yaml", "unvoted: 60", "unvoted: 16")
+    with (folder / "Snakefile").open("a") as file:
+        file.write('\n\nshell.prefix("echo here >> prefixed.txt; ")\n')
+    return folder
+
+
+def test_another_repository_uses_it_as_a_module(repository: Path) -> None:
+    checkout = repository.parent / "arena-distill"
+    before = set(checkout.rglob("*"))
+    snakemake(repository, "--cores", "2")
+
+    judge = repository / "judges/results/support"
+    made = {path.name for path in repository.iterdir()}
+    assert {"judges", "results"} <= made
+    assert {path.name for path in (repository / "judges").iterdir()} == {"results"}
+    for name in (
+        "submission.csv",
+        "metrics.json",
+        "report/log_loss.svg",
+        "adapters/student/fold_1/adapter_model.safetensors",
+        "merged/student/model.safetensors",
+        "logs/evaluate.log",
+        "benchmarks/evaluate.tsv",
+    ):
+        assert (judge / name).is_file(), name
+    assert not (judge / ".checkpoints").exists()
+    assert all("__pycache__" in path.parts for path in set(checkout.rglob("*")) - before)
+
+    assert {path.name for path in (repository / "results").iterdir()} == {
+        "battles",
+        "ranking.csv",
+        "judge.html",
+    }
+    with (repository / "results/ranking.csv").open() as file:
+        assert {row["bot"] for row in csv.DictReader(file)} == {"kind", "curt", "lost"}
+    page = (repository / "results/judge.html").read_bytes()
+    assert page == (judge / "report.html").read_bytes()
+    # Of all rules only this repository's own three had this repository's prefix.
+    assert (repository / "prefixed.txt").read_text() == "here\n" * 3
+
+    assert "Nothing to be done" in snakemake(repository, "--cores", "2")
+
+
+def test_without_a_prefix_the_same_battles_are_read(repository: Path) -> None:
+    replace(repository / "Snakefile", '    prefix:\n        "judges"\n', "")
+    announced = snakemake(repository, "-n")
+    assert "Reading battles: results/battles/train.csv results/battles/test.csv" in announced
+    assert "judges/" not in announced
+
+
+def test_the_checkout_beside_it_is_a_workflow_still(repository: Path) -> None:
+    checkout = repository.parent / "arena-distill"
+    assert "good condition" in snakemake(checkout, "--lint")
+    assert "Job stats" in snakemake(checkout, "-n")
