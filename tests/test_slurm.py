@@ -69,6 +69,9 @@ def slurm() -> Iterator[None]:
         yield
 
 
+whole = pytest.mark.xdist_group("whole")  # tests of one run stay in one process
+
+
 # --- a whole run ------------------------------------------------------------------------------------
 
 
@@ -110,6 +113,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return checkout
 
 
+@whole
 def test_the_submission_is_that_of_a_local_run(whole_run: Checkout, finished: Checkout) -> None:
     for name in ("submission.csv", "logits/qwen2-teacher/fold_1.npy"):
         assert (whole_run.results / name).read_bytes() == (finished.results / name).read_bytes()
@@ -142,6 +146,7 @@ def gpus(checkout: Checkout, job: Job) -> str:
     return re.findall(r"^GPUs: (.*)", log.read_text(), re.MULTILINE)[-1]
 
 
+@whole
 def test_folds_run_at_the_same_time_on_different_gpus(whole_run: Checkout) -> None:
     jobs = past_jobs(whole_run, "train_teacher")
     assert len(jobs) == 4
@@ -158,6 +163,7 @@ def test_folds_run_at_the_same_time_on_different_gpus(whole_run: Checkout) -> No
     print(*((job, gpus(whole_run, job)) for job in jobs), sep="\n")
 
 
+@whole
 def test_one_folds_logits_by_name_are_one_job(whole_run: Checkout) -> None:
     path = whole_run.results / "logits/llama-teacher/fold_1.npy"
     before = path.read_bytes()
@@ -168,6 +174,7 @@ def test_one_folds_logits_by_name_are_one_job(whole_run: Checkout) -> None:
     assert path.read_bytes() == before
 
 
+@whole
 def test_nothing_is_left_to_do_and_no_checkpoint_lies_about(whole_run: Checkout) -> None:
     assert whole_run.would_run("--profile", "slurm") == {}
     assert not (whole_run.results / ".checkpoints").exists()

@@ -273,3 +273,19 @@ def test_drift_past_the_bound_fails_the_graph_and_keeps_the_model(checkout: Chec
     assert done.returncode != 0
     assert re.search(r"error: .*max_kl", done.stdout + done.stderr)
     assert (checkout.results / "gptq/gemma2-student/drift.json").is_file()
+
+
+def test_truncated_logits_are_told_and_made_again_once_deleted(checkout: Checkout) -> None:
+    submission = (checkout.results / "submission.csv").read_bytes()
+    path = checkout.results / "logits/llama-teacher/fold_0.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    done = checkout.snakemake("students", "--cores", "2")
+    assert done.returncode != 0
+    told = re.findall(r"error: .*", done.stdout + done.stderr)
+    assert any("llama-teacher/fold_0.npy: damaged" in line and "delete it" in line for line in told)
+    assert "Traceback" not in done.stdout + done.stderr
+    path.unlink()
+    checkout.run()
+    assert path.read_bytes() == whole
+    assert (checkout.results / "submission.csv").read_bytes() == submission
