@@ -132,13 +132,13 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=10
+KillWait=4
 MinJobAge=600
 SlurmdTimeout=20
 ReturnToService=2
 NodeName=${nodes[0]} Port=$((port + 1)) $node
 NodeName=${nodes[1]} Port=$((port + 2)) $node
-PartitionName=gpu Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=gpu Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=8
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 CONF
     # Slurm believes in a typed GPU only if it has a character device: copies of /dev/null, never opened.

@@ -227,13 +227,13 @@ class Victim:
     @property
     def process(self) -> int:
         """The process that trains."""
-        for pid in ask("pgrep", "--full", "-m arena_distill train-fold").split():
+        for pid in ask("pgrep", "--full", "arena_distill train-fold").split():
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if b"train-fold" in words and Path(f"/proc/{pid}/cwd").samefile(self.checkout.folder):
                 return int(pid)
         raise AssertionError("nothing trains")
 
-    def wait_for_a_checkpoint(self, times: int = 2) -> None:
+    def wait_for_a_checkpoint(self, times: int = 1) -> None:
         wait_for(lambda: self.log.count(": saved") >= times)
 
 
@@ -313,7 +313,7 @@ def test_a_time_limit_is_survived_in_the_next_attempt(one_minute: Victim) -> Non
     one_minute.start()
     one_minute.wait_for_a_checkpoint(1)
     first = one_minute.slurm_id
-    # Held up until its minute is over: Slurm wakes it to end it, and kills it ten seconds later.
+    # Held up until its minute is over: Slurm wakes it to end it, and kills it some seconds later.
     os.kill(one_minute.process, signal.SIGSTOP)
     wait_for(lambda: state(first) != "RUNNING")
     assert state(first) in ("TIMEOUT", "COMPLETING")
@@ -331,7 +331,7 @@ def test_the_warning_before_a_time_limit_saves_a_checkpoint(victim: Victim) -> N
     victim.checkout.edit("mini.yaml", "checkpoint_minutes: 0.02", "checkpoint_minutes: 30.0")
     try:
         victim.start()
-        wait_for(lambda: "step 20/" in victim.log)
+        wait_for(lambda: victim.log.count("\nstep ") >= 5)
         ask("scancel", "--signal=USR1", victim.slurm_id)
         victim.wait_for_a_checkpoint(1)
         assert "Trying to restart" not in victim.finish()
