@@ -1,4 +1,5 @@
 # What all rules share: the validated configuration, where files lie, how a job is started.
+import functools
 import shlex
 import signal
 import sys
@@ -31,6 +32,7 @@ TEACHERS = [name for name, judge in CONFIG.judges.items() if not judge.teachers]
 STUDENTS = [name for name, judge in CONFIG.judges.items() if judge.teachers]
 SHARDED = [name for name, judge in CONFIG.judges.items() if judge.logits.shards > 1]
 WHOLE = [name for name in CONFIG.judges if name not in SHARDED]
+TOKENIZERS = {name: CONFIG.tokenizer_name(name) for name in CONFIG.judges}
 BACKBONES = {CONFIG.backbone_name(name): judge.backbone for name, judge in CONFIG.judges.items()}
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
@@ -41,7 +43,7 @@ def one_of(names):
 
 wildcard_constraints:
     judge=one_of(CONFIG.judges),
-    tokenizer=one_of({CONFIG.tokenizer_name(name) for name in CONFIG.judges}),
+    tokenizer=one_of(set(TOKENIZERS.values())),
     backbone=one_of(BACKBONES),
     fold=r"\d+",
     shard=r"\d+",
@@ -82,11 +84,11 @@ shell.prefix(
 def settings_of(phase):
     """A phase's settings for a rule's params: its version and its own part of the configuration."""
 
-    def of_job(wildcards):
-        judge = getattr(wildcards, "judge", None)
+    @functools.cache  # a judge's settings are the same in each of its folds and shards
+    def of_judge(judge):
         return (phase.of(CONFIG, judge) if judge else phase.of(CONFIG)).model_dump_json()
 
-    return of_job
+    return lambda wildcards: of_judge(getattr(wildcards, "judge", None))
 
 
 def compute(key):
@@ -141,6 +143,7 @@ def labelled_test(wildcards):
     return [local(CONFIG.data.solution)] if CONFIG.data.solution else []
 
 
+@functools.cache
 def backbone_folder(judge):
     """A judge's backbone: a folder that is there, or one that `prepare_backbone` makes."""
     backbone = CONFIG.judges[judge].backbone
@@ -157,12 +160,12 @@ def backbone(wildcards):
 
 
 def tokenizer(wildcards):
-    owners = (j for j in CONFIG.judges if CONFIG.tokenizer_name(j) == wildcards.tokenizer)
+    owners = (judge for judge, name in TOKENIZERS.items() if name == wildcards.tokenizer)
     return backbone_folder(next(owners))
 
 
 def tokens(wildcards):
-    return f"{R}/tokens/{CONFIG.tokenizer_name(wildcards.judge)}/battles.parquet"
+    return f"{R}/tokens/{TOKENIZERS[wildcards.judge]}/battles.parquet"
 
 
 def pretrained(wildcards):

@@ -362,12 +362,22 @@ def changed(**changes: Any) -> set[tuple[str, str]]:
 def test_compute_is_in_no_settings() -> None:
     compute = {
         "threads": 9, "gpus": 8, "mem_mb": 99, "runtime": 99, "micro_batch_size": 99,
-        "batch_tokens": 99, "gradient_checkpointing": True,
+        "batch_tokens": 99, "gradient_checkpointing": True, "gpu_model": "a100", "fsdp": True,
+        "disk_mb": 99, "checkpoint_minutes": 9.0,
     }  # fmt: skip
     assert set(compute) == set(module.Compute.model_fields)
     assert changed(defaults={"compute": compute}) == set()
     for settings in all_settings(load(raw())).values():
         assert not set(compute) & set(json.loads(settings.model_dump_json()))
+
+
+def test_shards_are_in_no_settings() -> None:
+    assert changed(defaults={"logits": {"shards": 4}}) == set()
+
+
+def test_spreading_over_one_gpu_is_refused() -> None:
+    with pytest.raises(InputError, match="set gpus to 2 or more"):
+        load(raw(defaults={"compute": {"gpus": 1, "fsdp": True}}))
 
 
 def test_a_change_reaches_the_phases_it_concerns_alone() -> None:

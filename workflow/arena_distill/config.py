@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -156,6 +157,10 @@ class Backbone(Section):
     def is_ready_folder(self) -> bool:
         """Whether the folder can be used as it is, without a job that prepares it."""
         return bool(self.path or self.tiny) and self.layers is None and self.tokenizer is None
+
+    def whole(self) -> Backbone:
+        """The same backbone with all its layers: what decides the tokenizer."""
+        return self.model_copy(update={"layers": None})
 
     def stem(self) -> str:
         """A short readable name; made unique by :meth:`Config.backbone_name`."""
@@ -472,25 +477,11 @@ class Config(Section):
 
     def backbone_name(self, judge: str) -> str:
         """The name of a judge's backbone: readable, one per distinct backbone of this configuration."""
-        return self._unique_name(self.judges[judge].backbone, Backbone.stem)
+        return self._unique_name(self.judges[judge].backbone)
 
     def tokenizer_name(self, judge: str) -> str:
         """The name of a judge's tokenizer: judges that share one share `tokens/<name>`."""
-        return self._unique_name(
-            self.judges[judge].backbone.model_copy(update={"layers": None}), Backbone.stem
-        )
-
-    def _unique_name(self, backbone: Backbone, stem: Any) -> str:
-        taken = {
-            b.model_dump_json()
-            for judge in self.judges.values()
-            for b in (judge.backbone, judge.backbone.model_copy(update={"layers": None}))
-            if stem(b) == stem(backbone)
-        }
-        if taken <= {backbone.model_dump_json()}:
-            return stem(backbone)
-        digest = hashlib.sha256(backbone.model_dump_json().encode()).hexdigest()
-        return f"{stem(backbone)}-{digest[:6]}"
+        return self._unique_name(self.judges[judge].backbone.whole())
 
     def pretraining_owner(self, judge: str) -> str | None:
         """The judge whose post-pretrained adapter `judge` starts from; None without post-pretraining.
@@ -500,8 +491,33 @@ class Config(Section):
         """
         if self.judges[judge].pretraining is None or "ut" not in self.data.sources():
             return None
-        same = self.judges[judge].before_folds()
-        return next(name for name, other in self.judges.items() if other.before_folds() == same)
+        return self._pretraining_owners[self.judges[judge].before_folds()]
+
+    def _unique_name(self, backbone: Backbone) -> str:
+        stem, described = backbone.stem(), backbone.model_dump_json()
+        if self._backbones[stem] == {described}:
+            return stem
+        digest = hashlib.sha256(described.encode()).hexdigest()
+        return f"{stem}-{digest[:6]}"
+
+    # Rules ask for one judge after another: what an answer takes of all judges is gathered once.
+
+    @cached_property
+    def _backbones(self) -> dict[str, set[str]]:
+        """All backbones, as they are and whole, as JSON, by the stem of their name."""
+        found: dict[str, set[str]] = {}
+        for judge in self.judges.values():
+            for backbone in (judge.backbone, judge.backbone.whole()):
+                found.setdefault(backbone.stem(), set()).add(backbone.model_dump_json())
+        return found
+
+    @cached_property
+    def _pretraining_owners(self) -> dict[tuple[Any, ...], str]:
+        """The first judge of each kind, by what decides its post-pretrained adapter."""
+        owners: dict[tuple[Any, ...], str] = {}
+        for name, judge in self.judges.items():
+            owners.setdefault(judge.before_folds(), name)
+        return owners
 
 
 def overlay(base: Any, top: Any) -> Any:
