@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import FAMILIES, Run
 
 from arena_distill import logits as module
-from arena_distill.artifacts import read_logits, read_parquet, read_provenance
+from arena_distill.artifacts import read_logits, read_parquet, read_provenance, write_logits
 from arena_distill.backbones import load_classifier
-from arena_distill.batching import pad
+from arena_distill.batching import pad, token_batches
 from arena_distill.config import Encoding, Lora
 from arena_distill.encoding import Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
 from arena_distill.keys import key
-from arena_distill.logits import fold_rows, predict_logits, score
+from arena_distill.logits import fold_rows, gather_logits, predict_logits, score
 from arena_distill.settings import LogitsSettings
 from arena_distill.training import new_judge
 
@@ -296,4 +298,128 @@ def test_logits_that_are_not_finite_are_an_error(
     )
     with pytest.raises(InputError, match="adapter: its logits are not finite"):
         predict(run, tmp_path / "adapter", tmp_path / "x.npy", logits_settings())
+    assert not (tmp_path / "x.npy").exists()
+
+
+# --- shards -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores a fold of the same judge, whole or in shards."""
+
+    run: Run
+    adapter: Path
+    settings: LogitsSettings
+
+    def whole(self, output: Path) -> Path:
+        predict(self.run, self.adapter, output, self.settings)
+        return output
+
+    def shards(self, folder: Path, count: int) -> list[Path]:
+        files = [folder / f"{shard}.npy" for shard in range(count)]
+        for shard, file in enumerate(files):
+            predict_logits(
+                self.run.backbone, self.adapter, self.run.tokens, self.run.folds, 1, file,
+                settings=self.settings, batch_tokens=300, shard=shard, shards=count,
+            )  # fmt: skip
+        return files
+
+    def gather(self, shards: list[Path], output: Path) -> Path:
+        gather_logits(shards, self.run.folds, 1, output, settings=self.settings)
+        return output
+
+
+@pytest.fixture
+def scorer(make_run: Callable[..., Run], tmp_path: Path) -> Scorer:
+    run = make_run("llama")
+    pad_id = read_tokens(run.tokens).vocabulary.pad
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
+    judge.save_pretrained(str(tmp_path / "adapter"))
+    return Scorer(run, tmp_path / "adapter", logits_settings("training", "extra"))
+
+
+def both_files(path: Path) -> tuple[bytes, bytes]:
+    return path.read_bytes(), path.with_suffix(".ids.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_shards_make_the_bytes_that_one_job_would_have_written(
+    count: int, scorer: Scorer, tmp_path: Path
+) -> None:
+    whole = scorer.whole(tmp_path / "whole.npy")
+    shards = scorer.shards(tmp_path / "shards", count)
+    rows = [len(read_logits(shard)[0]) for shard in shards]
+    assert sum(rows) == len(np.load(whole))
+    assert sum(n > 0 for n in rows) == min(count, batches(scorer))  # the work is dealt out
+    gathered = scorer.gather(shards, tmp_path / "gathered.npy")
+    assert both_files(gathered) == both_files(whole)
+    # The order in which they are named does not matter.
+    gathered = scorer.gather(shards[::-1], tmp_path / "gathered.npy")
+    assert both_files(gathered) == both_files(whole)
+
+
+def batches(scorer: Scorer) -> int:
+    """How many the fold has: with more shards than that, some are empty."""
+    rows = fold_rows(read_parquet(scorer.run.folds), 1, scorer.settings)
+    tokens = of_rows(scorer.run, rows)
+    lengths = np.maximum(*(encode(tokens, ENCODING, order).lengths for order in ("AB", "BA")))
+    count = len(list(token_batches(lengths, 300)))
+    assert 3 < count < 40
+    return count
+
+
+def test_a_missing_shard_is_an_error(scorer: Scorer, tmp_path: Path) -> None:
+    shards = scorer.shards(tmp_path / "shards", 3)
+    with pytest.raises(InputError, match="shards: the shards hold .* rows, the fold has"):
+        scorer.gather(shards[:2], tmp_path / "x.npy")
+    with pytest.raises(InputError, match="shards: the shards hold .* rows, the fold has"):
+        scorer.gather([*shards, shards[0]], tmp_path / "x.npy")
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_shard_given_for_another_is_an_error(scorer: Scorer, tmp_path: Path) -> None:
+    """As many rows as there should be, but some twice and some not at all."""
+    shards = scorer.shards(tmp_path / "shards", 3)
+    logits, ids = read_logits(shards[0])
+    mine = len(read_logits(shards[1])[0])
+    again = np.arange(mine) % len(logits)
+    write_logits(shards[1], logits[again], ids.take(again), {})
+    with pytest.raises(InputError, match="logits in .*shards: .* is there more than once"):
+        scorer.gather(shards, tmp_path / "x.npy")
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_shards_of_another_fold_are_an_error(scorer: Scorer, tmp_path: Path) -> None:
+    shards = scorer.shards(tmp_path / "shards", 2)
+    logits, ids = read_logits(shards[0])
+    other = pa.array([f"other {row}" for row in range(len(ids))])
+    names = ids.set_column(ids.schema.get_field_index("id"), ids.schema.field("id"), other)
+    write_logits(shards[0], logits, names, {})
+    with pytest.raises(InputError, match=f"logits in .*shards: {len(ids)} of .* rows are missing"):
+        scorer.gather(shards, tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    "harm", ["cut", "changed", "gone", "ids cut", "ids gone", "ids of another"]
+)
+def test_a_damaged_shard_is_an_error_that_names_its_file(
+    harm: str, scorer: Scorer, tmp_path: Path
+) -> None:
+    shards = scorer.shards(tmp_path / "shards", 3)
+    ids = shards[1].with_suffix(".ids.parquet")
+    harmed = ids if harm.startswith("ids") else shards[1]
+    content = harmed.read_bytes()
+    middle = len(content) // 2
+    if harm.endswith("gone"):
+        harmed.unlink()
+    elif harm.endswith("cut"):
+        harmed.write_bytes(content[:middle])
+    elif harm == "changed":
+        harmed.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        ids.write_bytes(shards[2].with_suffix(".ids.parquet").read_bytes())
+    with pytest.raises(InputError) as error:
+        scorer.gather(shards, tmp_path / "x.npy")
+    assert str(shards[1] if harm == "ids of another" else harmed) in str(error.value)
     assert not (tmp_path / "x.npy").exists()

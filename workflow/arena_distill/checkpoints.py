@@ -162,6 +162,7 @@ class Checkpoints(TrainerCallback):
             sums = {path.name: _sha256(path) for path in checkpoint.iterdir()}
             write_json({"seconds": self.seconds, "sha256": sums}, checkpoint / SEAL)
             print(f"{checkpoint}: saved", flush=True)
+        processes.wait_for_everyone()  # none ends, and with it the others, before it is whole
         self._saved, self._save_asked = time.monotonic(), False
 
     def raise_if_stopped(self, state: TrainerState) -> None:

@@ -52,11 +52,10 @@ def main() -> NoReturn:
     try:
         app(prog_name="arena-distill")
     except InputError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        jobs.tell("\n".join(f"error: {line}" for line in str(error).splitlines()))
         sys.exit(1)
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        jobs.tell(f"stopped: {stopped}")
         sys.exit(128 + stopped.received)
     sys.exit(0)
 

@@ -14,14 +14,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from arena_distill.errors import InputError
 
 CPU_ALLOWED = "ACCELERATE_USE_CPU"
 """accelerate's own variable: `true` lets a job that asks for GPUs run without."""
+
+LAST_WORDS = "ARENA_LAST_WORDS"
+"""Names the file in which the processes of a job say why it ends."""
+
+GRACE = 5.0
+"""Seconds that the other processes of a job have to end, too, once one has failed."""
 
 
 def in_slurm() -> bool:
@@ -43,8 +52,8 @@ def mind_signals() -> None:
 def start(*, gpus: int, lock: Path | None = None) -> None:
     """Begin a training job: alone at its output, on its own GPUs, one process per GPU.
 
-    With several GPUs this replaces the process by torchrun, which starts the same command once per
-    GPU; there this function returns at once.
+    With several GPUs the same command is started once for each, and this process waits for them and
+    ends with them; in theirs this function returns at once.
 
     Args:
         gpus: how many; 0 is the CPU.
@@ -53,17 +62,83 @@ def start(*, gpus: int, lock: Path | None = None) -> None:
     Raises:
         InputError: there are fewer GPUs than asked for.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "LOCAL_RANK" in os.environ:
         return
     if lock:
         hold(lock)
     claim_gpus(gpus)
     if gpus > 1:
-        sys.stdout.flush()
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        if in_slurm():  # it too leaves it to Slurm to end the job
-            torchrun.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "arena_distill", *sys.argv[1:]])
+        _run_processes(gpus)
+
+
+def _run_processes(count: int) -> NoReturn:
+    """Run this command in `count` processes that find each other, and end as they do.
+
+    torchrun would put them into sessions of their own, where neither Ctrl-C nor this process's locks
+    reach them, and print a page about each error of theirs.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at any free port
+    sys.stdout.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        last_words = Path(folder) / "last_words"
+        shared = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun has it
+        shared |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there, nobody has to open it
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            LAST_WORDS: str(last_words),
+        }
+        command = [sys.executable, "-m", "arena_distill", *sys.argv[1:]]
+        processes = []
+        for rank in range(count):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=own, close_fds=False))  # with the locks
+        _pass_signals_on(processes)
+        while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
+            time.sleep(0.1)
+        codes = _end(processes)
+        if last_words.exists():
+            print(last_words.read_text(), file=sys.stderr)
+        elif killed := [rank for rank, code in enumerate(codes) if code and code < 0]:
+            name = signal.Signals(-(codes[killed[0]] or 0)).name
+            print(f"error: process {killed[0]} of {count} ended by {name}", file=sys.stderr)
+    code = min((code for code in codes if code), default=0)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def _pass_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        if number != signal.SIGTERM or not in_slurm():  # there the processes get their own
+            signal.signal(number, pass_on)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """End what waits for a process that has failed; how each had ended by then."""
+    until = time.monotonic() + GRACE
+    while any(p.poll() is None for p in processes) and time.monotonic() < until:
+        time.sleep(0.1)
+    codes = [process.returncode for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    return codes
+
+
+def tell(words: str) -> None:
+    """Print on stderr why the job ends; where several processes share it, once for all, at the end."""
+    if LAST_WORDS not in os.environ:
+        print(words, file=sys.stderr)
+        return
+    with suppress(FileExistsError), open(os.environ[LAST_WORDS], "x") as file:
+        file.write(words)
 
 
 def hold(folder: Path) -> None:
@@ -121,7 +196,8 @@ def claim_gpus(count: int) -> None:
 def _visible_devices() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [device.strip() for device in named.split(",") if device.strip()]
+        devices = (device.strip() for device in named.split(","))
+        return list(takewhile(lambda device: device not in ("", "-1"), devices))  # as CUDA reads it
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
@@ -150,7 +226,7 @@ def _take(devices: list[str], count: int) -> list[str]:
 
 
 def _open(path: Path) -> int:
-    """A file to lock, open until the process ends, also where torchrun takes the process over."""
+    """A file to lock, open until this process and those that it starts have ended."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     os.set_inheritable(descriptor, True)
     return descriptor

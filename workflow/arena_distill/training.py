@@ -1,10 +1,10 @@
 """Judges learn: LoRA adapters after UT battles, and per fold from votes or from teachers.
 
-Both phases are one call of transformers' Trainer (so accelerate, and several GPUs under torchrun, come
-with it) over sequences assembled from the token file. A judge's folds all start from the same adapter
-and the same head: averaging them afterwards relies on it. Neither the number of processes nor an
-interruption changes what is learned: the order of the battles follows from seed and epoch alone, and
-``checkpoints`` restores the rest.
+Both phases are one call of transformers' Trainer (so accelerate, and several GPUs, come with it) over
+sequences assembled from the token file. A judge's folds all start from the same adapter and the same
+head: averaging them afterwards relies on it. Neither the number of processes nor an interruption
+changes what is learned: the order of the battles follows from seed and epoch alone, and ``checkpoints``
+restores the rest.
 """
 
 from __future__ import annotations

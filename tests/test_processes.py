@@ -1,0 +1,493 @@
+"""Several processes learn what one learns, through the command line as a rule calls it.
+
+On the CPU with gloo: what differs on GPUs is the transport. Weights of one process and of several may
+differ by rounding alone, because sums are made in another order: MOST bounds it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, made_up_battles
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_training import distance, training_settings
+
+from arena_distill.artifacts import read_json, read_parquet, write_logits, write_parquet
+from arena_distill.config import Loss
+from arena_distill.encoding import tokenize_battles
+from arena_distill.folds import assign_folds
+from arena_distill.logits import fold_rows
+from arena_distill.settings import LogitsSettings, TrainingSettings
+from arena_distill.training import ByLength, Launch, train_fold
+
+TINY = ROOT / "workflow/arena_distill/tiny_backbones"
+WEIGHTS = "adapter_model.safetensors"
+MOST = 5e-6  # 1.7e-6 was seen, where training moved weights by 3.5e-3
+BATCH, MICRO = 16, 4  # two processes: two rounds of 2 × 4 rows make a batch
+
+slow = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Files:
+    """What stands before a fold is trained; one line of the command line."""
+
+    family: str
+    folder: Path
+
+    @property
+    def backbone(self) -> Path:
+        return TINY / self.family
+
+    @property
+    def logits(self) -> list[Path]:
+        return [self.folder / f"logits/teacher/fold_{fold}.npy" for fold in range(3)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
+    """Files by family and by the number of battles to train on."""
+    made: dict[tuple[str, int], Files] = {}
+
+    def of(family: str, battles: int) -> Files:
+        if (family, battles) not in made:
+            folder = tmp_path_factory.mktemp(f"{family}_{battles}")
+            table = made_up_battles(train=54, extra=battles - 36)  # of train two folds of three
+            write_parquet(table, folder / "battles.parquet", {})
+            here = folder / "tokens.parquet"
+            tokenize_battles(folder / "battles.parquet", TINY / family, here, version=1)
+            folds = assign_folds(table, method="kfold", n=3, seed=3)
+            write_parquet(folds, folder / "folds.parquet", {})
+            made[family, battles] = Files(family, folder)
+            write_teacher(made[family, battles])
+        return made[family, battles]
+
+    return of
+
+
+def write_teacher(files: Files) -> None:
+    """Logits as a teacher's: of each fold's validation rows and of the extra ones."""
+    dice = np.random.default_rng(5)
+    settings = LogitsSettings(
+        version=1,
+        encoding=training_settings().encoding,
+        precision="fp32",
+        rows=("validation", "extra"),
+    )
+    for fold, path in enumerate(files.logits):
+        rows = fold_rows(read_parquet(files.folder / "folds.parquet"), fold, settings)
+        logits = dice.normal(0, 2, (len(rows), 2, 3)).astype(np.float32)
+        write_logits(path, logits, rows, {})
+
+
+STUDENT = {
+    "teachers": ("teacher",),
+    "targets": "out_of_fold",
+    "loss": Loss(ce=1, kl=1, cosine=1, temperature=2),
+}
+
+
+def settings_of(**changes: Any) -> TrainingSettings:
+    return training_settings(**({"epochs": 2, "batch_size": BATCH, "swap": False} | changes))
+
+
+def in_one_process(files: Files, output: Path, pretrained: Path | None, **changes: Any) -> Path:
+    """The same training as :func:`command`, here."""
+    settings = settings_of(**changes)
+    train_fold(
+        files.backbone,
+        pretrained,
+        files.folder / "tokens.parquet",
+        files.folder / "folds.parquet",
+        0,
+        output,
+        teachers=dict.fromkeys(settings.teachers, files.logits),
+        settings=settings,
+        launch=Launch(MICRO),
+    )
+    return output
+
+
+def command(files: Files, output: Path, *options: str, gpus: int = 2, **changes: Any) -> list[str]:
+    settings = settings_of(**changes)
+    named: dict[str, Any] = {
+        "--backbone": files.backbone,
+        "--tokens": files.folder / "tokens.parquet",
+        "--folds": files.folder / "folds.parquet",
+        "--fold": 0,
+        "--output": output,
+        "--settings": settings.model_dump_json(),
+        "--micro-batch-size": MICRO,
+        "--gpus": gpus,
+    }
+    words = [str(word) for option in named.items() for word in option]
+    teachers = [str(file) for _ in settings.teachers for file in files.logits]
+    return [sys.executable, "-m", "arena_distill", "train-fold", *words, *options, *teachers]
+
+
+def environment() -> dict[str, str]:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return outside | {
+        "PYTHONPATH": str(ROOT / "workflow"),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+
+def in_two_processes(files: Files, output: Path, *options: str, **changes: Any) -> Path:
+    done = run(command(files, output, *options, **changes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+def weights_apart(one: Path, other: Path) -> float:
+    return distance(load_file(one / WEIGHTS), load_file(other / WEIGHTS))
+
+
+def assert_same_training(two: Path, one: Path, *, most: float, loss: float = 1e-5) -> None:
+    """The adapters, what was counted, and each step's loss."""
+    assert weights_apart(two, one) <= most
+    assert (two / "adapter_config.json").read_bytes() == (one / "adapter_config.json").read_bytes()
+    histories = [read_parquet(adapter / "history.parquet") for adapter in (two, one)]
+    for name in ("step", "learning_rate"):
+        assert histories[0][name].equals(histories[1][name]), name
+    # Within an epoch it counts rounds, and fillers make another number of them.
+    epochs = [h["epoch"].to_numpy() for h in histories]
+    np.testing.assert_allclose(epochs[0], epochs[1], atol=0.1)
+    losses = [h["loss"].to_numpy() for h in histories]
+    np.testing.assert_allclose(losses[0], losses[1], atol=loss, rtol=0)
+    norms = [h["grad_norm"].to_numpy() for h in histories]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=10 * loss)
+    metrics, expected = (read_json(adapter / "metrics.json") for adapter in (two, one))
+    assert metrics.pop("train_loss") == pytest.approx(expected.pop("train_loss"), abs=loss)
+    for made in (metrics, expected):
+        del made["seconds"]
+    assert metrics == expected
+
+
+def moved(adapter: Path) -> float:
+    """How far training went: what two adapters that both did not learn would not show."""
+    weights = load_file(adapter / WEIGHTS)
+    return max(float(w.abs().max()) for name, w in weights.items() if "lora_B" in name)
+
+
+# --- several processes learn what one learns ----------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize(
+    ("family", "battles", "changes"),
+    [
+        ("llama", 48, {}),  # no fillers
+        ("llama", 41, {}),  # the last round is one battle and fillers
+        ("qwen2", 47, {"swap": True}),
+        ("gemma2", 45, {}),
+        ("llama", 45, STUDENT),
+    ],
+)
+@pytest.mark.parametrize("fsdp", [0, 1])
+def test_two_processes_learn_what_one_learns(
+    family: str,
+    battles: int,
+    changes: dict[str, Any],
+    fsdp: int,
+    files: Callable[..., Files],
+    tmp_path: Path,
+) -> None:
+    mine = files(family, battles)
+    one = in_one_process(mine, tmp_path / "one", None, **changes)
+    two = in_two_processes(mine, tmp_path / "two", "--fsdp", str(fsdp), **changes)
+    shown = battles * (2 if changes.get("swap") else 1)
+    metrics = read_json(two / "metrics.json")
+    assert metrics["sequences"] == shown
+    assert metrics["steps"] == 2 * -(-shown // BATCH)
+    assert moved(one) > 100 * MOST
+    assert_same_training(two, one, most=MOST)
+
+
+@slow
+@pytest.mark.parametrize("options", [(), ("--fsdp", "1")])
+def test_half_precision_learns_the_same_but_for_its_rounding(
+    options: tuple[str, ...], files: Callable[..., Files], tmp_path: Path
+) -> None:
+    one = in_one_process(files("llama", 45), tmp_path / "one", None, precision="bf16")
+    two = in_two_processes(files("llama", 45), tmp_path / "two", *options, precision="bf16")
+    assert_same_training(two, one, most=1e-4, loss=1e-3)
+
+
+@slow
+@pytest.mark.parametrize(("family", "fsdp"), [("llama", 0), ("gemma2", 1)])
+def test_gradient_checkpointing_learns_the_same(
+    family: str, fsdp: int, files: Callable[..., Files], tmp_path: Path
+) -> None:
+    one = in_one_process(files(family, 45), tmp_path / "one", None)
+    options = ["--fsdp", str(fsdp), "--gradient-checkpointing", "1"]
+    two = in_two_processes(files(family, 45), tmp_path / "two", *options)
+    assert_same_training(two, one, most=MOST)
+
+
+@slow
+@pytest.mark.parametrize(("fsdp", "keep_head"), [(0, True), (1, True), (1, False)])
+def test_a_post_pretrained_adapter_is_where_all_processes_start(
+    fsdp: int, keep_head: bool, files: Callable[..., Files], tmp_path: Path
+) -> None:
+    mine = files("llama", 45)
+    pretrained = in_one_process(mine, tmp_path / "pretrained", None, lr=0.01, seed=5)
+    one = in_one_process(mine, tmp_path / "one", pretrained, keep_head=keep_head)
+    options = ["--fsdp", str(fsdp), "--pretrained", str(pretrained)]
+    two = in_two_processes(mine, tmp_path / "two", *options, keep_head=keep_head)
+    fresh = in_one_process(mine, tmp_path / "fresh", None)
+
+    assert weights_apart(one, fresh) > 100 * MOST
+    assert_same_training(two, one, most=MOST)
+
+
+# --- the order of the battles -------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=120),
+    processes=st.integers(1, 4),
+    micro=st.integers(1, 4),
+    accumulated=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_shows_each_battle_once_in_an_order_of_seed_and_epoch_alone(
+    lengths: list[int], processes: int, micro: int, accumulated: int, seed: int, epoch: int
+) -> None:
+    batch, share = processes * micro * accumulated, processes * micro
+
+    def order(**changes: Any) -> list[int]:
+        known: dict[str, Any] = {"batch_size": batch, "share": share, "seed": seed}
+        sampler = ByLength(np.array(lengths), epoch=lambda: epoch, **(known | changes))
+        positions = list(sampler)
+        assert len(positions) == len(sampler)
+        return positions
+
+    shown, rows = order(), len(lengths)
+    assert sorted(shown[:rows]) == list(range(rows))
+    assert all(position >= rows for position in shown[rows:])
+    assert len(shown) % share == 0
+    assert len(shown) - rows < share
+    assert order(share=1) == shown[:rows]
+    # The longest battle comes first: a batch that does not fit into memory fails at once.
+    assert lengths[shown[0]] == max(lengths)
+
+
+def test_the_order_changes_with_seed_and_epoch() -> None:
+    lengths = np.arange(100) % 7
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        dice = {"batch_size": 8, "share": 1, "seed": seed}
+        return tuple(ByLength(lengths, epoch=lambda: epoch, **dice))
+
+    assert len({order(0, 0), order(0, 1), order(7, 0)}) == 3
+    assert order(0, 1) == order(0, 1)
+
+
+# --- interruptions ------------------------------------------------------------------------------------
+
+LONG: dict[str, Any] = {"epochs": 16}  # 48 steps, of which the log tells each
+LAST = 48
+
+
+@dataclass
+class Training:
+    """A training of two processes, in a process group of its own, whose output is read as it comes."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_for(self, text: str) -> None:
+        until = time.monotonic() + 120
+        while not any(text in line for line in self.lines):
+            assert self.reader.is_alive(), "\n".join(self.lines)
+            assert time.monotonic() < until, "\n".join(self.lines)
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        code = self.process.wait(120)
+        self.reader.join(30)  # its end: no process holds the other end of the pipe
+        return code
+
+    def workers(self) -> list[int]:
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        )
+        return [int(word) for word in listed.stdout.split()]
+
+
+@pytest.fixture
+def begin(files: Callable[..., Files], tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    """Begin the long training; `tmp_path / "two"` is its output."""
+    begun: list[Training] = []
+
+    def begin(*options: str) -> Training:
+        known = ["--checkpoints", str(tmp_path / "kept"), *options]
+        words = command(files("llama", 45), tmp_path / "two", *known, **LONG)
+        process = subprocess.Popen(
+            words,
+            env=environment() | {"TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        begun.append(Training(process))
+        return begun[-1]
+
+    yield begin
+    for training in begun:
+        with suppress(ProcessLookupError):
+            os.killpg(training.process.pid, signal.SIGKILL)
+        training.end()
+
+
+@pytest.fixture(scope="module")
+def whole(
+    files: Callable[..., Files], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The long training, not interrupted."""
+    made: dict[str, Path] = {}
+
+    def of(fsdp: str) -> Path:
+        if fsdp not in made:
+            output = tmp_path_factory.mktemp("whole") / "two"
+            made[fsdp] = in_two_processes(files("llama", 45), output, "--fsdp", fsdp, **LONG)
+        return made[fsdp]
+
+    return of
+
+
+def assert_bytes(adapter: Path, whole: Path) -> None:
+    assert (adapter / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    histories = [read_parquet(path / "history.parquet") for path in (adapter, whole)]
+    assert histories[0].equals(histories[1])
+
+
+@slow
+@pytest.mark.parametrize(
+    ("number", "to_all", "fsdp"),
+    [
+        (signal.SIGINT, True, "0"),  # Ctrl-C
+        (signal.SIGINT, True, "1"),
+        (signal.SIGTERM, False, "0"),  # as a scheduler that knows the first process alone
+        (signal.SIGTERM, False, "1"),
+    ],
+)
+def test_stopped_processes_go_on_where_they_were(
+    number: signal.Signals,
+    to_all: bool,
+    fsdp: str,
+    begin: Callable[..., Training],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    first = begin("--fsdp", fsdp)
+    first.wait_for("step 7/")
+    (os.killpg if to_all else os.kill)(first.process.pid, number)
+    assert first.end() == 128 + number
+    said = [line for line in first.lines if line.startswith("stopped: ")]
+    assert len(said) == 1
+    assert said[0] == first.lines[-1]
+    assert f"{number.name} received: stopped after step" in said[0]
+    assert not (tmp_path / "two").exists()
+    second = begin("--fsdp", fsdp)
+    assert second.end() == 0
+    assert sum(line.endswith(": going on from there") for line in second.lines) in (1, 2)
+    assert not any("step 7/" in line for line in second.lines)
+    assert_bytes(tmp_path / "two", whole(fsdp))
+
+
+@slow
+@pytest.mark.parametrize("fsdp", ["0", "1"])
+def test_the_warning_before_a_time_limit_saves_and_all_processes_go_on(
+    fsdp: str, begin: Callable[..., Training], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    training = begin("--fsdp", fsdp)
+    training.wait_for("step 7/")
+    os.killpg(training.process.pid, signal.SIGUSR1)
+    training.wait_for(": saved")
+    assert training.end() == 0
+    assert any(f"step {LAST}/" in line for line in training.lines)
+    assert_bytes(tmp_path / "two", whole(fsdp))
+
+
+@slow
+def test_a_killed_process_ends_the_others_and_the_next_attempt_goes_on(
+    begin: Callable[..., Training], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = begin("--checkpoint-minutes", "0")
+    first.wait_for("step 7/")
+    os.kill(first.workers()[1], signal.SIGKILL)
+    assert first.end() == 128 + signal.SIGKILL
+    assert first.lines[-1] == "error: process 1 of 2 ended by SIGKILL"
+    second = begin()
+    assert second.end() == 0
+    assert any(line.endswith(": going on from there") for line in second.lines)
+    assert_bytes(tmp_path / "two", whole("0"))
+
+
+@slow
+def test_processes_whose_parent_was_killed_keep_the_next_attempt_waiting(
+    begin: Callable[..., Training], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = begin()
+    first.wait_for("step 3/")
+    first.process.kill()
+    second = begin()
+    second.wait_for("another job is at work on this: waiting for it")
+    assert second.end() == 0
+    assert any(f"step {LAST}/" in line for line in first.lines)
+    assert not any("step" in line for line in second.lines)  # it found the work done
+    assert_bytes(tmp_path / "two", whole("0"))
+
+
+# --- what is wrong ------------------------------------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize(
+    ("gpus", "options", "message"),
+    [
+        (3, (), f"config: batch_size {BATCH} cannot be shared by 3 devices; make it a multiple"),
+        (2, ("--pretrained", "/missing"), "/missing: no adapter: adapter_model.safetensors is "),
+    ],
+)
+def test_an_error_of_all_processes_is_told_once_and_last(
+    gpus: int, options: tuple[str, ...], message: str, files: Callable[..., Files], tmp_path: Path
+) -> None:
+    done = run(command(files("llama", 45), tmp_path / "x", *options, gpus=gpus))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert done.stderr.count(message) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
