@@ -22,6 +22,7 @@ rule predict_logits:
     resources:
         gpu=compute("gpus"),
         gpu_model=gpu_model,
+        devices=compute("gpus"),
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -35,7 +36,7 @@ rule predict_logits:
         "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold} {params.shard}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
 
 
 use rule predict_logits as predict_shard with:

@@ -18,6 +18,7 @@ rule score_test_merged:
     resources:
         gpu=compute("gpus"),
         gpu_model=gpu_model,
+        devices=compute("gpus"),
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -29,7 +30,7 @@ rule score_test_merged:
     shell:
         "arena score-test --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
 
 
 rule score_test_gptq:
@@ -50,6 +51,7 @@ rule score_test_gptq:
     resources:
         gpu=compute("gpus"),
         gpu_model=gpu_model,
+        devices=compute("gpus"),
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -61,7 +63,7 @@ rule score_test_gptq:
     shell:
         "arena_gptq score-test --quantized --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
 
 
 rule predict_test:

@@ -18,6 +18,7 @@ rule quantize_model:
     resources:
         gpu=compute("gpus"),
         gpu_model=gpu_model,
+        devices=compute("gpus"),
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -29,7 +30,7 @@ rule quantize_model:
     shell:
         "arena_gptq quantize-model --model {input.model} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.model} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.gpu} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
 
 
 rule check_drift:

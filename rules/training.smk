@@ -18,6 +18,7 @@ rule pretrain_adapter:
     resources:
         gpu=compute("gpus"),
         gpu_model=gpu_model,
+        devices=compute("gpus"),
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -35,7 +36,7 @@ rule pretrain_adapter:
         " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
-        " --gpus {resources.gpu} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
+        " --gpus {resources.devices} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
         " --checkpoint-minutes {resources.checkpoint_minutes} > {log} 2>&1"
 
 
@@ -59,6 +60,7 @@ rule train_teacher:
     resources:
         gpu=compute("gpus"),
         gpu_model=gpu_model,
+        devices=compute("gpus"),
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -81,7 +83,7 @@ rule train_teacher:
         " --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
-        " --gpus {resources.gpu} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
+        " --gpus {resources.devices} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
         " --checkpoint-minutes {resources.checkpoint_minutes}"
         " {params.teacher_logits:q} > {log} 2>&1"
 
