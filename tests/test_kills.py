@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def kill_at(checkout: Checkout, jobs: float, dice: random.Random) -> str:
         )
     while snakemake.poll() is None and done(checkout) < jobs:
         time.sleep(0.2)
-    deadline = time.monotonic() + dice.uniform(0, 10)
+    deadline = time.monotonic() + dice.uniform(0, 6)
     while snakemake.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     # The power fails; or Snakemake alone dies, and its jobs go on while their successors start.
@@ -58,8 +59,8 @@ def kill_at(checkout: Checkout, jobs: float, dice: random.Random) -> str:
     else:
         snakemake.kill()
     snakemake.wait()
-    unlock = checkout.snakemake("--unlock")
-    assert unlock.returncode == 0, unlock.stderr
+    locks = checkout.folder / ".snakemake/locks"
+    shutil.rmtree(locks, ignore_errors=True)  # what --unlock does, in no time
     return f"{how} after {done(checkout)} jobs"
 
 
