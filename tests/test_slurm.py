@@ -86,6 +86,8 @@ def on_slurm(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A test suite in the background of a script has Ctrl-C switched off, and so would all below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
