@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from arena_distill.config import JOINT
 from arena_distill.encoding import Sequences
 from arena_distill.errors import InputError
 from arena_distill.logits import score
@@ -37,8 +38,9 @@ def main(folder: Path) -> None:
             quantize_model(
                 model,
                 output,
+                head=JOINT,
                 calibration=calibration,
-                validation=validation,
+                validation=[validation],
                 samples=48,
                 bits=case["bits"],
                 group_size=case["group_size"],

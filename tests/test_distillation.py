@@ -16,7 +16,14 @@ from hypothesis.extra import numpy as hnp
 
 from arena_distill.artifacts import write_logits
 from arena_distill.config import Loss
-from arena_distill.distillation import VOTES, as_seen, losses, teacher_targets
+from arena_distill.distillation import (
+    NO_VOTE,
+    VOTES,
+    as_seen,
+    losses,
+    teacher_targets,
+    teacher_weights,
+)
 from arena_distill.errors import InputError
 
 SUMMARY = Loss()
@@ -55,7 +62,7 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def mean_loss(z: np.ndarray, y: np.ndarray, teachers: np.ndarray | None, loss: Loss) -> float:
     given = None if teachers is None else torch.tensor(teachers)
-    return float(losses(torch.tensor(z), torch.tensor(y), given, loss).mean())
+    return float(losses(torch.tensor(z), torch.tensor(y), given, None, loss).mean())
 
 
 def test_summary_loss_is_the_written_one(batch: tuple[np.ndarray, ...]) -> None:
@@ -122,7 +129,7 @@ def test_losses_and_gradients_are_finite_and_not_negative(
 ) -> None:
     student = torch.tensor(z, requires_grad=True)
     given = torch.tensor(np.stack([teacher, z], axis=1))
-    total = losses(student, torch.tensor([0, 1, 2, 0]), given, loss)
+    total = losses(student, torch.tensor([0, 1, 2, 0]), given, None, loss)
     assert total.shape == (4,)
     assert torch.isfinite(total).all()
     assert (total > -1e-5).all()
@@ -140,14 +147,121 @@ def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
     half = (torch.randn(64, 3, generator=random) * 2).bfloat16()
     teachers = (torch.randn(64, 2, 3, generator=random) * 2).bfloat16()
     labels = torch.randint(0, 3, (64,), generator=random)
-    low = losses(half, labels, teachers, loss)
-    high = losses(half.float(), labels, teachers.float(), loss)
+    low = losses(half, labels, teachers, None, loss)
+    high = losses(half.float(), labels, teachers.float(), None, loss)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, high, rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = losses(half, labels, teachers, loss)
+        under_autocast = losses(half, labels, teachers, None, loss)
     assert under_autocast.dtype == torch.float32
     torch.testing.assert_close(under_autocast, high, rtol=0, atol=1e-7)
+
+
+def test_smoothing_and_focal_by_hand() -> None:
+    z, y = np.array([[np.log(2.0), 0.0, 0.0]]), np.array([0])  # probabilities 1/2, 1/4, 1/4
+    smooth = Loss(ce=1, kl=0, cosine=0, label_smoothing=0.3)
+    expected = -(0.8 * np.log(0.5) + 0.2 * np.log(0.25))  # 0.7 + 0.3/3 for the vote, 0.1 for others
+    assert mean_loss(z, y, None, smooth) == pytest.approx(expected, rel=1e-6)
+    focal = Loss(ce=1, kl=0, cosine=0, focal=2)
+    assert mean_loss(z, y, None, focal) == pytest.approx(0.25 * np.log(2), rel=1e-6)
+
+
+def test_without_teachers_the_votes_are_left() -> None:
+    left = Loss(ce=0.3, kl=0.7, cosine=2, label_smoothing=0.1, focal=1).on_votes()
+    assert (left.ce, left.kl, left.cosine) == (1, 0, 0)
+    assert (left.label_smoothing, left.focal) == (0.1, 1)
+
+
+# --- several teachers -------------------------------------------------------------------------------
+
+
+def test_the_mean_of_probabilities_is_one_teacher(batch: tuple[np.ndarray, ...]) -> None:
+    z, y, teachers = batch
+    loss = Loss(ce=0, kl=1, cosine=1, temperature=2, combine="mean_probabilities")
+    pooled = 2 * np.log(softmax(teachers, 2.0).mean(1, keepdims=True))
+    assert mean_loss(z, y, teachers, loss) == pytest.approx(mean_loss(z, y, pooled, loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("combine", ["mean_logits", "mean_probabilities", "separate"])
+def test_a_teacher_with_all_the_weight_is_the_only_one(
+    combine: str, batch: tuple[np.ndarray, ...]
+) -> None:
+    z, y, teachers = batch
+    loss = Loss(ce=1, kl=1, cosine=1, combine=combine)
+    alone = np.tile(np.array([1.0, 0.0]), (7, 1))
+    given = (torch.tensor(a) for a in (z, y, teachers, alone))
+    twice = np.stack([teachers[:, 0]] * 2, axis=1)
+    weighted = float(losses(*given, loss).mean())
+    assert weighted == pytest.approx(mean_loss(z, y, twice, loss), rel=1e-5)
+
+
+def noisy_teachers(noise: tuple[float, ...], rows: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """Targets (rows, J, orders, 3) whose teachers see the truth through noise, and the votes."""
+    dice = np.random.default_rng(8)
+    truth = dice.normal(0, 1.5, (rows, 3))
+    votes = (softmax(truth).cumsum(1) < dice.random((rows, 1))).sum(1).clip(max=2)
+    seen = [truth + dice.normal(0, error, truth.shape) for error in noise]
+    return np.repeat(np.stack(seen, axis=1)[:, :, None], 2, axis=2).astype(np.float32), votes
+
+
+@pytest.mark.parametrize("combine", ["mean_logits", "mean_probabilities"])
+def test_fitted_weights_have_the_least_log_loss_of_all(combine: str) -> None:
+    targets, votes = noisy_teachers((0.5, 1.5, 4.0))
+    held_out = np.arange(len(votes)) % 4 > 0
+    loss = Loss(combine=combine, weights="fitted")
+    weights = teacher_weights(targets, votes, held_out, loss)
+    assert weights.shape == (len(votes), 3)
+    assert (weights == weights[0]).all()
+    best = weights[0].astype(np.float64)
+    assert best.sum() == pytest.approx(1, abs=1e-6)
+    assert best[0] > best[1] > best[2] >= 0
+
+    def log_loss(w: np.ndarray) -> float:
+        z = targets[held_out, :, 0].astype(np.float64)
+        if combine == "mean_logits":
+            p = softmax(np.einsum("rjc,j->rc", z, w))
+        else:
+            p = np.einsum("rjc,j->rc", softmax(z), w)
+        return float(-np.log(p[np.arange(len(p)), votes[held_out]]).mean())
+
+    for other in np.random.default_rng(0).dirichlet([1, 1, 1], 200):
+        assert log_loss(best) <= log_loss(other) + 1e-6
+
+
+def test_weights_are_fitted_on_held_out_rows_alone() -> None:
+    targets, votes = noisy_teachers((0.5, 3.0))
+    held_out = np.arange(len(votes)) < 3000
+    loss = Loss(weights="fitted")
+    expected = teacher_weights(targets, votes, held_out, loss)[0]
+    cheating = targets.copy()
+    cheating[~held_out, 1] = 50 * np.eye(3)[votes[~held_out]][:, None]  # it knows their votes
+    np.testing.assert_array_equal(teacher_weights(cheating, votes, held_out, loss)[0], expected)
+    with pytest.raises(InputError, match="out of fold"):
+        teacher_weights(targets, votes, np.zeros(len(votes), bool), loss)
+
+
+def test_confidence_weights_by_hand() -> None:
+    """Zhang et al. 2022, equation 3: w_j = (1 - exp(CE_j) / sum exp(CE)) / (J - 1)."""
+    p = np.array([[[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.5]]])
+    targets = np.log(p)[:, :, None].repeat(2, axis=2).astype(np.float32)
+    loss = Loss(weights="confidence")
+    weights = teacher_weights(targets, np.array([0]), np.array([True]), loss)
+    surprise = 1 / np.array([0.5, 0.25, 0.125])  # exp(CE)
+    np.testing.assert_allclose(weights[0], (1 - surprise / surprise.sum()) / 2, rtol=1e-5)
+    assert weights.sum() == pytest.approx(1)
+    nobody = teacher_weights(targets, np.array([NO_VOTE]), np.array([False]), loss)
+    np.testing.assert_allclose(nobody, 1 / 3, rtol=1e-6)
+
+
+def test_a_battle_without_a_vote_is_learned_from_teachers_alone(
+    batch: tuple[np.ndarray, ...],
+) -> None:
+    z, _, teachers = batch
+    nobody = np.full(7, NO_VOTE)
+    assert mean_loss(z, nobody, teachers, BLACKPEARL) == pytest.approx(
+        mean_loss(z, np.zeros(7, int), teachers, BLACKPEARL.model_copy(update={"ce": 0.0})),
+        rel=1e-6,
+    )
 
 
 # --- which rows -------------------------------------------------------------------------------------

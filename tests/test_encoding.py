@@ -119,9 +119,10 @@ def tokens_of(rows: list[list[Turns]], caps: list[list[int]] | None = None) -> T
         cap = [caps[r][i] if caps else len(text) for r, text in enumerate(texts)]
         fields[name] = Field(sequences(texts), sequences(starts), np.array(cap, np.int64))
     frames = dict.fromkeys(TEMPLATES, FRAME)
+    one_answer = dict.fromkeys(TEMPLATES, (FRAME[0], FRAME[1], FRAME[3]))
     ids = pa.array([str(i) for i in range(len(rows))], pa.string())
     sources = pa.array(["train"] * len(rows), pa.string())
-    return Tokens(ids, sources, fields, Vocabulary(0, (NEWLINE,), frames))
+    return Tokens(ids, sources, fields, Vocabulary(0, (NEWLINE,), frames, one_answer))
 
 
 def framed(parts: list[list[int]]) -> list[int]:
@@ -374,6 +375,7 @@ def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     order: Any, make_run: Callable[..., Any]
 ) -> None:
     from arena_distill.config import Lora, Training
+    from arena_distill.distillation import VOTES
     from arena_distill.settings import TrainingSettings
     from arena_distill.training import show
 
@@ -382,9 +384,9 @@ def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     encoding = Encoding(template="winners", truncation="winners", max_length=128)
     training = TrainingSettings(
         version=1, encoding=encoding, lora=Lora(), precision="fp32", training=Training(),
-        keep_head=False,
+        keep_head=False, loss=VOTES,
     )  # fmt: skip
-    shown = show(tokens, np.zeros(len(tokens), np.int64), None, training).sequences
+    shown = show(tokens, np.zeros(len(tokens), np.int64), None, None, training).views[0]
     half = np.arange(len(tokens)) + (len(tokens) if order == "BA" else 0)
     predicted = encode(tokens, encoding, order)
     assert shown.take(half).ids.tobytes() == predicted.ids.tobytes()

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from checkouts import GPTQ, Checkout, make_checkout
 
-KILLS = 20
+KILLS = int(os.environ.get("ARENA_KILLS", "5"))
+"""Twenty take a quarter of an hour on two idle cores: `ARENA_KILLS=20 pytest tests/test_kills.py`."""
 
 pytestmark = [
     pytest.mark.slow,

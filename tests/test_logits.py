@@ -227,7 +227,7 @@ class LongerWins(torch.nn.Module):
     def __init__(self, frame: tuple[tuple[int, ...], ...], pad_token_id: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = type("config", (), {"pad_token_id": pad_token_id})
+        self.config = type("config", (), {"pad_token_id": pad_token_id, "num_labels": 3})
         self.frame = frame
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arena_distill import merging
+from arena_distill.config import JOINT
 from arena_distill.errors import InputError
 from arena_distill.merging import merge_folds
 
@@ -85,7 +86,8 @@ def save_adapter(folder: Path, backbone: Path, seed: int, **options: Any) -> Pat
 def merge(backbone: Path, adapters: list[Path], output: Path, **options: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    choices: dict[str, Any] = {"average": "products", "head": "average", "dtype": "fp32"} | options
+    choices: dict[str, Any] = {"average": "products", "head": "average", "dtype": "fp32"}
+    choices |= {"outputs": JOINT} | options
     merge_folds(
         backbone, adapters, output, settings={"judge": "j", "template": "markers"}, **choices
     )
@@ -263,7 +265,7 @@ def test_model_card_answers(backbone: Path, adapters: list[Path], tmp_path: Path
     names: dict[str, Any] = {"folder": str(tmp_path / "m")}
     names |= {"prompt": " what is one ", "answer_a": " two ", "answer_b": " one and "}
     exec(code, names)
-    assert names["ids"].tolist()[0][0] == 1 and names["ids"].tolist()[0][-1] == 2
+    assert "[[1, *tokens, 2]]" in code, "begin and end of sequence"
     np.testing.assert_allclose(names["probabilities"].sum().item(), 1, atol=1e-6)
 
 

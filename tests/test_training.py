@@ -17,6 +17,7 @@ from arena_distill import training
 from arena_distill.artifacts import read_json, read_parquet, write_logits
 from arena_distill.backbones import load_classifier
 from arena_distill.config import Encoding, Lora, Loss, Pretraining, Training
+from arena_distill.distillation import VOTES
 from arena_distill.encoding import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
@@ -47,6 +48,7 @@ def training_settings(**changes: Any) -> TrainingSettings:
         "precision": "fp32",
         "training": Training(**(OPTIMIZATION | optimization)),
         "keep_head": False,
+        "loss": VOTES,
     }
     return TrainingSettings(**(whole | changes))
 
@@ -124,17 +126,17 @@ def test_swap_shows_every_row_twice_with_vote_and_targets_exchanged(llama: Run) 
     tokens = read_tokens(llama.tokens).take(np.arange(5))
     labels = np.array([0, 1, 2, 0, 1])
     targets = np.random.default_rng(0).normal(size=(5, 2, 2, 3)).astype(np.float32)
-    shown = show(tokens, labels, targets, training_settings(swap=True))
+    shown = show(tokens, labels, targets, None, training_settings(swap=True))
     assert len(shown) == 10
     assert shown.labels.tolist() == [0, 1, 2, 0, 1, 1, 0, 2, 1, 0]
     assert shown.teachers is not None
     np.testing.assert_array_equal(shown.teachers[:5], targets[:, :, 0])
     np.testing.assert_array_equal(shown.teachers[5:], targets[:, :, 1][..., [1, 0, 2]])
     for row in range(5):
-        assert sorted(shown.sequences[row]) == sorted(shown.sequences[row + 5])
-    alone = show(tokens, labels, targets, training_settings(swap=False))
+        assert sorted(shown.views[0][row]) == sorted(shown.views[0][row + 5])
+    alone = show(tokens, labels, targets, None, training_settings(swap=False))
     assert len(alone) == 5
-    np.testing.assert_array_equal(alone.sequences.ids, shown.sequences.take(np.arange(5)).ids)
+    np.testing.assert_array_equal(alone.views[0].ids, shown.views[0].take(np.arange(5)).ids)
 
 
 @pytest.mark.parametrize("method", ["kfold", "stratified", "stratified_group"])
@@ -150,12 +152,12 @@ def test_a_fold_never_reads_its_validation_rows(
     mine = folds.take(training_rows(folds, fold))
     if method == "stratified_group":
         assert not set(held_out["group"].to_pylist()) & set(mine["group"].to_pylist())
-    expected = show(of_rows(tokens, mine), votes(mine), None, training_settings())
-    np.testing.assert_array_equal(shown.sequences.ids, expected.sequences.ids)
+    expected = show(of_rows(tokens, mine), votes(mine), None, None, training_settings())
+    np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
     np.testing.assert_array_equal(shown.labels, expected.labels)
-    hidden = show(of_rows(tokens, held_out), votes(held_out), None, training_settings())
-    seen = {ids.tobytes() for ids in shown.sequences}
-    assert not seen & {ids.tobytes() for ids in hidden.sequences}
+    hidden = show(of_rows(tokens, held_out), votes(held_out), None, None, training_settings())
+    seen = {ids.tobytes() for ids in shown.views[0]}
+    assert not seen & {ids.tobytes() for ids in hidden.views[0]}
 
 
 def fit_spied(run: Run, output: Path, fold: int = 0, **options: Any) -> None:
@@ -186,8 +188,8 @@ def test_post_pretraining_reads_the_ut_battles_and_their_votes(
     battles = read_parquet(llama.battles)
     ut = battles.filter(pc.equal(battles["source"], "ut"))
     (shown,) = spy.examples
-    expected = show(of_rows(read_tokens(llama.tokens), ut), votes(ut), None, training_settings())
-    np.testing.assert_array_equal(shown.sequences.ids, expected.sequences.ids)
+    expected = show(of_rows(read_tokens(llama.tokens), ut), votes(ut), None, None, training_settings())
+    np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
     np.testing.assert_array_equal(shown.labels, expected.labels)
 
 
@@ -358,12 +360,12 @@ def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Pat
     (reported,) = read_parquet(tmp_path / "x" / "history.parquet")["grad_norm"].to_pylist()
     folds, tokens = read_parquet(llama.folds), read_tokens(llama.tokens)
     mine = folds.take(training_rows(folds, 0))
-    shown = show(of_rows(tokens, mine), votes(mine), None, settings)
+    shown = show(of_rows(tokens, mine), votes(mine), None, None, settings)
     seed = settings.training.seed
     base = load_classifier(llama.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=seed)
     judge = new_judge(base, LORA, seed)
     total = torch.zeros(())
-    for ids, label in zip(shown.sequences, shown.labels, strict=True):
+    for ids, label in zip(shown.views[0], shown.labels, strict=True):
         logits = judge(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits
         total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
     (total / len(shown)).backward()

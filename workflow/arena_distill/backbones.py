@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json
-from arena_distill.config import Backbone
+from arena_distill.config import JOINT, Backbone, Head
 from arena_distill.errors import InputError
-from arena_distill.orders import CLASSES
+from arena_distill.heads import OUTPUTS
 
 if TYPE_CHECKING:
     import torch
@@ -46,15 +46,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_classifier(
     folder: Path,
     *,
+    head: Head = JOINT,
     dtype: torch.dtype | str | None = None,
     pad_token_id: int | None = None,
     head_seed: int = 0,
     shards: int = 1,
 ) -> PreTrainedModel:
-    """Load a model as a judge: three logits per sequence (see ``orders.CLASSES``).
+    """Load a model as a judge: a sequence classifier with the outputs of its head (``heads.OUTPUTS``).
 
     Args:
-        folder: a local Hugging Face folder, with or without a head of three classes.
+        folder: a local Hugging Face folder, with or without a head of that kind.
         dtype: of the weights; float32 by default.
         pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
         head_seed: decides a fresh head's weights, where the folder has no head.
@@ -68,6 +69,7 @@ def load_classifier(
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, logging
 
+    names = OUTPUTS[head.kind]
     sharded: dict[str, Any] = {}
     if shards > 1:
         from transformers.distributed import DistributedConfig
@@ -77,10 +79,10 @@ def load_classifier(
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
-            num_labels=len(CLASSES),
+            num_labels=len(names),
             use_safetensors=True,  # nothing that would be unpickled
-            id2label=dict(enumerate(CLASSES)),
-            label2id={name: i for i, name in enumerate(CLASSES)},
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
             dtype=dtype or torch.float32,
             local_files_only=True,
             output_loading_info=True,

@@ -264,6 +264,7 @@ def merge_folds(
         _folder(backbone),
         adapters,
         output,
+        outputs=parsed.outputs,
         average=parsed.average,
         head=parsed.head,
         dtype=parsed.precision,

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -183,6 +184,22 @@ class Encoding(Section):
     """Tokens per sequence in training and in the folds' logits."""
 
 
+class Head(Section):
+    """What a judge is shown at once, and what it says of it; see ``heads``."""
+
+    kind: Literal["joint", "pointwise"]
+    """`joint`: both answers in one sequence, three logits; `pointwise`: one answer, its strength."""
+    ties: Literal["davidson", "rao_kupper"] = "davidson"
+    """How a pointwise judge's two strengths and its tie parameter become three logits."""
+
+
+JOINT = Head(kind="joint")
+
+
+def _head(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -202,9 +219,9 @@ class Optimization(Section):
     lr: PositiveFloat
     """Peak learning rate."""
     epochs: PositiveFloat = 1
-    """Passes over the sequences (both orders, with `swap`)."""
+    """Passes over the battles (in both orders, with `swap`)."""
     batch_size: PositiveInt = 64
-    """Sequences per optimizer step, over all devices."""
+    """Battles as shown (each order is one) per optimizer step, over all devices."""
     warmup_steps: NonNegativeInt = 100
     """Optimizer steps from zero to `lr`."""
     weight_decay: NonNegativeFloat = 0.0
@@ -214,7 +231,7 @@ class Optimization(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     swap: bool = True
-    """Show every battle in both orders, the vote exchanged with the answers."""
+    """Show every battle in both orders, the vote exchanged with the answers (pointwise: no need)."""
     seed: NonNegativeInt = 2025
     """Decides the head's start, LoRA's start, dropout and the order of the rows."""
 
@@ -234,14 +251,18 @@ class Training(Optimization):
     lr: PositiveFloat = 5e-5
     """Peak learning rate."""
     epochs: PositiveFloat = 2
-    """Passes over the sequences (both orders, with `swap`)."""
+    """Passes over the battles (in both orders, with `swap`)."""
 
 
 class Loss(Section):
-    """The student's loss: the mean of its terms, weighted; see ``distillation``."""
+    """A judge's loss: the mean of its terms, weighted; see ``distillation``."""
 
     ce: NonNegativeFloat = 0.3
-    """Weight of the cross-entropy with the vote."""
+    """Weight of the cross-entropy with the vote. Without teachers it is the only term."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a vote that is spread over all three classes (Szegedy et al. 2016, arXiv:1512.00567)."""
+    focal: NonNegativeFloat = 0.0
+    """γ: cross-entropy counts (1 − p)^γ, less of what is foreseen (Lin et al. 2017, arXiv:1708.02002)."""
     kl: NonNegativeFloat = 0.7
     """Weight of KL(teacher ‖ student) at `temperature`."""
     cosine: NonNegativeFloat = 0.0
@@ -250,14 +271,20 @@ class Loss(Section):
     """T: softens the probabilities that KL and cosine compare."""
     temperature_squared: bool = True
     """Multiply the KL term by T², which keeps its gradients' size (Hinton et al. 2015)."""
-    combine: Literal["mean_logits", "separate"] = "mean_logits"
-    """One target from the mean of the teachers' logits, or KL and cosine terms per teacher."""
+    combine: Literal["mean_logits", "mean_probabilities", "separate"] = "mean_logits"
+    """One target (the teachers' mean logits, or mean probabilities), or KL and cosine per teacher."""
+    weights: Literal["equal", "fitted", "confidence"] = "equal"
+    """Of the teachers: `fitted` has the least log loss out of fold; `confidence` differs by battle."""
 
     @model_validator(mode="after")
     def _some_term(self) -> Loss:
         if self.ce + self.kl + self.cosine <= 0:
             raise ValueError("at least one of ce, kl, cosine must be positive")
         return self
+
+    def on_votes(self) -> Loss:
+        """What is left of it without teachers."""
+        return Loss(ce=1, kl=0, cosine=0, label_smoothing=self.label_smoothing, focal=self.focal)
 
 
 class Merge(Section):
@@ -308,7 +335,7 @@ class Compute(Section):
     checkpoint_minutes: NonNegativeFloat = 30.0
     """Minutes between a training's checkpoints: what a crash costs at most. 0: after each step."""
     micro_batch_size: PositiveInt = 8
-    """Sequences per device and forward pass; the rest of the batch is accumulated."""
+    """Battles as shown per device and forward pass; the rest of the batch is accumulated."""
     batch_tokens: PositiveInt = 16384
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False
@@ -333,6 +360,10 @@ class JudgeDefaults(Section):
 
     encoding: Encoding = Encoding()
     """Template, truncation, length."""
+    head: Annotated[
+        Head, BeforeValidator(_head, json_schema_input_type=Literal["joint", "pointwise"] | Head)
+    ] = JOINT
+    """`joint`, `pointwise`, or a mapping of the keys below."""
     lora: Lora = Lora()
     """The adapter."""
     precision: Precision = "bf16"
@@ -344,7 +375,7 @@ class JudgeDefaults(Section):
     targets: Targets = "out_of_fold"
     """A student's teacher logits: from the fold model that never saw the row, or the fold's own."""
     loss: Loss = Loss()
-    """A student's loss."""
+    """Of the folds."""
     logits: Logits = Logits()
     """Of the folds."""
     merge: Merge = Merge()
@@ -366,12 +397,21 @@ class Judge(JudgeDefaults):
     def before_folds(self) -> tuple[Any, ...]:
         """What decides the post-pretrained adapter. (What becomes of its head, the folds decide.)"""
         pretraining = self.pretraining and self.pretraining.model_copy(update={"keep_head": False})
-        return self.backbone, self.encoding, self.lora, self.precision, pretraining
+        return self.backbone, self.encoding, self.head, self.lora, self.precision, pretraining
 
     @model_validator(mode="after")
     def _distinct_teachers(self) -> Judge:
         if len(set(self.teachers)) != len(self.teachers):
             raise ValueError("teachers: a judge is named twice")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_need_honest_targets(self) -> Judge:
+        if self.teachers and self.loss.weights == "fitted" and self.targets == "in_sample":
+            raise ValueError(
+                "loss.weights: fitted, but targets: in_sample: on rows a teacher was trained on, the "
+                "one that over-fits most would win; set targets: out_of_fold"
+            )
         return self
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +32,28 @@ if TYPE_CHECKING:
 
 FIELDS = ("prompt", "response_a", "response_b")
 
+View = Order | Literal["A", "B"]
+"""What a sequence shows of a battle: both answers in an order, or one answer alone."""
+
+SHOWN: Mapping[View, tuple[str, ...]] = {
+    "AB": FIELDS,
+    "BA": ("prompt", "response_b", "response_a"),
+    "A": ("prompt", "response_a"),
+    "B": ("prompt", "response_b"),
+}
+"""The fields of a view, in the order they are shown."""
+
+# What stands before the prompt, before each answer, and after the last. The same at training and
+# prediction: there is no second copy. Begin and end of sequence are added by `tokenize`.
 TEMPLATES: Mapping[str, tuple[str, str, str, str]] = {
-    # What stands before the prompt, answer A, answer B, and after it. The same at training and
-    # prediction: there is no second copy. Begin and end of sequence are added by `tokenize`.
     "winners": ('User question:\n"""', '"""\nAnswer A:\n"""', '"""\nAnswer B:\n"""', '"""\n'),
     "markers": ("[PROMPT]", "[RESPONSE_A]", "[RESPONSE_B]", ""),
 }
+ONE_ANSWER: Mapping[str, tuple[str, str, str]] = {
+    "winners": ('User question:\n"""', '"""\nAnswer:\n"""', '"""\n'),
+    "markers": ("[PROMPT]", "[RESPONSE]", ""),
+}
+"""The templates of sequences that show one answer."""
 
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The winners cut fields to so many words before they tokenise."""
@@ -103,6 +119,8 @@ class Vocabulary:
     newline: tuple[int, ...]
     frames: Mapping[str, tuple[tuple[int, ...], ...]]
     """Per template its four literals, with begin and end of sequence where the tokenizer has them."""
+    one_answer: Mapping[str, tuple[tuple[int, ...], ...]]
+    """As `frames`, the three literals of sequences that show one answer."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +206,10 @@ def read_tokens(path: Path) -> Tokens:
     if "vocabulary" not in about:
         raise InputError(f"{path}: not a file of tokens; delete it and the workflow rebuilds it")
     stored = about["vocabulary"]
-    frames = {t: tuple(tuple(ids) for ids in frame) for t, frame in stored["frames"].items()}
+    frames, one_answer = (
+        {t: tuple(tuple(ids) for ids in frame) for t, frame in stored[name].items()}
+        for name in ("frames", "one_answer")
+    )
     fields = {
         name: Field(
             _sequences(table[name]),
@@ -201,7 +222,7 @@ def read_tokens(path: Path) -> Tokens:
         table["id"].combine_chunks(),
         table["source"].combine_chunks().cast(pa.string()),
         fields,
-        Vocabulary(stored["pad"], tuple(stored["newline"]), frames),
+        Vocabulary(stored["pad"], tuple(stored["newline"]), frames, one_answer),
     )
 
 
@@ -235,16 +256,18 @@ def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     begin = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
     end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
-    frames = {}
-    for name, literals in TEMPLATES.items():
+
+    def framed(literals: tuple[str, ...]) -> list[list[int]]:
         frame = [ids.tolist() for ids in _tokenize_texts(tokenizer, list(literals))]
-        frames[name] = [begin + frame[0], *frame[1:-1], frame[-1] + end]
+        return [begin + frame[0], *frame[1:-1], frame[-1] + end]
+
     newline = _tokenize_texts(tokenizer, ["\n"])[0].tolist()
     return {
         "pad": safe_pad_id(tokenizer),
         "special": sorted({*begin, *end, safe_pad_id(tokenizer)}),
         "newline": newline,
-        "frames": frames,
+        "frames": {name: framed(literals) for name, literals in TEMPLATES.items()},
+        "one_answer": {name: framed(literals) for name, literals in ONE_ANSWER.items()},
     }
 
 
@@ -352,14 +375,14 @@ def _forbid_special(
 
 
 def encode(
-    tokens: Tokens, encoding: Encoding, order: Order, max_length: int | None = None
+    tokens: Tokens, encoding: Encoding, view: View, max_length: int | None = None
 ) -> Sequences:
     """Assemble every battle's sequence.
 
     Args:
         encoding: template, truncation and (unless `max_length` says otherwise) the most tokens a
             sequence may have, template included.
-        order: `BA` shows answer B in the place of answer A.
+        view: `BA` shows answer B in the place of answer A; `A` and `B` show one answer alone.
 
     Returns:
         Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole.
@@ -368,46 +391,47 @@ def encode(
         InputError: `max_length` leaves no room beside the template.
     """
     max_length = max_length or encoding.max_length
-    frame = tokens.vocabulary.frames[encoding.template]
+    vocabulary = tokens.vocabulary
+    literals = vocabulary.frames if len(SHOWN[view]) > 2 else vocabulary.one_answer
+    frame = literals[encoding.template]
     budget = max_length - sum(map(len, frame))
     if budget < 16:
         raise InputError(
             f"max_length {max_length}: template {encoding.template!r} takes "
             f"{max_length - budget} tokens, which leaves {budget} for the battle; at least 16 needed"
         )
-    names = FIELDS if order == "AB" else ("prompt", "response_b", "response_a")
-    fields = [tokens.fields[name] for name in names]
+    fields = [tokens.fields[name] for name in SHOWN[view]]
     truncate = {"winners": truncate_winners, "rounds": truncate_rounds}[encoding.truncation]
     starts, lengths = truncate(fields, budget)
     return _fill(frame, fields, starts, lengths)
 
 
 def truncate_winners(fields: list[Field], budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """The winners' rule: what to keep of prompt, first and second answer.
+    """The winners' rule: what to keep of the prompt and of one or two answers.
 
     Fields are cut to their word caps. A battle still longer than the budget has its prompt cut to 256
     tokens (half the budget, where that is less), then the longer answer's tail trimmed until both are
     equal, then both alike. An odd token that is left goes to neither, so both orders keep the same text.
 
     Returns:
-        starts and lengths, int64 (rows, 3), within each field's row.
+        starts and lengths, int64 (rows, fields), within each field's row.
     """
-    prompt, first, second = (np.minimum(f.tokens.lengths, f.cap) for f in fields)
-    over = prompt + first + second > budget
+    prompt, *answers = (np.minimum(f.tokens.lengths, f.cap) for f in fields)
+    over = prompt + sum(answers) > budget
     prompt = np.where(over, np.minimum(prompt, min(PROMPT_TOKENS, budget // 2)), prompt)
-    lengths = np.stack([prompt, *_share(first, second, budget - prompt)], axis=1)
+    lengths = np.stack([prompt, *_share(answers, budget - prompt)], axis=1)
     return np.zeros_like(lengths), lengths
 
 
 def truncate_rounds(fields: list[Field], budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """The round-aware rule: what to keep of prompt, first and second answer.
+    """The round-aware rule: what to keep of the prompt and of one or two answers.
 
-    Whole rounds (a prompt's turn with both its answers) are dropped from the front until the rest fits.
+    Whole rounds (a prompt's turn with its answers) are dropped from the front until the rest fits.
     The last round always stays; where it alone is too long, its prompt keeps a quarter of the budget
     (more, if the answers leave it) and the answers share what is left, the longer giving first.
 
     Returns:
-        starts and lengths, int64 (rows, 3), within each field's row.
+        starts and lengths, int64 (rows, fields), within each field's row.
     """
     totals = np.stack([f.tokens.lengths for f in fields], axis=1)
     turns = np.stack([f.turns.lengths for f in fields], axis=1)
@@ -421,9 +445,9 @@ def truncate_rounds(fields: list[Field], budget: int) -> tuple[np.ndarray, np.nd
         return totals, totals
     kept = np.minimum.reduceat(np.where(fits, number, np.iinfo(np.int64).max), offsets[:-1])
     starts = starts[offsets[:-1] + kept]
-    prompt, first, second = (totals - starts).T
-    prompt = np.minimum(prompt, np.maximum(budget // 4, budget - first - second))
-    return starts, np.stack([prompt, *_share(first, second, budget - prompt)], axis=1)
+    prompt, *answers = (totals - starts).T
+    prompt = np.minimum(prompt, np.maximum(budget // 4, budget - sum(answers)))
+    return starts, np.stack([prompt, *_share(answers, budget - prompt)], axis=1)
 
 
 def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray:
@@ -434,10 +458,11 @@ def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray
     return np.where(exists, start, field.tokens.lengths[row]).astype(np.int64)
 
 
-def _share(
-    first: np.ndarray, second: np.ndarray, room: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Trim two lengths to a common room: the longer gives first, then both alike."""
+def _share(answers: Sequence[np.ndarray], room: np.ndarray) -> list[np.ndarray]:
+    """Trim the answers' lengths to a common room: the longer gives first, then both alike."""
+    if len(answers) == 1:
+        return [np.minimum(answers[0], room)]
+    first, second = answers
     half = room // 2
     short = np.minimum(np.minimum(first, second), half)
     fits = first + second <= room
@@ -445,7 +470,7 @@ def _share(
         np.where(length <= half, length, np.where(other <= half, room - short, half))
         for length, other in ((first, second), (second, first))
     ]
-    return np.where(fits, first, trimmed[0]), np.where(fits, second, trimmed[1])
+    return [np.where(fits, first, trimmed[0]), np.where(fits, second, trimmed[1])]
 
 
 def _fill(
@@ -455,19 +480,20 @@ def _fill(
     lengths: np.ndarray,
 ) -> Sequences:
     """Set the kept stretches between the template's literals, for all rows in one gather."""
-    rows = len(starts)
+    rows, stretches = len(starts), len(frame) + len(fields)
     literals = [np.array(ids, np.int32) for ids in frame]
-    pool = np.concatenate([*literals, *(field.tokens.ids for field in fields)])
-    base = _offsets(np.array([len(part) for part in (*literals, *(f.tokens.ids for f in fields))]))
-    stretch_starts = np.empty((rows, 7), np.int64)
-    stretch_lengths = np.empty((rows, 7), np.int64)
-    stretch_starts[:, 0::2] = base[:4]
+    parts = [*literals, *(field.tokens.ids for field in fields)]
+    base = _offsets(np.array([len(part) for part in parts]))
+    stretch_starts = np.empty((rows, stretches), np.int64)
+    stretch_lengths = np.empty((rows, stretches), np.int64)
+    stretch_starts[:, 0::2] = base[: len(frame)]
     stretch_lengths[:, 0::2] = [len(ids) for ids in literals]
     for i, field in enumerate(fields):
-        stretch_starts[:, 2 * i + 1] = base[4 + i] + field.tokens.offsets[:-1] + starts[:, i]
+        begin = base[len(frame) + i] + field.tokens.offsets[:-1]
+        stretch_starts[:, 2 * i + 1] = begin + starts[:, i]
     stretch_lengths[:, 1::2] = lengths
-    flat = _gather(pool, stretch_starts.ravel(), stretch_lengths.ravel())
-    return Sequences(flat.ids, flat.offsets[::7])
+    flat = _gather(np.concatenate(parts), stretch_starts.ravel(), stretch_lengths.ravel())
+    return Sequences(flat.ids, flat.offsets[::stretches])
 
 
 def _gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:

@@ -16,11 +16,12 @@ from arena_distill.artifacts import (
     write_logits,
 )
 from arena_distill.batching import pad, token_batches
-from arena_distill.encoding import Sequences, encode, read_tokens
+from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
+from arena_distill.heads import encode_views, verdicts
 from arena_distill.keys import key, locate
-from arena_distill.orders import CLASSES, ORDERS, swap_classes
+from arena_distill.orders import ORDERS
 from arena_distill.settings import LogitsSettings
 
 
@@ -54,17 +55,19 @@ def predict_logits(
     rows = fold_rows(read_parquet(folds), fold, settings)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
-    sequences = [encode(read, settings.encoding, order) for order in ORDERS]
-    longest = np.maximum(*(part.lengths for part in sequences))
+    views = encode_views(read, settings.encoding, settings.head)
+    longest = np.max([view.lengths for view in views], axis=0)
     batches = list(token_batches(longest, batch_tokens))[shard::shards]
     ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    base = load_classifier(backbone, dtype=dtype, pad_token_id=read.vocabulary.pad)
+    base = load_classifier(
+        backbone, head=settings.head, dtype=dtype, pad_token_id=read.vocabulary.pad
+    )
     model: Any = load_adapter(base, adapter)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    seen = [score_batches(model, part, batches) for part in sequences]
-    logits = np.stack([seen[0], swap_classes(seen[1])], axis=1)[ours]
+    outputs = np.stack([score_batches(model, view, batches) for view in views], axis=1)
+    logits = verdicts(outputs[ours], settings.head)
     if not np.isfinite(logits).all():
         raise InputError(f"{adapter}: its logits are not finite: train it again with a lower lr")
     write_logits(output, logits, rows.take(pa.array(ours)), _about(settings, fold))
@@ -112,14 +115,14 @@ def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
 
 
 def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
-    """Logits of every sequence, in the frame of the answers as shown.
+    """What a model says of every sequence.
 
     Args:
         model: a classifier whose `config.pad_token_id` stands in no sequence.
         batch_tokens: tokens per forward pass, padding included.
 
     Returns:
-        float32 (rows, 3).
+        float32 (rows, outputs of its head).
 
     Raises:
         InputError: a sequence is longer than the model has positions for.
@@ -137,7 +140,7 @@ def score_batches(model: Any, sequences: Sequences, batches: Sequence[np.ndarray
     check_length(model, int(sequences.lengths.max(initial=0)))
     model.eval()
     weight = next(model.parameters())
-    scores = np.full((len(sequences), len(CLASSES)), np.nan, np.float32)
+    scores = np.full((len(sequences), model.config.num_labels), np.nan, np.float32)
     # A model in half precision has its head and adapters in float32: autocast lets them meet.
     half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
     with (

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.config import Head
 from arena_distill.errors import InputError
 from arena_distill.orders import CLASSES
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Average = Literal["factors", "products"]
-Head = Literal["average", "first"]
+HeadOf = Literal["average", "first"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Short names of dtypes; torch's own names are understood too."""
@@ -47,8 +48,9 @@ def merge_folds(
     adapters: Sequence[Path],
     output: Path,
     *,
+    outputs: Head,
     average: Average,
-    head: Head,
+    head: HeadOf,
     dtype: str,
     settings: Mapping[str, Any],
 ) -> None:
@@ -60,6 +62,7 @@ def merge_folds(
         backbone: the folder the folds were trained from, not quantised.
         adapters: one PEFT folder per fold, in the order of the folds.
         output: the folder to write: model, tokenizer, model card, ``merge.json``.
+        outputs: what the judge says of a sequence.
         average: see the module.
         head: the mean of the folds' heads, or the head of the first.
         dtype: of the result: fp32, bf16, fp16.
@@ -87,7 +90,7 @@ def merge_folds(
     # Padding is recognised by its id alone: give whoever loads the folder the same one.
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     wide = torch.float32 if target == torch.float32 else "auto"
-    model: Any = load_classifier(backbone, dtype=wide, pad_token_id=pad)
+    model: Any = load_classifier(backbone, head=outputs, dtype=wide, pad_token_id=pad)
     with torch.no_grad():
         gap = _merge(model, folds, average, head, target)
     model.to(target)
@@ -107,7 +110,7 @@ def merge_folds(
             "provenance": provenance("merging", settings),
         }
         write_json(about, folder / "merge.json")
-        write_text(_card(about, tokenizer, settings), folder / "README.md")
+        write_text(_card(about, tokenizer, outputs, settings), folder / "README.md")
     distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
     print(f"{output}: {len(folds)} folds merged by their {average}{distance}")
 
@@ -199,7 +202,7 @@ def _merge(
     model: torch.nn.Module,
     folds: Sequence[_Fold],
     average: Average,
-    head: Head,
+    head: HeadOf,
     dtype: torch.dtype,
 ) -> float | None:
     """Merge into `model` in place.
@@ -279,14 +282,19 @@ def _product_of_means(parts: _Factors) -> torch.Tensor | None:
 
 
 def _card(
-    about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
+    about: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    outputs: Head,
+    settings: Mapping[str, Any],
 ) -> str:
     """The model card: what the model is, where it is from, how to ask it."""
-    from arena_distill.encoding import TEMPLATES
+    from arena_distill.encoding import ONE_ANSWER, TEMPLATES
 
     template = str(settings.get("template", "markers"))
-    fields = ("prompt", "answer_a", "answer_b", "")
-    parts = zip(map(repr, TEMPLATES[template]), fields, strict=True)
+    joint = outputs.kind == "joint"
+    literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
+    fields = ("prompt", "answer_a", "answer_b", "") if joint else ("prompt", "answer", "")
+    parts = zip(map(repr, literals), fields, strict=True)
     layout = " + ".join(part for pair in parts for part in pair if part not in ("", "''"))
     frame = (
         (tokenizer.bos_token_id, tokenizer.cls_token_id),
@@ -304,8 +312,7 @@ tags: [preference-judge, arena-distill]
 ---
 # {settings.get("judge", "judge")}: which of two answers do people prefer?
 
-A sequence classifier over a prompt and two answers. Its three classes, in this order, are
-{", ".join(f"{i} = {name}" for i, name in enumerate(CLASSES))}: which answer a person prefers.
+{_JOINT if joint else _POINTWISE}
 
 - Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
 - Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["head"]]}.
@@ -320,13 +327,44 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
-text = {layout}
-# Text is data: a special token spelled out in it means nothing.
-tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-ids = torch.tensor([[{ids}]])
-probabilities = model(ids).logits.softmax(-1)[0]  # model_a, model_b, tie
+
+def ask({", ".join(fields[:-1])}):
+    text = {layout}
+    # Text is data: a special token spelled out in it means nothing.
+    tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return model(torch.tensor([[{ids}]])).logits[0]
+
+{_ASK_JOINT if joint else _ASK_POINTWISE[outputs.ties]}
 ```
 
-Pad on the right, with the tokenizer's pad token and an attention mask. A judge may favour the
-answer it sees first: average over both orders, exchanging the first two classes of the second.
+Pad on the right, with the tokenizer's pad token and an attention mask.\
+{_JOINT_ORDERS if joint else ""}
 """
+
+
+_JOINT = f"""\
+A sequence classifier over a prompt and two answers. Its three classes, in this order, are
+{", ".join(f"{i} = {name}" for i, name in enumerate(CLASSES))}: which answer a person prefers."""
+
+_POINTWISE = """\
+A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
+pull towards ties; those of two answers give the probabilities that a person prefers either, or neither.
+The order of the answers plays no part."""
+
+_ASK_JOINT = """\
+probabilities = ask(prompt, answer_a, answer_b).softmax(-1)  # model_a, model_b, tie"""
+
+_ASK_POINTWISE = {
+    "davidson": """\
+(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
+logits = torch.stack([a, b, tie_a + tie_b + (a + b) / 2])  # Davidson 1970
+probabilities = logits.softmax(-1)  # model_a, model_b, tie""",
+    "rao_kupper": """\
+(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
+threshold = torch.nn.functional.softplus(tie_a + tie_b)  # Rao and Kupper 1967
+p_a, p_b = (a - b - threshold).sigmoid(), (b - a - threshold).sigmoid()
+probabilities = torch.stack([p_a, p_b, 1 - p_a - p_b])  # model_a, model_b, tie""",
+}
+
+_JOINT_ORDERS = """ A judge may favour the
+answer it sees first: average over both orders, exchanging the first two classes of the second."""

@@ -26,10 +26,11 @@ from arena_distill.artifacts import (
     write_parquet,
     write_text,
 )
-from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
+from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
+from arena_distill.heads import encode_views, verdicts, views
 from arena_distill.keys import key, locate
-from arena_distill.orders import CLASSES, Order, swap_classes
+from arena_distill.orders import CLASSES, Order
 from arena_distill.settings import PredictionSettings, ScoringSettings
 
 Model = Literal["merged", "gptq"]
@@ -78,8 +79,8 @@ def score_test(
     ids = pa.table({"id": test.ids, "source": test.sources})
     about = settings.model_dump(mode="json") | {"quantized": quantized}
     write_logits(output, logits, ids, provenance("scoring", about))
-    lengths, orders = len(settings.max_lengths), len(settings.orders)
-    total = len(test) * lengths * orders
+    lengths = len(settings.max_lengths)
+    total = len(test) * lengths * len(views(settings.head, settings.orders))
     print(
         f"{output}: {len(test):,} battles, lengths {_joined(settings.max_lengths)}, orders "
         f"{_joined(settings.orders)}; {scored:,} sequences scored, {total - scored:,} of {total:,} "
@@ -93,33 +94,35 @@ def score_variants(
     """Score every battle at every length and in every order, the same sequence only once.
 
     A battle that fits into the shorter length reads the same at the longer one, and one with two
-    equal answers reads the same in both orders: such repetitions are copied.
+    equal answers reads the same in both orders: such repetitions are copied. A pointwise judge is
+    shown each answer once, whatever the orders.
 
     Args:
-        forward: sequences → float32 (rows, 3), in the frame of the answers as shown.
+        forward: sequences → float32 (rows, outputs of the head).
 
     Returns:
         logits: float32 (rows, lengths, orders, 3), in the canonical frame.
         scored: how many sequences went through `forward`.
     """
-    rows, lengths, orders = len(tokens), settings.max_lengths, settings.orders
-    views = [(length, order) for length in lengths for order in orders]
-    shown = [encode(tokens, settings.encoding, order, length) for length, order in views]
-    original = np.tile(np.arange(len(views))[:, None], rows)  # the view that each view repeats
-    for later in range(1, len(views)):
+    lengths, orders, head = settings.max_lengths, settings.orders, settings.head
+    shown = [
+        view
+        for length in lengths
+        for view in encode_views(tokens, settings.encoding, head, orders, length)
+    ]
+    original = np.tile(np.arange(len(shown))[:, None], len(tokens))  # what each view repeats
+    for later in range(1, len(shown)):
         for earlier in reversed(range(later)):
             original[later, identical(shown[later], shown[earlier])] = earlier
-    own = original == np.arange(len(views))[:, None]
+    own = original == np.arange(len(shown))[:, None]
     parts = [part.take(mask) for part, mask in zip(shown, own, strict=True)]
-    seen = np.empty((len(views), rows, len(CLASSES)), np.float32)
     # One call for all: batches of like length are easier to fill.
-    seen[own] = forward(Sequences.concatenate(parts))
-    seen = np.take_along_axis(seen, original[:, :, None], axis=0)
-    logits = (
-        seen.reshape(len(lengths), len(orders), rows, len(CLASSES)).transpose(2, 0, 1, 3).copy()
-    )
-    swapped = [i for i, order in enumerate(orders) if order == "BA"]
-    logits[:, :, swapped] = swap_classes(logits[:, :, swapped])
+    outputs = forward(Sequences.concatenate(parts))
+    seen = np.empty((*own.shape, outputs.shape[1]), np.float32)
+    seen[own] = outputs
+    seen = np.take_along_axis(seen, original[:, :, None], axis=0).swapaxes(0, 1)
+    by_length = np.split(seen, len(lengths), axis=1)
+    logits = np.stack([verdicts(part, head, orders) for part in by_length], axis=1)
     return logits, int(own.sum())
 
 
@@ -144,7 +147,7 @@ def _load(folder: Path, *, quantized: bool, settings: ScoringSettings, pad: int)
     from arena_distill.backbones import load_classifier
 
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    judge: Any = load_classifier(folder, dtype=dtype, pad_token_id=pad)
+    judge: Any = load_classifier(folder, head=settings.head, dtype=dtype, pad_token_id=pad)
     return judge.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

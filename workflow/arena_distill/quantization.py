@@ -35,8 +35,10 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.battles import read_votes
-from arena_distill.encoding import Sequences, encode, read_tokens
+from arena_distill.config import Head
+from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
+from arena_distill.heads import encode_views, verdicts
 from arena_distill.settings import QuantizationSettings
 
 if TYPE_CHECKING:
@@ -77,8 +79,9 @@ def quantize_judge(
     quantize_model(
         model,
         output,
-        calibration=encode(pool, settings.encoding, "AB"),
-        validation=encode(held_out, settings.encoding, "AB"),
+        head=settings.head,
+        calibration=encode_views(pool, settings.encoding, settings.head, ("AB",))[0],
+        validation=encode_views(held_out, settings.encoding, settings.head, ("AB",)),
         samples=settings.samples,
         bits=settings.bits,
         group_size=settings.group_size,
@@ -93,8 +96,9 @@ def quantize_model(
     model: Path,
     output: Path,
     *,
+    head: Head,
     calibration: Sequences,
-    validation: Sequences,
+    validation: Sequence[Sequences],
     samples: int,
     bits: int,
     group_size: int,
@@ -110,8 +114,9 @@ def quantize_model(
 
     Args:
         model: a dense folder, such as ``merging`` writes.
+        head: what the judge says of a sequence.
         calibration: sequences to draw from, as the judge is asked them.
-        validation: other sequences, on which the drift is measured.
+        validation: the views of other battles, on which the drift is measured.
         samples: how many sequences calibrate.
         bits: per weight.
         group_size: so many weights of a row share one scale.
@@ -125,7 +130,7 @@ def quantize_model(
             few sequences, or gptqmodel is not installed.
     """
     check_settings(bits, group_size, samples, len(calibration))
-    if not len(validation):
+    if not len(validation[0]):
         raise InputError("quantisation: there is no validation row to measure the drift on")
     _prepare_gptqmodel()
     import torch
@@ -136,9 +141,14 @@ def quantize_model(
     check_layers(_layer_sizes(model), bits, group_size)
     rows = np.random.default_rng(seed).choice(len(calibration), samples, replace=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge: Any = load_classifier(model, dtype="auto")
+
+    def verdict(judge: Any) -> np.ndarray:
+        outputs = [score(judge, view, batch_tokens=batch_tokens) for view in validation]
+        return verdicts(np.stack(outputs, axis=1), head, ("AB",))[:, 0]
+
+    judge: Any = load_classifier(model, head=head, dtype="auto")
     judge.to(device)
-    before = score(judge, validation, batch_tokens=batch_tokens)
+    before = verdict(judge)
     _quantize(judge, calibration.take(np.sort(rows)), bits, group_size)
 
     with atomic_directory(output) as folder:
@@ -148,7 +158,7 @@ def quantize_model(
         load_tokenizer(model).save_pretrained(folder)
         write_text(_card(model, bits, group_size, samples), folder / "README.md")
         del judge
-        after = score(load_quantized(folder), validation, batch_tokens=batch_tokens)
+        after = verdict(load_quantized(folder))
         report = {
             **drift(before, after, labels),
             "bits": bits,

@@ -12,9 +12,11 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from arena_distill.config import (
+    JOINT,
     Config,
     Encoding,
     Folds,
+    Head,
     Lora,
     Loss,
     Merge,
@@ -52,6 +54,7 @@ class PretrainingSettings(Settings):
     """Post-pretraining of a judge's adapter."""
 
     encoding: Encoding
+    head: Head = JOINT
     lora: Lora
     precision: Precision
     pretraining: Pretraining
@@ -64,6 +67,7 @@ class PretrainingSettings(Settings):
         return cls(
             version=VERSIONS["pretraining"],
             encoding=node.encoding,
+            head=node.head,
             lora=node.lora,
             precision=node.precision,
             # What becomes of the head is for the folds to say: it changes nothing here.
@@ -75,6 +79,7 @@ class TrainingSettings(Settings):
     """Training of a judge's folds, on votes or on teachers."""
 
     encoding: Encoding
+    head: Head = JOINT
     lora: Lora
     precision: Precision
     training: Training
@@ -82,7 +87,7 @@ class TrainingSettings(Settings):
     """Start from the post-pretrained head."""
     teachers: tuple[Name, ...] = ()
     targets: Targets | None = None
-    loss: Loss | None = None
+    loss: Loss
 
     @classmethod
     def of(cls, config: Config, judge: str) -> TrainingSettings:
@@ -92,13 +97,14 @@ class TrainingSettings(Settings):
         return cls(
             version=VERSIONS["distillation" if student else "training"],
             encoding=node.encoding,
+            head=node.head,
             lora=node.lora,
             precision=node.precision,
             training=node.training,
             keep_head=bool(owner and node.pretraining and node.pretraining.keep_head),
             teachers=node.teachers,
             targets=node.targets if student else None,
-            loss=node.loss if student else None,
+            loss=node.loss if student else node.loss.on_votes(),
         )
 
 
@@ -106,6 +112,7 @@ class LogitsSettings(Settings):
     """What a fold's judge scores."""
 
     encoding: Encoding
+    head: Head = JOINT
     precision: Precision
     rows: tuple[Rows, ...]
     """Validation rows always; training (with extra) or extra rows where a student learns from them."""
@@ -120,7 +127,11 @@ class LogitsSettings(Settings):
         if "out_of_fold" in needed and "extra" in config.data.sources():
             rows += ("extra",)
         return cls(
-            version=VERSIONS["logits"], encoding=node.encoding, precision=node.precision, rows=rows
+            version=VERSIONS["logits"],
+            encoding=node.encoding,
+            head=node.head,
+            precision=node.precision,
+            rows=rows,
         )
 
 
@@ -129,6 +140,8 @@ class MergeSettings(Settings, Merge):
 
     judge: Name
     template: str
+    outputs: Head
+    """What the model says of a sequence. (`head` is what becomes of the folds' heads.)"""
     precision: Precision
 
     @classmethod
@@ -138,6 +151,7 @@ class MergeSettings(Settings, Merge):
             version=VERSIONS["merging"],
             judge=judge,
             template=node.encoding.template,
+            outputs=node.head,
             precision=node.precision,
             **node.merge.model_dump(),
         )
@@ -147,6 +161,7 @@ class QuantizationSettings(Settings):
     """GPTQ of the merged judge."""
 
     encoding: Encoding
+    head: Head = JOINT
     bits: int
     group_size: int
     samples: int
@@ -158,6 +173,7 @@ class QuantizationSettings(Settings):
         return cls(
             version=VERSIONS["quantization"],
             encoding=config.judges[judge].encoding,
+            head=config.judges[judge].head,
             **_quantization(config, judge).model_dump(exclude={"max_kl", "max_flip_rate"}),
         )
 
@@ -178,6 +194,7 @@ class ScoringSettings(Settings):
     """How test battles are scored."""
 
     encoding: Encoding
+    head: Head = JOINT
     precision: Precision
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
@@ -188,6 +205,7 @@ class ScoringSettings(Settings):
         return cls(
             version=VERSIONS["scoring"],
             encoding=node.encoding,
+            head=node.head,
             precision=node.precision,
             max_lengths=config.prediction.max_lengths,
             orders=config.prediction.orders,

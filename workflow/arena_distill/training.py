@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,18 @@ from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
-from arena_distill.config import Lora, Loss, Optimization, Precision
-from arena_distill.distillation import VOTES, as_seen, losses, teacher_targets
-from arena_distill.encoding import Sequences, Tokens, encode, read_tokens
+from arena_distill.config import Head, Lora, Loss, Optimization, Precision
+from arena_distill.distillation import (
+    VOTES,
+    as_seen,
+    losses,
+    teacher_targets,
+    teacher_weights,
+)
+from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows
+from arena_distill.heads import battle_logits, encode_views
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
 from arena_distill.settings import PretrainingSettings, TrainingSettings
@@ -80,27 +88,36 @@ class Launch:
 
 @dataclass(frozen=True)
 class Examples(Dataset):
-    """What the Trainer reads: sequences as shown, votes as shown, teachers' logits as shown.
+    """What the Trainer reads: battles as shown, votes as shown, teachers' logits as shown.
 
-    A position past the end is a filler (see `ByLength`): a short sequence whose label is -100.
+    A position past the end is a filler (see `ByLength`): a short battle whose label is -100.
 
-    sequences: one per shown battle.
-    labels: int64 (sequences,).
-    teachers: float32 (sequences, J, 3), or None.
+    views: the sequences of each battle as shown: one for a joint judge, two for a pointwise one.
+    labels: int64 (battles as shown,).
+    teachers: float32 (battles as shown, J, 3), or None.
+    weights: float32 (battles as shown, J), of the teachers, or None where there are none.
     """
 
-    sequences: Sequences
+    views: tuple[Sequences, ...]
     labels: np.ndarray
     teachers: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each battle's longest sequence: int64 (battles as shown,)."""
+        return np.max([view.lengths for view in self.views], axis=0)
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.labels)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row = i if i < len(self) else int(np.argmin(self.sequences.lengths))
+        row = i if i < len(self) else int(np.argmin(self.lengths))
         label = self.labels[row] if row == i else np.int64(FILLER)
-        item = {"input_ids": self.sequences[row], "labels": label}
-        return item if self.teachers is None else item | {"teachers": self.teachers[row]}
+        item = {"input_ids": [view[row] for view in self.views], "labels": label}
+        if self.teachers is None or self.weights is None:
+            return item
+        return item | {"teachers": self.teachers[row], "weights": self.weights[row]}
 
 
 class ByLength(Sampler[int]):
@@ -153,13 +170,11 @@ def pretrain_adapter(
     """Post-pretrain a judge's adapter on the votes of the UT battles."""
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
-    examples = show(read, read_votes(battles, read.keys()), None, settings)
-    base = _load_base(
-        backbone, settings.precision, read.vocabulary.pad, settings.pretraining.seed, launch
-    )
+    examples = show(read, read_votes(battles, read.keys()), None, None, settings)
+    base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
     model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
-    _fit(model, examples, output, settings.pretraining, VOTES, settings.precision, launch, about)
+    _fit(model, examples, output, settings, VOTES, launch, about)
 
 
 def train_fold(
@@ -186,45 +201,59 @@ def train_fold(
     rows = table.take(training_rows(table, fold))
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
-    targets = None
+    labels = rows["label"].to_numpy().astype(np.int64)
+    targets = weights = None
     if settings.teachers and settings.targets:
         targets = teacher_targets(teachers, rows, settings.targets)
-    examples = show(read, rows["label"].to_numpy().astype(np.int64), targets, settings)
+        # Extra battles were seen by every fold's teacher: no weight is fitted on them.
+        held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
+        weights = teacher_weights(targets, labels, held_out, settings.loss)
+    examples = show(read, labels, targets, weights, settings)
     seed = settings.training.seed
-    base = _load_base(backbone, settings.precision, read.vocabulary.pad, seed, launch)
+    base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
     if pretrained is None:
         model = new_judge(base, settings.lora, seed)
     else:
         model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
     phase = "distillation" if settings.teachers else "training"
     about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
-    loss = settings.loss or VOTES
-    _fit(model, examples, output, settings.training, loss, settings.precision, launch, about)
+    _fit(model, examples, output, settings, settings.loss, launch, about)
 
 
 def show(
     tokens: Tokens,
     labels: np.ndarray,
     targets: np.ndarray | None,
+    weights: np.ndarray | None,
     settings: PretrainingSettings | TrainingSettings,
 ) -> Examples:
-    """Battles as they are shown: in order AB, and with `swap` in order BA too.
+    """Battles as they are shown: in order AB, and with `swap` in order BA too; a pointwise judge sees
+    each once, and learns from the mean of its teachers' logits of both orders.
 
     Args:
         labels: int64 (rows,), canonical.
         targets: float32 (rows, teachers, orders, 3), canonical, or None.
+        weights: float32 (rows, teachers), or None.
     """
-    optimization = (
-        settings.pretraining if isinstance(settings, PretrainingSettings) else settings.training
-    )
-    orders = ORDERS if optimization.swap else ORDERS[:1]
+    if settings.head.kind == "pointwise":
+        # Both orders at once: a joint teacher's two verdicts are one target.
+        both = None if targets is None else targets.mean(axis=2)
+        shown = tuple(encode_views(tokens, settings.encoding, settings.head))
+        return Examples(shown, labels, both, weights)
+    orders = ORDERS if optimization(settings).swap else ORDERS[:1]
     return Examples(
-        Sequences.concatenate([encode(tokens, settings.encoding, order) for order in orders]),
+        (Sequences.concatenate(encode_views(tokens, settings.encoding, settings.head, orders)),),
         np.concatenate([swap_labels(labels) if order == "BA" else labels for order in orders]),
         None
         if targets is None
         else np.concatenate([as_seen(targets, i) for i, _ in enumerate(orders)]),
+        None if weights is None else np.concatenate([weights] * len(orders)),
     )
+
+
+def optimization(settings: PretrainingSettings | TrainingSettings) -> Optimization:
+    """How the phase optimizes."""
+    return settings.pretraining if isinstance(settings, PretrainingSettings) else settings.training
 
 
 def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
@@ -282,16 +311,17 @@ class JudgeTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: Loss, head: Head, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loss = loss
+        self.head = head
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts each batch's battles
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
         args = self.args
         examples: Any = train_dataset or self.train_dataset
         return ByLength(
-            examples.sequences.lengths,
+            examples.lengths,
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             share=args.train_batch_size * args.world_size if args.world_size > 1 else 1,
             seed=args.seed,
@@ -305,10 +335,13 @@ class JudgeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        labels, teachers = inputs.pop("labels"), inputs.pop("teachers", None)
-        outputs = model(**inputs)
+        labels = inputs.pop("labels")
+        teachers, weights = inputs.pop("teachers", None), inputs.pop("weights", None)
+        battles, sequences, _ = inputs["input_ids"].shape
+        outputs = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
+        logits = battle_logits(outputs.logits.unflatten(0, (battles, sequences)), self.head)
         counts = labels != FILLER
-        each = losses(outputs.logits, labels.where(counts, 0), teachers, self.loss)
+        each = losses(logits, labels.where(counts, 0), teachers, weights, self.loss)
         total = (each * counts).sum()
         if num_items_in_batch is None:
             loss = total / counts.sum()
@@ -348,9 +381,8 @@ def _fit(
     model: PeftModel,
     examples: Examples,
     output: Path,
-    optimization: Optimization,
+    settings: PretrainingSettings | TrainingSettings,
     loss: Loss,
-    precision: Precision,
     launch: Launch,
     about: dict[str, Any],
 ) -> None:
@@ -361,11 +393,11 @@ def _fit(
     """
     if not len(examples):
         raise InputError(f"{output}: there is no battle to train on")
-    check_length(model, int(examples.sequences.lengths.max()))
+    check_length(model, int(examples.lengths.max()))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
         folder, checkpoints = Path(scratch), None
-        arguments = _arguments(folder, optimization, precision, launch)
+        arguments = _arguments(folder, optimization(settings), settings.precision, launch)
         if launch.checkpoints:
             folder = launch.checkpoints / _key(model, examples, about, arguments.world_size)
             checkpoints = Checkpoints(folder, every=60 * launch.checkpoint_minutes)
@@ -378,6 +410,7 @@ def _fit(
                 data_collator=_collator(model.config.pad_token_id),
                 callbacks=[Progress, *([checkpoints] if checkpoints else [])],
                 loss=loss,
+                head=settings.head,
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
@@ -400,8 +433,8 @@ def _fit(
 
 def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
     """Of everything that decides the weights; how it is launched does not, but for rounding."""
-    arrays = [examples.sequences.ids, examples.sequences.offsets, examples.labels]
-    arrays += [] if examples.teachers is None else [examples.teachers]
+    arrays = [*(a for view in examples.views for a in (view.ids, view.offsets)), examples.labels]
+    arrays += [a for a in (examples.teachers, examples.weights) if a is not None]
     start = [p for p in model.parameters() if p.requires_grad]
     backbone = file_identities(Path(model.config.name_or_path))
     settings = about | {"world_size": world_size, "backbone": backbone}
@@ -418,11 +451,11 @@ def _write(
 ) -> None:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     history = _history(trainer.state.log_history)
-    tokens = int(examples.sequences.lengths.sum())
+    tokens = sum(len(view.ids) for view in examples.views)
     metrics: dict[str, Any] = {
-        "sequences": len(examples),
+        "sequences": len(examples) * len(examples.views),
         "tokens": tokens,
-        "longest": int(examples.sequences.lengths.max()),
+        "longest": int(examples.lengths.max()),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": pc.mean(history["loss"]).as_py(),
@@ -431,6 +464,8 @@ def _write(
         "seconds": round(seconds, 3),
         "provenance": about,
     }
+    if examples.weights is not None:
+        metrics["teacher_weights"] = examples.weights.mean(axis=0, dtype=np.float64).tolist()
     for adapter in model.peft_config.values():
         targets: Any = getattr(adapter, "target_modules", None)
         if isinstance(targets, set):  # each process would write it in another order
@@ -443,7 +478,7 @@ def _write(
         write_parquet(history, folder / "history.parquet", about)
     speed = tokens * metrics["epochs"] / max(seconds, 1e-9)
     print(
-        f"{len(examples):,} sequences, {trainer.state.global_step} steps, "
+        f"{metrics['sequences']:,} sequences, {trainer.state.global_step} steps, "
         f"loss {metrics['train_loss']:.4f}, {speed:,.0f} tokens/s"
     )
 
@@ -490,9 +525,10 @@ def _arguments(
 
 def _collator(pad_token_id: int) -> Any:
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids, mask = pad([item["input_ids"] for item in items], pad_token_id)
-        batch = {"input_ids": ids, "attention_mask": mask}
-        for name in ("labels", "teachers"):
+        ids, mask = pad([ids for item in items for ids in item["input_ids"]], pad_token_id)
+        shape = len(items), -1, ids.shape[1]  # battles, sequences of each, tokens
+        batch = {"input_ids": ids.reshape(shape), "attention_mask": mask.reshape(shape)}
+        for name in ("labels", "teachers", "weights"):
             if name in items[0]:
                 batch[name] = np.stack([item[name] for item in items])
         return {name: torch.from_numpy(values) for name, values in batch.items()}
@@ -507,12 +543,19 @@ def _history(log: list[dict[str, float]]) -> pa.Table:
 
 
 def _load_base(
-    backbone: Path, precision: Precision, pad_token_id: int, seed: int, launch: Launch
+    backbone: Path,
+    settings: PretrainingSettings | TrainingSettings,
+    pad_token_id: int,
+    seed: int,
+    launch: Launch,
 ) -> Any:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    shards = int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1
     return load_classifier(
-        backbone, dtype=dtype, pad_token_id=pad_token_id, head_seed=seed, shards=shards
+        backbone,
+        head=settings.head,
+        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        pad_token_id=pad_token_id,
+        head_seed=seed,
+        shards=int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
     )
 
 

@@ -1,0 +1,296 @@
+"""Joint and pointwise judges: what they are shown, and the verdict that their outputs make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from arena_distill.artifacts import read_json, read_logits, read_parquet
+from arena_distill.backbones import load_classifier
+from arena_distill.config import Encoding, Head, Lora, Loss, Pretraining, Training
+from arena_distill.distillation import VOTES, losses
+from arena_distill.encoding import encode, read_tokens
+from arena_distill.folds import training_rows
+from arena_distill.heads import battle_logits, encode_views, verdicts, views
+from arena_distill.keys import key, locate
+from arena_distill.logits import predict_logits
+from arena_distill.merging import merge_folds
+from arena_distill.orders import swap_classes
+from arena_distill.prediction import score_variants
+from arena_distill.settings import (
+    LogitsSettings,
+    PretrainingSettings,
+    ScoringSettings,
+    TrainingSettings,
+)
+from arena_distill.training import Launch, load_adapter, pretrain_adapter, show, train_fold
+
+JOINT = Head(kind="joint")
+DAVIDSON = Head(kind="pointwise")
+RAO_KUPPER = Head(kind="pointwise", ties="rao_kupper")
+ENCODING = Encoding(max_length=96)
+LORA = Lora(r=4, alpha=8)
+
+outputs_of_battles = arrays(
+    np.float32, (5, 2, 2), elements=st.floats(-20, 20, width=32, allow_nan=False)
+)
+
+
+def probabilities(outputs: Any, head: Head) -> np.ndarray:
+    logits = battle_logits(torch.as_tensor(outputs), head)
+    return logits.softmax(-1).numpy()
+
+
+# --- the verdict ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [DAVIDSON, RAO_KUPPER])
+@given(outputs=outputs_of_battles)
+def test_exchanging_the_answers_exchanges_the_verdict(head: Head, outputs: np.ndarray) -> None:
+    exchanged = probabilities(outputs[:, ::-1].copy(), head)
+    np.testing.assert_allclose(exchanged, swap_classes(probabilities(outputs, head)), atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [DAVIDSON, RAO_KUPPER])
+@given(outputs=outputs_of_battles)
+def test_logits_are_finite_and_only_the_difference_of_strengths_counts(
+    head: Head, outputs: np.ndarray
+) -> None:
+    assert np.isfinite(battle_logits(torch.from_numpy(outputs), head).numpy()).all()
+    shifted = outputs.copy()
+    shifted[..., 0] += 3
+    np.testing.assert_allclose(
+        probabilities(shifted, head), probabilities(outputs, head), atol=1e-4
+    )
+
+
+def test_davidson_by_hand() -> None:
+    # Strengths 1 and 0, ν = e^(0.2 + 0.1): odds e : 1 : e^0.3 e^0.5.
+    p = probabilities([[[1.0, 0.2], [0.0, 0.1]]], DAVIDSON)[0]
+    odds = np.array([np.e, 1, np.exp(0.8)])
+    np.testing.assert_allclose(p, odds / odds.sum(), rtol=1e-6)
+
+
+def test_rao_kupper_by_hand() -> None:
+    # θ = e^η = 1 + ν, with π_a = e^1, π_b = 1: their formulas (Rao and Kupper 1967).
+    theta, a, b = 1 + np.exp(0.3), np.e, 1.0
+    expected = [a / (a + theta * b), b / (theta * a + b)]
+    expected.append((theta**2 - 1) * a * b / ((a + theta * b) * (theta * a + b)))
+    p = probabilities([[[1.0, 0.2], [0.0, 0.1]]], RAO_KUPPER)[0]
+    np.testing.assert_allclose(p, expected, rtol=1e-5)
+    assert sum(expected) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("head", [DAVIDSON, RAO_KUPPER])
+def test_equal_strengths_and_no_pull_tie_in_a_third(head: Head) -> None:
+    np.testing.assert_allclose(probabilities(np.zeros((1, 2, 2)), head), 1 / 3, rtol=1e-6)
+    tied = [probabilities([[[0.0, t], [0.0, t]]], head)[0, 2] for t in (-2.0, 0.0, 2.0)]
+    assert tied == sorted(tied)
+
+
+def test_verdicts_are_canonical_in_every_order() -> None:
+    outputs = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
+    joint = verdicts(outputs, JOINT)
+    np.testing.assert_array_equal(joint[:, 0], outputs[:, 0])
+    np.testing.assert_array_equal(joint[:, 1], swap_classes(outputs[:, 1]))
+    only_swapped = verdicts(outputs[:, 1:], JOINT, ("BA",))
+    np.testing.assert_array_equal(only_swapped[:, 0], swap_classes(outputs[:, 1]))
+    pointwise = verdicts(outputs[..., :2], DAVIDSON)
+    np.testing.assert_array_equal(pointwise[:, 0], pointwise[:, 1])
+
+
+# --- what is shown ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["markers", "winners"])
+@pytest.mark.parametrize("truncation", ["rounds", "winners"])
+def test_an_answer_is_shown_with_its_prompt_and_nothing_of_the_other(
+    template: str, truncation: str, make_run: Callable[..., Run]
+) -> None:
+    tokens = read_tokens(make_run("gemma2").tokens)
+    encoding = Encoding(template=template, truncation=truncation, max_length=2000)
+    for name, view in (("response_a", "A"), ("response_b", "B")):
+        before, between, after = tokens.vocabulary.one_answer[template]
+        for row, ids in enumerate(encode(tokens, encoding, view)):
+            prompt, answer = (tokens.fields[f].tokens[row] for f in ("prompt", name))
+            whole = [*before, *prompt, *between, *answer, *after]
+            assert ids.tolist() == whole
+
+
+@pytest.mark.parametrize("truncation", ["rounds", "winners"])
+@given(max_length=st.integers(40, 120))
+def test_one_answer_is_cut_to_the_length(
+    truncation: str, max_length: int, make_run: Callable[..., Run]
+) -> None:
+    tokens = read_tokens(make_run("llama").tokens)
+    encoding = Encoding(truncation=truncation, max_length=max_length)
+    for view in ("A", "B"):
+        made = encode(tokens, encoding, view)
+        before, _, after = tokens.vocabulary.one_answer["markers"]
+        assert made.lengths.max() <= max_length
+        for ids in made:
+            assert tuple(ids[: len(before)]) == before
+            assert not after or tuple(ids[-len(after) :]) == after
+
+
+def test_a_pointwise_judge_sees_each_battle_once(make_run: Callable[..., Run]) -> None:
+    tokens = read_tokens(make_run("llama").tokens).take(np.arange(4))
+    labels, targets = np.array([0, 1, 2, 0]), np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
+    shown = show(tokens, labels, targets, None, training_settings(DAVIDSON))
+    assert (len(shown), len(shown.views)) == (4, 2)
+    assert shown.teachers is not None
+    np.testing.assert_array_equal(shown.teachers, targets.mean(axis=2))
+    assert views(DAVIDSON, ("BA",)) == ("A", "B")
+    item = shown[2]
+    assert [ids.tobytes() for ids in item["input_ids"]] == [
+        encode(tokens, ENCODING, view)[2].tobytes() for view in ("A", "B")
+    ]
+
+
+# --- a pointwise judge from end to end ----------------------------------------------------------------
+
+
+def training_settings(head: Head, **changes: Any) -> TrainingSettings:
+    training = Training(lr=2e-3, epochs=1, batch_size=8, warmup_steps=1)
+    whole: dict[str, Any] = {"version": 1, "encoding": ENCODING, "head": head, "lora": LORA}
+    whole |= {"precision": "fp32", "training": training, "keep_head": False, "loss": VOTES}
+    return TrainingSettings(**(whole | changes))
+
+
+def trained(run: Run, head: Head, output: Path, fold: int = 0, **options: Any) -> Path:
+    train_fold(
+        run.backbone, options.pop("pretrained", None), run.tokens, run.folds, fold, output,
+        teachers=options.pop("teachers", {}), settings=training_settings(head, **options),
+        launch=Launch(micro_batch_size=4),
+    )  # fmt: skip
+    return output
+
+
+def scored(run: Run, head: Head, adapter: Path, output: Path) -> np.ndarray:
+    settings = LogitsSettings(
+        version=1, encoding=ENCODING, head=head, precision="fp32", rows=("validation", "extra")
+    )
+    predict_logits(
+        run.backbone, adapter, run.tokens, run.folds, 0, output, settings=settings, batch_tokens=600
+    )
+    return read_logits(output)[0]
+
+
+@pytest.mark.parametrize("head", [DAVIDSON, RAO_KUPPER])
+def test_the_first_loss_is_that_of_the_untrained_judge(
+    head: Head, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The Trainer's batches pair the two answers of a battle with its vote."""
+    run = make_run("llama")
+    tokens, folds = read_tokens(run.tokens), read_parquet(run.folds)
+    rows = folds.take(training_rows(folds, 0))
+    whole = Training(lr=1e-3, epochs=1, batch_size=1024, warmup_steps=1)
+    trained(run, head, tmp_path / "x", training=whole)
+    (reported,) = read_parquet(tmp_path / "x" / "history.parquet")["loss"].to_pylist()
+    model = load_classifier(
+        run.backbone, head=head, pad_token_id=tokens.vocabulary.pad, head_seed=whole.seed
+    ).eval()
+    read = tokens.take(locate(key(rows), tokens.keys(), "tokens"))
+    with torch.inference_mode():
+        outputs = [
+            torch.cat([model(torch.from_numpy(ids[None].astype(np.int64))).logits for ids in view])
+            for view in encode_views(read, ENCODING, head)
+        ]
+    votes = torch.from_numpy(rows["label"].to_numpy().astype(np.int64))
+    each = losses(battle_logits(torch.stack(outputs, 1), head), votes, None, None, VOTES)
+    # (An adapter starts as nothing; dropout touches its input alone.)
+    assert float(each.mean()) == pytest.approx(reported, rel=1e-4)
+
+
+def test_pretrained_trained_scored_merged_asked(
+    family: str, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Each phase passes a pointwise judge on, and the card's code gives the same probabilities."""
+    run = make_run(family)
+    pretraining = PretrainingSettings(
+        version=1, encoding=ENCODING, head=DAVIDSON, lora=LORA, precision="fp32",
+        pretraining=Pretraining(lr=1e-3, epochs=1, batch_size=8, warmup_steps=1),
+    )  # fmt: skip
+    start = tmp_path / "pretrained"
+    pretrain_adapter(
+        run.backbone, run.tokens, run.battles, start, settings=pretraining,
+        launch=Launch(micro_batch_size=4),
+    )  # fmt: skip
+    adapter = trained(run, DAVIDSON, tmp_path / "fold_0", pretrained=start)
+    assert read_json(adapter / "metrics.json")["sequences"] % 2 == 0
+    logits = scored(run, DAVIDSON, adapter, tmp_path / "fold_0.npy")
+    np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
+    assert np.isfinite(logits).all()
+
+    merge_folds(
+        run.backbone, [adapter], tmp_path / "m", outputs=DAVIDSON, average="factors",
+        head="average", dtype="fp32", settings={"judge": "j", "template": "markers"},
+    )  # fmt: skip
+    tokens = read_tokens(run.tokens)
+    settings = ScoringSettings(
+        version=1, encoding=ENCODING, head=DAVIDSON, precision="fp32", max_lengths=(96, 1500),
+        orders=("AB", "BA"),
+    )  # fmt: skip
+    from arena_distill.logits import score
+
+    merged = load_classifier(tmp_path / "m", head=DAVIDSON, pad_token_id=tokens.vocabulary.pad)
+    unmerged = load_adapter(
+        load_classifier(run.backbone, head=DAVIDSON, pad_token_id=tokens.vocabulary.pad), adapter
+    )
+    one, other = (
+        score_variants(tokens, settings, lambda s, m=m: score(m, s, batch_tokens=900))[0]
+        for m in (merged, unmerged)
+    )
+    np.testing.assert_allclose(one, other, atol=2e-4)
+    np.testing.assert_array_equal(one[:, :, 0], one[:, :, 1])
+
+    card = (tmp_path / "m" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    battles = read_parquet(run.battles).to_pylist()
+    row = next(i for i, b in enumerate(battles) if len(b["prompt"]) == 1)
+    names: dict[str, Any] = {"folder": str(tmp_path / "m"), "prompt": battles[row]["prompt"][0]}
+    names |= {f"answer_{x}": battles[row][f"response_{x}"][0] for x in "ab"}
+    exec(code, names)
+    with torch.inference_mode():
+        expected = torch.from_numpy(one[row, 1, 0]).softmax(-1)
+    np.testing.assert_allclose(names["probabilities"].detach(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [(DAVIDSON, JOINT), (JOINT, RAO_KUPPER), (DAVIDSON, DAVIDSON)]
+)
+def test_heads_teach_each_other(
+    teacher: Head, student: Head, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run("llama")
+    files = []
+    for fold in range(3):
+        adapter = trained(run, teacher, tmp_path / f"teacher_{fold}", fold)
+        settings = LogitsSettings(
+            version=1, encoding=ENCODING, head=teacher, precision="fp32",
+            rows=("validation", "extra"),
+        )  # fmt: skip
+        files.append(tmp_path / "teacher" / f"fold_{fold}.npy")
+        predict_logits(
+            run.backbone, adapter, run.tokens, run.folds, fold, files[-1], settings=settings,
+            batch_tokens=600,
+        )  # fmt: skip
+    train_fold(
+        run.backbone, None, run.tokens, run.folds, 0, tmp_path / "student",
+        teachers={"teacher": files},
+        settings=training_settings(
+            student, teachers=("teacher",), targets="out_of_fold", loss=Loss()
+        ),
+        launch=Launch(micro_batch_size=4),
+    )  # fmt: skip
+    assert np.isfinite(scored(run, student, tmp_path / "student", tmp_path / "s.npy")).all()
