@@ -31,10 +31,12 @@ include: "rules/battles.smk"
 include: "rules/encoding.smk"
 include: "rules/training.smk"
 include: "rules/logits.smk"
+include: "rules/calibration.smk"
 include: "rules/merging.smk"
 include: "rules/quantization.smk"
 include: "rules/prediction.smk"
 include: "rules/evaluation.smk"
+include: "rules/studies.smk"
 include: "rules/targets.smk"
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import expand
 
 # Found from this file: where the workflow is a module, `workflow.basedir` is another repository. There is
 # none where Snakemake fetches the rules by `github(...)`: then the package has to be installed.
@@ -15,7 +16,7 @@ if CHECKOUT:
     sys.path.insert(0, str(CHECKOUT / "workflow"))
 
 from arena_distill import config as configuration
-from arena_distill import jobs
+from arena_distill import jobs, studies
 from arena_distill import settings as phase
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
@@ -25,15 +26,20 @@ try:
 except InputError as error:
     raise WorkflowError(str(error))
 
+# Judges that studies derive from the run's own are nodes of the same graph; `all` asks for none of them.
+FAMILY = studies.Family(dict(CONFIG.judges))
+STUDIES = studies.derive(CONFIG, config, FAMILY)
+GRAPH = CONFIG.with_judges(FAMILY.judges)
+
 R = f"{CONFIG.results}/{CONFIG.run}"
 SOURCES = CONFIG.data.sources()
 FOLDS = range(CONFIG.folds.n)
-TEACHERS = [name for name, judge in CONFIG.judges.items() if not judge.teachers]
-STUDENTS = [name for name, judge in CONFIG.judges.items() if judge.teachers]
-SHARDED = [name for name, judge in CONFIG.judges.items() if judge.logits.shards > 1]
-WHOLE = [name for name in CONFIG.judges if name not in SHARDED]
-TOKENIZERS = {name: CONFIG.tokenizer_name(name) for name in CONFIG.judges}
-BACKBONES = {CONFIG.backbone_name(name): judge.backbone for name, judge in CONFIG.judges.items()}
+TEACHERS = [name for name, judge in GRAPH.judges.items() if not judge.teachers]
+STUDENTS = [name for name, judge in GRAPH.judges.items() if judge.teachers]
+SHARDED = [name for name, judge in GRAPH.judges.items() if judge.logits.shards > 1]
+WHOLE = [name for name in GRAPH.judges if name not in SHARDED]
+TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in GRAPH.judges}
+BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in GRAPH.judges.items()}
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
@@ -41,8 +47,13 @@ def one_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
+def own(judges):
+    """Those of the run itself, without what studies derive from them."""
+    return [judge for judge in judges if judge in CONFIG.judges]
+
+
 wildcard_constraints:
-    judge=one_of(CONFIG.judges),
+    judge=one_of(GRAPH.judges),
     tokenizer=one_of(set(TOKENIZERS.values())),
     backbone=one_of(BACKBONES),
     fold=r"\d+",
@@ -86,7 +97,7 @@ def settings_of(phase):
 
     @functools.cache  # a judge's settings are the same in each of its folds and shards
     def of_judge(judge):
-        return (phase.of(CONFIG, judge) if judge else phase.of(CONFIG)).model_dump_json()
+        return (phase.of(GRAPH, judge) if judge else phase.of(CONFIG)).model_dump_json()
 
     return lambda wildcards: of_judge(getattr(wildcards, "judge", None))
 
@@ -95,7 +106,7 @@ def compute(key):
     """An operational knob of the job's judge. As a resource it reruns nothing when it changes."""
 
     def of_job(wildcards):
-        value = getattr(CONFIG.judges[wildcards.judge].compute, key)
+        value = getattr(GRAPH.judges[wildcards.judge].compute, key)
         return int(value) if isinstance(value, int) else str(value)  # all that a resource may be
 
     return of_job
@@ -115,6 +126,37 @@ def checkpoints(wildcards, output):
     """Where a training's checkpoints go: Snakemake deletes the outputs of a job that fails."""
     adapter = Path(output.adapter)
     return str(adapter.parents[2] / ".checkpoints" / wildcards.judge / adapter.name)
+
+
+# --- studies ----------------------------------------------------------------------------------------
+
+
+def study_settings(phase):
+    return lambda wildcards: phase.of(GRAPH, STUDIES).model_dump_json()
+
+
+def compared_files(wildcards):
+    """What the comparison reads of every judge in it."""
+    if STUDIES.problem:
+        raise WorkflowError(STUDIES.problem)
+    judges = list(dict.fromkeys(entry.judge for entry in STUDIES.compared))
+    solution = labelled_test(wildcards)
+    return [
+        *expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=judges, fold=FOLDS),
+        *expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=judges, fold=FOLDS),
+        *expand(f"{R}/merged/{{judge}}", judge=judges),
+        *(expand(f"{R}/logits/{{judge}}/merged_test.npy", judge=judges) if solution else []),
+    ]
+
+
+def curve_files(wildcards):
+    """What learning curves read: every point's folds."""
+    judges = [judge for points in STUDIES.curves.values() for judge in points.values()]
+    folds = range(min(CONFIG.studies.curve_folds, CONFIG.folds.n))
+    return [
+        *expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=judges, fold=folds),
+        *expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=judges, fold=folds),
+    ]
 
 
 def slurm_comment(job):
@@ -146,9 +188,9 @@ def labelled_test(wildcards):
 @functools.cache
 def backbone_folder(judge):
     """A judge's backbone: a folder that is there, or one that `prepare_backbone` makes."""
-    backbone = CONFIG.judges[judge].backbone
+    backbone = GRAPH.judges[judge].backbone
     if not backbone.is_ready_folder():
-        return f"{R}/backbones/{CONFIG.backbone_name(judge)}"
+        return f"{R}/backbones/{GRAPH.backbone_name(judge)}"
     if backbone.tiny:
         tiny = Path(configuration.__file__).parent / "tiny_backbones" / backbone.tiny
         return local(f"{os.path.relpath(tiny)}/config.json")
@@ -170,30 +212,73 @@ def tokens(wildcards):
 
 def pretrained(wildcards):
     """The post-pretrained adapter a judge starts from; nothing where it starts from its backbone."""
-    owner = CONFIG.pretraining_owner(wildcards.judge)
+    owner = GRAPH.pretraining_owner(wildcards.judge)
     return f"{R}/adapters/{owner}/pretrained" if owner else []
+
+
+def calibration(wildcards):
+    """What the test predictions of a judge are calibrated by, where they are to be."""
+    wanted = CONFIG.prediction.calibration != "none"
+    return f"{R}/calibration/{wildcards.judge}.json" if wanted else []
 
 
 def fold_adapters(wildcards):
     return [f"{R}/adapters/{wildcards.judge}/fold_{fold}" for fold in FOLDS]
 
 
+def fold_logits(wildcards):
+    return [f"{R}/logits/{wildcards.judge}/fold_{fold}.npy" for fold in FOLDS]
+
+
+def merge_evidence(wildcards):
+    """What decides how much each fold counts in the merged model, by option."""
+    weights = GRAPH.judges[wildcards.judge].merge.weights
+    if weights == "validation":
+        return {"folds": f"{R}/folds.parquet", "logits": fold_logits(wildcards)}
+    if weights == "greedy":
+        return {"folds": f"{R}/folds.parquet", "tokens": tokens(wildcards)}
+    return {}
+
+
+def merging_gpus(wildcards):
+    """Merging is arithmetic on the host, unless candidates are scored to choose among them."""
+    greedy = GRAPH.judges[wildcards.judge].merge.weights == "greedy"
+    return compute("gpus")(wildcards) if greedy else 0
+
+
+def as_options(*names):
+    """The named inputs of a job that it has, as options of its command."""
+
+    def files(given):
+        return [given] if isinstance(given, str) else given
+
+    def of_job(wildcards, input):
+        return [
+            part
+            for name in names
+            for file in files(input.get(name, []))
+            for part in (f"--{name}", str(file))
+        ]
+
+    return of_job
+
+
 def shards(wildcards):
     """The parts of a fold's logits."""
     folder = f"{R}/shards/{wildcards.judge}/fold_{wildcards.fold}"
-    return [f"{folder}/{n}.npy" for n in range(CONFIG.judges[wildcards.judge].logits.shards)]
+    return [f"{folder}/{n}.npy" for n in range(GRAPH.judges[wildcards.judge].logits.shards)]
 
 
 def shard(wildcards):
     """Which part a scoring job does, as options."""
     if not hasattr(wildcards, "shard"):
         return ""
-    n = CONFIG.judges[wildcards.judge].logits.shards
+    n = GRAPH.judges[wildcards.judge].logits.shards
     return f"--shard {wildcards.shard} --shards {n}"
 
 
 def teacher_logits(wildcards):
     """A student's targets: every fold of its teachers (out of fold), or its own fold (in sample)."""
-    judge = CONFIG.judges[wildcards.judge]
+    judge = GRAPH.judges[wildcards.judge]
     folds = FOLDS if judge.targets == "out_of_fold" else [wildcards.fold]
     return [f"{R}/logits/{teacher}/fold_{fold}.npy" for teacher in judge.teachers for fold in folds]

@@ -4,6 +4,8 @@ REPORTED = {  # file of `render_report` → caption
     "reliability.svg": "reliability.rst",
     "variants.svg": "variants.rst",
     "judges.csv": "judges.rst",
+    "calibration.csv": "calibration.rst",
+    "position.csv": "position.rst",
     "variants.csv": "variants_table.rst",
     "folds.csv": "folds.rst",
     "rejected.csv": "rejected.rst",

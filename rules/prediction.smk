@@ -69,6 +69,7 @@ rule score_test_gptq:
 rule predict_test:
     input:
         logits=expand(f"{R}/logits/{{{{judge}}}}/{{model}}_test.npy", model=MODELS),
+        calibration=calibration,
     output:
         predictions=f"{R}/predictions/{{judge}}/test.parquet",
     log:
@@ -80,11 +81,14 @@ rule predict_test:
         "../envs/arena.yaml"
     params:
         settings=settings_of(phase.PredictionSettings),
+        optional=lambda wildcards, input: (
+            ["--calibration", input.calibration] if input.calibration else []
+        ),
     message:
         "Averaging the test predictions of {wildcards.judge}"
     shell:
         "arena predict-test --output {output.predictions} --settings {params.settings:q}"
-        " {input.logits} > {log} 2>&1"
+        " {params.optional:q} {input.logits} > {log} 2>&1"
 
 
 rule write_submission:

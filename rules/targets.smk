@@ -8,7 +8,7 @@ rule folds:
 
 rule teachers:
     input:
-        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=TEACHERS, fold=FOLDS),
+        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=own(TEACHERS), fold=FOLDS),
 
 
 rule logits:
@@ -18,7 +18,7 @@ rule logits:
 
 rule students:
     input:
-        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=STUDENTS, fold=FOLDS),
+        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=own(STUDENTS), fold=FOLDS),
 
 
 rule merged:
@@ -39,3 +39,18 @@ rule submission:
 rule report:
     input:
         f"{R}/report.html",
+
+
+rule compare:
+    input:
+        f"{R}/compare/report.html",
+
+
+rule curves:
+    input:
+        f"{R}/curves/curves.svg",
+
+
+rule drift:
+    input:
+        f"{R}/drift/drift.svg",

@@ -345,9 +345,10 @@ def all_settings(config: Config) -> dict[tuple[str, str], Any]:
     found = {}
     for model in Settings.__subclasses__():
         phase = model.__name__.removesuffix("Settings").lower()
-        judges = (
-            tuple(config.judges) if "judge" in inspect.signature(model.of).parameters else ("",)
-        )
+        asked = inspect.signature(model.of).parameters
+        if "studies" in asked:  # they name judges and files: nothing of what a judge is
+            continue
+        judges = tuple(config.judges) if "judge" in asked else ("",)
         for judge in judges:
             found[phase, judge] = model.of(config, judge) if judge else model.of(config)
     return found
@@ -391,9 +392,13 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(judges={"s": {"quantization": {"max_kl": 1.0}}}) == {("drift", "s")}
     assert changed(judges={"s": {"merge": {"head": "average"}}}) == {("merge", "s")}
     assert {p for p, _ in changed(prediction={"average": "probabilities"})} == {"prediction"}
+    assert {p for p, _ in changed(prediction={"calibration": "vector"})} == {"prediction"}
     assert changed(judges={"l": {"encoding": {"max_length": 64}}}) == {
-        (phase, "l") for phase in ("pretraining", "training", "logits", "quantization", "scoring")
-    }
+        (phase, "l")
+        for phase in (
+            "pretraining", "training", "logits", "merge", "soup", "quantization", "scoring"
+        )
+    }  # fmt: skip
 
 
 def test_settings_survive_json() -> None:

@@ -13,8 +13,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from made_up_run import FOLDS, JUDGES, SIZES, MadeUpRun, made_up_run
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
@@ -31,15 +29,7 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.errors import InputError
-from arena_distill.evaluation import (
-    calibration_error,
-    gap_closed,
-    losses,
-    paired_difference,
-    reliability,
-    scores,
-)
-from arena_distill.prediction import softmax
+from arena_distill.metrics import softmax
 from arena_distill.results import print_table
 from arena_distill.yardsticks import class_prior, length_features, length_regression
 
@@ -66,87 +56,6 @@ def run(tmp_path: Path) -> MadeUpRun:
 def rewrite(path: Path, edit: Edit) -> None:
     logits, ids = edit(*read_logits(path))
     write_logits(path, logits, ids, provenance("edited", {}))
-
-
-# --- scores ---------------------------------------------------------------------------------------
-
-
-def test_log_loss_and_accuracy_by_hand() -> None:
-    probabilities = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
-    found = scores(probabilities, np.array([0, 2, 1]))
-    assert found["rows"] == 3
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    by_hand = -(np.log(0.5) + np.log(0.7) + np.log(0.3)) / 3
-    assert found["log_loss"] == pytest.approx(by_hand, abs=1e-15)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 50))
-def test_log_loss_is_scikit_learns(seed: int, rows: int) -> None:
-    dice = np.random.default_rng(seed)
-    probabilities, votes = dice.dirichlet(np.ones(3), rows), dice.integers(0, 3, rows)
-    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
-    assert scores(probabilities, votes)["log_loss"] == pytest.approx(expected, rel=1e-12)
-
-
-def test_an_impossible_vote_costs_much_but_not_infinitely_much() -> None:
-    probabilities, votes = np.array([[1.0, 0.0, 0.0]]), np.array([1])
-    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
-    assert losses(probabilities, votes)[0] == pytest.approx(expected)
-
-
-def test_calibration_error_by_hand() -> None:
-    # Two verdicts of confidence 0.9, one right; two of 0.5 (bin 0.467 to 0.533), both right.
-    probabilities = np.array([[0.9, 0.1, 0], [0, 0.9, 0.1], [0.5, 0.3, 0.2], [0.3, 0.2, 0.5]])
-    bins = reliability(probabilities, np.array([0, 0, 0, 2]))
-    assert [b["rows"] for b in bins] == [2, 2]
-    assert [b["accuracy"] for b in bins] == [1.0, 0.5]
-    assert calibration_error(bins) == pytest.approx((2 * 0.5 + 2 * 0.4) / 4)
-
-
-def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower() -> None:
-    (only,) = reliability(np.array([[0.6, 0.3, 0.1]]), np.array([0]))
-    assert (only["lower"], only["upper"]) == (8 / 15, 9 / 15)
-    (sure,) = reliability(np.array([[1.0, 0.0, 0.0]]), np.array([0]))
-    assert sure["upper"] == 1
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_the_bins_hold_every_verdict_once(seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    probabilities, votes = dice.dirichlet(np.full(3, 0.3), 60), dice.integers(0, 3, 60)
-    bins = reliability(probabilities, votes)
-    assert sum(b["rows"] for b in bins) == 60
-    assert all(b["lower"] < b["confidence"] <= b["upper"] + 1e-12 for b in bins)
-    right = sum(b["rows"] * b["accuracy"] for b in bins)
-    assert right / 60 == pytest.approx(scores(probabilities, votes)["accuracy"])
-
-
-def test_gap_closed_runs_from_the_prior_to_the_bayes_limit() -> None:
-    baselines = {"class_prior": {"log_loss": 1.1}, "bayes": {"log_loss": 0.9}}
-    assert gap_closed(1.1, baselines) == 0
-    assert gap_closed(0.9, baselines) == 1
-    assert gap_closed(1.05, baselines) == pytest.approx(0.25)
-    assert gap_closed(1.05, {**baselines, "bayes": None}) is None
-
-
-def test_paired_difference_by_hand() -> None:
-    loss, reference = np.array([1.0, 2.0, 3.0, 2.0]), np.array([1.0, 1.0, 1.0, 1.0])
-    found = paired_difference(loss, reference, np.arange(4))
-    assert found["difference"] == 1
-    # Every row a prompt of its own: the textbook standard error.
-    error = np.std(loss - reference, ddof=1) / 2
-    assert found["high"] - found["difference"] == pytest.approx(1.96 * error)
-    same = paired_difference(reference, reference, np.zeros(4, int))
-    assert same == {"difference": 0, "low": 0, "high": 0}
-
-
-def test_repeated_prompts_make_a_difference_less_sure() -> None:
-    dice = np.random.default_rng(0)
-    loss, reference = np.repeat(dice.random(100), 5), np.zeros(500)
-    alone = paired_difference(loss, reference, np.arange(500))
-    grouped = paired_difference(loss, reference, np.repeat(np.arange(100), 5))
-    width = grouped["high"] - grouped["low"]
-    assert width == pytest.approx(5**0.5 * (alone["high"] - alone["low"]), rel=0.02)
 
 
 # --- yardsticks -----------------------------------------------------------------------------------
@@ -205,8 +114,16 @@ def test_every_promised_figure_is_there(metrics: dict[str, Any]) -> None:
         assert [set(f) for f in judge["folds"]] == [{"fold", "rows", "log_loss", "accuracy"}] * 3
         assert sum(f["rows"] for f in judge["folds"]) == judge["oof"]["rows"] == SIZES["train"]
         assert {"log_loss", "accuracy", "ece"} <= set(judge["oof"])
+        assert list(judge["calibration"]) == ["temperature", "vector"]
+        for figures in judge["calibration"].values():
+            assert set(judge["oof"]) < set(figures)
+            assert figures["rows"] == SIZES["train"]
+            assert len(figures["parameters"]["scale"]) == 3
+        assert list(judge["truth"]) == ["raw", "temperature", "vector"]
+        assert set(judge["class_reliability"]) == {"model_a", "model_b", "tie"}
     final = metrics["final"]
     assert final["judge"] == "small"
+    assert final["calibration"] is None
     assert set(final["variants"]) == set(metrics["test"]["models"]["gptq"])
     gptq = final["gptq"]
     assert {"kl", "flip_rate", "log_loss_change", "bytes", "bytes_before"} <= set(gptq)
@@ -236,7 +153,22 @@ def test_a_judge_is_scored_by_the_mean_of_both_orders_logits(
         expected = log_loss(label, softmax(seen[:, i]))
         assert judge["orders"][order]["log_loss"] == pytest.approx(expected)
     flips = (seen[:, 0].argmax(axis=1) != seen[:, 1].argmax(axis=1)).mean()
-    assert judge["order_flip_rate"] == pytest.approx(flips)
+    assert judge["order_flip_rate"] == judge["position"]["flip_rate"] == pytest.approx(flips)
+    orders = {order: judge["orders"][order]["log_loss"] for order in ("AB", "BA")}
+    orders["both"] = judge["oof"]["log_loss"]
+    assert judge["position"]["log_loss"] == pytest.approx(orders)
+
+
+def test_what_an_overconfident_judge_gains_by_its_temperature(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path)
+    for path in run.logits["big"]:
+        rewrite(path, lambda logits, ids: (logits * 4, ids))
+    big = json.loads(run.evaluate().read_text())["judges"]["big"]
+    mended = big["calibration"]["temperature"]
+    assert 3 < mended["parameters"]["temperature"] < 8
+    assert mended["log_loss"] < big["oof"]["log_loss"] - 0.1
+    assert mended["accuracy"] == big["oof"]["accuracy"]
+    assert big["truth"]["temperature"]["kl"] < big["truth"]["raw"]["kl"] / 2
 
 
 def test_a_judge_that_knows_the_truth_closes_the_gap(tmp_path: Path) -> None:
@@ -246,6 +178,12 @@ def test_a_judge_that_knows_the_truth_closes_the_gap(tmp_path: Path) -> None:
     assert judges["big"]["gap_closed"] == pytest.approx(1, abs=1e-4)
     assert judges["big"]["order_flip_rate"] == 0
     assert judges["big"]["orders"]["AB"] == judges["big"]["orders"]["BA"]
+    assert judges["big"]["position"]["total_variation"] == 0
+    assert judges["big"]["position"]["first_place_preference"] == 0
+    assert judges["big"]["truth"]["raw"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert judges["big"]["truth"]["raw"]["excess_log_loss"] == pytest.approx(0, abs=1e-6)
+    errors = [judges[name]["truth"]["raw"]["mean_absolute_error"] for name in noise]
+    assert errors == sorted(errors)
     assert judges["small"]["gap_closed"] < judges["other-big"]["gap_closed"]
     assert judges["big"]["versus_final"]["high"] < 0
 
@@ -351,6 +289,7 @@ def test_without_test_votes_truth_and_quantisation_the_rest_is_there(run: MadeUp
     assert metrics["final"]["variants"] == {}
     assert metrics["rejected"] == []
     assert all(judge["gap_closed"] is None for judge in metrics["judges"].values())
+    assert all(judge["truth"] is None for judge in metrics["judges"].values())
     assert (run.folder / "tables" / "variants.csv").read_text().startswith("model,variant,rows")
 
 

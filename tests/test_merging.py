@@ -144,7 +144,11 @@ def test_mean_of_products_is_what_its_name_says(
     torch.manual_seed(seed)
     parts = [(torch.randn(r, 6), torch.randn(7, r), s) for r, s in zip(ranks, scalings)]  # noqa: B905
     expected = sum(s * (b.double() @ a.double()) for a, b, s in parts) / len(parts)
-    assert torch.allclose(merging._mean_of_products(parts).double(), expected, atol=1e-5)
+    assert torch.allclose(
+        merging._mean_of_products(parts, [1 / len(parts)] * len(parts)).double(),
+        expected,
+        atol=1e-5,
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -155,7 +159,7 @@ def test_product_of_means_is_what_its_name_says(
     torch.manual_seed(seed)
     parts = [(torch.randn(rank, 6), torch.randn(7, rank), scaling) for _ in range(folds)]
     a, b = (torch.stack([p[i].double() for p in parts]).mean(0) for i in (0, 1))
-    found = merging._product_of_means(parts)
+    found = merging._product_of_means(parts, [1 / len(parts)] * len(parts))
     assert found is not None
     assert torch.allclose(found.double(), scaling * b @ a, atol=1e-5)
 

@@ -107,6 +107,53 @@ def test_every_variant_of_both_models_is_shown(page: str, metrics: dict[str, Any
     assert cells["class prior"][0] == cells["class prior"][2]
 
 
+def test_calibration_and_position_are_shown_for_every_judge(
+    page: str, metrics: dict[str, Any]
+) -> None:
+    small = metrics["judges"]["small"]
+    both = [small["calibration"][method] for method in ("temperature", "vector")]
+    position = small["position"]
+    by_caption = {
+        "What changes when": [
+            percent(position["flip_rate"]),
+            f"{position['total_variation']:.4f}",
+            f"{signed(100 * position['first_place_preference'], 1)}\u202f%",
+            *(f"{position['log_loss'][order]:.4f}" for order in ("AB", "BA", "both")),
+        ],
+        "Log loss and calibration error": [
+            f"{both[0]['parameters']['temperature']:.3f}",
+            *(f"{figures['log_loss']:.4f}" for figures in (small["oof"], *both)),
+            *(f"{figures['ece']:.3f}" for figures in (small["oof"], *both)),
+        ],
+        "Distance from the true": [
+            *(f"{figures['kl']:.4f}" for figures in small["truth"].values()),
+            *(f"{figures['mean_absolute_error']:.4f}" for figures in small["truth"].values()),
+            f"{small['truth']['raw']['excess_log_loss']:.4f}",
+        ],
+    }
+    for caption, expected in by_caption.items():
+        header, *rows = table(page, caption)
+        assert [row[0] for row in rows] == list(JUDGES)
+        assert rows[-1][1:] == expected
+        assert len(header) == len(rows[-1])
+    assert [row[0] for row in table(page, "All measures of small")[1:]] == [
+        "as it is", "temperature", "vector",
+    ]  # fmt: skip
+    assert "prediction.calibration" in page
+
+
+def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics["final"]["calibration"] = "vector"
+    write_json(metrics, tmp_path / "metrics.json")
+    render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "calibrated: vector scaling" in page
+    drawing = (tmp_path / "report" / "reliability.svg").read_text()
+    assert ">vector<" in drawing
+    assert ">temperature<" not in drawing
+
+
 def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
     parsed = Page(page)
     assert "://" not in page.replace("arXiv:", "")
@@ -165,6 +212,7 @@ def test_a_run_without_test_votes_has_a_report_and_all_its_files(tmp_path: Path)
     assert "votes are not known" in page
     assert "is not quantised" in page
     assert "Bayes" not in page
+    assert "true probabilities" not in page
     assert len(list((tmp_path / "report").iterdir())) == len(FIGURES) + len(TABLES)
 
 
@@ -213,7 +261,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     )
     assert "CONSOLE" not in shown.stderr
     assert [row[0] for row in table(shown.stdout, "Log loss by fold")[3:6]] == list(JUDGES)
-    assert len(Page(shown.stdout).tables) == 6
+    assert len(Page(shown.stdout).tables) == 9
     width = re.search(r"<title>(\d+)</title>", shown.stdout)
     assert width is not None
     assert int(width[1]) <= 500  # the narrowest window a headless browser opens

@@ -188,7 +188,9 @@ def test_post_pretraining_reads_the_ut_battles_and_their_votes(
     battles = read_parquet(llama.battles)
     ut = battles.filter(pc.equal(battles["source"], "ut"))
     (shown,) = spy.examples
-    expected = show(of_rows(read_tokens(llama.tokens), ut), votes(ut), None, None, training_settings())
+    expected = show(
+        of_rows(read_tokens(llama.tokens), ut), votes(ut), None, None, training_settings()
+    )
     np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
     np.testing.assert_array_equal(shown.labels, expected.labels)
 

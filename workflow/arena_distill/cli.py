@@ -255,11 +255,29 @@ def merge_folds(
     output: Output,
     settings: Settings,
     adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
+    tokens: Annotated[Path | None, typer.Option(help="For greedy weights.")] = None,
+    folds: Annotated[Path | None, typer.Option(help="For weights other than equal.")] = None,
+    logits: Annotated[
+        list[Path] | None, typer.Option(help="logits/<judge>/fold_<k>.npy, for validation weights.")
+    ] = None,
+    batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
 ) -> None:
     """Average the folds' adapters and heads and merge them into the backbone."""
+    jobs.claim_gpus(gpus)
+    from arena_distill import soups
     from arena_distill.merging import merge_folds
 
     parsed = parse(phase.MergeSettings, settings)
+    weights = None
+    if parsed.weights == "validation":
+        assert folds and logits
+        weights = soups.validation_weights(logits, folds)
+    elif parsed.weights == "greedy":
+        assert folds and tokens
+        weights = soups.greedy_weights(
+            _folder(backbone), adapters, tokens, folds, settings=parsed, batch_tokens=batch_tokens
+        )
     merge_folds(
         _folder(backbone),
         adapters,
@@ -268,7 +286,8 @@ def merge_folds(
         average=parsed.average,
         head=parsed.head,
         dtype=parsed.precision,
-        settings=parsed.model_dump(),
+        weights=weights,
+        settings=parsed.model_dump(mode="json") | {"template": parsed.encoding.template},
     )
 
 
@@ -333,17 +352,32 @@ def score_test(
 
 
 @app.command()
+def fit_calibration(
+    folds: Folds,
+    judge: Annotated[str, typer.Option(help="Its name.")],
+    output: Output,
+    version: Version,
+    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
+) -> None:
+    """Fit temperature and vector scaling to a judge's out-of-fold logits."""
+    from arena_distill.calibration import fit_calibration
+
+    fit_calibration(folds, logits, output, judge=judge, version=version)
+
+
+@app.command()
 def predict_test(
     output: Output,
     settings: Settings,
     logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/<model>_test.npy")],
+    calibration: Annotated[Path | None, typer.Option(help="calibration/<judge>.json")] = None,
 ) -> None:
-    """Average the test logits over lengths and orders, every variant of it."""
+    """Average the test logits over lengths and orders, every variant of it; calibrate them."""
     from arena_distill.prediction import Model, predict_test
 
     parsed = parse(phase.PredictionSettings, settings)
     named = {model: f for f in logits for model in get_args(Model) if f.stem == f"{model}_test"}
-    predict_test(named, output, settings=parsed)
+    predict_test(named, output, settings=parsed, calibration=calibration)
 
 
 @app.command()
@@ -443,6 +477,100 @@ def status(
     else:
         print_status(found)
     raise typer.Exit(int(found.counts["failed"] > 0))
+
+
+# --- studies ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def compare_soups(
+    backbone: Backbone,
+    tokens: Tokens,
+    folds: Folds,
+    battles: Battles,
+    output: Output,
+    settings: Settings,
+    adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
+    logits: Annotated[list[Path], typer.Option(help="logits/<judge>/fold_<k>.npy")],
+    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
+    batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
+) -> None:
+    """Score every way of making one model of a judge's folds."""
+    jobs.claim_gpus(gpus)
+    from arena_distill.soups import compare_soups
+
+    compare_soups(
+        _folder(backbone),
+        adapters,
+        logits,
+        tokens,
+        folds,
+        battles,
+        solution,
+        output,
+        settings=parse(phase.SoupSettings, settings),
+        batch_tokens=batch_tokens,
+    )
+
+
+@app.command()
+def draw_drift(
+    output: Annotated[Path, typer.Option(help="Folder of drift.json, drift.csv, drift.svg.")],
+    settings: Settings,
+    soups: Annotated[list[Path], typer.Argument(help="soups/<judge>.json")],
+) -> None:
+    """Show how the means of factors and of products part as the folds drift apart."""
+    from arena_distill.drift import draw_drift
+
+    draw_drift(soups, output, settings=parse(phase.DriftStudySettings, settings))
+
+
+@app.command()
+def draw_curves(
+    run: Annotated[Path, typer.Option(help="The run's folder.")],
+    output: Annotated[Path, typer.Option(help="Folder of curves.json, curves.csv, curves.svg.")],
+    settings: Settings,
+    truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
+) -> None:
+    """Show how judges get better with more training battles."""
+    from arena_distill.curves import draw_curves
+
+    draw_curves(run, output, settings=parse(phase.CurveSettings, settings), truth=truth)
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Option(help="The run's folder.")],
+    output: Annotated[Path, typer.Option(help="Folder of compare.json, tables and the report.")],
+    settings: Settings,
+    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
+) -> None:
+    """Compare judges on the same battles, with an interval for every difference."""
+    from arena_distill.comparison import compare
+    from arena_distill.comparison_report import render_comparison
+
+    figures = output / "compare.json"
+    compare(
+        run,
+        figures,
+        settings=parse(phase.CompareSettings, settings),
+        solution=solution,
+        truth=truth,
+    )
+    render_comparison(figures, output)
+
+
+@app.command()
+def show_comparison(
+    figures: Annotated[Path, typer.Argument(help="results/<run>/compare/compare.json")],
+) -> None:
+    """Print the table of a comparison."""
+    from arena_distill.artifacts import read_json
+    from arena_distill.results import print_comparison
+
+    print_comparison(read_json(figures))
 
 
 # --- what ships with the workflow -------------------------------------------------------------------

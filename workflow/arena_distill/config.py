@@ -123,6 +123,8 @@ class Folds(Section):
     """How many folds."""
     seed: NonNegativeInt = 42
     """Decides which battle is dealt where."""
+    holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training prompts kept out of all folds, for choices (merge.weights: greedy)."""
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -252,6 +254,10 @@ class Training(Optimization):
     """Peak learning rate."""
     epochs: PositiveFloat = 2
     """Passes over the battles (in both orders, with `swap`)."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learn from this share of the fold's battles: a random part, nested in that of larger shares."""
+    own_start: bool = False
+    """Each fold draws a start of its own for head and LoRA: then only their products can be averaged."""
 
 
 class Loss(Section):
@@ -294,6 +300,8 @@ class Merge(Section):
     """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
     head: Literal["average", "first"] = "first"
     """The folds' mean head, or fold 0's."""
+    weights: Literal["equal", "validation", "greedy"] = "equal"
+    """Of the folds: by their validation loss, or a greedy soup on held-out battles (folds.holdout)."""
 
 
 class Quantization(Section):
@@ -426,6 +434,36 @@ class Prediction(Section):
     """What is averaged."""
     model: Literal["gptq", "merged"] = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
+    calibration: Literal["none", "temperature", "vector"] = "none"
+    """Scaling of the probabilities, fitted to out-of-fold logits (see ``calibration``)."""
+
+
+class Compare(Section):
+    """`snakemake compare`: the final judge and its teachers under several recipes (see ``studies``)."""
+
+    recipes: tuple[Name, ...] = ("summary", "blackpearl", "best")
+    """Names of config/recipes/*.yaml; what two of them share is computed once."""
+    votes: bool = True
+    """Beside each student the same judge trained on votes alone: what distillation adds."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(max_length=20)] = ()
+    """Also train each of them with these seeds (training.seed): how much of a difference is luck."""
+    runs: tuple[str, ...] = ()
+    """Folders of other runs: their judges join the table, on the battles both have."""
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Of the bootstrap."""
+
+
+class Studies(Section):
+    """`snakemake curves` and `snakemake drift`: what happens with more battles, and between folds."""
+
+    curve_judges: tuple[Name, ...] = ()
+    """Judges whose learning curves are drawn; none: the final one, on votes, with both heads."""
+    curve_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.125, 0.25, 0.5, 1)
+    """Of a fold's training battles, for the points of a learning curve."""
+    curve_folds: PositiveInt = 1
+    """How many of the folds a learning curve is the mean of."""
+    drift_epochs: tuple[PositiveFloat, ...] = (0.25, 0.5, 1, 2, 4)
+    """How long the folds train apart before they are averaged."""
 
 
 class Environments(Section):
@@ -459,6 +497,10 @@ class Config(Section):
     """The judge that is merged, quantised and submitted."""
     prediction: Prediction = Prediction()
     """How the test battles are predicted."""
+    compare: Compare = Compare()
+    """What `snakemake compare` sets side by side."""
+    studies: Studies = Studies()
+    """Learning curves, and averaging as folds drift apart."""
 
     @model_validator(mode="before")
     @classmethod
@@ -487,6 +529,17 @@ class Config(Section):
             raise ValueError(
                 f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself"
             ) from None
+        for name, judge in self.judges.items():
+            if judge.merge.weights == "greedy" and not self.folds.holdout:
+                raise ValueError(
+                    f"judges.{name}.merge.weights: greedy chooses folds by battles that none of them "
+                    "saw; set folds.holdout, 0.05 for example"
+                )
+        for name in self.studies.curve_judges:
+            if name not in self.judges:
+                raise ValueError(
+                    f"studies.curve_judges: unknown judge {name!r}; known judges: {known}"
+                )
         if self.prediction.model == "gptq" and self.judges[self.final].quantization is None:
             raise ValueError(
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
@@ -501,6 +554,8 @@ class Config(Section):
             mode="json",
             exclude={
                 "environments": True,
+                "compare": True,
+                "studies": True,
                 "defaults": how,
                 "judges": dict.fromkeys(self.judges, how),
             },
@@ -511,6 +566,11 @@ class Config(Section):
         """Judges' names, every teacher before its students."""
         graph = {name: judge.teachers for name, judge in self.judges.items()}
         return list(graphlib.TopologicalSorter(graph).static_order())
+
+    def with_judges(self, more: Mapping[str, Judge]) -> Config:
+        """The same configuration with more judges, which come after its own."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Config.model_construct(**fields | {"judges": {**self.judges, **more}})
 
     def students_of(self, teacher: str) -> list[str]:
         return [name for name, judge in self.judges.items() if teacher in judge.teachers]

@@ -6,7 +6,10 @@ alone, so every judge stands between three yardsticks scored on the very rows it
 - `class_prior`: the shares of the votes among the rows that train a fold;
 - `length`: a logistic regression on how much longer one answer is than the other;
 - `bayes`: the true vote probabilities, known for synthetic battles only: nobody does better, but
-  for luck.
+  for luck. There each judge is also compared with the truth itself.
+
+Beside its scores stand a judge's calibration, as it is and as temperature and vector scaling would
+mend it, and its position bias. How figures are computed is in ``metrics``.
 
 What is fitted is fitted on the rows that train a fold and scored on those that validate it. Files
 are joined by key: a row that is missing, or there twice, ends the job.
@@ -14,11 +17,9 @@ are joined by key: a row that is missing, or there twice, ends the job.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,13 +29,13 @@ from arena_distill.artifacts import (
     ids_path,
     provenance,
     read_json,
-    read_logits,
     read_parquet,
     read_provenance,
     write_json,
     write_text,
 )
 from arena_distill.battles import read_solution
+from arena_distill.calibration import METHODS, cross_fit, fit, parts_of
 from arena_distill.errors import InputError
 from arena_distill.folds import (
     dropped_extra,
@@ -44,8 +45,22 @@ from arena_distill.folds import (
     validation_rows,
 )
 from arena_distill.keys import key, locate
+from arena_distill.logits import read_out_of_fold
+from arena_distill.metrics import (
+    Figures,
+    calibration_scores,
+    class_reliability,
+    gap_closed,
+    losses,
+    paired_difference,
+    position_bias,
+    reliability,
+    scores,
+    softmax,
+    truth_scores,
+)
 from arena_distill.orders import CLASSES, ORDERS
-from arena_distill.prediction import WINNERS, softmax
+from arena_distill.prediction import WINNERS
 from arena_distill.settings import EvaluationSettings
 from arena_distill.yardsticks import (
     Yardstick,
@@ -55,13 +70,8 @@ from arena_distill.yardsticks import (
     true_probabilities,
 )
 
-ECE_BINS = 15
-
 JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
 VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
-
-Figures = dict[str, Any]
-"""A part of `metrics.json`: plain JSON values."""
 
 
 def evaluate(
@@ -96,12 +106,10 @@ def evaluate(
     Raises:
         InputError: a judge or fold has no logits, or a row is missing, there twice, or unknown.
     """
-    run = _Run.read(folds, battles)
+    run = Run.read(folds, battles)
     votes = run.votes()
-    seen = {name: _judge_logits(run, name, logits.get(name, ())) for name in settings.judges}
-    judges = {
-        name: {"teachers": list(teachers), **_judge(run, seen[name])}
-        for name, teachers in settings.judges.items()
+    seen = {
+        name: read_out_of_fold(run.folds, logits.get(name, ()), name) for name in settings.judges
     }
     yardsticks = {
         "class_prior": run.out_of_fold(class_prior),
@@ -109,12 +117,21 @@ def evaluate(
     }
     if truth is not None:
         yardsticks["bayes"] = true_probabilities(truth, run.keys())
+    parts = parts_of(run.folds)
+    judges = {
+        name: {
+            "teachers": list(teachers),
+            **_judge(run, seen[name]),
+            **_calibrations(seen[name], votes, parts, yardsticks.get("bayes")),
+        }
+        for name, teachers in settings.judges.items()
+    }
     baselines: dict[str, Figures | None] = {
         name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in yardsticks.items()
     }
     baselines.setdefault("bayes", None)
-    reference = losses(_both_orders(seen[settings.final]), votes)
-    compared = [(judges[name], _both_orders(logits)) for name, logits in seen.items()]
+    reference = losses(both_orders(seen[settings.final]), votes)
+    compared = [(judges[name], both_orders(logits)) for name, logits in seen.items()]
     compared += [(baselines[name] or {}, p) for name, p in yardsticks.items()]
     for figures, probabilities in compared:
         loss = losses(probabilities, votes)
@@ -124,6 +141,7 @@ def evaluate(
     test = None
     if predictions is not None and solution is not None:
         test = _test(run, predictions, solution, truth)
+    prediction = None if predictions is None else _settings(predictions)
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
     metrics = {
         "run": settings.run,
@@ -134,12 +152,12 @@ def evaluate(
         "folds": [_fold(run, fold) for fold in run.fold_numbers()],
         "baselines": baselines,
         "judges": judges,
-        "final": _final(settings.final, test, drift),
+        "final": _final(settings.final, test, drift, prediction),
         "test": test,
         "provenance": {
             "evaluation": provenance("evaluation", settings.model_dump(mode="json")),
             "logits": {n: _settings(ids_path(paths[0])) for n, paths in logits.items()},
-            "prediction": None if predictions is None else _settings(predictions),
+            "prediction": prediction,
         },
     }
     write_json(metrics, output)
@@ -151,100 +169,11 @@ def evaluate(
     )
 
 
-# --- scores ---------------------------------------------------------------------------------------
-
-
-def losses(probabilities: np.ndarray, votes: np.ndarray) -> np.ndarray:
-    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, 3), votes (rows,).
-
-    As in scikit-learn, a probability of 0 counts as the smallest step of float64, 2.2e-16.
-    """
-    given = np.take_along_axis(probabilities.astype(np.float64), votes[:, None], axis=1)[:, 0]
-    return -np.log(given.clip(min=np.finfo(np.float64).eps))
-
-
-def scores(probabilities: np.ndarray, votes: np.ndarray) -> Figures:
-    """Row count, mean log loss and accuracy of probabilities (rows, 3) against votes (rows,)."""
-    return {
-        "rows": len(votes),
-        "log_loss": float(losses(probabilities, votes).mean()),
-        "accuracy": float((probabilities.argmax(axis=1) == votes).mean()),
-    }
-
-
-def paired_difference(loss: np.ndarray, reference: np.ndarray, groups: np.ndarray) -> Figures:
-    """Mean difference of two losses on the same battles, with its 95 % interval.
-
-    Battles with the same prompt are not independent: the interval is the normal one, by a standard
-    error that is robust to clusters.
-
-    Args:
-        loss, reference: float (rows,), of the same battles in the same order.
-        groups: int (rows,), the battle's prompt.
-
-    References:
-        Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference.
-    """
-    difference = loss - reference
-    mean = difference.mean()
-    cluster = np.unique(groups, return_inverse=True)[1]
-    sums = np.bincount(cluster, difference - mean)
-    correction = len(sums) / max(len(sums) - 1, 1)
-    half = 1.96 * np.sqrt(correction * (sums**2).sum()) / len(difference)
-    return {"difference": float(mean), "low": float(mean - half), "high": float(mean + half)}
-
-
-def reliability(probabilities: np.ndarray, votes: np.ndarray) -> list[Figures]:
-    """Confidence and accuracy of the verdicts, in 15 bins of equal width: the reliability diagram.
-
-    A verdict is the most probable class, its confidence that class's probability. A bin holds the
-    verdicts with `lower` < confidence <= `upper`; empty ones are left out.
-
-    References:
-        Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
-    """
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == votes
-    number = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    rows, confidences, rights = (
-        np.bincount(number, weights, minlength=ECE_BINS) for weights in (None, confidence, right)
-    )
-    return [
-        {
-            "lower": i / ECE_BINS,
-            "upper": (i + 1) / ECE_BINS,
-            "rows": int(rows[i]),
-            "confidence": float(confidences[i] / rows[i]),
-            "accuracy": float(rights[i] / rows[i]),
-        }
-        for i in np.flatnonzero(rows).tolist()
-    ]
-
-
-def calibration_error(bins: Sequence[Figures]) -> float:
-    """The expected calibration error (ECE): mean |accuracy - confidence| of a reliability diagram.
-
-    Bins weigh as much as they have rows. 0 is perfect; it also depends on the number of bins, so
-    compare only what was computed alike.
-    """
-    rows = sum(b["rows"] for b in bins)
-    return float(sum(b["rows"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / rows)
-
-
-def gap_closed(log_loss: float, baselines: Mapping[str, Figures | None]) -> float | None:
-    """How far from the class prior (0) to the Bayes limit (1) a log loss is; None where unknown."""
-    prior, bayes = baselines["class_prior"], baselines["bayes"]
-    if prior is None or bayes is None or prior["log_loss"] == bayes["log_loss"]:
-        return None
-    gap = prior["log_loss"] - bayes["log_loss"]
-    return float((prior["log_loss"] - log_loss) / gap)
-
-
 # --- one run --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """The battles of a run, and which of them validate.
 
     folds: `folds.parquet`.
@@ -259,7 +188,7 @@ class _Run:
     validation: np.ndarray
 
     @classmethod
-    def read(cls, folds_path: Path, battles_path: Path) -> _Run:
+    def read(cls, folds_path: Path, battles_path: Path) -> Run:
         folds = read_parquet(folds_path)
         battles = read_parquet(battles_path, ["id", "source", "response_a", "response_b"])
         keys = key(folds)
@@ -268,6 +197,21 @@ class _Run:
         validation = np.flatnonzero(folds["fold"].to_numpy() >= 0)
         lengths = length_features(battles.take(pa.array(rows)))
         return cls(folds, battles, lengths, validation)
+
+    def of_folds(self, n: int) -> Run:
+        """The same run, of whose battles only those of the first folds are scored."""
+        fold = self.folds["fold"].to_numpy()
+        return replace(self, validation=np.flatnonzero((fold >= 0) & (fold < n)))
+
+    def judge_logits(self, judge: str, paths: Sequence[Path]) -> np.ndarray:
+        """A judge's out-of-fold logits: float32 (out-of-fold rows, orders, 3)."""
+        scored = self.folds.take(pa.array(self.validation))
+        return read_out_of_fold(scored, paths, judge)
+
+    def lengths_of(self, keys: pa.Array) -> np.ndarray:
+        """Features of any battles of the run: float64 (rows, 4), :func:`length_features`."""
+        rows = locate(keys, key(self.battles), "battles")
+        return length_features(self.battles.take(pa.array(rows)))
 
     def keys(self) -> pa.Array:
         """Keys of the out-of-fold rows."""
@@ -303,7 +247,7 @@ class _Run:
         ]
 
 
-def _fold(run: _Run, fold: int) -> Figures:
+def _fold(run: Run, fold: int) -> Figures:
     return {
         "fold": fold,
         "training_rows": len(training_rows(run.folds, fold)),
@@ -335,66 +279,53 @@ def _rejections(path: Path | None) -> list[Figures]:
 # --- one judge ------------------------------------------------------------------------------------
 
 
-def _judge(run: _Run, logits: np.ndarray) -> Figures:
+def _judge(run: Run, logits: np.ndarray) -> Figures:
     """The figures of one judge: the mean of both orders' logits, and each order alone."""
     votes = run.votes()
-    probabilities = _both_orders(logits)
-    bins = reliability(probabilities, votes)
-    verdicts = logits.argmax(axis=-1)
+    probabilities = both_orders(logits)
+    position = position_bias(logits, votes)
     return {
         "folds": run.by_fold(probabilities),
-        "oof": scores(probabilities, votes) | {"ece": calibration_error(bins)},
+        "oof": scores(probabilities, votes) | calibration_scores(probabilities, votes),
         "orders": {order: scores(softmax(logits[:, i]), votes) for i, order in enumerate(ORDERS)},
-        "order_flip_rate": float((verdicts[:, 0] != verdicts[:, 1]).mean()),
-        "reliability": bins,
+        "order_flip_rate": position["flip_rate"],
+        "position": position,
+        "reliability": reliability(probabilities, votes),
+        "class_reliability": class_reliability(probabilities, votes),
     }
 
 
-def _both_orders(logits: np.ndarray) -> np.ndarray:
+def _calibrations(
+    logits: np.ndarray, votes: np.ndarray, parts: np.ndarray, truth: np.ndarray | None
+) -> Figures:
+    """What calibrating a judge would give, cross-fitted; and how far from the truth it is then."""
+    mean = logits.mean(axis=1, dtype=np.float64)
+    figures = {}
+    seen = {"raw": both_orders(logits)}
+    for method in METHODS:
+        seen[method] = p = softmax(cross_fit(method, mean, votes, parts))
+        figures[method] = {
+            "parameters": fit(method, mean, votes).parameters,
+            **scores(p, votes),
+            **calibration_scores(p, votes),
+            "reliability": reliability(p, votes),
+            "class_reliability": class_reliability(p, votes),
+        }
+    if truth is None:
+        return {"calibration": figures, "truth": None}
+    distances = {name: truth_scores(truth, p, votes) for name, p in seen.items()}
+    return {"calibration": figures, "truth": distances}
+
+
+def both_orders(logits: np.ndarray) -> np.ndarray:
     """Probabilities by the mean of both orders' logits (rows, orders, 3): float64 (rows, 3)."""
     return softmax(logits.mean(axis=1, dtype=np.float64))
-
-
-def _judge_logits(run: _Run, name: str, paths: Sequence[Path]) -> np.ndarray:
-    """A judge's out-of-fold logits: float32 (out-of-fold rows, orders, 3)."""
-    logits = np.empty((len(run.folds), len(ORDERS), len(CLASSES)), np.float32)
-    files = {_fold_number(path): path for path in paths}
-    expected = run.fold_numbers()
-    if len(files) < len(paths) or sorted(files) != expected:
-        given = ", ".join(map(str, paths)) or "none"
-        raise InputError(f"judge {name}: logits of the folds {expected} expected, got {given}")
-    for fold, path in files.items():
-        found, ids = read_logits(path)
-        if found.shape[1:] != logits.shape[1:]:
-            raise InputError(f"{path}: {found.shape[1:]} logits a row, {logits.shape[1:]} expected")
-        if "validation" not in ids.column_names:
-            raise InputError(f"{ids_path(path)}: no column validation")
-        # Training and extra rows lie in the same file for students; they are no fold's validation.
-        mine = np.flatnonzero(ids["validation"].to_numpy())
-        available = key(ids.take(pa.array(mine)))
-        rows = validation_rows(run.folds, fold)
-        wanted = key(run.folds.select(["id", "source"]).take(pa.array(rows)))
-        logits[rows] = found[mine[locate(wanted, available, str(ids_path(path)))]]
-        if len(available) != len(wanted):
-            foreign = available.filter(pc.invert(pc.is_in(available, wanted)))
-            raise InputError(
-                f"{ids_path(path)}: {len(foreign)} validation rows are not of fold {fold}, "
-                f"{foreign[0]} among them"
-            )
-    return logits[run.validation]
-
-
-def _fold_number(path: Path) -> int:
-    match = re.fullmatch(r"fold_(\d+)\.npy", path.name)
-    if match is None:
-        raise InputError(f"{path}: logits of a fold are named fold_<k>.npy")
-    return int(match[1])
 
 
 # --- test battles and quantisation ----------------------------------------------------------------
 
 
-def _test(run: _Run, predictions: Path, solution: Path, truth: Path | None) -> Figures:
+def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Figures:
     """Scores of every variant on the test battles with a known vote, and of the yardsticks."""
     solved = read_solution(solution)
     votes = solved["label"].to_numpy().astype(np.int64)
@@ -432,14 +363,17 @@ def _test(run: _Run, predictions: Path, solution: Path, truth: Path | None) -> F
     }
 
 
-def _final(judge: str, test: Figures | None, drift: Path | None) -> Figures:
-    """The final judge: the submitted model's variants, and what quantising changed."""
+def _final(
+    judge: str, test: Figures | None, drift: Path | None, prediction: Figures | None
+) -> Figures:
+    """The final judge: the submitted model's variants, their calibration, what quantising changed."""
     submitted = test["submitted"] if test else None
     variants = test["models"][submitted["model"]] if test and submitted else {}
     return {
         "judge": judge,
         "submitted": submitted,
         "variants": variants,
+        "calibration": prediction.get("calibration") if prediction else None,
         "gptq": _gptq(test, drift),
     }
 

@@ -8,6 +8,9 @@ Many people ask the same question: battles share prompts. ``kfold`` and ``strati
 that the same prompt is trained on and validated with, as the historical recipes did; the
 count of such rows is printed. ``stratified_group`` deals prompts, and drops from a fold's training
 the extra battles whose prompt validates it.
+
+Where something is chosen by its score (a soup's ingredients), it is chosen on battles held out from all
+folds, whole prompts whatever the method: what a choice saw is never what is reported.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ Method = Literal["kfold", "stratified", "stratified_group"]
 
 EVERY_FOLD = -1
 """The "fold" of extra battles: they train every model and validate none."""
+
+HELD_OUT = -2
+"""The "fold" of held-out battles: they train nothing and are reported of nothing; choices see them."""
 
 MOST_FOLDS = 127  # what int8 holds
 
@@ -54,7 +60,9 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping
     """
     battles = read_parquet(battles_path, ["id", "source", "prompt", "label"])
     method, n, seed = (settings[name] for name in ("method", "n", "seed"))
-    folds = assign_folds(battles, method=method, n=n, seed=seed)
+    folds = assign_folds(
+        battles, method=method, n=n, seed=seed, holdout=settings.get("holdout", 0.0)
+    )
     write_parquet(folds, folds_path, provenance("folds", settings))
     print(f"{n} folds, {method}, seed {seed}: {_prompts(folds)} prompts")
     for fold in range(n):
@@ -67,7 +75,9 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping
         )
 
 
-def assign_folds(battles: pa.Table, *, method: Method, n: int, seed: int) -> pa.Table:
+def assign_folds(
+    battles: pa.Table, *, method: Method, n: int, seed: int, holdout: float = 0.0
+) -> pa.Table:
     """Deal the battles of ``train`` into `n` folds, shuffled by `seed`.
 
     Args:
@@ -76,6 +86,7 @@ def assign_folds(battles: pa.Table, *, method: Method, n: int, seed: int) -> pa.
             vote) or ``stratified_group`` (as equal as possible, prompts kept whole).
         n: number of folds, 2 to 127.
         seed: same battles and seed, same folds.
+        holdout: share of the prompts of ``train`` whose battles stay out of all folds.
 
     Returns:
         Table of `SCHEMA`: the rows of ``train`` and ``extra``, in the order of `battles`.
@@ -98,7 +109,9 @@ def assign_folds(battles: pa.Table, *, method: Method, n: int, seed: int) -> pa.
     groups = prompt_groups(battles)[rows]
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
     labels = labelled["label"].to_numpy()
-    fold[is_train] = _deal(labels[is_train], groups[is_train], method, n, seed)
+    dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
+    fold[is_train] = HELD_OUT
+    fold[dealt] = _deal(labels[dealt], groups[dealt], method, n, seed)
     table = pa.table(
         {
             "id": labelled["id"],
@@ -110,6 +123,22 @@ def assign_folds(battles: pa.Table, *, method: Method, n: int, seed: int) -> pa.
     ).cast(SCHEMA)
     split = {"method": method, "n": n, "seed": seed}
     return table.replace_schema_metadata({_SPLIT: json.dumps(split).encode()})
+
+
+def _hold_out(groups: np.ndarray, is_train: np.ndarray, holdout: float, seed: int) -> np.ndarray:
+    """Mask the rows of ``train`` that are held out: whole prompts."""
+    mask = np.zeros(len(groups), bool)
+    if holdout:
+        from sklearn.model_selection import GroupShuffleSplit
+
+        rows = np.flatnonzero(is_train)
+        splitter = GroupShuffleSplit(1, test_size=holdout, random_state=seed)
+        try:
+            _, held = next(splitter.split(rows, groups=groups[rows]))
+        except ValueError as error:
+            raise InputError(f"folds: holdout {holdout}: {error}") from None
+        mask[rows[held]] = True
+    return mask
 
 
 def prompt_groups(battles: pa.Table) -> np.ndarray:
@@ -146,7 +175,11 @@ def training_rows(
     Raises:
         InputError: `folds` has no such fold, or does not say how it was dealt.
     """
-    keep = _fold_column(folds, fold) != fold
+    column, groups = _fold_column(folds, fold), folds["group"].to_numpy()
+    held_out = column == HELD_OUT
+    keep = (column != fold) & ~held_out
+    # Nobody trains on the prompts by which something is chosen.
+    keep &= ~((column == EVERY_FOLD) & np.isin(groups, groups[held_out]))
     if drop_shared_groups is None:
         drop_shared_groups = fold_settings(folds)["method"] == "stratified_group"
     if drop_shared_groups:
@@ -161,7 +194,15 @@ def validation_rows(folds: pa.Table, fold: int) -> np.ndarray:
 
 def dropped_extra(folds: pa.Table, fold: int) -> int:
     """Count the extra battles that `training_rows` leaves out of `fold`."""
-    return int((_fold_column(folds, fold) != fold).sum()) - len(training_rows(folds, fold))
+    column = _fold_column(folds, fold)
+    return int(
+        (column == EVERY_FOLD).sum() - (column[training_rows(folds, fold)] == EVERY_FOLD).sum()
+    )
+
+
+def held_out_rows(folds: pa.Table) -> np.ndarray:
+    """Select the rows by which choices are made: int64 positions in `folds`, ascending."""
+    return np.flatnonzero(folds["fold"].to_numpy() == HELD_OUT).astype(np.int64)
 
 
 def shared_prompts(folds: pa.Table, fold: int) -> int:

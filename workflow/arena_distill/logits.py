@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from arena_distill.artifacts import (
+    ids_path,
     provenance,
     read_logits,
     read_parquet,
@@ -21,7 +24,7 @@ from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
 from arena_distill.heads import encode_views, verdicts
 from arena_distill.keys import key, locate
-from arena_distill.orders import ORDERS
+from arena_distill.orders import CLASSES, ORDERS
 from arena_distill.settings import LogitsSettings
 
 
@@ -157,3 +160,52 @@ def score_batches(model: Any, sequences: Sequences, batches: Sequence[np.ndarray
             scores[rows] = logits.float().cpu().numpy()
             progress.update(len(rows))
     return scores
+
+
+def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.ndarray:
+    """A judge's logits of the validation rows, each by the fold model that never saw it.
+
+    Args:
+        folds: `folds.parquet`.
+        paths: the judge's files `fold_<k>.npy`, one per fold, in any order.
+        judge: its name, for messages.
+
+    Returns:
+        float32 (out-of-fold rows, orders, 3), in the canonical frame; rows in their order in `folds`.
+
+    Raises:
+        InputError: a fold has no logits, or a row is missing, there twice, or unknown.
+    """
+    logits = np.empty((len(folds), len(ORDERS), len(CLASSES)), np.float32)
+    fold_of = folds["fold"].to_numpy()
+    files = {_fold_number(path): path for path in paths}
+    expected = np.unique(fold_of[fold_of >= 0]).tolist()
+    if len(files) < len(paths) or sorted(files) != expected:
+        given = ", ".join(map(str, paths)) or "none"
+        raise InputError(f"judge {judge}: logits of the folds {expected} expected, got {given}")
+    for fold, path in files.items():
+        found, ids = read_logits(path)
+        if found.shape[1:] != logits.shape[1:]:
+            raise InputError(f"{path}: {found.shape[1:]} logits a row, {logits.shape[1:]} expected")
+        if "validation" not in ids.column_names:
+            raise InputError(f"{ids_path(path)}: no column validation")
+        # Training and extra rows lie in the same file for students; they are no fold's validation.
+        mine = np.flatnonzero(ids["validation"].to_numpy())
+        available = key(ids.take(pa.array(mine)))
+        rows = validation_rows(folds, fold)
+        wanted = key(folds.select(["id", "source"]).take(pa.array(rows)))
+        logits[rows] = found[mine[locate(wanted, available, str(ids_path(path)))]]
+        if len(available) != len(wanted):
+            foreign = available.filter(pc.invert(pc.is_in(available, wanted)))
+            raise InputError(
+                f"{ids_path(path)}: {len(foreign)} validation rows are not of fold {fold}, "
+                f"{foreign[0]} among them"
+            )
+    return logits[fold_of >= 0]
+
+
+def _fold_number(path: Path) -> int:
+    match = re.fullmatch(r"fold_(\d+)\.npy", path.name)
+    if match is None:
+        raise InputError(f"{path}: logits of a fold are named fold_<k>.npy")
+    return int(match[1])

@@ -53,6 +53,7 @@ def merge_folds(
     head: HeadOf,
     dtype: str,
     settings: Mapping[str, Any],
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Merge the folds' adapters and heads into the backbone → an ordinary Hugging Face folder.
 
@@ -66,6 +67,7 @@ def merge_folds(
         average: see the module.
         head: the mean of the folds' heads, or the head of the first.
         dtype: of the result: fp32, bf16, fp16.
+        weights: of the folds, summing to 1 (see ``soups``); None: equal.
         settings: JSON values for the provenance; the model card names `judge` and `template`.
 
     Raises:
@@ -82,8 +84,8 @@ def merge_folds(
     target = getattr(torch, DTYPES.get(dtype, dtype), None)
     if not isinstance(target, torch.dtype) or not target.is_floating_point:
         raise InputError(f"config: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    folds = [_read(folder) for folder in adapters]
-    _check_alike(folds)
+    folds = read_adapters(adapters)
+    weights = weights or [1 / len(folds)] * len(folds)
 
     tokenizer = load_tokenizer(backbone)
     pad = safe_pad_id(tokenizer)
@@ -91,8 +93,7 @@ def merge_folds(
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     wide = torch.float32 if target == torch.float32 else "auto"
     model: Any = load_classifier(backbone, head=outputs, dtype=wide, pad_token_id=pad)
-    with torch.no_grad():
-        gap = _merge(model, folds, average, head, target)
+    gap = merge_into(model, folds, weights, average, head, target)
     model.to(target)
 
     with atomic_directory(output) as folder:
@@ -103,6 +104,7 @@ def merge_folds(
             "folds": len(folds),
             "average": average,
             "head": head,
+            "weights": list(weights),
             "dtype": str(target).removeprefix("torch."),
             "targets": len(folds[0].targets),
             "ranks": [fold.rank for fold in folds],
@@ -116,7 +118,7 @@ def merge_folds(
 
 
 @dataclass(frozen=True)
-class _Fold:
+class Adapter:
     """A saved adapter; its tensors stay in the file until they are asked for.
 
     targets: names of the adapted linear layers, as in the backbone.
@@ -150,7 +152,7 @@ class _Fold:
         return a, b, alpha / (math.sqrt(len(a)) if self.config.use_rslora else len(a))
 
 
-def _read(folder: Path) -> _Fold:
+def _read(folder: Path) -> Adapter:
     """Open a PEFT folder.
 
     Raises:
@@ -184,10 +186,21 @@ def _read(folder: Path) -> _Fold:
     if not targets or not head:
         what = "head (train with task_type SEQ_CLS)" if targets else "low-rank factors"
         raise InputError(f"{folder}: it holds no {what}")
-    return _Fold(folder, file, config, tuple(sorted(targets)), tuple(sorted(head)))
+    return Adapter(folder, file, config, tuple(sorted(targets)), tuple(sorted(head)))
 
 
-def _check_alike(folds: Sequence[_Fold]) -> None:
+def read_adapters(folders: Sequence[Path]) -> list[Adapter]:
+    """Open the folds' PEFT folders.
+
+    Raises:
+        InputError: one is not plain LoRA with a head, or they do not fit each other.
+    """
+    folds = [_read(folder) for folder in folders]
+    _check_alike(folds)
+    return folds
+
+
+def _check_alike(folds: Sequence[Adapter]) -> None:
     first = folds[0]
     for fold in folds[1:]:
         for names, expected in ((fold.targets, first.targets), (fold.head, first.head)):
@@ -198,14 +211,15 @@ def _check_alike(folds: Sequence[_Fold]) -> None:
                 )
 
 
-def _merge(
+def merge_into(
     model: torch.nn.Module,
-    folds: Sequence[_Fold],
+    folds: Sequence[Adapter],
+    weights: Sequence[float],
     average: Average,
     head: HeadOf,
     dtype: torch.dtype,
 ) -> float | None:
-    """Merge into `model` in place.
+    """Merge folds into `model` in place, by their weights (which sum to 1).
 
     Returns:
         ‖factors − products‖ / ‖products‖ over all targets (Frobenius), None where the factors have
@@ -231,8 +245,8 @@ def _merge(
                     f"{fold.folder}: {target} is {len(b)} × {a.shape[1]}, in the backbone "
                     f"{' × '.join(map(str, layer.weight.shape))}; it was trained from another one"
                 )
-        exact = _mean_of_products(parts)
-        rough = _product_of_means(parts)
+        exact = _mean_of_products(parts, weights)
+        rough = _product_of_means(parts, weights)
         size += float(exact.square().sum(dtype=torch.float64))
         if rough is None and average == "factors":
             raise InputError(
@@ -244,7 +258,7 @@ def _merge(
         else:
             gap += float((rough - exact).square().sum(dtype=torch.float64))
         delta = exact if average == "products" or rough is None else rough
-        layer.weight.data = (layer.weight.float() + delta).to(dtype)
+        layer.weight.data = (layer.weight.detach().float() + delta).to(dtype)
     parameters = dict(model.named_parameters())
     for name in folds[0].head:
         heads = [fold.tensor(name) for fold in folds]
@@ -253,7 +267,7 @@ def _merge(
             raise InputError(
                 f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
             )
-        merged = heads[0] if head == "first" else torch.stack(heads).mean(0)
+        merged = heads[0] if head == "first" else _mean(heads, weights)
         parameters[name].data = merged.to(dtype)
     if gap is None:
         return None
@@ -263,22 +277,26 @@ def _merge(
 _Factors = Sequence[tuple["torch.Tensor", "torch.Tensor", float]]
 
 
-def _mean_of_products(parts: _Factors) -> torch.Tensor:
+def _mean_of_products(parts: _Factors, weights: Sequence[float]) -> torch.Tensor:
     """Mean over folds of s·B·A: (out, in). One product, of the factors laid side by side."""
     import torch
 
-    left = torch.cat([b * (scaling / len(parts)) for _, b, scaling in parts], dim=1)
-    return left @ torch.cat([a for a, _, _ in parts])
+    scaled = [b * (scaling * w) for (_, b, scaling), w in zip(parts, weights, strict=True)]
+    return torch.cat(scaled, dim=1) @ torch.cat([a for a, _, _ in parts])
 
 
-def _product_of_means(parts: _Factors) -> torch.Tensor | None:
+def _product_of_means(parts: _Factors, weights: Sequence[float]) -> torch.Tensor | None:
     """s · mean B · mean A: (out, in); None where ranks or scalings differ."""
-    import torch
-
     if len({(a.shape, scaling) for a, _, scaling in parts}) > 1:
         return None
-    mean_a, mean_b = (torch.stack([part[i] for part in parts]).mean(0) for i in (0, 1))  # type: ignore[misc]
+    mean_a, mean_b = (_mean([part[i] for part in parts], weights) for i in (0, 1))  # type: ignore[misc]
     return parts[0][2] * mean_b @ mean_a
+
+
+def _mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    import torch
+
+    return torch.stack([t * w for t, w in zip(tensors, weights, strict=True)]).sum(0)
 
 
 def _card(

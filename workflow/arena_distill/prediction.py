@@ -3,7 +3,7 @@
 Test-time augmentation (TTA) shows a battle several times: cut to several lengths, and with the
 answers in both orders. The forward passes are done once and kept as logits; every average of them
 that may be asked about is then a variant, and one of the variants is submitted: the configured
-model's, averaged over all lengths and all orders.
+model's, averaged over all lengths and all orders, and calibrated where the configuration says so.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from arena_distill.artifacts import (
     write_parquet,
     write_text,
 )
+from arena_distill.calibration import read_calibration
 from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.heads import encode_views, verdicts, views
 from arena_distill.keys import key, locate
+from arena_distill.metrics import softmax
 from arena_distill.orders import CLASSES, Order
 from arena_distill.settings import PredictionSettings, ScoringSettings
 
@@ -155,7 +157,11 @@ def _load(folder: Path, *, quantized: bool, settings: ScoringSettings, pad: int)
 
 
 def predict_test(
-    logits: Mapping[Model, Path], output: Path, *, settings: PredictionSettings
+    logits: Mapping[Model, Path],
+    output: Path,
+    *,
+    settings: PredictionSettings,
+    calibration: Path | None = None,
 ) -> None:
     """Average the test logits in every way → `test.parquet`.
 
@@ -163,17 +169,30 @@ def predict_test(
     `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the
     configured model's variant of all lengths and all orders.
 
+    With `settings.calibration` every variant is there twice: as it is, and calibrated, named after
+    the method as well (``256+512/AB+BA/temperature``), and a calibrated one is submitted. The
+    parameters were fitted to the folds' models at their own length, with the logits of both orders
+    averaged, and are taken for the merged models and all variants alike.
+
     Args:
         logits: model → file of :func:`score_test`.
+        calibration: the judge's file of :func:`arena_distill.calibration.fit_calibration`.
 
     Raises:
-        InputError: the model to submit is missing, a file was made with other lengths or orders, or
-            the files are not of the same battles.
+        InputError: the model to submit is missing, a file was made with other lengths or orders,
+            the files are not of the same battles, or there is no calibration.
     """
     if settings.model not in logits:
         raise InputError(
             f"prediction.model: {settings.model}, but there are only {_joined(logits)}"
         )
+    calibrate = None
+    if settings.calibration != "none":
+        if calibration is None:
+            raise InputError(
+                f"prediction.calibration: {settings.calibration}, but no file is given"
+            )
+        calibrate = read_calibration(calibration, settings.calibration)
     lengths, orders = settings.max_lengths, settings.orders
     submitted = submitted_variant(settings)
     ids: pa.Table | None = None
@@ -184,7 +203,12 @@ def predict_test(
         if len(rows) != len(ids):
             raise InputError(f"{path}: {len(rows)} battles, the other model's file has {len(ids)}")
         scores = scores[locate(key(ids), key(rows), str(path))]
-        for name, probabilities in averages(scores, lengths, orders, settings.average).items():
+        variants = averages(scores, lengths, orders, settings.average)
+        if calibrate:
+            # Each view, before any average; of logits, it is the same after: the map is affine.
+            mended = averages(calibrate(scores), lengths, orders, settings.average)
+            variants |= {f"{name}/{settings.calibration}": p for name, p in mended.items()}
+        for name, probabilities in variants.items():
             part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
             part["variant"] = pa.repeat(name, len(ids))
             part |= {w: probabilities[:, i] for i, w in enumerate(WINNERS)}
@@ -213,27 +237,22 @@ def averages(
     variants = {}
     for length_name, i in _choices(lengths):
         for order_name, j in _choices(orders):
-            chosen = logits[:, i][:, :, j]
-            chosen = chosen.reshape(len(logits), len(i) * len(j), len(CLASSES)).astype(np.float64)
-            if average == "logits":
-                probabilities = softmax(chosen.mean(axis=1))
-            else:
-                probabilities = softmax(chosen).mean(axis=1)
-            variants[f"{length_name}/{order_name}"] = probabilities
+            chosen = logits[:, i][:, :, j].reshape(len(logits), len(i) * len(j), len(CLASSES))
+            variants[f"{length_name}/{order_name}"] = mean_of_views(chosen, average)
     return variants
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities in float64, whatever the precision of the logits (..., 3)."""
-    logits = logits.astype(np.float64)
-    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: np.ndarray = odds / odds.sum(axis=-1, keepdims=True)
-    return probabilities
+def mean_of_views(logits: np.ndarray, average: Literal["logits", "probabilities"]) -> np.ndarray:
+    """Average the views of each battle: logits (rows, views, 3) → probabilities, float64 (rows, 3)."""
+    if average == "logits":
+        return softmax(logits.mean(axis=1, dtype=np.float64))
+    return np.asarray(softmax(logits).mean(axis=1))
 
 
 def submitted_variant(settings: PredictionSettings) -> str:
-    """The name of the variant of all lengths and all orders."""
-    return f"{_joined(settings.max_lengths)}/{_joined(settings.orders)}"
+    """The name of the variant of all lengths and all orders, calibrated where it is to be."""
+    name = f"{_joined(settings.max_lengths)}/{_joined(settings.orders)}"
+    return name if settings.calibration == "none" else f"{name}/{settings.calibration}"
 
 
 def _choices(values: Sequence[object]) -> list[tuple[str, list[int]]]:

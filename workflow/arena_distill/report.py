@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import read_json, write_text
 from arena_distill.errors import InputError
-from arena_distill.evaluation import Figures, variant_records
+from arena_distill.evaluation import variant_records
+from arena_distill.metrics import Figures
 
 if TYPE_CHECKING:
+    import jinja2
     from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "report"
 FIGURES = ("log_loss", "reliability", "variants")
 """Drawings, `<name>.svg`."""
 
-TABLES = ("judges", "variants", "folds", "rejected")
+TABLES = ("judges", "calibration", "position", "variants", "folds", "rejected")
 """Tables, `<name>.csv`."""
 
 INK, MUTED, RULE, PAPER = "#1d1f21", "#6a7178", "#d5d9dd", "#fdfdfc"
@@ -47,6 +49,8 @@ ROLES = {
 FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 NAMES = {"class_prior": "class prior", "length": "length regression", "bayes": "Bayes limit"}
 MODELS = {"merged": "merged", "gptq": "GPTQ"}
+CALIBRATIONS = {"raw": "as it is", "temperature": "temperature", "vector": "vector"}
+CLASS_NAMES = {"model_a": "A wins", "model_b": "B wins", "tie": "tie"}
 
 
 def render_report(
@@ -79,11 +83,30 @@ def render_report(
 
 def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dict[str, str]]:
     """The page's HTML, and the text of the separate files by name."""
-    import jinja2
-
     makers = (_log_loss, _reliability, _variants)
     drawings = {n: draw(n, make, metrics) for n, make in zip(FIGURES, makers, strict=True)}
     tables = _tables(metrics)
+    page = template("report.html.j2").render(
+        metrics=metrics,
+        final=metrics["judges"][metrics["final"]["judge"]],
+        rows=_overview(metrics),
+        drawings={name: inline(svg, _alt(name, metrics)) for name, svg in drawings.items()},
+        variants=_variants_by_name(metrics),
+        calibrations={name: _calibrations(f) for name, f in metrics["judges"].items()},
+        names=NAMES | MODELS | CALIBRATIONS,
+        shared_prompts=sum(fold["shared_prompts"] for fold in metrics["folds"]),
+        settings=json.dumps(metrics["provenance"], indent=2, ensure_ascii=False),
+        versions=metrics["provenance"]["evaluation"]["versions"],
+        configuration=configuration,
+    )
+    files = {f"{name}.svg": svg for name, svg in drawings.items()}
+    return page, files | {f"{name}.csv": text for name, text in tables.items()}
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template, with the filters that all pages use."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -92,21 +115,7 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "signed": signed}
-    evaluated = metrics["provenance"]["evaluation"]
-    page = environment.get_template("report.html.j2").render(
-        metrics=metrics,
-        final=metrics["judges"][metrics["final"]["judge"]],
-        rows=_overview(metrics),
-        drawings={name: inline(svg, _alt(name, metrics)) for name, svg in drawings.items()},
-        variants=_variants_by_name(metrics),
-        names=NAMES | MODELS,
-        shared_prompts=sum(fold["shared_prompts"] for fold in metrics["folds"]),
-        settings=json.dumps(metrics["provenance"], indent=2, ensure_ascii=False),
-        versions=evaluated["versions"],
-        configuration=configuration,
-    )
-    files = {f"{name}.svg": svg for name, svg in drawings.items()}
-    return page, files | {f"{name}.csv": text for name, text in tables.items()}
+    return environment.get_template(name)
 
 
 # --- contents -------------------------------------------------------------------------------------
@@ -142,6 +151,13 @@ def _variants_by_name(metrics: Figures) -> dict[str, dict[str, Figures]]:
     return variants
 
 
+def _calibrations(judge: Figures) -> dict[str, Figures]:
+    """A judge's scores as it is (`raw`) and by each method, with their distance from the truth."""
+    scored = {"raw": {**judge, **judge["oof"]}, **judge["calibration"]}
+    truth = judge["truth"] or {}
+    return {name: {**scored[name], "truth": truth.get(name)} for name in CALIBRATIONS}
+
+
 def _tables(metrics: Figures) -> dict[str, str]:
     """The tables as CSV: rounded, for reading; the exact figures are in `metrics.json`."""
     folds = [fold["fold"] for fold in metrics["folds"]]
@@ -162,21 +178,45 @@ def _tables(metrics: Figures) -> dict[str, str]:
         }
         for row in _overview(metrics)
     ]
-    variants = [
-        {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
-        for record in variant_records(metrics)
+    variants = [_rounded(record) for record in variant_records(metrics)]
+    calibration = [
+        {
+            "name": name,
+            "logits": CALIBRATIONS[method],
+            "temperature": figures.get("parameters", {}).get("temperature"),
+            **{k: figures[k] for k in ("log_loss", "accuracy", "brier")},
+            **{k: figures[k] for k in ("ece", "adaptive_ece", "classwise_ece")},
+            **dict.fromkeys(("kl", "mean_absolute_error", "excess_log_loss")),
+            **(figures["truth"] or {}),
+        }
+        for name, judge in metrics["judges"].items()
+        for method, figures in _calibrations(judge).items()
+    ]
+    position = [
+        {
+            "name": name,
+            **{k: v for k, v in judge["position"].items() if k != "log_loss"},
+            **{f"log_loss {order}": v for order, v in judge["position"]["log_loss"].items()},
+        }
+        for name, judge in metrics["judges"].items()
     ]
     return {
-        "judges": _csv(judges),
-        "variants": _csv(
+        "judges": write_csv(judges),
+        "calibration": write_csv([_rounded(record) for record in calibration]),
+        "position": write_csv([_rounded(record) for record in position]),
+        "variants": write_csv(
             variants, ["model", "variant", "rows", "log_loss", "accuracy", "submitted"]
         ),
-        "folds": _csv(metrics["folds"]),
-        "rejected": _csv(metrics["rejected"], ["source", "column", "reason", "rows"]),
+        "folds": write_csv(metrics["folds"]),
+        "rejected": write_csv(metrics["rejected"], ["source", "column", "reason", "rows"]),
     }
 
 
-def _csv(records: Sequence[Figures], columns: Sequence[str] | None = None) -> str:
+def _rounded(record: Figures) -> Figures:
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
+
+
+def write_csv(records: Sequence[Figures], columns: Sequence[str] | None = None) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -193,7 +233,12 @@ def _alt(name: str, metrics: Figures) -> str:
         final = metrics["final"]["judge"]
         bins = metrics["judges"][final]["reliability"]
         shown = [f"{b['confidence']:.2f}: {b['accuracy']:.2f}" for b in bins]
-        return f"Reliability diagram of {final}, confidence: accuracy. {', '.join(shown)}."
+        before, after = (_calibrations(metrics["judges"][final])[k] for k in _shown(metrics))
+        return (
+            f"Reliability diagrams of {final}, of its verdicts and of each class, before and after "
+            f"calibration. Verdicts before, confidence: accuracy. {', '.join(shown)}. "
+            f"Calibration error {before['ece']:.3f} before, {after['ece']:.3f} after."
+        )
     shown = [
         f"{MODELS.get(r['model'], r['model'])} {r['variant']} {r['log_loss']:.4f}"
         for r in variant_records(metrics)
@@ -276,7 +321,7 @@ def _log_loss(metrics: Figures) -> Figure:
         if metrics["baselines"][name]:
             x = metrics["baselines"][name]["log_loss"]
             axes.axvline(x, color=MUTED, lw=0.9, dashes=dash, zorder=0)
-    _rows_axis(axes, [row["name"] for row in rows])
+    rows_axis(axes, [row["name"] for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row["kind"] == "final" else "normal")
     axes.set_xlabel("log loss out of fold, nats (lower is better); small dots: single folds")
@@ -284,30 +329,60 @@ def _log_loss(metrics: Figures) -> Figure:
 
 
 def _reliability(metrics: Figures) -> Figure:
-    """Accuracy against confidence of the final judge, and below how its confidence is spread."""
+    """The final judge before and after calibration: its verdicts, then each class, and their spread."""
     from matplotlib.figure import Figure
 
-    bins = metrics["judges"][metrics["final"]["judge"]]["reliability"]
-    rows = sum(b["rows"] for b in bins)
-    figure = Figure(figsize=(4.8, 5.2))
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    above.plot([0, 1], [0, 1], color=MUTED, lw=0.9, dashes=(4, 3))
-    above.text(0.03, 0.09, "perfect calibration", color=MUTED, rotation=40, size=9)
+    before, after = _shown(metrics)
+    judge = _calibrations(metrics["judges"][metrics["final"]["judge"]])
+    markers: dict[str, Any] = {
+        before: {"marker": "o", "ms": 6.5, "color": SECOND, "label": CALIBRATIONS[before]},
+        after: {"marker": "D", "ms": 4.8, "color": ACCENT, "label": CALIBRATIONS[after]},
+    }
+    bars: dict[str, Any] = {
+        before: {"color": SECOND, "alpha": 0.75, "ec": PAPER},
+        after: {"fc": "none", "ec": ACCENT, "lw": 1.3},
+    }
+    figure = Figure(figsize=(7.2, 7.8))
+    cells = figure.subplots(4, 2, sharex=True, height_ratios=[4, 1, 4, 1])
+    for i, name in enumerate([None, *CLASS_NAMES]):
+        above, below = cells[i // 2 * 2 : i // 2 * 2 + 2, i % 2]
+        above.plot([0, 1], [0, 1], color=MUTED, lw=0.9, dashes=(4, 3))
+        for method in (before, after):
+            figures = judge[method]
+            bins = figures["class_reliability"][name] if name else figures["reliability"]
+            _diagram(above, bins, markers[method])
+            rows = sum(b["rows"] for b in bins)
+            left, widths = [b["lower"] for b in bins], [b["upper"] - b["lower"] for b in bins]
+            shares = [b["rows"] / rows for b in bins]
+            below.bar(left, shares, widths, align="edge", **bars[method])
+        above.set_title(CLASS_NAMES[name] if name else "verdict", loc="left", color=INK, size=10)
+        above.set(xlim=(0, 1), ylim=(0, 1))
+        above.grid(True)
+        if i % 2 == 0:
+            above.set_ylabel("share that was right" if name is None else "share of votes")
+            below.set_ylabel("share")
+    for cell in cells[-1]:
+        cell.set_xlabel("probability given")
+    cells[0, 0].text(0.03, 0.09, "perfect calibration", color=MUTED, rotation=40, size=9)
+    handles, labels = cells[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, labelcolor=INK, fontsize=9)
+    return figure
+
+
+def _shown(metrics: Figures) -> tuple[str, str]:
+    """What the reliability diagrams compare: as it is, and what is submitted or might be."""
+    return "raw", metrics["final"]["calibration"] or "temperature"
+
+
+def _diagram(axes: Axes, bins: Sequence[Figures], style: dict[str, Any]) -> None:
+    """Accuracy against confidence, with one standard error either way."""
     confidence, accuracy = ([b[name] for b in bins] for name in ("confidence", "accuracy"))
     # With half a verdict added either way: a bin of one right verdict is not certain.
     shrunk = [(b["accuracy"] * b["rows"] + 0.5) / (b["rows"] + 1) for b in bins]
     error = [(p * (1 - p) / b["rows"]) ** 0.5 for p, b in zip(shrunk, bins, strict=True)]
-    above.errorbar(
-        confidence, accuracy, error, fmt="none", ecolor=SECOND, elinewidth=1.1, alpha=0.6
-    )
-    above.plot(confidence, accuracy, "o", color=SECOND, ms=7, mec=PAPER, mew=1, clip_on=False)
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    above.grid(True)
-    widths = [b["upper"] - b["lower"] for b in bins]
-    shares = [b["rows"] / rows for b in bins]
-    below.bar([b["lower"] for b in bins], shares, widths, align="edge", color=SECOND, ec=PAPER)
-    below.set(xlabel="confidence: probability of the verdict", ylabel="share")
-    return figure
+    lines = {"ecolor": style["color"], "elinewidth": 1, "alpha": 0.5}
+    axes.errorbar(confidence, accuracy, error, fmt="none", **lines)
+    axes.plot(confidence, accuracy, ls="none", mec=PAPER, mew=0.8, clip_on=False, **style)
 
 
 def _variants(metrics: Figures) -> Figure:
@@ -328,13 +403,13 @@ def _variants(metrics: Figures) -> Figure:
             if record["submitted"]:
                 (ring,) = axes.plot(record["log_loss"], height, "o", ms=11, label="submitted")
                 ring.set(markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.1)
-    _rows_axis(axes, list(variants))
+    rows_axis(axes, list(variants))
     axes.set_xlabel(f"log loss on {metrics['test']['rows']:,} test battles, nats (lower is better)")
     figure.legend(loc="outside upper right", ncols=3, labelcolor=INK, fontsize=9)
     return figure
 
 
-def _rows_axis(axes: Axes, names: Sequence[str]) -> None:
+def rows_axis(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows of a dot chart, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0, labelcolor=INK)

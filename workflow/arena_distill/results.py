@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from arena_distill.evaluation import Figures, variant_records
+from arena_distill.evaluation import variant_records
+from arena_distill.metrics import Figures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,39 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         console.print("* submitted", style="dim")
     if final["gptq"]:
         console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
+
+
+def print_comparison(figures: Figures, console: Console | None = None) -> None:
+    """Print `compare.json`: every judge, and what distillation adds to each student."""
+    from rich.console import Console
+
+    from arena_distill.comparison_report import PARTS, gains
+
+    console = console or Console()
+    for part, name in PARTS.items():
+        if not figures[part]:
+            continue
+        console.print(
+            f"\n[bold]{figures['run']}[/bold]: {figures[part]['rows']:,} battles {name}\n"
+        )
+        table = _table(["judge"], ["log loss", "95 %", "acc.", "ECE", "TV"])
+        for label, judge in figures[part]["judges"].items():
+            position = judge.get("position")
+            table.add_row(
+                label,
+                f"{judge['log_loss']:.4f}",
+                f"{judge['low']:.3f}–{judge['high']:.3f}",
+                f"{judge['accuracy']:.1%}",
+                f"{judge['ece']:.3f}",
+                f"{position['total_variation']:.3f}" if position else "–",
+            )
+        console.print(table)
+    console.print("\nWhat distillation adds: log loss less that of the same judge on votes alone\n")
+    table = _table(["student", "battles"], ["difference", "95 %"])
+    for gain in gains(figures):
+        interval = f"{gain['low']:+.4f} to {gain['high']:+.4f}"
+        table.add_row(gain["label"], PARTS[gain["part"]], f"{gain['difference']:+.4f}", interval)
+    console.print(table)
 
 
 def describe_drift(gptq: Figures) -> str:

@@ -7,9 +7,9 @@ how a job runs. Rules hand them over as JSON; the command line reads them back w
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from arena_distill.config import (
     JOINT,
@@ -23,6 +23,7 @@ from arena_distill.config import (
     Name,
     Order,
     Precision,
+    Prediction,
     Pretraining,
     Quantization,
     Section,
@@ -32,6 +33,9 @@ from arena_distill.config import (
 )
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
+
+if TYPE_CHECKING:
+    from arena_distill.studies import Studies
 
 Rows = Literal["validation", "training", "extra"]
 
@@ -139,7 +143,7 @@ class MergeSettings(Settings, Merge):
     """How a judge's folds become one model."""
 
     judge: Name
-    template: str
+    encoding: Encoding
     outputs: Head
     """What the model says of a sequence. (`head` is what becomes of the folds' heads.)"""
     precision: Precision
@@ -150,10 +154,29 @@ class MergeSettings(Settings, Merge):
         return cls(
             version=VERSIONS["merging"],
             judge=judge,
-            template=node.encoding.template,
+            encoding=node.encoding,
             outputs=node.head,
             precision=node.precision,
             **node.merge.model_dump(),
+        )
+
+
+class SoupSettings(Settings):
+    """What every way of merging a judge's folds is worth."""
+
+    encoding: Encoding
+    outputs: Head
+    precision: Precision
+    average: Literal["factors", "products"] = "products"
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> SoupSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["soups"],
+            encoding=node.encoding,
+            outputs=node.head,
+            precision=node.precision,
         )
 
 
@@ -219,6 +242,10 @@ class PredictionSettings(Settings):
     orders: tuple[Order, ...]
     average: Literal["logits", "probabilities"]
     model: Literal["gptq", "merged"]
+    # Left out where nothing is calibrated: such predictions are what they were before it was a key.
+    calibration: Literal["none", "temperature", "vector"] = Field(
+        "none", exclude_if=lambda method: method == "none"
+    )
 
     @classmethod
     def of(cls, config: Config, judge: str) -> PredictionSettings:
@@ -240,6 +267,79 @@ class EvaluationSettings(Settings):
             run=config.run,
             judges={name: config.judges[name].teachers for name in config.ordered()},
             final=config.final,
+        )
+
+
+class Entry(Section):
+    """A judge of the comparison."""
+
+    label: str
+    judge: Name
+    teachers: tuple[Name, ...]
+    against: str | None
+    """The label of the same judge on votes alone."""
+    prediction: Prediction
+
+
+class CompareSettings(Settings):
+    """What is compared."""
+
+    run: str
+    entries: tuple[Entry, ...]
+    runs: tuple[str, ...]
+    resamples: int
+
+    @classmethod
+    def of(cls, config: Config, studies: Studies) -> CompareSettings:
+        return cls(
+            version=VERSIONS["comparison"],
+            run=config.run,
+            entries=tuple(
+                Entry(
+                    label=entry.label,
+                    judge=entry.judge,
+                    teachers=config.judges[entry.judge].teachers,
+                    against=entry.against,
+                    prediction=entry.prediction,
+                )
+                for entry in studies.compared
+            ),
+            runs=config.compare.runs,
+            resamples=config.compare.resamples,
+        )
+
+
+class CurveSettings(Settings):
+    """Learning curves: label → share of the training battles, as text → judge."""
+
+    curves: dict[str, dict[str, Name]]
+    folds: int
+
+    @classmethod
+    def of(cls, config: Config, studies: Studies) -> CurveSettings:
+        return cls(
+            version=VERSIONS["curves"],
+            curves={
+                label: {f"{share:g}": judge for share, judge in points.items()}
+                for label, points in studies.curves.items()
+            },
+            folds=config.studies.curve_folds,
+        )
+
+
+class DriftStudySettings(Settings):
+    """Folds that drift apart: start → epochs, as text → judge."""
+
+    drifts: dict[str, dict[str, Name]]
+
+    @classmethod
+    def of(cls, config: Config, studies: Studies) -> DriftStudySettings:
+        return cls(
+            version=VERSIONS["drift_study"],
+            drifts={
+                start: {f"{epochs:g}": judge for epochs, judge in points.items()}
+                for start, points in studies.drifts.items()
+            },
         )
 
 

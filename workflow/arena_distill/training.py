@@ -52,7 +52,7 @@ from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
-from arena_distill.config import Head, Lora, Loss, Optimization, Precision
+from arena_distill.config import Head, Lora, Loss, Optimization, Precision, Training
 from arena_distill.distillation import (
     VOTES,
     as_seen,
@@ -96,12 +96,14 @@ class Examples(Dataset):
     labels: int64 (battles as shown,).
     teachers: float32 (battles as shown, J, 3), or None.
     weights: float32 (battles as shown, J), of the teachers, or None where there are none.
+    battles: how many there are, however often each is shown.
     """
 
     views: tuple[Sequences, ...]
     labels: np.ndarray
     teachers: np.ndarray | None = None
     weights: np.ndarray | None = None
+    battles: int = 0
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -198,7 +200,7 @@ def train_fold(
         teachers: each teacher's logits files (see ``distillation.teacher_targets``).
     """
     table = read_parquet(folds)
-    rows = table.take(training_rows(table, fold))
+    rows = _part(table.take(training_rows(table, fold)), settings.training)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     labels = rows["label"].to_numpy().astype(np.int64)
@@ -209,7 +211,7 @@ def train_fold(
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
         weights = teacher_weights(targets, labels, held_out, settings.loss)
     examples = show(read, labels, targets, weights, settings)
-    seed = settings.training.seed
+    seed = settings.training.seed + (fold if settings.training.own_start else 0)
     base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
     if pretrained is None:
         model = new_judge(base, settings.lora, seed)
@@ -218,6 +220,14 @@ def train_fold(
     phase = "distillation" if settings.teachers else "training"
     about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
     _fit(model, examples, output, settings, settings.loss, launch, about)
+
+
+def _part(rows: pa.Table, training: Training) -> pa.Table:
+    """The battles to learn from: the fold's, or the first of a shuffle of them."""
+    if training.share == 1:
+        return rows
+    shuffled = np.random.default_rng(training.seed).permutation(len(rows))
+    return rows.take(pa.array(np.sort(shuffled[: max(1, round(training.share * len(rows)))])))
 
 
 def show(
@@ -239,7 +249,7 @@ def show(
         # Both orders at once: a joint teacher's two verdicts are one target.
         both = None if targets is None else targets.mean(axis=2)
         shown = tuple(encode_views(tokens, settings.encoding, settings.head))
-        return Examples(shown, labels, both, weights)
+        return Examples(shown, labels, both, weights, len(tokens))
     orders = ORDERS if optimization(settings).swap else ORDERS[:1]
     return Examples(
         (Sequences.concatenate(encode_views(tokens, settings.encoding, settings.head, orders)),),
@@ -248,6 +258,7 @@ def show(
         if targets is None
         else np.concatenate([as_seen(targets, i) for i, _ in enumerate(orders)]),
         None if weights is None else np.concatenate([weights] * len(orders)),
+        len(tokens),
     )
 
 
@@ -453,6 +464,7 @@ def _write(
     history = _history(trainer.state.log_history)
     tokens = sum(len(view.ids) for view in examples.views)
     metrics: dict[str, Any] = {
+        "battles": examples.battles,
         "sequences": len(examples) * len(examples.views),
         "tokens": tokens,
         "longest": int(examples.lengths.max()),

@@ -1,0 +1,253 @@
+"""How predictions are scored: by hand on a few rows, by what must hold on many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss
+
+from arena_distill.metrics import (
+    adaptive_calibration_error,
+    brier_score,
+    calibration_error,
+    calibration_scores,
+    class_reliability,
+    classwise_calibration_error,
+    gap_closed,
+    losses,
+    paired_difference,
+    position_bias,
+    reliability,
+    scores,
+    softmax,
+    truth_scores,
+)
+from arena_distill.orders import swap_classes
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def test_log_loss_and_accuracy_by_hand() -> None:
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
+    found = scores(probabilities, np.array([0, 2, 1]))
+    assert found["rows"] == 3
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    by_hand = -(np.log(0.5) + np.log(0.7) + np.log(0.3)) / 3
+    assert found["log_loss"] == pytest.approx(by_hand, abs=1e-15)
+
+
+@given(seeds, st.integers(1, 50))
+def test_log_loss_is_scikit_learns(seed: int, rows: int) -> None:
+    dice = np.random.default_rng(seed)
+    probabilities, votes = dice.dirichlet(np.ones(3), rows), dice.integers(0, 3, rows)
+    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
+    assert scores(probabilities, votes)["log_loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_impossible_vote_costs_much_but_not_infinitely_much() -> None:
+    probabilities, votes = np.array([[1.0, 0.0, 0.0]]), np.array([1])
+    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
+    assert losses(probabilities, votes)[0] == pytest.approx(expected)
+
+
+def test_calibration_error_by_hand() -> None:
+    # Two verdicts of confidence 0.9, one right; two of 0.5 (bin 0.467 to 0.533), both right.
+    probabilities = np.array([[0.9, 0.1, 0], [0, 0.9, 0.1], [0.5, 0.3, 0.2], [0.3, 0.2, 0.5]])
+    bins = reliability(probabilities, np.array([0, 0, 0, 2]))
+    assert [b["rows"] for b in bins] == [2, 2]
+    assert [b["accuracy"] for b in bins] == [1.0, 0.5]
+    assert calibration_error(bins) == pytest.approx((2 * 0.5 + 2 * 0.4) / 4)
+
+
+def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower() -> None:
+    (only,) = reliability(np.array([[0.6, 0.3, 0.1]]), np.array([0]))
+    assert (only["lower"], only["upper"]) == (8 / 15, 9 / 15)
+    (sure,) = reliability(np.array([[1.0, 0.0, 0.0]]), np.array([0]))
+    assert sure["upper"] == 1
+
+
+@given(seeds)
+def test_the_bins_hold_every_verdict_once(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    probabilities, votes = dice.dirichlet(np.full(3, 0.3), 60), dice.integers(0, 3, 60)
+    bins = reliability(probabilities, votes)
+    assert sum(b["rows"] for b in bins) == 60
+    assert all(b["lower"] < b["confidence"] <= b["upper"] + 1e-12 for b in bins)
+    right = sum(b["rows"] * b["accuracy"] for b in bins)
+    assert right / 60 == pytest.approx(scores(probabilities, votes)["accuracy"])
+
+
+def test_gap_closed_runs_from_the_prior_to_the_bayes_limit() -> None:
+    baselines = {"class_prior": {"log_loss": 1.1}, "bayes": {"log_loss": 0.9}}
+    assert gap_closed(1.1, baselines) == 0
+    assert gap_closed(0.9, baselines) == 1
+    assert gap_closed(1.05, baselines) == pytest.approx(0.25)
+    assert gap_closed(1.05, {**baselines, "bayes": None}) is None
+
+
+def test_paired_difference_by_hand() -> None:
+    loss, reference = np.array([1.0, 2.0, 3.0, 2.0]), np.array([1.0, 1.0, 1.0, 1.0])
+    found = paired_difference(loss, reference, np.arange(4))
+    assert found["difference"] == 1
+    # Every row a prompt of its own: the textbook standard error.
+    error = np.std(loss - reference, ddof=1) / 2
+    assert found["high"] - found["difference"] == pytest.approx(1.96 * error)
+    same = paired_difference(reference, reference, np.zeros(4, int))
+    assert same == {"difference": 0, "low": 0, "high": 0}
+
+
+def test_repeated_prompts_make_a_difference_less_sure() -> None:
+    dice = np.random.default_rng(0)
+    loss, reference = np.repeat(dice.random(100), 5), np.zeros(500)
+    alone = paired_difference(loss, reference, np.arange(500))
+    grouped = paired_difference(loss, reference, np.repeat(np.arange(100), 5))
+    width = grouped["high"] - grouped["low"]
+    assert width == pytest.approx(5**0.5 * (alone["high"] - alone["low"]), rel=0.02)
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def test_brier_score_by_hand() -> None:
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    first = 0.5**2 + 0.25**2 + 0.25**2
+    assert brier_score(probabilities, np.array([0, 1, 2])) == pytest.approx((first + 0 + 2) / 3)
+
+
+def test_classwise_error_by_hand() -> None:
+    # A: 0.9 (vote) and 0.1 (none): bins of their own. B: 0.05 and 0.7. Tie: 0.05 and 0.2 (vote).
+    probabilities = np.array([[0.9, 0.05, 0.05], [0.1, 0.7, 0.2]])
+    diagrams = class_reliability(probabilities, np.array([0, 2]))
+    assert [b["confidence"] for b in diagrams["model_b"]] == [0.05, 0.7]
+    assert [b["accuracy"] for b in diagrams["tie"]] == [0, 1]
+    by_class = [(0.1 + 0.1) / 2, (0.05 + 0.7) / 2, (0.05 + 0.8) / 2]
+    assert classwise_calibration_error(diagrams) == pytest.approx(np.mean(by_class))
+
+
+def test_adaptive_error_by_hand() -> None:
+    # 30 verdicts, two to a bin of 15, all within one bin of equal width: right and wrong by turns.
+    confidence = 0.5 + np.arange(30) / 1000
+    rest = (1 - confidence) / 2
+    probabilities = np.column_stack([confidence, rest, rest])
+    votes = np.arange(30) % 2
+    gaps = [abs(2 * 0.5 - confidence[i : i + 2].sum()) for i in range(0, 30, 2)]
+    assert adaptive_calibration_error(probabilities, votes) == pytest.approx(sum(gaps) / 30)
+    # The lower ones are always right, the upper ones never: one wide bin does not see it.
+    votes = (np.arange(30) >= 14).astype(int)
+    by_hand = ((1 - confidence[:14]).sum() + confidence[14:].sum()) / 30
+    assert adaptive_calibration_error(probabilities, votes) == pytest.approx(by_hand)
+    assert calibration_error(reliability(probabilities, votes)) < 0.1
+
+
+@given(seeds)
+def test_equal_confidences_share_a_bin_whatever_the_order_of_rows(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    few = dice.dirichlet(np.ones(3), 4)
+    probabilities, votes = few[dice.integers(0, 4, 50)], dice.integers(0, 3, 50)
+    shuffled = dice.permutation(50)
+    assert adaptive_calibration_error(probabilities, votes) == pytest.approx(
+        adaptive_calibration_error(probabilities[shuffled], votes[shuffled]), abs=1e-12
+    )
+    # A constant judge has one bin, however many rows.
+    same = np.tile([0.5, 0.3, 0.2], (50, 1))
+    assert adaptive_calibration_error(same, votes) == pytest.approx(abs((votes == 0).mean() - 0.5))
+
+
+@given(seeds)
+def test_every_class_diagram_holds_every_battle_once(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    probabilities, votes = dice.dirichlet(np.full(3, 0.3), 60), dice.integers(0, 3, 60)
+    for i, bins in enumerate(class_reliability(probabilities, votes).values()):
+        assert sum(b["rows"] for b in bins) == 60
+        votes_for = sum(b["rows"] * b["accuracy"] for b in bins)
+        assert votes_for == pytest.approx((votes == i).sum())
+
+
+def test_the_truth_is_calibrated_by_every_measure() -> None:
+    dice = np.random.default_rng(0)
+    truth = dice.dirichlet(np.ones(3), 100_000)
+    votes = (truth.cumsum(axis=1) < dice.random(len(truth))[:, None]).sum(axis=1).clip(max=2)
+    for name in ("ece", "adaptive_ece", "classwise_ece"):
+        assert calibration_scores(truth, votes)[name] < 0.006, name
+        assert calibration_scores(softmax(2 * np.log(truth)), votes)[name] > 0.03, name
+
+
+# --- the truth ------------------------------------------------------------------------------------
+
+
+def test_distance_from_the_truth_by_hand() -> None:
+    truth = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+    judged = np.array([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0]])
+    found = truth_scores(truth, judged, np.array([0, 0]))
+    first = 0.5 * np.log(2) - 0.25 * np.log(2)
+    assert found["kl"] == pytest.approx((first + np.log(2)) / 2)
+    assert found["mean_absolute_error"] == pytest.approx((0.25 + 0.25 + 0.5 + 0.5) / 6)
+    assert found["excess_log_loss"] == pytest.approx(np.log(2))
+    assert set(truth_scores(truth, truth, np.array([1, 0])).values()) == {0.0}
+
+
+@given(seeds)
+def test_kl_is_the_excess_log_loss_to_be_expected(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    truth, judged = dice.dirichlet(np.ones(3), (2, 20))
+    # The expectation over votes, class by class, instead of the draw.
+    votes = [np.full(20, k) for k in range(3)]
+    expected = sum(
+        (truth[:, k] * (losses(judged, v) - losses(truth, v))).mean() for k, v in enumerate(votes)
+    )
+    found = truth_scores(truth, judged, votes[0])["kl"]
+    assert found == pytest.approx(expected)
+    assert found >= 0
+
+
+# --- the order of the answers ---------------------------------------------------------------------
+
+
+@given(seeds)
+def test_a_swap_equivariant_judge_has_no_position_bias(seed: int) -> None:
+    """Such a judge's logits are the same in both orders, once those of BA are exchanged back."""
+    dice = np.random.default_rng(seed)
+    logits, votes = dice.normal(size=(30, 3)), dice.integers(0, 3, 30)
+    found = position_bias(np.stack([logits, logits], axis=1), votes)
+    loss = found.pop("log_loss")
+    assert set(found.values()) == {0.0}
+    assert loss["AB"] == loss["BA"] == pytest.approx(loss["both"])
+
+
+def test_logits_that_are_not_exchanged_back_look_biased() -> None:
+    dice = np.random.default_rng(0)
+    logits, votes = dice.normal(size=(300, 3)), dice.integers(0, 3, 300)
+    found = position_bias(np.stack([logits, swap_classes(logits)], axis=1), votes)
+    assert found["flip_rate"] > 0.5
+    assert found["total_variation"] > 0.1
+
+
+def test_position_bias_by_hand() -> None:
+    p = [
+        [[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]],  # the first answer in both orders
+        [[0.2, 0.7, 0.1], [0.6, 0.3, 0.1]],  # the second in both
+        [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]],  # the first, then a tie
+        [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1]],  # A in both
+    ]
+    votes = np.array([0, 0, 2, 1])
+    found = position_bias(np.log(p), votes)
+    assert found["flip_rate"] == 3 / 4
+    assert found["total_variation"] == pytest.approx((0.4 + 0.4 + 0.5 + 0) / 4)
+    # First: 2 + 0 + 1 + 1, second: 0 + 2 + 0 + 1, of eight verdicts.
+    assert found["first_place_preference"] == pytest.approx((4 - 3) / 8)
+    by_hand = -np.log([0.6, 0.2, 0.1, 0.3]).mean()
+    assert found["log_loss"]["AB"] == pytest.approx(by_hand)
+    assert found["log_loss"]["BA"] == pytest.approx(-np.log([0.2, 0.6, 0.6, 0.3]).mean())
+
+
+def test_a_judge_that_always_prefers_the_first_answer() -> None:
+    logits = np.tile(np.array([[1.0, 0, 0], [0, 1, 0]]), (5, 1, 1))
+    found = position_bias(logits, np.zeros(5, int))
+    assert found["first_place_preference"] == 1
+    assert position_bias(logits[:, ::-1], np.zeros(5, int))["first_place_preference"] == -1
+    assert found["log_loss"]["both"] < found["log_loss"]["BA"]

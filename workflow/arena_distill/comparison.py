@@ -1,0 +1,245 @@
+"""Judges side by side, on the same battles: which is better, and is the difference more than luck?
+
+Every difference is paired (two judges, the same battle) and has an interval from a bootstrap that draws
+whole prompts: battles of one prompt are not independent, so drawing battles would make it too narrow.
+
+References:
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap (percentile intervals).
+    Field and Welsh 2007, Bootstrapping clustered data, JRSS B 69(3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.artifacts import provenance, read_json, read_logits, read_parquet, write_json
+from arena_distill.battles import read_solution
+from arena_distill.calibration import cross_fit, fit, parts_of
+from arena_distill.errors import InputError
+from arena_distill.evaluation import Run, both_orders
+from arena_distill.folds import prompt_groups
+from arena_distill.keys import key, locate
+from arena_distill.metrics import (
+    Figures,
+    calibration_scores,
+    losses,
+    position_bias,
+    scores,
+    truth_scores,
+)
+from arena_distill.orders import CLASSES
+from arena_distill.prediction import mean_of_views
+from arena_distill.settings import CompareSettings
+from arena_distill.yardsticks import class_prior, length_regression, true_probabilities
+
+RESAMPLES_AT_ONCE = 64
+"""Bounds memory: so many resamples' counts of all prompts are held at a time."""
+
+
+def compare(
+    run: Path,
+    output: Path,
+    *,
+    settings: CompareSettings,
+    solution: Path | None,
+    truth: Path | None,
+) -> None:
+    """Compare the judges of `settings.entries` → `compare.json`.
+
+    Args:
+        run: the run's folder; `logits/<judge>/fold_<k>.npy` and `merged_test.npy`, `adapters/<judge>`
+            and `merged/<judge>` of every entry are read, and of the runs in `settings.runs` the logits.
+        solution: the test battles' votes, where they are known.
+        truth: the synthetic arena's true vote probabilities.
+
+    Raises:
+        InputError: a file is missing or damaged, or a row is missing.
+    """
+    data = Run.read(run / "folds.parquet", run / "battles.parquet")
+    folds = data.fold_numbers()
+    seen = {
+        entry.label: data.judge_logits(
+            entry.judge, [run / "logits" / entry.judge / f"fold_{k}.npy" for k in folds]
+        )
+        for entry in settings.entries
+    }
+    probabilities = {label: both_orders(logits) for label, logits in seen.items()}
+    probabilities |= {
+        "class prior": data.out_of_fold(class_prior),
+        "length regression": data.out_of_fold(length_regression),
+    }
+    true = None if truth is None else true_probabilities(truth, data.keys())
+    if true is not None:
+        probabilities["Bayes limit"] = true
+    held_out = _table(probabilities, data.votes(), data.groups(), settings, true)
+    for label, logits in seen.items():
+        held_out["judges"][label]["position"] = position_bias(logits, data.votes())
+    for entry in settings.entries:
+        if entry.prediction.calibration != "none":
+            mean = seen[entry.label].mean(axis=1, dtype=np.float64)
+            fitted = cross_fit(
+                entry.prediction.calibration,
+                mean,
+                data.votes(),
+                parts_of(data.folds)[data.validation],
+            )
+            held_out["judges"][entry.label]["calibrated"] = scores(fitted, data.votes())
+    test = None if solution is None else _test(run, data, seen, settings, solution, truth)
+    figures = {
+        "run": settings.run,
+        "entries": [
+            {"label": e.label, "judge": e.judge, "teachers": list(e.teachers), "against": e.against}
+            | _cost(run, e.judge, folds)
+            for e in settings.entries
+        ],
+        "out_of_fold": held_out,
+        "test": test,
+        "runs": [
+            part
+            for other in settings.runs
+            for part in _other_run(Path(other), data, seen, settings)
+        ],
+        "provenance": provenance("comparison", settings.model_dump(mode="json")),
+    }
+    write_json(figures, output)
+    print(f"{output}: {len(settings.entries)} judges on {held_out['rows']:,} battles out of fold")
+
+
+def bootstrap(
+    losses: np.ndarray, groups: np.ndarray, *, resamples: int, seed: int = 0
+) -> np.ndarray:
+    """Mean losses on resampled battles: whole groups are drawn, with replacement.
+
+    Args:
+        losses: float (judges, rows).
+        groups: int (rows,), the battle's prompt.
+
+    Returns:
+        float64 (resamples, judges): in each row all judges are scored on the same battles.
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(group).astype(np.float64)
+    sums = np.stack([np.bincount(group, loss) for loss in losses], axis=1)
+    dice = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        draws = min(RESAMPLES_AT_ONCE, resamples - start)
+        counts = dice.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), draws)
+        means.append((counts @ sums) / (counts @ sizes)[:, None])
+    return np.concatenate(means)
+
+
+def _table(
+    probabilities: Mapping[str, np.ndarray],
+    votes: np.ndarray,
+    groups: np.ndarray,
+    settings: CompareSettings,
+    true: np.ndarray | None,
+) -> Figures:
+    """Scores of all judges on the same rows, and every difference with its 95 % interval."""
+    each = np.stack([losses(p, votes) for p in probabilities.values()])
+    drawn = bootstrap(each, groups, resamples=settings.resamples)
+    judges = {}
+    for i, (label, p) in enumerate(probabilities.items()):
+        low, high = np.quantile(drawn[:, i], [0.025, 0.975])
+        judges[label] = {
+            **scores(p, votes),
+            **calibration_scores(p, votes),
+            "low": float(low),
+            "high": float(high),
+        }
+        if true is not None:
+            judges[label]["truth"] = truth_scores(true, p, votes)
+    labels = list(probabilities)
+    return {
+        "rows": len(votes),
+        "prompts": len(np.unique(groups)),
+        "judges": judges,
+        "differences": [
+            {"judge": labels[a], "against": labels[b], **_difference(each, drawn, a, b)}
+            for a in range(len(labels))
+            for b in range(len(labels))
+            if a != b
+        ],
+    }
+
+
+def _difference(each: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
+    low, high = np.quantile(drawn[:, a] - drawn[:, b], [0.025, 0.975])
+    difference = float((each[a] - each[b]).mean())
+    return {"difference": difference, "low": float(low), "high": float(high)}
+
+
+def _test(
+    run: Path,
+    data: Run,
+    seen: Mapping[str, np.ndarray],
+    settings: CompareSettings,
+    solution: Path,
+    truth: Path | None,
+) -> Figures:
+    """The merged models on the test battles, each averaged and calibrated as its recipe says."""
+    solved = read_solution(solution)
+    votes = solved["label"].to_numpy().astype(np.int64)
+    ids = solved["id"].combine_chunks()
+    keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
+    battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
+    groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
+    probabilities = {}
+    for entry in settings.entries:
+        path = run / "logits" / entry.judge / "merged_test.npy"
+        logits, rows = read_logits(path)
+        logits = logits[locate(keys, key(rows), str(path))]
+        if entry.prediction.calibration != "none":
+            mean = seen[entry.label].mean(axis=1, dtype=np.float64)
+            logits = fit(entry.prediction.calibration, mean, data.votes())(logits)
+        views = logits.reshape(len(logits), -1, len(CLASSES))
+        probabilities[entry.label] = mean_of_views(views, entry.prediction.average)
+    lengths = data.lengths_of(keys)
+    everything = data.votes(np.arange(len(data.folds)))
+    for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
+        probabilities[name] = yardstick(data.lengths, everything, lengths)
+    true = None if truth is None else true_probabilities(truth, keys)
+    if true is not None:
+        probabilities["Bayes limit"] = true
+    return _table(probabilities, votes, groups, settings, true)
+
+
+def _cost(run: Path, judge: str, folds: Sequence[int]) -> Figures:
+    """What a judge took: its folds' training seconds and tokens; its size, and the model's bytes."""
+    adapters = [read_json(run / "adapters" / judge / f"fold_{k}" / "metrics.json") for k in folds]
+    return {
+        "seconds": sum(a["seconds"] for a in adapters),
+        "tokens": sum(round(a["tokens"] * a["epochs"]) for a in adapters),
+        "parameters": adapters[0]["parameters"],
+        "bytes": sum(f.stat().st_size for f in (run / "merged" / judge).glob("*.safetensors")),
+        "teacher_weights": [a["teacher_weights"] for a in adapters if "teacher_weights" in a],
+    }
+
+
+def _other_run(
+    other: Path, data: Run, seen: Mapping[str, np.ndarray], settings: CompareSettings
+) -> Iterator[Figures]:
+    """The judges of another run against this one's, on the battles that both score out of fold."""
+    theirs = Run.read(other / "folds.parquet", other / "battles.parquet")
+    ours, their_keys = data.keys(), theirs.keys()
+    shared = pc.is_in(ours, their_keys).to_numpy(zero_copy_only=False)
+    if not shared.any():
+        raise InputError(f"config: compare.runs: {other} has no battle in common with this run")
+    rows = locate(ours.filter(pa.array(shared)), their_keys, str(other))
+    for folder in sorted(path for path in (other / "logits").iterdir() if path.is_dir()):
+        files = [folder / f"fold_{k}.npy" for k in theirs.fold_numbers()]
+        if not all(file.exists() for file in files):
+            continue
+        logits = theirs.judge_logits(folder.name, files)[rows]
+        probabilities = {f"{other.name}: {folder.name}": both_orders(logits)}
+        probabilities |= {label: both_orders(own[shared]) for label, own in seen.items()}
+        votes, groups = data.votes()[shared], data.groups()[shared]
+        yield {"run": str(other), "judge": folder.name} | _table(
+            probabilities, votes, groups, settings, None
+        )

@@ -1,0 +1,242 @@
+"""How predictions are scored: pure functions of probabilities, votes and, where known, the truth.
+
+Probabilities are float (rows, 3) in the order of the classes, votes int (rows,) of 0, 1, 2. Log loss
+is in nats, the mean over battles of -log p(vote); lower is better.
+
+A proper score (log loss, Brier) rewards both knowing more and being honest about it; a calibration
+error asks for honesty alone: the class prior is calibrated and useless. Calibration errors depend
+on how rows are put into bins, so compare only what was computed alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arena_distill.orders import CLASSES, ORDERS
+
+ECE_BINS = 15
+
+Figures = dict[str, Any]
+"""A part of `metrics.json`: plain JSON values."""
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in float64, whatever the precision of the logits (..., 3)."""
+    logits = logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray = odds / odds.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+# --- votes ----------------------------------------------------------------------------------------
+
+
+def losses(probabilities: np.ndarray, votes: np.ndarray) -> np.ndarray:
+    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, 3), votes (rows,).
+
+    As in scikit-learn, a probability of 0 counts as the smallest step of float64, 2.2e-16.
+    """
+    given = np.take_along_axis(probabilities.astype(np.float64), votes[:, None], axis=1)[:, 0]
+    return -np.log(given.clip(min=np.finfo(np.float64).eps))
+
+
+def scores(probabilities: np.ndarray, votes: np.ndarray) -> Figures:
+    """Row count, mean log loss and accuracy of probabilities (rows, 3) against votes (rows,)."""
+    return {
+        "rows": len(votes),
+        "log_loss": float(losses(probabilities, votes).mean()),
+        "accuracy": float((probabilities.argmax(axis=1) == votes).mean()),
+    }
+
+
+def brier_score(probabilities: np.ndarray, votes: np.ndarray) -> float:
+    """The mean squared distance of the probabilities from the vote, 0 (perfect) to 2.
+
+    References:
+        Brier 1950, Verification of Forecasts Expressed in Terms of Probability.
+    """
+    distance = probabilities - np.eye(len(CLASSES))[votes]
+    return float((distance**2).sum(axis=1).mean())
+
+
+def paired_difference(loss: np.ndarray, reference: np.ndarray, groups: np.ndarray) -> Figures:
+    """Mean difference of two losses on the same battles, with its 95 % interval.
+
+    Battles with the same prompt are not independent: the interval is the normal one, by a standard
+    error that is robust to clusters.
+
+    Args:
+        loss, reference: float (rows,), of the same battles in the same order.
+        groups: int (rows,), the battle's prompt.
+
+    References:
+        Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference.
+    """
+    difference = loss - reference
+    mean = difference.mean()
+    cluster = np.unique(groups, return_inverse=True)[1]
+    sums = np.bincount(cluster, difference - mean)
+    correction = len(sums) / max(len(sums) - 1, 1)
+    half = 1.96 * np.sqrt(correction * (sums**2).sum()) / len(difference)
+    return {"difference": float(mean), "low": float(mean - half), "high": float(mean + half)}
+
+
+def gap_closed(log_loss: float, baselines: Mapping[str, Figures | None]) -> float | None:
+    """How far from the class prior (0) to the Bayes limit (1) a log loss is; None where unknown."""
+    prior, bayes = baselines["class_prior"], baselines["bayes"]
+    if prior is None or bayes is None or prior["log_loss"] == bayes["log_loss"]:
+        return None
+    gap = prior["log_loss"] - bayes["log_loss"]
+    return float((prior["log_loss"] - log_loss) / gap)
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def calibration_scores(probabilities: np.ndarray, votes: np.ndarray) -> Figures:
+    """Brier score and the three calibration errors: `brier`, `ece`, `adaptive_ece`, `classwise_ece`."""
+    return {
+        "brier": brier_score(probabilities, votes),
+        "ece": calibration_error(reliability(probabilities, votes)),
+        "adaptive_ece": adaptive_calibration_error(probabilities, votes),
+        "classwise_ece": classwise_calibration_error(class_reliability(probabilities, votes)),
+    }
+
+
+def reliability(probabilities: np.ndarray, votes: np.ndarray) -> list[Figures]:
+    """Confidence and accuracy of the verdicts, in 15 bins of equal width: the reliability diagram.
+
+    A verdict is the most probable class, its confidence that class's probability. A bin holds the
+    verdicts with `lower` < confidence <= `upper`; empty ones are left out.
+
+    References:
+        Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
+    """
+    return _diagram(probabilities.max(axis=1), probabilities.argmax(axis=1) == votes)
+
+
+def class_reliability(probabilities: np.ndarray, votes: np.ndarray) -> dict[str, list[Figures]]:
+    """A reliability diagram per class: its probability, and how often it was the vote.
+
+    The bins are those of :func:`reliability`, over the probability of the class in all rows:
+    `confidence` is the mean of that probability, `accuracy` the share of votes for the class.
+    """
+    return {n: _diagram(probabilities[:, i], votes == i) for i, n in enumerate(CLASSES)}
+
+
+def calibration_error(bins: Sequence[Figures]) -> float:
+    """The expected calibration error (ECE): mean |accuracy - confidence| of a reliability diagram.
+
+    Bins weigh as much as they have rows. 0 is perfect; it also depends on the number of bins, so
+    compare only what was computed alike.
+    """
+    rows = sum(b["rows"] for b in bins)
+    return float(sum(b["rows"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / rows)
+
+
+def adaptive_calibration_error(probabilities: np.ndarray, votes: np.ndarray) -> float:
+    """The ECE of the verdicts in 15 bins that hold equally many of them.
+
+    Bins of equal width leave most verdicts of a judge that is rarely sure to a few bins. Equal
+    confidences share a bin, so that the order of the rows decides nothing.
+
+    References:
+        Nguyen and O'Connor 2015, Posterior Calibration and Exploratory Analysis for Natural
+        Language Processing Models (adaptive bins); Nixon et al. 2019, Measuring Calibration in Deep
+        Learning, arXiv:1904.01685, whose ACE does the same for every class.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == votes
+    rank = np.searchsorted(np.sort(confidence), confidence)
+    gaps = np.bincount(rank * ECE_BINS // len(rank), right - confidence)
+    return float(abs(gaps).sum() / len(rank))
+
+
+def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> float:
+    """The classwise ECE: the mean over the classes of their diagrams' calibration errors.
+
+    Unlike the ECE of the verdicts it sees all three probabilities, those of ties that are never
+    the verdict among them.
+
+    References:
+        Kull et al. 2019, Beyond Temperature Scaling, arXiv:1910.12656; the same as the static
+        calibration error of Nixon et al. 2019, arXiv:1904.01685.
+    """
+    return float(np.mean([calibration_error(bins) for bins in diagrams.values()]))
+
+
+def _diagram(confidence: np.ndarray, right: np.ndarray) -> list[Figures]:
+    """The bins of equal width that are not empty, of probabilities (rows,) and events (rows,)."""
+    number = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    rows, confidences, rights = (
+        np.bincount(number, weights, minlength=ECE_BINS) for weights in (None, confidence, right)
+    )
+    return [
+        {
+            "lower": i / ECE_BINS,
+            "upper": (i + 1) / ECE_BINS,
+            "rows": int(rows[i]),
+            "confidence": float(confidences[i] / rows[i]),
+            "accuracy": float(rights[i] / rows[i]),
+        }
+        for i in np.flatnonzero(rows).tolist()
+    ]
+
+
+# --- the truth, where it is known -----------------------------------------------------------------
+
+
+def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: np.ndarray) -> Figures:
+    """How far probabilities (rows, 3) are from the true ones (rows, 3), whose draws the votes are.
+
+    Returns:
+        `kl`, the mean KL(truth ‖ probabilities) in nats; `mean_absolute_error`, over rows and
+        classes; `excess_log_loss`, the log loss less that of the truth on the same votes.
+
+    By the definition of the log loss, `kl` is what `excess_log_loss` is on average over votes: the
+    expected log loss less the truth's entropy. It holds none of the votes' luck.
+    """
+    floor = np.finfo(np.float64).eps  # as in `losses`
+    ratio = np.log(truth.clip(min=floor)) - np.log(probabilities.clip(min=floor))
+    excess = losses(probabilities, votes) - losses(truth, votes)
+    return {
+        "kl": float((truth * ratio).sum(axis=1).mean()),
+        "mean_absolute_error": float(abs(truth - probabilities).mean()),
+        "excess_log_loss": float(excess.mean()),
+    }
+
+
+# --- the order of the answers ---------------------------------------------------------------------
+
+
+def position_bias(logits: np.ndarray, votes: np.ndarray) -> Figures:
+    """What the order in which a judge sees the answers does to it: all zero where nothing.
+
+    Args:
+        logits: float (rows, orders, 3), in the canonical frame: of a judge that pays no heed to the
+            order, those of both orders are the same.
+
+    Returns:
+        `flip_rate`, the share of battles whose verdict differs between the orders;
+        `total_variation`, the mean over battles of ½ Σ |p_AB - p_BA|, 0 to 1;
+        `first_place_preference`, the share of verdicts for the answer shown first less that for
+        the one shown second, over both orders, -1 to 1; `log_loss` of each order alone and, as
+        `both`, of the mean of their logits.
+
+    References:
+        Wang et al. 2023, Large Language Models are not Fair Evaluators, arXiv:2305.17926.
+    """
+    verdicts, probabilities = logits.argmax(axis=-1), softmax(logits)
+    first, second = np.array([0, 1]), np.array([1, 0])  # the class of that answer, in AB and in BA
+    seen: dict[str, np.ndarray] = {order: probabilities[:, i] for i, order in enumerate(ORDERS)}
+    seen["both"] = softmax(logits.mean(axis=1, dtype=np.float64))
+    distance = abs(probabilities[:, 0] - probabilities[:, 1]).sum(axis=-1) / 2
+    return {
+        "flip_rate": float((verdicts[:, 0] != verdicts[:, 1]).mean()),
+        "total_variation": float(distance.mean()),
+        "first_place_preference": float((verdicts == first).mean() - (verdicts == second).mean()),
+        "log_loss": {name: float(losses(p, votes).mean()) for name, p in seen.items()},
+    }
