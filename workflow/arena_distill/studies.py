@@ -60,6 +60,7 @@ class Family:
         """
         key = (_folds(judge), judge.merge) if merged else _folds(judge)
         known = self._names.setdefault(key, name)
+        self._names.setdefault(_folds(judge), known)
         if known == name and self.judges.setdefault(name, judge) != judge:
             raise InputError(f"config: judges.{name}: a study needs this name; rename the judge")
         return known

@@ -1,0 +1,194 @@
+"""Judges derived for studies: which there are, what they share, what they are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arena_distill import soups, studies
+from arena_distill.comparison import bootstrap
+from arena_distill.config import Config, load
+from arena_distill.errors import InputError
+from arena_distill.settings import CompareSettings, LogitsSettings, TrainingSettings
+from arena_distill.studies import Family, derive
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "config" / "recipes").glob("*.yaml"))
+
+
+def derived(**changes: Any) -> tuple[Config, studies.Studies, Config]:
+    raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text()) | changes
+    config = load(raw)
+    family = Family(dict(config.judges))
+    found = derive(config, raw, family)
+    return config, found, config.with_judges(family.judges)
+
+
+# --- which judges ---------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_compared_and_its_student_on_votes_alone() -> None:
+    config, found, graph = derived(compare={"recipes": RECIPES})
+    labels = [entry.label for entry in found.compared]
+    for recipe in RECIPES:
+        entry = found.compared[labels.index(recipe)]
+        student = graph.judges[entry.judge]
+        alone = graph.judges[found.compared[labels.index(entry.against)].judge]
+        assert student.teachers
+        assert alone == student.model_copy(update={"teachers": ()})
+    assert not found.problem
+
+
+def test_what_recipes_share_is_there_once() -> None:
+    """The embedded default is the summary: nothing of it is trained a second time."""
+    config, found, graph = derived(compare={"recipes": ["summary", "blackpearl"]})
+    (summary,) = [entry for entry in found.compared if entry.label == "summary"]
+    assert summary.judge == config.final
+    assert not [name for name in graph.judges if name.endswith("teacher.summary")]
+    (blackpearl,) = [entry for entry in found.compared if entry.label == "blackpearl"]
+    for teacher in graph.judges[blackpearl.judge].teachers:
+        assert teacher.endswith(".blackpearl"), "another template makes another teacher"
+    seen = [TrainingSettings.of(graph, name).model_dump_json() for name in graph.judges]
+    backbones = [judge.backbone for judge in graph.judges.values()]
+    starts = [graph.judges[name].pretraining for name in graph.judges]
+    distinct = {(s, b, p) for s, b, p in zip(seen, backbones, starts, strict=True)}
+    assert len(distinct) == len(graph.judges)
+
+
+def test_a_studys_judges_change_nothing_for_the_runs_own() -> None:
+    config, _, graph = derived()
+    for name in config.judges:
+        for settings_ in (TrainingSettings, LogitsSettings):
+            assert settings_.of(config, name) == settings_.of(graph, name)
+        assert config.pretraining_owner(name) == graph.pretraining_owner(name)
+
+
+def test_seeds_repeat_every_entry() -> None:
+    _, once, _ = derived()
+    _, found, graph = derived(compare={"seeds": [7, 8]})
+    assert len(found.compared) == 3 * len(once.compared)
+    for entry in found.compared[len(once.compared) :]:
+        assert graph.judges[entry.judge].training.seed in (7, 8)
+        assert (entry.against or "seed").endswith(entry.label[-1]) or entry.against is None
+
+
+def test_a_recipe_that_does_not_exist_is_told_when_it_is_asked_for() -> None:
+    _, found, _ = derived(compare={"recipes": ["sumary"]})
+    assert not found.compared
+    assert "no recipe 'sumary'" in found.problem
+    assert "blackpearl" in found.problem
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    taken = {"llama-teacher.blackpearl": {"backbone": {"tiny": "llama"}, "training": {"lr": 1.0}}}
+    raw["judges"] |= taken
+    config = load(raw)
+    assert "rename" in derive(config, raw, Family(dict(config.judges))).problem
+
+
+def test_curves_are_nested_shares_of_both_heads() -> None:
+    _, found, graph = derived()
+    assert len(found.curves) == 2
+    for points in found.curves.values():
+        shares = [graph.judges[judge].training.share for judge in points.values()]
+        assert shares == sorted(shares) == list(points)
+    heads = {graph.judges[next(iter(p.values()))].head.kind for p in found.curves.values()}
+    assert heads == {"joint", "pointwise"}
+
+
+def test_folds_drift_from_one_start_or_from_their_own() -> None:
+    _, found, graph = derived()
+    for start, points in found.drifts.items():
+        for epochs, name in points.items():
+            judge = graph.judges[name]
+            assert judge.training.own_start == (start == "own")
+            assert judge.training.epochs == epochs
+            assert judge.pretraining is None
+            assert not judge.teachers
+
+
+def test_settings_of_the_comparison_survive_json() -> None:
+    _, found, graph = derived()
+    told = CompareSettings.of(graph, found)
+    assert CompareSettings.model_validate_json(told.model_dump_json()) == told
+
+
+# --- the bootstrap --------------------------------------------------------------------------------
+
+
+def test_an_interval_is_wider_where_battles_share_prompts() -> None:
+    dice = np.random.default_rng(0)
+    by_prompt = np.repeat(dice.normal(size=100), 20) + dice.normal(0, 0.1, 2000)
+    prompts = np.repeat(np.arange(100), 20)
+    as_prompts = bootstrap(by_prompt[None], prompts, resamples=1000).std()
+    as_rows = bootstrap(by_prompt[None], np.arange(2000), resamples=1000).std()
+    assert as_prompts == pytest.approx(by_prompt.reshape(100, 20).mean(1).std() / 10, rel=0.1)
+    assert as_prompts > 3 * as_rows
+
+
+def test_differences_are_paired() -> None:
+    """Two judges that err on the same battles differ by a constant: the interval has no width."""
+    loss = np.random.default_rng(1).exponential(size=500)
+    drawn = bootstrap(np.stack([loss, loss + 0.01]), np.arange(500) // 3, resamples=300)
+    np.testing.assert_allclose(drawn[:, 1] - drawn[:, 0], 0.01, atol=1e-12)
+    assert drawn[:, 0].std() > 0.01
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
+    dice, covered = np.random.default_rng(2), 0
+    for trial in range(200):
+        loss = np.repeat(dice.normal(size=60), 3)[None]
+        low, high = np.quantile(
+            bootstrap(loss, np.arange(180) // 3, resamples=400, seed=trial), [0.025, 0.975]
+        )
+        covered += low <= 0 <= high
+    assert 0.89 < covered / 200 < 0.98
+
+
+# --- soups ----------------------------------------------------------------------------------------
+
+
+def test_the_greedy_soup_takes_what_helps() -> None:
+    # Models are numbers, the soup their mean, its loss the distance from 1.
+    models = [0.0, 1.3, 0.8, 5.0]
+    loss = {}
+
+    def log_loss(some: list[int]) -> float:
+        loss[tuple(some)] = abs(np.mean([models[k] for k in some]) - 1)
+        return loss[tuple(some)]
+
+    chosen = soups.greedy(log_loss, len(models))
+    assert chosen == [2, 1]
+    assert loss[(2, 1)] < loss[(2,)] < loss[(2, 1, 0)]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(-3, 3))
+def test_the_greedy_soup_is_never_worse_than_its_best_fold(
+    models: list[float], target: float
+) -> None:
+    def log_loss(some: list[int]) -> float:
+        return float(abs(np.mean([models[k] for k in some]) - target))
+
+    chosen = soups.greedy(log_loss, len(models))
+    assert log_loss(chosen) <= min(log_loss([k]) for k in range(len(models)))
+
+
+def test_recipes_have_no_other_keys_than_a_comparison_reads() -> None:
+    for recipe in RECIPES:
+        text = yaml.safe_load((ROOT / "config" / "recipes" / f"{recipe}.yaml").read_text())
+        assert set(text) <= {"folds", "defaults", "prediction"}
+
+
+def test_greedy_needs_held_out_battles() -> None:
+    raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    raw["defaults"]["merge"] = {"weights": "greedy"}
+    with pytest.raises(InputError, match="folds.holdout"):
+        load(raw)
