@@ -140,12 +140,13 @@ def compared_files(wildcards):
     if STUDIES.problem:
         raise WorkflowError(STUDIES.problem)
     judges = list(dict.fromkeys(entry.judge for entry in STUDIES.compared))
+    tested = list(dict.fromkeys(entry.judge for entry in STUDIES.compared if entry.tested))
     solution = labelled_test(wildcards)
     return [
         *expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=judges, fold=FOLDS),
         *expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=judges, fold=FOLDS),
-        *expand(f"{R}/merged/{{judge}}", judge=judges),
-        *(expand(f"{R}/logits/{{judge}}/merged_test.npy", judge=judges) if solution else []),
+        *expand(f"{R}/merged/{{judge}}", judge=tested),
+        *(expand(f"{R}/logits/{{judge}}/merged_test.npy", judge=tested) if solution else []),
     ]
 
 

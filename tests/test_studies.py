@@ -72,10 +72,32 @@ def test_a_studys_judges_change_nothing_for_the_runs_own() -> None:
 def test_seeds_repeat_every_entry() -> None:
     _, once, _ = derived()
     _, found, graph = derived(compare={"seeds": [7, 8]})
-    assert len(found.compared) == 3 * len(once.compared)
-    for entry in found.compared[len(once.compared) :]:
-        assert graph.judges[entry.judge].training.seed in (7, 8)
-        assert (entry.against or "seed").endswith(entry.label[-1]) or entry.against is None
+    tested = [entry for entry in once.compared if entry.tested]
+    repeated = [entry for entry in found.compared if "seed" in entry.label]
+    assert len(repeated) == 2 * len(tested)
+    for entry in repeated:
+        seed = graph.judges[entry.judge].training.seed
+        assert entry.label.endswith(f"seed {seed}")
+        assert entry.against is None or entry.against.endswith(f"seed {seed}")
+
+
+def test_a_variant_differs_in_its_keys_alone() -> None:
+    _, found, graph = derived(
+        compare={"recipes": ["summary"], "variants": {"hot": {"loss": {"temperature": 9}}}}
+    )
+    entries = {entry.label: entry for entry in found.compared}
+    summary, hot = (graph.judges[entries[name].judge] for name in ("summary", "hot"))
+    assert hot == summary.model_copy(
+        update={"loss": summary.loss.model_copy(update={"temperature": 9.0})}
+    )
+    assert entries["hot"].against == entries["summary"].against == "summary, votes"
+
+
+def test_the_runs_own_judges_are_in_the_table() -> None:
+    config, found, _ = derived()
+    shown = {entry.judge for entry in found.compared}
+    assert set(config.judges) <= shown
+    assert not {e.judge for e in found.compared if not e.tested} & {config.final}
 
 
 def test_a_recipe_that_does_not_exist_is_told_when_it_is_asked_for() -> None:

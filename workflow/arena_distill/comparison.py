@@ -93,7 +93,8 @@ def compare(
     figures = {
         "run": settings.run,
         "entries": [
-            {"label": e.label, "judge": e.judge, "teachers": list(e.teachers), "against": e.against}
+            {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
+            | {"against": e.against, "tested": e.tested}
             | _cost(run, e.judge, folds)
             for e in settings.entries
         ],
@@ -192,6 +193,8 @@ def _test(
     groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
     probabilities = {}
     for entry in settings.entries:
+        if not entry.tested:
+            continue
         path = run / "logits" / entry.judge / "merged_test.npy"
         logits, rows = read_logits(path)
         logits = logits[locate(keys, key(rows), str(path))]

@@ -54,7 +54,7 @@ def gains(figures: Figures) -> list[Figures]:
         for entry in figures["entries"]
         if entry["against"]
         for part in PARTS
-        if figures[part]
+        if figures[part] and entry["label"] in figures[part]["judges"]
     ]
 
 
@@ -123,7 +123,9 @@ def _drawing(figures: Figures) -> Figure:
     own = {entry["label"] for entry in figures["entries"]}
     for axes, part in zip(panels, parts, strict=True):
         for y, label in enumerate(labels):
-            judge: dict[str, Any] = figures[part]["judges"][label]
+            judge: dict[str, Any] | None = figures[part]["judges"].get(label)
+            if judge is None:
+                continue
             colour = SECOND if label in students else ACCENT if label in own else MUTED
             axes.plot([judge["low"], judge["high"]], [y, y], color=colour, lw=1.4, alpha=0.7)
             axes.plot(

@@ -443,6 +443,8 @@ class Compare(Section):
 
     recipes: tuple[Name, ...] = ("summary", "blackpearl", "best")
     """Names of config/recipes/*.yaml; what two of them share is computed once."""
+    variants: dict[Name, dict[str, Any]] = {}
+    """More of them, by name: keys of `defaults` that differ, such as `{targets: in_sample}`."""
     votes: bool = True
     """Beside each student the same judge trained on votes alone: what distillation adds."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(max_length=20)] = ()

@@ -278,6 +278,8 @@ class Entry(Section):
     teachers: tuple[Name, ...]
     against: str | None
     """The label of the same judge on votes alone."""
+    tested: bool
+    """Whether its merged model is scored on the test battles."""
     prediction: Prediction
 
 
@@ -300,6 +302,7 @@ class CompareSettings(Settings):
                     judge=entry.judge,
                     teachers=config.judges[entry.judge].teachers,
                     against=entry.against,
+                    tested=entry.tested,
                     prediction=entry.prediction,
                 )
                 for entry in studies.compared

@@ -32,12 +32,14 @@ class Compared:
     judge: its name in the graph.
     against: the label of the same judge without teachers, where this one has some.
     prediction: how its recipe averages test predictions.
+    tested: its merged model is scored on the test battles too.
     """
 
     label: str
     judge: str
     prediction: Prediction
     against: str | None = None
+    tested: bool = True
 
 
 @dataclass
@@ -105,7 +107,7 @@ def derive(config: Config, raw: Mapping[str, Any], family: Family) -> Studies:
 
 
 def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Compared]:
-    """The final judge under every recipe, with the judges that teach it, and on votes alone.
+    """The final judge under every recipe, and on votes alone; and the run's judges as they are.
 
     Args:
         raw: the configuration as it was read: a recipe lies between its `defaults` and its judges.
@@ -115,8 +117,9 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
         InputError: there is no such recipe, or it does not fit the configuration.
     """
     entries: list[Compared] = []
-    for recipe in config.compare.recipes:
-        text = _recipe(recipe)
+    recipes = {name: _recipe(name) for name in config.compare.recipes}
+    recipes |= {name: {"defaults": keys} for name, keys in config.compare.variants.items()}
+    for recipe, text in recipes.items():
         parts = {part: text[part] for part in ("defaults", "prediction") if part in text}
         under = configuration.load(overlay(raw, parts))
         names: dict[str, str] = {}
@@ -131,7 +134,10 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
         if config.compare.votes and alone != family.judges[final]:
             against = f"{recipe}, {VOTES}"
             name = family.add(f"{under.final}.{recipe}.{VOTES}", alone, merged=True)
-            entries.append(Compared(against, name, under.prediction))
+            if name not in {entry.judge for entry in entries}:
+                entries.append(Compared(against, name, under.prediction))
+            else:
+                against = next(entry.label for entry in entries if entry.judge == name)
         entries.append(Compared(recipe, final, under.prediction, against))
     repeated = [
         Compared(
@@ -145,7 +151,13 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
         for seed in config.compare.seeds
         for entry in entries
     ]
-    return entries + repeated
+    shown = {entry.judge for entry in entries}
+    others = [
+        Compared(name, name, config.prediction, tested=False)
+        for name in config.judges
+        if name not in shown
+    ]
+    return others + entries + repeated
 
 
 def curves(config: Config, family: Family) -> dict[str, dict[float, str]]:
