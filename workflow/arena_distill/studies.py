@@ -153,7 +153,7 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
     ]
     shown = {entry.judge for entry in entries}
     others = [
-        Compared(name, name, config.prediction, tested=False)
+        Compared(name, name, config.prediction, tested=name == config.final)
         for name in config.judges
         if name not in shown
     ]
