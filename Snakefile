@@ -28,6 +28,7 @@ rule all:
 
 
 include: "rules/battles.smk"
+include: "rules/audit.smk"
 include: "rules/encoding.smk"
 include: "rules/training.smk"
 include: "rules/logits.smk"

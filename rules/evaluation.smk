@@ -8,6 +8,7 @@ REPORTED = {  # file of `render_report` → caption
     "position.csv": "position.rst",
     "variants.csv": "variants_table.rst",
     "folds.csv": "folds.rst",
+    "audit.csv": "audit.rst",
     "rejected.csv": "rejected.rst",
 }
 
@@ -40,6 +41,7 @@ rule evaluate:
         solution=labelled_test,
         quantized=f"{R}/gptq/{CONFIG.final}" if "gptq" in MODELS else [],
         truth=f"{R}/arena/truth.parquet" if CONFIG.data.arena else [],
+        audit=f"{R}/audit.json",
     output:
         metrics=f"{R}/metrics.json",
         judges=f"{R}/tables/judges.csv",
@@ -55,7 +57,7 @@ rule evaluate:
         tables=lambda wildcards, output: os.path.dirname(output.judges),
         optional=lambda wildcards, input: [
             part
-            for name in ("solution", "quantized", "truth")
+            for name in ("solution", "quantized", "truth", "audit")
             if input.get(name)
             for part in (f"--{name}", str(input.get(name)))
         ],

@@ -383,6 +383,7 @@ def test_spreading_over_one_gpu_is_refused() -> None:
 
 def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(folds={"seed": 1}) == {("folds", "")}
+    assert changed(audit={"threshold": 0.9}) == {("audit", "")}
     assert changed(judges={"l": {"training": {"lr": 1.0}}}) == {("training", "l")}
     assert changed(judges={"l": {"pretraining": {"lr": 1.0}}}) == {("pretraining", "l")}
     assert changed(judges={"l": {"pretraining": {"keep_head": True}}}) == {("training", "l")}

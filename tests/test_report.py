@@ -17,8 +17,10 @@ import pytest
 from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.artifacts import write_json
+from arena_distill.audit import write_audit
 from arena_distill.errors import InputError
 from arena_distill.report import FIGURES, TABLES, TEMPLATES, percent, render_report, signed
+from arena_distill.settings import AuditSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -27,8 +29,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
     run = made_up_run(tmp_path_factory.mktemp("run"))
     (run.folder / "config.yaml").write_text("run: <made-up>\n")
+    audit = run.folder / "audit.json"
+    write_audit(
+        *(run.folder / f"{name}.parquet" for name in ("battles", "folds")),
+        audit,
+        run.folder / "leaks.csv",
+        settings=AuditSettings(version=1),
+    )
     render_report(
-        run.evaluate(),
+        run.evaluate(audit=audit),
         run.folder / "report.html",
         configuration=run.folder / "config.yaml",
     )
@@ -225,6 +234,53 @@ def test_shared_prompts_are_pointed_out(run: MadeUpRun, page: str, tmp_path: Pat
     assert "7 validation rows share their prompt" in (tmp_path / "report.html").read_text()
 
 
+def test_leaks_are_shown_by_relation(
+    run: MadeUpRun, page: str, metrics: dict[str, Any], tmp_path: Path
+) -> None:
+    header, *rows = table(page, "Battles whose prompt")
+    relations = metrics["audit"]["relations"]
+    assert [[row[0], row[1]] for row in rows] == [[r["of"], r["among"]] for r in relations]
+    assert [row[0] for row in rows] == [
+        *(f"fold {k}" for k in range(FOLDS)),
+        "test",
+        "test",
+        "train",
+    ]
+    folder = run.folder / "report"
+    written = list(csv.DictReader(io.StringIO((folder / "audit.csv").read_text())))
+    assert [int(row["near"]) for row in written] == [r["near"] for r in relations]
+    # What the audit of a run without leaks says, and that of one with them.
+    clean = json.loads(json.dumps(metrics))
+    for relation in clean["audit"]["relations"]:
+        relation |= {"same": 0, "near": 0, "answers": 0}
+    clean["audit"]["examples"] = []
+    example = {"of": "test", "among": "train", "kind": "near", "similarity": 0.913, "answer": True}
+    for prefix, prompt in (("", "<b>why</b>"), ("other_", "<i>how</i>")):
+        example |= {f"{prefix}source": "train", f"{prefix}id": "7", f"{prefix}prompt": prompt}
+    leaking = json.loads(json.dumps(clean))
+    leaking["audit"]["relations"][-1] |= {"near": 1}
+    leaking["audit"]["examples"] = [example]
+    for name, figures in (("clean", clean), ("leaking", leaking)):
+        write_json(figures, tmp_path / f"{name}.json")
+        render_report(tmp_path / f"{name}.json", tmp_path / f"{name}.html")
+    assert "No battle’s prompt" in (tmp_path / "clean.html").read_text()
+    shown = (tmp_path / "leaking.html").read_text()
+    assert "No battle’s prompt" not in shown
+    (pair,) = table(shown, "Pairs of battles")[1:]
+    assert pair == ["train:7 <b>why</b>", "train:7 <i>how</i>", "0.91", "yes"]
+
+
+def test_without_an_audit_there_is_no_word_of_leaks(run: MadeUpRun, tmp_path: Path) -> None:
+    figures = json.loads((run.folder / "metrics.json").read_text())
+    for audit in ({"audit": None}, {}):
+        del figures["audit"]
+        figures |= audit
+        write_json(figures, tmp_path / "metrics.json")
+        render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+        assert 'id="leaks"' not in (tmp_path / "report.html").read_text()
+        assert len(list((tmp_path / "report").iterdir())) == len(FIGURES) + len(TABLES)
+
+
 def test_figures_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     write_json({"run": "x"}, tmp_path / "metrics.json")
     with pytest.raises(InputError, match=r"metrics\.json: not the figures of a run"):
@@ -233,7 +289,15 @@ def test_figures_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_every_part_has_a_caption() -> None:
     captions = {path.stem for path in TEMPLATES.glob("*.rst")}
-    assert {*FIGURES, "variants_table", "judges", "folds", "rejected", "workflow"} <= captions
+    assert {
+        *FIGURES,
+        "variants_table",
+        "judges",
+        "folds",
+        "rejected",
+        "audit",
+        "workflow",
+    } <= captions
 
 
 def test_numbers_are_written_for_people() -> None:
@@ -261,7 +325,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     )
     assert "CONSOLE" not in shown.stderr
     assert [row[0] for row in table(shown.stdout, "Log loss by fold")[3:6]] == list(JUDGES)
-    assert len(Page(shown.stdout).tables) == 9
+    assert len(Page(shown.stdout).tables) == 11
     width = re.search(r"<title>(\d+)</title>", shown.stdout)
     assert width is not None
     assert int(width[1]) <= 500  # the narrowest window a headless browser opens

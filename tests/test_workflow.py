@@ -49,6 +49,8 @@ def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
         "battles.parquet",
         "rejected.parquet",
         "folds.parquet",
+        "audit.json",
+        "tables/leaks.csv",
         "submission.csv",
         "metrics.json",
         "report.html",
@@ -143,9 +145,21 @@ def test_a_teachers_lr_rebuilds_its_folds_and_every_student(checkout: Checkout) 
     assert checkout.would_run() == expected
 
 
+def test_another_audit_is_another_report_and_nothing_else(checkout: Checkout) -> None:
+    checkout.edit("mini.yaml", "final:", "audit: {threshold: 0.9}\nfinal:")
+    expected = {"audit_leaks": 1, "evaluate": 1, "render_report": 1, "write_config": 1}
+    assert checkout.would_run() == expected
+
+
 def test_another_fold_seed_rebuilds_everything_after_the_folds(checkout: Checkout) -> None:
     checkout.edit("mini.yaml", "seed: 42", "seed: 43")
-    expected = {"assign_folds": 1, "train_teacher": 4, "predict_logits": 6, **STUDENT}
+    expected = {
+        "assign_folds": 1,
+        "audit_leaks": 1,
+        "train_teacher": 4,
+        "predict_logits": 6,
+        **STUDENT,
+    }
     assert checkout.would_run() == {**expected, "write_config": 1}
 
 

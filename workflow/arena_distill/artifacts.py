@@ -28,7 +28,9 @@ from arena_distill.errors import InputError
 
 StrPath = str | os.PathLike[str]
 
-LIBRARIES = ("torch", "transformers", "peft", "numpy", "pyarrow", "scikit-learn", "gptqmodel")
+LIBRARIES = (
+    *("torch", "transformers", "peft", "numpy", "pyarrow", "scikit-learn", "gptqmodel", "rensa"),
+)
 
 _PROVENANCE = b"arena_distill"
 _DIGEST = b"arena_distill.npy_sha256"

@@ -98,6 +98,20 @@ def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
     write_folds(battles, output, settings=parsed.model_dump())
 
 
+@app.command()
+def audit_leaks(
+    battles: Battles,
+    folds: Folds,
+    output: Output,
+    table: Annotated[Path, typer.Option(help="Where the worst examples go, as CSV.")],
+    settings: Settings,
+) -> None:
+    """Count battles whose prompt also stands where a judge has learned from it."""
+    from arena_distill.audit import write_audit
+
+    write_audit(battles, folds, output, table, settings=parse(phase.AuditSettings, settings))
+
+
 # --- backbones and tokens ---------------------------------------------------------------------------
 
 
@@ -405,6 +419,7 @@ def evaluate(
     solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
     quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
+    audit: Annotated[Path | None, typer.Option(help="audit.json")] = None,
 ) -> None:
     """Compute every figure of the run."""
     from arena_distill.evaluation import evaluate
@@ -423,6 +438,7 @@ def evaluate(
         solution=solution,
         drift=quantized / DRIFT if quantized else None,
         truth=truth,
+        audit=audit,
     )
 
 

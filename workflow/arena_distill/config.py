@@ -125,6 +125,28 @@ class Folds(Section):
     """Decides which battle is dealt where."""
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training prompts kept out of all folds, for choices (merge.weights: greedy)."""
+    near_duplicates: bool = False
+    """Keep prompts that are nearly the same together as well, by `audit`; with `stratified_group` only."""
+
+    @model_validator(mode="after")
+    def _near_duplicates_are_groups(self) -> Folds:
+        if self.near_duplicates and self.method != "stratified_group":
+            raise ValueError(
+                f"near_duplicates keeps prompts together, which {self.method} does not: "
+                "set `method: stratified_group`"
+            )
+        return self
+
+
+class Audit(Section):
+    """The leak audit: battles whose prompt, or nearly the same one, stands where it must not."""
+
+    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """Prompts as similar as this are nearly the same: Jaccard's index of their runs of 5 characters."""
+    permutations: Annotated[int, Field(ge=64, le=1024)] = 128
+    """Of MinHash, which finds the candidates: the more, the fewer are compared in vain."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
+    """Of MinHash."""
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -491,6 +513,8 @@ class Config(Section):
     """Where the battles come from."""
     folds: Folds = Folds()
     """How training battles are dealt into folds."""
+    audit: Audit = Audit()
+    """How leaks are looked for."""
     defaults: JudgeDefaults = JudgeDefaults()
     """What every judge is unless it says otherwise."""
     judges: dict[Name, Judge] = Field(min_length=1)

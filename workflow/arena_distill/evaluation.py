@@ -87,6 +87,7 @@ def evaluate(
     solution: Path | None = None,
     drift: Path | None = None,
     truth: Path | None = None,
+    audit: Path | None = None,
 ) -> None:
     """Compute every figure of a run → `metrics.json`, `judges.csv` and `variants.csv`.
 
@@ -102,6 +103,7 @@ def evaluate(
         drift: what quantising the final judge changed, as JSON.
         truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
             `p_model_b`, `p_tie`).
+        audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
 
     Raises:
         InputError: a judge or fold has no logits, or a row is missing, there twice, or unknown.
@@ -154,6 +156,7 @@ def evaluate(
         "judges": judges,
         "final": _final(settings.final, test, drift, prediction),
         "test": test,
+        "audit": None if audit is None else read_json(audit),
         "provenance": {
             "evaluation": provenance("evaluation", settings.model_dump(mode="json")),
             "logits": {n: _settings(ids_path(paths[0])) for n, paths in logits.items()},

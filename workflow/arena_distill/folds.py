@@ -7,7 +7,7 @@ remember the method, so that whoever reads the file selects the right rows.
 Many people ask the same question: battles share prompts. ``kfold`` and ``stratified`` deal rows, so
 that the same prompt is trained on and validated with, as the historical recipes did; the
 count of such rows is printed. ``stratified_group`` deals prompts, and drops from a fold's training
-the extra battles whose prompt validates it.
+the extra battles whose prompt validates it; on request it takes prompts that are nearly the same for one.
 
 Where something is chosen by its score (a soup's ingredients), it is chosen on battles held out from all
 folds, whole prompts whatever the method: what a choice saw is never what is reported.
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from arena_distill.artifacts import StrPath, provenance, read_parquet, write_parquet
 from arena_distill.errors import InputError
+from arena_distill.similarity import near_groups
 
 Method = Literal["kfold", "stratified", "stratified_group"]
 
@@ -55,13 +56,18 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping
     Args:
         battles_path: file of `arena_distill.battles.write_battles`.
         folds_path: where the table of `assign_folds` goes.
-        settings: JSON values: ``method``, ``n`` and ``seed`` of `assign_folds`; more are allowed,
-            and all of them go into the file's provenance.
+        settings: JSON values: ``method``, ``n`` and ``seed`` of `assign_folds`, and as ``audit`` its
+            ``near``; more are allowed, and all of them go into the file's provenance.
     """
     battles = read_parquet(battles_path, ["id", "source", "prompt", "label"])
     method, n, seed = (settings[name] for name in ("method", "n", "seed"))
     folds = assign_folds(
-        battles, method=method, n=n, seed=seed, holdout=settings.get("holdout", 0.0)
+        battles,
+        method=method,
+        n=n,
+        seed=seed,
+        holdout=settings.get("holdout", 0.0),
+        near=settings.get("audit"),
     )
     write_parquet(folds, folds_path, provenance("folds", settings))
     print(f"{n} folds, {method}, seed {seed}: {_prompts(folds)} prompts")
@@ -76,7 +82,13 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping
 
 
 def assign_folds(
-    battles: pa.Table, *, method: Method, n: int, seed: int, holdout: float = 0.0
+    battles: pa.Table,
+    *,
+    method: Method,
+    n: int,
+    seed: int,
+    holdout: float = 0.0,
+    near: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     """Deal the battles of ``train`` into `n` folds, shuffled by `seed`.
 
@@ -87,10 +99,13 @@ def assign_folds(
         n: number of folds, 2 to 127.
         seed: same battles and seed, same folds.
         holdout: share of the prompts of ``train`` whose battles stay out of all folds.
+        near: ``threshold``, ``permutations`` and ``seed`` of `arena_distill.similarity.near_groups`:
+            prompts of these rows that are nearly the same, or linked by such, are one.
 
     Returns:
         Table of `SCHEMA`: the rows of ``train`` and ``extra``, in the order of `battles`.
-        ``group`` numbers prompts over all sources, see `prompt_groups`.
+        ``group`` numbers prompts over all sources, see `prompt_groups`; with `near`, those that
+        are taken for one have the number of the first.
 
     Raises:
         ValueError: an unknown method.
@@ -106,7 +121,10 @@ def assign_folds(
     rows = np.flatnonzero((source == "train") | (source == "extra"))
     is_train = source[rows] == "train"
     labelled = battles.select(["id", "source", "label"]).take(pa.array(rows))
-    groups = prompt_groups(battles)[rows]
+    groups, prompts = distinct_prompts(battles)
+    groups = groups[rows]
+    if near is not None:
+        groups = _joined(groups, prompts, near)
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
     labels = labelled["label"].to_numpy()
     dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
@@ -121,7 +139,8 @@ def assign_folds(
             "group": groups,
         }
     ).cast(SCHEMA)
-    split = {"method": method, "n": n, "seed": seed}
+    split: dict[str, Any] = {"method": method, "n": n, "seed": seed}
+    split |= {} if near is None else {"near_duplicates": dict(near)}
     return table.replace_schema_metadata({_SPLIT: json.dumps(split).encode()})
 
 
@@ -144,18 +163,35 @@ def _hold_out(groups: np.ndarray, is_train: np.ndarray, holdout: float, seed: in
 def prompt_groups(battles: pa.Table) -> np.ndarray:
     """Number the prompts: battles with the same prompt, of whatever source, share a number.
 
+    Returns:
+        int64 (rows,), in the order of first appearance, as of `distinct_prompts`.
+    """
+    return distinct_prompts(battles)[0]
+
+
+def distinct_prompts(battles: pa.Table) -> tuple[np.ndarray, pa.StringArray]:
+    """Number the prompts, and return them as they are compared.
+
     Prompts are the same if they are so in Unicode's NFKC form, case folded, with each run of white
     space (ends of turns included) taken for one space.
 
     Returns:
-        int64 (rows,), in the order of first appearance.
+        groups: int64 (rows,), the number of each row's prompt, in the order of first appearance.
+        prompts: the prompts in that form, by their number.
     """
     texts = pc.binary_join(battles["prompt"], " ").combine_chunks().dictionary_encode()
     # Once per distinct text; what differs may still become the same.
-    same = pa.array([_normalised(text) for text in texts.dictionary.to_pylist()], pa.string())
-    group_of_text = same.dictionary_encode().indices.to_numpy()
-    groups: np.ndarray = group_of_text[texts.indices.to_numpy()].astype(np.int64)
-    return groups
+    same = pa.array([normalised(text) for text in texts.dictionary.to_pylist()], pa.string())
+    prompts = same.dictionary_encode()
+    groups = prompts.indices.to_numpy()[texts.indices.to_numpy()].astype(np.int64)
+    return groups, prompts.dictionary
+
+
+def normalised(text: str) -> str:
+    """The form in which texts are the same: NFKC, case folded, each run of white space one space."""
+    # Folding case can undo the normal form, so it is restored.
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
 
 
 def training_rows(
@@ -213,7 +249,7 @@ def shared_prompts(folds: pa.Table, fold: int) -> int:
 
 
 def fold_settings(folds: pa.Table) -> dict[str, Any]:
-    """Return the ``method``, ``n`` and ``seed`` that `folds` was dealt with."""
+    """Return what `folds` was dealt with: ``method``, ``n``, ``seed``, and ``near_duplicates`` if so."""
     try:
         return dict(json.loads(folds.schema.metadata[_SPLIT]))
     except (KeyError, TypeError):
@@ -244,6 +280,15 @@ def _deal(labels: np.ndarray, groups: np.ndarray, method: Method, n: int, seed: 
             )
         fold[validation] = number
     return fold
+
+
+def _joined(groups: np.ndarray, prompts: pa.StringArray, near: Mapping[str, Any]) -> np.ndarray:
+    """Give prompts that are nearly the same the number of the first of them."""
+    present, position = np.unique(groups, return_inverse=True)
+    linked = near_groups(prompts.take(pa.array(present)), **near)
+    first = np.unique(linked, return_index=True)[1]
+    joined: np.ndarray = present[first[linked]][position]
+    return joined
 
 
 def _check_enough(labels: np.ndarray, groups: np.ndarray, method: Method, n: int) -> None:
@@ -280,9 +325,3 @@ def _shared_extra(folds: pa.Table, fold: int) -> np.ndarray:
 
 def _prompts(folds: pa.Table) -> int:
     return len(np.unique(folds["group"].to_numpy()))
-
-
-def _normalised(text: str) -> str:
-    # Folding case can undo the normal form, so it is restored.
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())

@@ -9,6 +9,7 @@ VERSIONS = {
     "simulate": 1,
     "battles": 1,
     "folds": 1,
+    "audit": 1,
     "backbone": 1,
     "tokens": 2,
     "pretraining": 2,

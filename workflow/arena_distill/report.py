@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import read_json, write_text
+from arena_distill.audit import COUNTS
 from arena_distill.errors import InputError
 from arena_distill.evaluation import variant_records
 from arena_distill.metrics import Figures
@@ -31,7 +32,7 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "report"
 FIGURES = ("log_loss", "reliability", "variants")
 """Drawings, `<name>.svg`."""
 
-TABLES = ("judges", "calibration", "position", "variants", "folds", "rejected")
+TABLES = ("judges", "calibration", "position", "variants", "folds", "audit", "rejected")
 """Tables, `<name>.csv`."""
 
 INK, MUTED, RULE, PAPER = "#1d1f21", "#6a7178", "#d5d9dd", "#fdfdfc"
@@ -94,6 +95,8 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
         variants=_variants_by_name(metrics),
         calibrations={name: _calibrations(f) for name, f in metrics["judges"].items()},
         names=NAMES | MODELS | CALIBRATIONS,
+        audit=metrics.get("audit"),
+        worst=_worst_leaks(metrics.get("audit")),
         shared_prompts=sum(fold["shared_prompts"] for fold in metrics["folds"]),
         settings=json.dumps(metrics["provenance"], indent=2, ensure_ascii=False),
         versions=metrics["provenance"]["evaluation"]["versions"],
@@ -158,6 +161,14 @@ def _calibrations(judge: Figures) -> dict[str, Figures]:
     return {name: {**scored[name], "truth": truth.get(name)} for name in CALIBRATIONS}
 
 
+def _worst_leaks(audit: Figures | None) -> list[Figures]:
+    """The first example of each relation and kind."""
+    worst: dict[tuple[str, ...], Figures] = {}
+    for example in audit["examples"] if audit else []:
+        worst.setdefault(tuple(example[name] for name in ("of", "among", "kind")), example)
+    return list(worst.values())
+
+
 def _tables(metrics: Figures) -> dict[str, str]:
     """The tables as CSV: rounded, for reading; the exact figures are in `metrics.json`."""
     folds = [fold["fold"] for fold in metrics["folds"]]
@@ -208,6 +219,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
             variants, ["model", "variant", "rows", "log_loss", "accuracy", "submitted"]
         ),
         "folds": write_csv(metrics["folds"]),
+        "audit": write_csv(metrics["audit"]["relations"] if metrics.get("audit") else [], COUNTS),
         "rejected": write_csv(metrics["rejected"], ["source", "column", "reason", "rows"]),
     }
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from arena_distill.config import (
     JOINT,
+    Audit,
     Config,
     Encoding,
     Folds,
@@ -49,9 +50,24 @@ class Settings(Section):
 class FoldsSettings(Settings, Folds):
     """How battles are dealt."""
 
+    # Left out where they are not used: folds that were dealt without them stay as they are.
+    near_duplicates: bool = Field(False, exclude_if=lambda used: not used)
+    audit: Audit | None = Field(None, exclude_if=lambda used: used is None)
+    """What nearly the same prompts are, where these are kept together."""
+
     @classmethod
     def of(cls, config: Config) -> FoldsSettings:
-        return cls(version=VERSIONS["folds"], **config.folds.model_dump())
+        folds = config.folds
+        audit = config.audit if folds.near_duplicates else None
+        return cls(version=VERSIONS["folds"], audit=audit, **folds.model_dump())
+
+
+class AuditSettings(Settings, Audit):
+    """How leaks are looked for."""
+
+    @classmethod
+    def of(cls, config: Config) -> AuditSettings:
+        return cls(version=VERSIONS["audit"], **config.audit.model_dump())
 
 
 class PretrainingSettings(Settings):
