@@ -34,12 +34,15 @@ GRAPH = CONFIG.with_judges(FAMILY.judges)
 R = f"{CONFIG.results}/{CONFIG.run}"
 SOURCES = CONFIG.data.sources()
 FOLDS = range(CONFIG.folds.n)
-TEACHERS = [name for name, judge in GRAPH.judges.items() if not judge.teachers]
+TRAINED = {name: judge for name, judge in GRAPH.judges.items() if not judge.external}
+EXTERNAL = {name: judge.external for name, judge in GRAPH.judges.items() if judge.external}
+ASKED = [name for name, external in EXTERNAL.items() if external.endpoint]
+TEACHERS = [name for name, judge in TRAINED.items() if not judge.teachers]
 STUDENTS = [name for name, judge in GRAPH.judges.items() if judge.teachers]
-SHARDED = [name for name, judge in GRAPH.judges.items() if judge.logits.shards > 1]
-WHOLE = [name for name in GRAPH.judges if name not in SHARDED]
-TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in GRAPH.judges}
-BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in GRAPH.judges.items()}
+SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1]
+WHOLE = [name for name in TRAINED if name not in SHARDED]
+TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
+BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
@@ -128,6 +131,18 @@ def checkpoints(wildcards, output):
     return str(adapter.parents[2] / ".checkpoints" / wildcards.judge / adapter.name)
 
 
+def answers(wildcards, output):
+    """Where an endpoint's answers are kept: whatever becomes of the job, they are paid for once."""
+    logits = Path(output.logits)
+    return str(logits.parents[2] / ".cache" / wildcards.judge)
+
+
+def traffic(wildcards):
+    """How an endpoint is asked, as JSON. As a resource it reruns nothing when it changes."""
+    endpoint = EXTERNAL[wildcards.judge].endpoint
+    return endpoint.model_dump_json(include=set(configuration.Traffic.model_fields))
+
+
 # --- studies ----------------------------------------------------------------------------------------
 
 
@@ -140,11 +155,12 @@ def compared_files(wildcards):
     if STUDIES.problem:
         raise WorkflowError(STUDIES.problem)
     judges = list(dict.fromkeys(entry.judge for entry in STUDIES.compared))
+    trained = [judge for judge in judges if judge in TRAINED]
     tested = list(dict.fromkeys(entry.judge for entry in STUDIES.compared if entry.tested))
     solution = labelled_test(wildcards)
     return [
         *expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=judges, fold=FOLDS),
-        *expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=judges, fold=FOLDS),
+        *expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=trained, fold=FOLDS),
         *expand(f"{R}/merged/{{judge}}", judge=tested),
         *(expand(f"{R}/logits/{{judge}}/merged_test.npy", judge=tested) if solution else []),
     ]
@@ -189,7 +205,7 @@ def labelled_test(wildcards):
 @functools.cache
 def backbone_folder(judge):
     """A judge's backbone: a folder that is there, or one that `prepare_backbone` makes."""
-    backbone = GRAPH.judges[judge].backbone
+    backbone = GRAPH.backbone_of(judge)
     if not backbone.is_ready_folder():
         return f"{R}/backbones/{GRAPH.backbone_name(judge)}"
     if backbone.tiny:
@@ -209,6 +225,11 @@ def tokenizer(wildcards):
 
 def tokens(wildcards):
     return f"{R}/tokens/{TOKENIZERS[wildcards.judge]}/battles.parquet"
+
+
+def judged(wildcards):
+    """The file in which an external judge's logits come."""
+    return local(EXTERNAL[wildcards.judge].file)
 
 
 def pretrained(wildcards):

@@ -24,7 +24,7 @@ rule write_config:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=CONFIG.described(),
+        settings=lambda wildcards: CONFIG.described(),  # a plain text's {} would be wildcards
     message:
         "Writing down the configuration"
     shell:

@@ -34,6 +34,7 @@ editor) are written by `scripts/write_config_reference.py` from the model in
 - `defaults` holds what every judge is; a judge overrides what differs, key by key, and `null` switches a
   part off.
 - Everything under `compute` decides how a job runs, never what it computes: changing it rebuilds nothing.
+- An `external` judge has no other key: the defaults mean nothing to it.
 
 | file | what it is |
 |---|---|
@@ -67,7 +68,7 @@ def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseMode
         if inner is not None and model is not Judge:
             key = f"{name}.<judge>" if inner is Judge else name
             found += sections(inner, f"{path}.{key}".lstrip("."))
-        elif name == "backbone" and inner is not None:
+        elif name in ("external", "backbone") and inner is not None:
             found += sections(inner, f"{path}.{name}")
     return found
 

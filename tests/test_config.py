@@ -26,6 +26,7 @@ from arena_distill.config import (
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
 from arena_distill.settings import (
+    AskingSettings,
     DriftSettings,
     LogitsSettings,
     PretrainingSettings,
@@ -349,6 +350,8 @@ def all_settings(config: Config) -> dict[tuple[str, str], Any]:
         if "studies" in asked:  # they name judges and files: nothing of what a judge is
             continue
         judges = tuple(config.judges) if "judge" in asked else ("",)
+        if model is AskingSettings:  # of judges that are asked alone
+            judges = tuple(name for name, judge in config.judges.items() if judge.external)
         for judge in judges:
             found[phase, judge] = model.of(config, judge) if judge else model.of(config)
     return found

@@ -346,7 +346,7 @@ def _turns_of_lists(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def _labels(raw: RawTable, faults: Faults) -> np.ndarray:
     """Read the votes: int8 per row, 0 = A, 1 = B, 2 = tie, -1 where there is a fault."""
     if _one_hot(raw):
-        texts = [_texts(raw, name) for name in _WINNERS]
+        texts = [column_texts(raw, name) for name in _WINNERS]
         flags = np.stack([_coded(text, _FLAGS) for text in texts], axis=1)
         for name, text, codes in zip(_WINNERS, texts, flags.T, strict=True):
             for position in _where(codes < 0):
@@ -359,7 +359,7 @@ def _labels(raw: RawTable, faults: Faults) -> np.ndarray:
         winner = flags.argmax(axis=1)
         return np.where(readable & (votes == 1), winner, -1).astype(np.int8)
     name = next(name for name in _ONE_LABEL if name in raw.columns)
-    text = _texts(raw, name)
+    text = column_texts(raw, name)
     labels = _coded(text, _LABELS)
     for position in _where(labels < 0):
         faults.add(position, name, _unexpected(text[position], "model_a, model_b, tie or 0, 1, 2"))
@@ -386,7 +386,7 @@ def _ids(raw: RawTable, source: str, rows_before: int, faults: Faults) -> pa.Chu
     if "id" not in raw.columns:
         numbers = pa.array(raw.numbers + rows_before).cast(pa.string())
         return pa.chunked_array([pc.binary_join_element_wise("row", numbers, "")])
-    ids = pc.fill_null(_texts(raw, "id"), "")
+    ids = pc.fill_null(column_texts(raw, "id"), "")
     for position in _where(pc.equal(ids, "").to_numpy()):
         faults.add(position, "id", "no id")
     return ids
@@ -396,11 +396,11 @@ def _models(raw: RawTable, name: str) -> pa.ChunkedArray:
     """Read the names of models; null where unknown."""
     if name not in raw.columns:
         return pa.chunked_array([pa.nulls(len(raw.numbers), pa.string())])
-    names = _texts(raw, name)
+    names = column_texts(raw, name)
     return pc.if_else(pc.equal(names, ""), pa.scalar(None, pa.string()), names)
 
 
-def _texts(raw: RawTable, name: str) -> pa.ChunkedArray:
+def column_texts(raw: RawTable, name: str) -> pa.ChunkedArray:
     """Turn a column into texts: whole numbers without ".0", nulls stay null."""
     column = raw.columns[name]
     if isinstance(column, list):

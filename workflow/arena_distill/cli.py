@@ -260,6 +260,59 @@ def gather_logits(
     gather_logits(shards, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
 
 
+# --- external judges --------------------------------------------------------------------------------
+
+
+@app.command()
+def ask_judge(
+    battles: Battles,
+    output: Output,
+    cost: Annotated[Path, typer.Option(help="Where tokens and cost are written.")],
+    answers: Annotated[Path, typer.Option(help="Folder in which answers are kept.")],
+    settings: Settings,
+    traffic: Annotated[str, typer.Option(help="How to ask, as JSON (see `config.Traffic`).")],
+) -> None:
+    """Ask an OpenAI-compatible endpoint about all labelled battles in both orders."""
+    jobs.hold(answers)
+    from arena_distill.external import ask_judge
+
+    ask_judge(
+        battles,
+        output,
+        cost,
+        answers,
+        settings=parse(phase.AskingSettings, settings),
+        traffic=parse(config.Traffic, traffic),
+    )
+
+
+@app.command()
+def read_judged(
+    battles: Battles,
+    file: Annotated[Path, typer.Option(help="A judge's logits: parquet, CSV or JSONL.")],
+    output: Output,
+    version: Version,
+) -> None:
+    """Read the logits of all labelled battles from a file."""
+    from arena_distill.external import read_judged
+
+    read_judged(file, battles, output, version=version)
+
+
+@app.command()
+def deal_logits(
+    logits: Annotated[Path, typer.Option(help="external/<judge>/logits.npy")],
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+) -> None:
+    """Write a fold's rows out of an external judge's logits."""
+    from arena_distill.external import deal_logits
+
+    deal_logits(logits, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
+
+
 # --- the deployable model ---------------------------------------------------------------------------
 
 

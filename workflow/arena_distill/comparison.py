@@ -215,6 +215,8 @@ def _test(
 
 def _cost(run: Path, judge: str, folds: Sequence[int]) -> Figures:
     """What a judge took: its folds' training seconds and tokens; its size, and the model's bytes."""
+    if not (run / "adapters" / judge).exists():  # it was not trained here
+        return {"seconds": None, "tokens": None, "parameters": None, "bytes": 0}
     adapters = [read_json(run / "adapters" / judge / f"fold_{k}" / "metrics.json") for k in folds]
     return {
         "seconds": sum(a["seconds"] for a in adapters),

@@ -128,6 +128,8 @@ def evaluate(
         }
         for name, teachers in settings.judges.items()
     }
+    for name in settings.external:
+        judges[name]["external"] = True
     baselines: dict[str, Figures | None] = {
         name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in yardsticks.items()
     }

@@ -16,6 +16,8 @@ VERSIONS = {
     "training": 2,
     "distillation": 3,
     "logits": 1,
+    "asking": 1,
+    "judged": 1,
     "merging": 2,
     "soups": 1,
     "quantization": 1,

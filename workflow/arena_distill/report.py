@@ -176,7 +176,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
         {
             "name": row["name"],
             "taught by": ", ".join(row.get("teachers", ()))
-            or ("votes" if "teachers" in row else ""),
+            or ("external" if row.get("external") else "votes" if "teachers" in row else ""),
             **{
                 f"fold {k}": round(f["log_loss"], 4)
                 for k, f in zip(folds, row["folds"], strict=True)

@@ -90,7 +90,8 @@ def _judges_table(metrics: Figures) -> Table:
     rows = [(name, "–", f, f) for name, f in metrics["baselines"].items() if f]
     for name, figures in metrics["judges"].items():
         teachers = figures["teachers"]
-        taught_by = f"{len(teachers)} judges" if len(teachers) > 1 else (*teachers, "votes")[0]
+        learned = "external" if figures.get("external") else "votes"
+        taught_by = f"{len(teachers)} judges" if len(teachers) > 1 else (*teachers, learned)[0]
         rows.append((name, taught_by, figures, figures["oof"]))
     for name, teachers, figures, overall in rows:
         closed = figures["gap_closed"]

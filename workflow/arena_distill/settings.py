@@ -7,12 +7,14 @@ how a job runs. Rules hand them over as JSON; the command line reads them back w
 
 from __future__ import annotations
 
+from operator import not_
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from arena_distill.config import (
     JOINT,
+    Asking,
     Audit,
     Config,
     Encoding,
@@ -155,6 +157,18 @@ class LogitsSettings(Settings):
         )
 
 
+class AskingSettings(Settings, Asking):
+    """What an endpoint is asked."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> AskingSettings:
+        external = config.judges[judge].external
+        if external is None or external.endpoint is None:
+            raise InputError(f"judges.{judge} has no external endpoint: there is nobody to ask")
+        asking = external.endpoint.model_dump(include=set(Asking.model_fields))
+        return cls(version=VERSIONS["asking"], **asking)
+
+
 class MergeSettings(Settings, Merge):
     """How a judge's folds become one model."""
 
@@ -274,6 +288,8 @@ class EvaluationSettings(Settings):
     run: str
     judges: dict[str, tuple[str, ...]]
     """Teachers by judge."""
+    external: tuple[str, ...] = Field((), exclude_if=not_)
+    """Judges that are not trained here."""
     final: str
 
     @classmethod
@@ -282,6 +298,7 @@ class EvaluationSettings(Settings):
             version=VERSIONS["evaluation"],
             run=config.run,
             judges={name: config.judges[name].teachers for name in config.ordered()},
+            external=tuple(name for name, judge in config.judges.items() if judge.external),
             final=config.final,
         )
 

@@ -70,6 +70,8 @@ class Family:
 
 def _folds(judge: Judge) -> tuple[Any, ...]:
     """What decides a judge's folds: neither how jobs run, nor the loss of teachers it lacks."""
+    if judge.external:
+        return (judge.external,)
     student = bool(judge.teachers)
     return (
         judge.before_folds(),
