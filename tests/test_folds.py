@@ -20,6 +20,7 @@ from arena_distill.folds import (
     assign_folds,
     dropped_extra,
     fold_settings,
+    held_out_rows,
     prompt_groups,
     shared_prompts,
     training_rows,
@@ -105,6 +106,19 @@ def test_no_prompt_is_in_several_folds() -> None:
         assert shared_prompts(folds, fold) == 0
     # Every one of the 30 extra battles shares its prompt with train, hence with one fold.
     assert sum(dropped_extra(folds, fold) for fold in range(5)) == 30
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_choices_see_is_neither_trained_on_nor_reported(method: Method) -> None:
+    folds = assign_folds(made_up(), method=method, n=4, seed=3, holdout=0.2)
+    groups = folds["group"].to_numpy()
+    held = held_out_rows(folds)
+    assert len(set(groups[held])) == 8, "a fifth of the 40 prompts"
+    for fold in range(4):
+        training, validation = in_fold(folds, fold)
+        assert not set(groups[held]) & (training | validation)
+    without = assign_folds(made_up(), method=method, n=4, seed=3)
+    assert not len(held_out_rows(without))
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from checkouts import make_checkout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,6 +142,54 @@ def test_settings_of_the_comparison_survive_json() -> None:
     _, found, graph = derived()
     told = CompareSettings.of(graph, found)
     assert CompareSettings.model_validate_json(told.model_dump_json()) == told
+
+
+# --- through the workflow -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) -> None:
+    """Two recipes, two points of each curve, two of each start: all files, and figures that fit."""
+    checkout = make_checkout(tmp_path / "checkout")
+    config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    config["compare"] = {"recipes": ["summary", "best"], "resamples": 200}
+    config["compare"]["variants"] = {"soup": {"merge": {"weights": "greedy"}}}
+    config["folds"]["holdout"] = 0.1
+    config["studies"] = {"curve_shares": [0.5, 1], "drift_epochs": [1, 3]}
+    (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
+    checkout.run("compare", "curves", "drift")
+    compared = json.loads((checkout.results / "compare/compare.json").read_text())
+    labels = [entry["label"] for entry in compared["entries"]]
+    assert {"summary", "summary, votes", "best", "best, votes", "soup", "llama-teacher"} <= set(
+        labels
+    )
+    for part in ("out_of_fold", "test"):
+        table = compared[part]
+        p = {name: judge["log_loss"] for name, judge in table["judges"].items()}
+        for row in table["differences"]:
+            assert row["difference"] == pytest.approx(p[row["judge"]] - p[row["against"]])
+            assert row["low"] <= row["high"]
+        assert p["Bayes limit"] < p["class prior"]
+    best = next(entry for entry in compared["entries"] if entry["label"] == "best")
+    for weights in best["teacher_weights"]:
+        assert sum(weights) == pytest.approx(1)
+    position = compared["out_of_fold"]["judges"]["best"]["position"]
+    assert position["flip_rate"] == position["total_variation"] == 0, "a pointwise judge has none"
+    soup = next(entry for entry in compared["entries"] if entry["label"] == "soup")
+    merged = json.loads((checkout.results / "merged" / soup["judge"] / "merge.json").read_text())
+    assert sum(merged["weights"]) == pytest.approx(1)
+    page = (checkout.results / "compare/report.html").read_text()
+    assert "Does distillation help?" in page
+    curve = json.loads((checkout.results / "curves/curves.json").read_text())
+    assert len(curve["points"]) == 4
+    for small, whole in (curve["points"][:2], curve["points"][2:]):
+        assert small["battles"] == pytest.approx(whole["battles"] / 2, abs=1)
+    drift = json.loads((checkout.results / "drift/drift.json").read_text())["points"]
+    shared = [point["factors_gap"] for point in drift if point["start"] == "shared"]
+    apart = [point["factors_gap"] for point in drift if point["start"] == "own"]
+    assert max(shared) < min(apart)
+    assert not checkout.would_run("compare", "curves", "drift")
 
 
 # --- the bootstrap --------------------------------------------------------------------------------

@@ -230,6 +230,28 @@ def test_another_seed_starts_elsewhere(llama: Run, spy: Spy, tmp_path: Path) -> 
     )
 
 
+def test_folds_with_starts_of_their_own(llama: Run, spy: Spy, tmp_path: Path) -> None:
+    for fold in range(2):
+        fit_spied(llama, tmp_path, fold, own_start=True)
+    drawn = [n for n in spy.starts[0] if "lora_B" not in n]
+    assert drawn
+    assert all(not torch.equal(spy.starts[0][n], spy.starts[1][n]) for n in drawn)
+    fit_spied(llama, tmp_path, 0)
+    assert distance(spy.starts[0], spy.starts[2]) == 0
+
+
+def test_larger_shares_of_the_battles_hold_the_smaller_ones(
+    llama: Run, spy: Spy, tmp_path: Path
+) -> None:
+    for share in (0.25, 0.5, 1):
+        fit_spied(llama, tmp_path, share=share, swap=False)
+    quarter, half, whole = ({ids.tobytes() for ids in e.views[0]} for e in spy.examples)
+    assert quarter < half < whole
+    assert [e.battles for e in spy.examples[:2]] == [
+        round(spy.examples[2].battles * share) for share in (0.25, 0.5)
+    ]
+
+
 @pytest.fixture(scope="module")
 def pretrained(llama: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("adapters") / "pretrained"
