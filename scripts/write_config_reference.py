@@ -43,6 +43,26 @@ editor) are written by `scripts/write_config_reference.py` from the model in
 | `smol.yaml` | your battles and real pretrained weights, SmolLM2 cut to its first layers |
 | `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
 | `recipes/blackpearl.yaml` | what the winners' published code does |
+| `recipes/best.yaml` | ours: every choice measured |
+| `progressive.yaml` | teacher → middle → small, beside teacher → small |
+| `ablation.yaml` | `snakemake compare`: the embedded default, one key changed at a time |
+| `smol-compare.yaml` | `snakemake compare`: recipes on your battles, with real pretrained weights |
+
+## Axes of a recipe
+
+Each is a key of its own: any mix runs.
+
+| axis | key | choices, and where they are from |
+|---|---|---|
+| folds | `folds.method` | `kfold` (the summary), `stratified` (the winners), `stratified_group`: by prompt; `near_duplicates`: by MinHash (Broder 1997) |
+| text | `encoding.template`, `.truncation` | `winners`: their code; `markers`, `rounds`: the summary |
+| head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967) |
+| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary |
+| teachers | `loss.combine`, `loss.weights` | `mean_logits`: the summary; `separate`: the winners; `mean_probabilities`: a linear pool; `fitted`: stacking on the simplex (Breiman 1996); `confidence`: Zhang et al. 2022, arXiv:2201.00007 |
+| loss | `loss.*` | `kl`, `temperature`: Hinton et al. 2015, arXiv:1503.02531; `cosine`: the winners' code; `label_smoothing`: Szegedy et al. 2016, arXiv:1512.00567; `focal`: Lin et al. 2017, arXiv:1708.02002 |
+| merge | `merge.*` | `factors`: both documents; `products`: exact; `greedy`: Wortsman et al. 2022, arXiv:2203.05482 |
+| prediction | `prediction.*` | mean of `probabilities` over orders: the winners; of `logits` over orders and lengths: the summary; `calibration`: Guo et al. 2017, arXiv:1706.04599 |
+| progressive | `teachers` | a student may teach: Mirzadeh et al. 2020, Improved Knowledge Distillation via Teacher Assistant, arXiv:1902.03393 |
 """
 
 
