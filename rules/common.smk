@@ -154,7 +154,7 @@ def compared_files(wildcards):
     """What the comparison reads of every judge in it."""
     if STUDIES.problem:
         raise WorkflowError(STUDIES.problem)
-    judges = list(dict.fromkeys(entry.judge for entry in STUDIES.compared))
+    judges = list(dict.fromkeys(entry.folds for entry in STUDIES.compared))
     trained = [judge for judge in judges if judge in TRAINED]
     tested = list(dict.fromkeys(entry.judge for entry in STUDIES.compared if entry.tested))
     solution = labelled_test(wildcards)
@@ -244,12 +244,17 @@ def calibration(wildcards):
     return f"{R}/calibration/{wildcards.judge}.json" if wanted else []
 
 
+def folds_of(judge):
+    """The judge whose folds are merged: a study's may differ from another in how they are merged alone."""
+    return judge if judge in CONFIG.judges else FAMILY.trained_as(judge)
+
+
 def fold_adapters(wildcards):
-    return [f"{R}/adapters/{wildcards.judge}/fold_{fold}" for fold in FOLDS]
+    return [f"{R}/adapters/{folds_of(wildcards.judge)}/fold_{fold}" for fold in FOLDS]
 
 
 def fold_logits(wildcards):
-    return [f"{R}/logits/{wildcards.judge}/fold_{fold}.npy" for fold in FOLDS]
+    return [f"{R}/logits/{folds_of(wildcards.judge)}/fold_{fold}.npy" for fold in FOLDS]
 
 
 def merge_evidence(wildcards):

@@ -154,7 +154,13 @@ def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) 
     checkout = make_checkout(tmp_path / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
     config["compare"] = {"recipes": ["summary", "best"], "resamples": 200}
-    config["compare"]["variants"] = {"soup": {"merge": {"weights": "greedy"}}}
+    config["compare"]["variants"] = {
+        "soup": {"merge": {"weights": "greedy"}},
+        "pointwise": {
+            "head": "pointwise",
+            "loss": {"combine": "mean_probabilities", "weights": "fitted"},
+        },
+    }
     config["folds"]["holdout"] = 0.1
     config["studies"] = {"curve_shares": [0.5, 1], "drift_epochs": [1, 3]}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
@@ -171,13 +177,15 @@ def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) 
             assert row["difference"] == pytest.approx(p[row["judge"]] - p[row["against"]])
             assert row["low"] <= row["high"]
         assert p["Bayes limit"] < p["class prior"]
-    best = next(entry for entry in compared["entries"] if entry["label"] == "best")
-    for weights in best["teacher_weights"]:
+    entries = {entry["label"]: entry for entry in compared["entries"]}
+    for weights in entries["pointwise"]["teacher_weights"]:
         assert sum(weights) == pytest.approx(1)
-    position = compared["out_of_fold"]["judges"]["best"]["position"]
+    assert entries["best"]["judge"] != entries["summary"]["judge"], "merged in another way"
+    assert not (checkout.results / "adapters" / entries["best"]["judge"]).exists(), "trained once"
+    position = compared["out_of_fold"]["judges"]["pointwise"]["position"]
     assert position["flip_rate"] == position["total_variation"] == 0, "a pointwise judge has none"
-    soup = next(entry for entry in compared["entries"] if entry["label"] == "soup")
-    merged = json.loads((checkout.results / "merged" / soup["judge"] / "merge.json").read_text())
+    soup = checkout.results / "merged" / entries["soup"]["judge"]
+    merged = json.loads((soup / "merge.json").read_text())
     assert sum(merged["weights"]) == pytest.approx(1)
     page = (checkout.results / "compare/report.html").read_text()
     assert "Does distillation help?" in page

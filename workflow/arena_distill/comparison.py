@@ -34,7 +34,7 @@ from arena_distill.metrics import (
 )
 from arena_distill.orders import CLASSES
 from arena_distill.prediction import mean_of_views
-from arena_distill.settings import CompareSettings
+from arena_distill.settings import CompareSettings, Entry
 from arena_distill.yardsticks import class_prior, length_regression, true_probabilities
 
 RESAMPLES_AT_ONCE = 64
@@ -64,7 +64,7 @@ def compare(
     folds = data.fold_numbers()
     seen = {
         entry.label: data.judge_logits(
-            entry.judge, [run / "logits" / entry.judge / f"fold_{k}.npy" for k in folds]
+            entry.folds, [run / "logits" / entry.folds / f"fold_{k}.npy" for k in folds]
         )
         for entry in settings.entries
     }
@@ -95,7 +95,7 @@ def compare(
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
             | {"against": e.against, "tested": e.tested}
-            | _cost(run, e.judge, folds)
+            | _cost(run, e, folds)
             for e in settings.entries
         ],
         "out_of_fold": held_out,
@@ -213,16 +213,19 @@ def _test(
     return _table(probabilities, votes, groups, settings, true)
 
 
-def _cost(run: Path, judge: str, folds: Sequence[int]) -> Figures:
+def _cost(run: Path, entry: Entry, folds: Sequence[int]) -> Figures:
     """What a judge took: its folds' training seconds and tokens; its size, and the model's bytes."""
-    if not (run / "adapters" / judge).exists():  # it was not trained here
+    adapters_of = run / "adapters" / entry.folds
+    if not adapters_of.exists():  # it was not trained here
         return {"seconds": None, "tokens": None, "parameters": None, "bytes": 0}
-    adapters = [read_json(run / "adapters" / judge / f"fold_{k}" / "metrics.json") for k in folds]
+    adapters = [read_json(adapters_of / f"fold_{k}" / "metrics.json") for k in folds]
     return {
         "seconds": sum(a["seconds"] for a in adapters),
         "tokens": sum(round(a["tokens"] * a["epochs"]) for a in adapters),
         "parameters": adapters[0]["parameters"],
-        "bytes": sum(f.stat().st_size for f in (run / "merged" / judge).glob("*.safetensors")),
+        "bytes": sum(
+            f.stat().st_size for f in (run / "merged" / entry.judge).glob("*.safetensors")
+        ),
         "teacher_weights": [a["teacher_weights"] for a in adapters if "teacher_weights" in a],
     }
 

@@ -308,6 +308,8 @@ class Entry(Section):
 
     label: str
     judge: Name
+    folds: Name
+    """The judge whose folds it has: another one, where the two differ in merging alone."""
     teachers: tuple[Name, ...]
     against: str | None
     """The label of the same judge on votes alone."""
@@ -333,6 +335,7 @@ class CompareSettings(Settings):
                 Entry(
                     label=entry.label,
                     judge=entry.judge,
+                    folds=entry.folds,
                     teachers=config.judges[entry.judge].teachers,
                     against=entry.against,
                     tested=entry.tested,

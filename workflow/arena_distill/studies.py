@@ -8,6 +8,7 @@ adapter, a teacher) is computed once. `all` needs none of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Compared:
     """An entry of the comparison.
 
     judge: its name in the graph.
+    folds: the judge whose folds it has, where it differs in their merging alone.
     against: the label of the same judge without teachers, where this one has some.
     prediction: how its recipe averages test predictions.
     tested: its merged model is scored on the test battles too.
@@ -37,6 +39,7 @@ class Compared:
 
     label: str
     judge: str
+    folds: str
     prediction: Prediction
     against: str | None = None
     tested: bool = True
@@ -66,6 +69,10 @@ class Family:
         if known == name and self.judges.setdefault(name, judge) != judge:
             raise InputError(f"config: judges.{name}: a study needs this name; rename the judge")
         return known
+
+    def trained_as(self, name: str) -> str:
+        """The judge whose folds these are: one that differs in nothing but how its folds are merged."""
+        return self._names[_folds(self.judges[name])]
 
 
 def _folds(judge: Judge) -> tuple[Any, ...]:
@@ -137,25 +144,20 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
             against = f"{recipe}, {VOTES}"
             name = family.add(f"{under.final}.{recipe}.{VOTES}", alone, merged=True)
             if name not in {entry.judge for entry in entries}:
-                entries.append(Compared(against, name, under.prediction))
+                entries.append(Compared(against, name, family.trained_as(name), under.prediction))
             else:
                 against = next(entry.label for entry in entries if entry.judge == name)
-        entries.append(Compared(recipe, final, under.prediction, against))
-    repeated = [
-        Compared(
-            f"{entry.label}, seed {seed}",
-            family.add(
-                f"{entry.judge}.seed{seed}", _seeded(family.judges[entry.judge], seed), merged=True
-            ),
-            entry.prediction,
-            entry.against and f"{entry.against}, seed {seed}",
-        )
-        for seed in config.compare.seeds
-        for entry in entries
-    ]
+        entries.append(Compared(recipe, final, family.trained_as(final), under.prediction, against))
+    repeated = []
+    for seed, entry in itertools.product(config.compare.seeds, entries):
+        seeded = _trained(family.judges[entry.judge], seed=seed)
+        name = family.add(f"{entry.judge}.seed{seed}", seeded, merged=True)
+        against = entry.against and f"{entry.against}, seed {seed}"
+        label, folds = f"{entry.label}, seed {seed}", family.trained_as(name)
+        repeated.append(Compared(label, name, folds, entry.prediction, against))
     shown = {entry.judge for entry in entries}
     others = [
-        Compared(name, name, config.prediction, tested=name == config.final)
+        Compared(name, name, name, config.prediction, tested=name == config.final)
         for name in config.judges
         if name not in shown
     ]
@@ -220,10 +222,6 @@ def _teachers_first(config: Config, judge: str) -> list[str]:
 
 def _on_votes(judge: Judge) -> Judge:
     return judge.model_copy(update={"teachers": ()})
-
-
-def _seeded(judge: Judge, seed: int) -> Judge:
-    return _trained(judge, seed=seed)
 
 
 def _trained(judge: Judge, **changes: Any) -> Judge:
