@@ -27,6 +27,7 @@ rule read_battles:
         extra=battle_files("extra"),
         ut=battle_files("ut"),
         test=battle_files("test"),
+        unlabelled=battle_files("unlabelled"),
     output:
         battles=f"{R}/battles.parquet",
         rejected=f"{R}/rejected.parquet",

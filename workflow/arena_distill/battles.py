@@ -37,7 +37,8 @@ from arena_distill.tables import (
     read_table,
 )
 
-SOURCES = ("train", "extra", "ut", "test")
+SOURCES = ("train", "extra", "ut", "test", "unlabelled")
+WITHOUT_VOTES = ("test", "unlabelled")
 
 _TURNS = pa.list_(pa.string())
 SCHEMA = pa.schema(
@@ -49,7 +50,7 @@ SCHEMA = pa.schema(
         pa.field("response_b", _TURNS, nullable=False),
         ("model_a", pa.string()),
         ("model_b", pa.string()),
-        ("label", pa.int8()),  # 0 = A, 1 = B, 2 = tie; null in test
+        ("label", pa.int8()),  # 0 = A, 1 = B, 2 = tie; null without votes
     ]
 )
 REJECTED_SCHEMA = pa.schema(
@@ -90,8 +91,8 @@ def read_battles(files: Mapping[str, Sequence[StrPath]]) -> tuple[pa.Table, pa.T
             with `KEPT_AS_RAW_TEXT`.
 
     Without an ``id`` column (which ``train`` and ``test`` must have), the n-th row of a source is
-    called ``row<n>``. The votes of ``test`` are not read, even if they are there. Of rows that
-    share an id within a source the first is kept.
+    called ``row<n>``. The votes of ``test`` and ``unlabelled`` are not read, even if they are there.
+    Of rows that share an id within a source the first is kept.
 
     Raises:
         InputError: a file is missing, empty, damaged, not UTF-8 or lacks columns; no row of
@@ -198,7 +199,7 @@ def _read_source(source: str, paths: Sequence[StrPath]) -> tuple[pa.Table, list[
 
 def _read_part(source: str, path: Path, rows_before: int) -> _Part:
     """Turn one file into canonical columns, faulty rows still among them."""
-    labelled = source != "test"
+    labelled = source not in WITHOUT_VOTES
     raw = read_table(path)
     required = [*(["id"] if source in ("train", "test") else []), *_TEXTS]
     _require(raw, required, labelled=labelled)

@@ -81,11 +81,15 @@ def read_battles(
     test: Annotated[list[Path], typer.Option(help="Battles to predict (repeatable).")],
     extra: Annotated[list[Path] | None, typer.Option(help="More labelled battles.")] = None,
     ut: Annotated[list[Path] | None, typer.Option(help="Battles for post-pretraining.")] = None,
+    unlabelled: Annotated[
+        list[Path] | None, typer.Option(help="Battles that students learn from teachers alone.")
+    ] = None,
 ) -> None:
     """Read CSV, JSONL or parquet in the Kaggle schema into canonical battles."""
     from arena_distill.battles import write_battles
 
     files = {"train": train, "extra": extra or [], "ut": ut or [], "test": test}
+    files |= {"unlabelled": unlabelled or []}
     write_battles(files, output, rejected, {"version": version})
 
 

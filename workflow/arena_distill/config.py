@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from operator import not_
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,9 @@ class Arena(Section):
     """Battles for post-pretraining, voted on by another population."""
     test: PositiveInt = 500
     """Battles to predict."""
+    # Left out where there are none: an arena without them stays as it was simulated.
+    unlabelled: NonNegativeInt = Field(0, exclude_if=not_)
+    """Battles without votes, which students learn from their teachers."""
 
 
 class Data(Section):
@@ -88,6 +92,8 @@ class Data(Section):
     """Labelled battles for post-pretraining, such as UltraFeedback."""
     test: tuple[str, ...] = ()
     """Battles to predict."""
+    unlabelled: tuple[str, ...] = ()
+    """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
     solution: str | None = None
     """The test battles' votes, where known: the report then scores every variant on them."""
 
@@ -95,13 +101,13 @@ class Data(Section):
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
-            lists = ("train", "extra", "ut", "test")
+            lists = ("train", "extra", "ut", "test", "unlabelled")
             value = {k: [v] if k in lists and isinstance(v, str) else v for k, v in value.items()}
         return value
 
     @model_validator(mode="after")
     def _arena_or_files(self) -> Data:
-        files = bool(self.train or self.extra or self.ut or self.test or self.solution)
+        files = any((self.train, self.extra, self.ut, self.test, self.unlabelled, self.solution))
         if self.arena is None and not (self.train and self.test):
             raise ValueError("give `train` and `test` files, or `arena` for the synthetic battles")
         if self.arena is not None and files:
@@ -113,7 +119,8 @@ class Data(Section):
     def sources(self) -> tuple[str, ...]:
         """The sources this run has battles of, in the order of the canonical file."""
         given = self.arena or self
-        return tuple(s for s in ("train", "extra", "ut", "test") if getattr(given, s))
+        known = ("train", "extra", "ut", "test", "unlabelled")
+        return tuple(s for s in known if getattr(given, s))
 
 
 class Folds(Section):
@@ -506,6 +513,8 @@ class JudgeDefaults(Section):
     """A student's teacher logits: from the fold model that never saw the row, or the fold's own."""
     loss: Loss = Loss()
     """Of the folds."""
+    pseudo_labels: bool = True
+    """A student also learns the unlabelled battles, by its teachers' logits alone (`kl`, `cosine`)."""
     logits: Logits = Logits()
     """Of the folds."""
     merge: Merge = Merge()
@@ -534,6 +543,10 @@ class Judge(JudgeDefaults):
         pretraining = self.pretraining and self.pretraining.model_copy(update={"keep_head": False})
         return self.backbone, self.encoding, self.head, self.lora, self.precision, pretraining
 
+    def learns_pseudo_labels(self) -> bool:
+        """Whether it learns battles without votes, where there are any, from teachers."""
+        return self.pseudo_labels and bool(self.teachers) and self.loss.kl + self.loss.cosine > 0
+
     @field_validator("backbone")
     @classmethod
     def _backbone_or_external(cls, value: Backbone | None, info: ValidationInfo) -> Backbone | None:
@@ -561,6 +574,16 @@ class Judge(JudgeDefaults):
     def _distinct_teachers(self) -> Judge:
         if len(set(self.teachers)) != len(self.teachers):
             raise ValueError("teachers: a judge is named twice")
+        return self
+
+    @model_validator(mode="after")
+    def _pseudo_labels_need_a_loss(self) -> Judge:
+        asked = self.pseudo_labels and "pseudo_labels" in self.model_fields_set
+        if asked and self.teachers and not self.learns_pseudo_labels():
+            raise ValueError(
+                "pseudo_labels: true, but loss.kl and loss.cosine are 0: without votes there is nothing "
+                "to learn; give one of them a weight, or set pseudo_labels: false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -751,6 +774,10 @@ class Config(Section):
         if backbone is None:
             raise InputError(f"judges.{judge} is external: it has no backbone, nothing is trained")
         return backbone
+
+    def learns_unlabelled(self, judge: str) -> bool:
+        """Whether a judge learns battles without votes: there are some, and it wants them."""
+        return "unlabelled" in self.data.sources() and self.judges[judge].learns_pseudo_labels()
 
     def backbone_name(self, judge: str) -> str:
         """The name of a judge's backbone: readable, one per distinct backbone of this configuration."""

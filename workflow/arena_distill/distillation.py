@@ -7,6 +7,11 @@ What each kind of target knows: `in_sample` targets come from a teacher that was
 so they are over-confident. `out_of_fold` targets are honest about their rows, but the teacher of another
 fold was trained on the votes of the student's own validation rows, and extra rows were seen by every
 fold's teacher: a student's out-of-fold score is a little flattered by that, its score on test is not.
+
+Unlabelled battles have nothing but their targets. No teacher has seen their votes, as there are none, so
+out of fold they get the mean of all folds' teachers, as extra rows do: the better teacher, but again one
+that has learned from the votes of the student's validation rows. In sample they get their fold's own
+teacher, which has not.
 """
 
 from __future__ import annotations
@@ -17,22 +22,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from arena_distill.artifacts import read_logits
 from arena_distill.config import Loss, Targets
 from arena_distill.errors import InputError
 from arena_distill.keys import key, locate
-from arena_distill.orders import swap_classes
+from arena_distill.orders import NO_VOTE, swap_classes
 
 if TYPE_CHECKING:
     import torch
 
 VOTES = Loss(ce=1.0, kl=0.0, cosine=0.0)
 """The loss of a judge without teachers: cross-entropy with the vote."""
-
-NO_VOTE = -1
-"""The label of a battle that nobody voted on: it is learned from teachers alone."""
 
 
 def teacher_targets(
@@ -42,7 +43,8 @@ def teacher_targets(
 
     Args:
         teachers: each teacher's `fold_<k>.npy` files. For `out_of_fold` all of its folds, where a row's
-            logits are those of the one fold model that never saw it (extra rows: the mean over folds).
+            logits are those of the one fold model that never saw it (extra and unlabelled rows, which no
+            fold holds out: the mean over folds).
             For `in_sample` the file of the student's own fold, whose teacher was trained on these rows.
         rows: the training rows; columns `id` and `source`.
 
@@ -64,7 +66,8 @@ def _out_of_fold(teacher: str, files: Sequence[Path], rows: pa.Table) -> np.ndar
         keys = key(ids)
         held_out.append(logits[validation])
         held_out_keys.append(keys.filter(pa.array(validation)))
-        is_extra = pc.equal(ids["source"], "extra").to_numpy(zero_copy_only=False)
+        sources = ids["source"].cast(pa.string()).to_numpy(zero_copy_only=False)
+        is_extra = np.isin(sources, ["extra", "unlabelled"])
         if is_extra.any():
             these = keys.filter(pa.array(is_extra))
             extra_keys = these if extra_keys is None else extra_keys
@@ -72,7 +75,9 @@ def _out_of_fold(teacher: str, files: Sequence[Path], rows: pa.Table) -> np.ndar
             extra.append(logits[is_extra][order])
     if extra and extra_keys is not None:
         if len(extra) != len(files):
-            raise InputError(f"{files[0].parent}: only some folds of {teacher} hold extra rows")
+            raise InputError(
+                f"{files[0].parent}: only some folds of {teacher} hold extra rows (or unlabelled)"
+            )
         held_out.append(np.mean(extra, axis=0))
         held_out_keys.append(extra_keys)
     found = pa.concat_arrays(held_out_keys)

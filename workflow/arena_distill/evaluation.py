@@ -59,7 +59,7 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
-from arena_distill.orders import CLASSES, ORDERS
+from arena_distill.orders import CLASSES, NO_VOTE, ORDERS
 from arena_distill.prediction import WINNERS
 from arena_distill.settings import EvaluationSettings
 from arena_distill.yardsticks import (
@@ -350,10 +350,11 @@ def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Fi
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     rows = locate(keys, key(run.battles), "battles")
     lengths = length_features(run.battles.take(pa.array(rows)))
-    everything = run.votes(np.arange(len(run.folds)))
+    voted = np.flatnonzero(run.folds["label"].to_numpy() != NO_VOTE)
+    everything = run.lengths[voted], run.votes(voted)
     baselines = {
-        "class_prior": scores(class_prior(run.lengths, everything, lengths), votes),
-        "length": scores(length_regression(run.lengths, everything, lengths), votes),
+        "class_prior": scores(class_prior(*everything, lengths), votes),
+        "length": scores(length_regression(*everything, lengths), votes),
         "bayes": None if truth is None else scores(true_probabilities(truth, keys), votes),
     }
     if not submitted:

@@ -1,8 +1,9 @@
 """Judges that are not trained here: their logits come from a file, or from an endpoint that is asked.
 
-Either way they become one file of all labelled battles (sources train and extra), of which each fold is
-dealt its rows: evaluation and students find what they would find of a judge that is trained here. The judge
-is the same in every fold, so its out-of-fold and its in-sample logits are the same.
+Either way they become one file of all labelled battles (sources train and extra), and of those without
+votes that students learn from it. Of it each fold is dealt its rows: evaluation and students find what they
+would find of a judge that is trained here. The judge is the same in every fold, so its out-of-fold and its
+in-sample logits are the same.
 
 An endpoint is a chat model. It is shown a battle in both orders and asked for one token, the verdict; the
 log-probabilities of the three verdicts are the logits. (On chat models as judges, and how much the order
@@ -86,6 +87,14 @@ def deal_logits(
     """
     scores, ids = read_logits(logits)
     rows = fold_rows(read_parquet(folds), fold, settings)
+    unjudged = pc.and_(
+        pc.equal(rows["source"], "unlabelled"), pc.invert(pc.is_in(key(rows), key(ids)))
+    )
+    if lacking := pc.sum(unjudged).as_py():
+        raise InputError(
+            f"{logits}: {lacking:,} unlabelled battles are not judged, but students learn them from this "
+            "judge: add them to its file (source: unlabelled), or set the students' pseudo_labels: false"
+        )
     place = locate(key(rows), key(ids), f"logits in {logits}")
     about = {"fold": fold, "external": read_provenance(ids_path(logits)).get("settings")}
     about = provenance("logits", settings.model_dump(mode="json") | about)
@@ -99,16 +108,17 @@ def deal_logits(
 def read_judged(file: Path, battles: Path, output: Path, *, version: int) -> None:
     """Read a judge's logits or probabilities from a parquet, CSV or JSONL file → `logits.npy` and its ids.
 
-    The file has a row per battle, or one per battle and order, with the columns `id`, `source` (train or
-    extra; without the column: train), `order` (AB or BA: which answer the judge saw first; without the
-    column: AB) and one of the triples of `COLUMNS`. These are of the battle's own model_a and model_b,
-    whatever the order. An order that a battle lacks takes the other one's; rows of other battles are
-    ignored. The output is float32 (rows, orders, 3), natural logarithms of probabilities.
+    The file has a row per battle, or one per battle and order, with the columns `id`, `source` (train,
+    extra or unlabelled; without the column: train), `order` (AB or BA: which answer the judge saw first;
+    without the column: AB) and one of the triples of `COLUMNS`. These are of the battle's own model_a and
+    model_b, whatever the order. An order that a battle lacks takes the other one's; rows of other battles
+    are ignored; battles without votes may be missing. The output is float32 (rows, orders, 3), natural
+    logarithms of probabilities.
 
     Raises:
         InputError: the file is unusable, a value is none, or a battle is missing or there twice.
     """
-    rows = _labelled(battles)
+    rows = _battles(battles, unlabelled=True)
     keys, order, scores = _judged(file)
     wanted = key(rows)
     logits = np.full((len(rows), len(ORDERS), len(CLASSES)), np.nan)
@@ -117,12 +127,15 @@ def read_judged(file: Path, battles: Path, output: Path, *, version: int) -> Non
         position = _positions(wanted, keys.take(pa.array(mine)), f"{file}, order {ORDERS[number]}")
         logits[position >= 0, number] = scores[mine[position[position >= 0]]]
     lacks = np.isnan(logits[..., 0])
-    if (absent := lacks.all(axis=1)).any():
-        example = wanted[int(absent.argmax())]
+    absent = lacks.all(axis=1)
+    labelled = pc.not_equal(rows["source"], "unlabelled").to_numpy()
+    if (missing := absent & labelled).any():
+        example = wanted[int(missing.argmax())]
         raise InputError(
-            f"{file}: {absent.sum():,} of {len(rows):,} labelled battles are not judged, {example} "
+            f"{file}: {missing.sum():,} of {labelled.sum():,} labelled battles are not judged, {example} "
             "among them; the file needs all of sources train and extra"
         )
+    rows, logits, lacks = rows.filter(pa.array(~absent)), logits[~absent], lacks[~absent]
     logits = np.where(lacks[..., None], logits[:, ::-1], logits)
     about = provenance("judged", {"version": version, "file": file.name})
     write_logits(output, logits.astype(np.float32), rows, about)
@@ -207,6 +220,8 @@ def ask_judge(
 ) -> None:
     """Ask an endpoint about all labelled battles in both orders → `logits.npy`, its ids, `cost.json`.
 
+    And about those without votes, where a student learns them.
+
     Args:
         answers: folder in which answers are kept; what is there already is not asked again.
         settings: what decides the answers.
@@ -219,7 +234,7 @@ def ask_judge(
     """
     from arena_distill import asking
 
-    questions = Questions(_labelled(battles, TEXTS), settings)
+    questions = Questions(_battles(battles, TEXTS, unlabelled=settings.unlabelled), settings)
     if questions.cut:
         print(
             f"{questions.cut:,} of {len(questions.rows):,} battles have a text of more than "
@@ -406,11 +421,12 @@ def _summary(output: Path, figures: Mapping[str, Any]) -> str:
 # --- both -------------------------------------------------------------------------------------------
 
 
-def _labelled(battles: Path, columns: Iterable[str] = ()) -> pa.Table:
-    """The labelled battles: columns `id`, `source` and those asked for."""
+def _battles(battles: Path, columns: Iterable[str] = (), *, unlabelled: bool) -> pa.Table:
+    """The labelled battles, and those without votes if asked: `id`, `source` and the columns asked for."""
     table = read_parquet(battles, ["id", "source", *columns])
-    labelled = pc.is_in(table["source"].cast(pa.string()), pa.array(["train", "extra"]))
-    return table.filter(labelled).combine_chunks()
+    sources = ["train", "extra", *(["unlabelled"] if unlabelled else [])]
+    judged = pc.is_in(table["source"].cast(pa.string()), pa.array(sources))
+    return table.filter(judged).combine_chunks()
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:

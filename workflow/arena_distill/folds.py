@@ -1,13 +1,15 @@
 """Battles → folds: which labelled battles validate which model.
 
 The folds' table has one row per battle of ``train``, with its fold, and of ``extra``, with fold
-`EVERY_FOLD`: extra battles join the training rows of all folds and validate none. Its metadata
-remember the method, so that whoever reads the file selects the right rows.
+`EVERY_FOLD`: extra battles join the training rows of all folds and validate none. Battles of
+``unlabelled`` have the fold `UNLABELLED` and the label `NO_VOTE`: only students that ask for them
+learn from them. Its metadata remember the method, so that whoever reads the file selects the right rows.
 
 Many people ask the same question: battles share prompts. ``kfold`` and ``stratified`` deal rows, so
 that the same prompt is trained on and validated with, as the historical recipes did; the
 count of such rows is printed. ``stratified_group`` deals prompts, and drops from a fold's training
-the extra battles whose prompt validates it; on request it takes prompts that are nearly the same for one.
+the extra (and unlabelled) battles whose prompt validates it; on request it takes prompts that are nearly
+the same for one.
 
 Where something is chosen by its score (a soup's ingredients), it is chosen on battles held out from all
 folds, whole prompts whatever the method: what a choice saw is never what is reported.
@@ -26,6 +28,7 @@ import pyarrow.compute as pc
 
 from arena_distill.artifacts import StrPath, provenance, read_parquet, write_parquet
 from arena_distill.errors import InputError
+from arena_distill.orders import NO_VOTE
 from arena_distill.similarity import near_groups
 
 Method = Literal["kfold", "stratified", "stratified_group"]
@@ -35,6 +38,9 @@ EVERY_FOLD = -1
 
 HELD_OUT = -2
 """The "fold" of held-out battles: they train nothing and are reported of nothing; choices see them."""
+
+UNLABELLED = -3
+"""The "fold" of battles without votes: they validate none, and train only who asks for them."""
 
 MOST_FOLDS = 127  # what int8 holds
 
@@ -74,10 +80,12 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping
     for fold in range(n):
         training, validation = training_rows(folds, fold), validation_rows(folds, fold)
         dropped, shared = dropped_extra(folds, fold), shared_prompts(folds, fold)
+        without_votes = len(training_rows(folds, fold, unlabelled=True)) - len(training)
         print(
             f"fold {fold}: {len(training)} rows to train, {len(validation)} to validate"
             + (f"; {dropped} extra rows dropped, their prompts validate" if dropped else "")
             + (f"; {shared} validation rows share a prompt with training rows" if shared else "")
+            + (f"; {without_votes} unlabelled rows for students" if without_votes else "")
         )
 
 
@@ -103,7 +111,7 @@ def assign_folds(
             prompts of these rows that are nearly the same, or linked by such, are one.
 
     Returns:
-        Table of `SCHEMA`: the rows of ``train`` and ``extra``, in the order of `battles`.
+        Table of `SCHEMA`: the rows of ``train``, ``extra`` and ``unlabelled``, in the order of `battles`.
         ``group`` numbers prompts over all sources, see `prompt_groups`; with `near`, those that
         are taken for one have the number of the first.
 
@@ -118,15 +126,17 @@ def assign_folds(
     if not 2 <= n <= MOST_FOLDS:
         raise InputError(f"folds: n is {n}, 2 to {MOST_FOLDS} expected")
     source = battles["source"].cast(pa.string()).to_numpy()
-    rows = np.flatnonzero((source == "train") | (source == "extra"))
-    is_train = source[rows] == "train"
+    rows = np.flatnonzero(np.isin(source, ["train", "extra", "unlabelled"]))
+    is_train, is_unlabelled = source[rows] == "train", source[rows] == "unlabelled"
     labelled = battles.select(["id", "source", "label"]).take(pa.array(rows))
+    voted = pc.if_else(pa.array(is_unlabelled), pa.scalar(NO_VOTE, pa.int8()), labelled["label"])
     groups, prompts = distinct_prompts(battles)
     groups = groups[rows]
     if near is not None:
         groups = _joined(groups, prompts, near)
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
-    labels = labelled["label"].to_numpy()
+    fold[is_unlabelled] = UNLABELLED
+    labels = voted.to_numpy()
     dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
     fold[is_train] = HELD_OUT
     fold[dealt] = _deal(labels[dealt], groups[dealt], method, n, seed)
@@ -135,7 +145,7 @@ def assign_folds(
             "id": labelled["id"],
             "source": labelled["source"],
             "fold": fold,
-            "label": labelled["label"],
+            "label": voted,
             "group": groups,
         }
     ).cast(SCHEMA)
@@ -195,7 +205,11 @@ def normalised(text: str) -> str:
 
 
 def training_rows(
-    folds: pa.Table, fold: int, *, drop_shared_groups: bool | None = None
+    folds: pa.Table,
+    fold: int,
+    *,
+    drop_shared_groups: bool | None = None,
+    unlabelled: bool = False,
 ) -> np.ndarray:
     """Select the rows that train the model of `fold`: other folds' and the extra battles.
 
@@ -204,6 +218,7 @@ def training_rows(
         fold: 0 to n - 1.
         drop_shared_groups: leave out extra battles whose prompt is in the validation rows; by
             default, whether the folds were dealt by ``stratified_group``.
+        unlabelled: also those without votes; the same prompts are left out of them.
 
     Returns:
         int64 positions in `folds`, ascending.
@@ -215,11 +230,14 @@ def training_rows(
     held_out = column == HELD_OUT
     keep = (column != fold) & ~held_out
     # Nobody trains on the prompts by which something is chosen.
-    keep &= ~((column == EVERY_FOLD) & np.isin(groups, groups[held_out]))
+    beside = np.isin(column, (EVERY_FOLD, UNLABELLED))
+    keep &= ~(beside & np.isin(groups, groups[held_out]))
     if drop_shared_groups is None:
         drop_shared_groups = fold_settings(folds)["method"] == "stratified_group"
     if drop_shared_groups:
         keep &= ~_shared_extra(folds, fold)
+    if not unlabelled:
+        keep &= column != UNLABELLED
     return np.flatnonzero(keep).astype(np.int64)
 
 
@@ -239,6 +257,11 @@ def dropped_extra(folds: pa.Table, fold: int) -> int:
 def held_out_rows(folds: pa.Table) -> np.ndarray:
     """Select the rows by which choices are made: int64 positions in `folds`, ascending."""
     return np.flatnonzero(folds["fold"].to_numpy() == HELD_OUT).astype(np.int64)
+
+
+def unlabelled_rows(folds: pa.Table) -> np.ndarray:
+    """Select the rows without votes: int64 positions in `folds`, ascending."""
+    return np.flatnonzero(folds["fold"].to_numpy() == UNLABELLED).astype(np.int64)
 
 
 def shared_prompts(folds: pa.Table, fold: int) -> int:
@@ -316,9 +339,9 @@ def _fold_column(folds: pa.Table, fold: int) -> np.ndarray:
 
 
 def _shared_extra(folds: pa.Table, fold: int) -> np.ndarray:
-    """Mask the extra battles whose prompt is among the validation rows of `fold`."""
+    """Mask the extra and unlabelled battles whose prompt is among the validation rows of `fold`."""
     groups = folds["group"].to_numpy()
-    extra = folds["fold"].to_numpy() == EVERY_FOLD
+    extra = np.isin(folds["fold"].to_numpy(), (EVERY_FOLD, UNLABELLED))
     mask: np.ndarray = extra & np.isin(groups, groups[validation_rows(folds, fold)])
     return mask
 

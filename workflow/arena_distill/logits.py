@@ -21,7 +21,7 @@ from arena_distill.artifacts import (
 from arena_distill.batching import pad, token_batches
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
-from arena_distill.folds import training_rows, validation_rows
+from arena_distill.folds import training_rows, unlabelled_rows, validation_rows
 from arena_distill.heads import encode_views, verdicts
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS
@@ -112,6 +112,8 @@ def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
     if "extra" in settings.rows:
         sources = folds["source"].cast(pa.string()).to_numpy(zero_copy_only=False)
         wanted.append(np.flatnonzero(sources == "extra"))
+    if "unlabelled" in settings.rows:
+        wanted.append(unlabelled_rows(folds))
     rows = np.unique(np.concatenate(wanted))
     flags = pa.array(np.isin(rows, validation))
     return folds.select(["id", "source"]).take(pa.array(rows)).append_column("validation", flags)

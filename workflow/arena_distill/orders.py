@@ -16,12 +16,16 @@ Order = Literal["AB", "BA"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 CLASSES = ("model_a", "model_b", "tie")
 
+NO_VOTE = -1
+"""The label of a battle that nobody voted on: it is learned from teachers alone."""
+
 _EXCHANGED = np.array([1, 0, 2])
+_VOTES_EXCHANGED = np.array([*_EXCHANGED, NO_VOTE])  # the index NO_VOTE, -1, finds itself
 
 
 def swap_labels(labels: np.ndarray) -> np.ndarray:
-    """Votes after the answers changed places: int (...,) of 0, 1, 2 → same shape and dtype."""
-    return _EXCHANGED.astype(labels.dtype)[labels]
+    """Votes after the answers changed places: int (...,) of 0, 1, 2 or NO_VOTE → same shape, dtype."""
+    return _VOTES_EXCHANGED.astype(labels.dtype)[labels]
 
 
 def swap_classes(scores: np.ndarray) -> np.ndarray:

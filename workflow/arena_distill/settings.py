@@ -40,7 +40,7 @@ from arena_distill.phases import VERSIONS
 if TYPE_CHECKING:
     from arena_distill.studies import Studies
 
-Rows = Literal["validation", "training", "extra"]
+Rows = Literal["validation", "training", "extra", "unlabelled"]
 
 
 class Settings(Section):
@@ -110,6 +110,9 @@ class TrainingSettings(Settings):
     teachers: tuple[Name, ...] = ()
     targets: Targets | None = None
     loss: Loss
+    # Left out where there are none: what was trained without them stays as it is.
+    pseudo_labels: bool = Field(False, exclude_if=not_)
+    """Learn the unlabelled battles too, from the teachers alone."""
 
     @classmethod
     def of(cls, config: Config, judge: str) -> TrainingSettings:
@@ -127,6 +130,7 @@ class TrainingSettings(Settings):
             teachers=node.teachers,
             targets=node.targets if student else None,
             loss=node.loss if student else node.loss.on_votes(),
+            pseudo_labels=config.learns_unlabelled(judge),
         )
 
 
@@ -137,17 +141,21 @@ class LogitsSettings(Settings):
     head: Head = JOINT
     precision: Precision
     rows: tuple[Rows, ...]
-    """Validation rows always; training (with extra) or extra rows where a student learns from them."""
+    """Validation rows always; training (with extra), extra or unlabelled rows where a student learns
+    from them."""
 
     @classmethod
     def of(cls, config: Config, judge: str) -> LogitsSettings:
         node = config.judges[judge]
-        needed = {config.judges[student].targets for student in config.students_of(judge)}
+        students = config.students_of(judge)
+        needed = {config.judges[student].targets for student in students}
         rows: tuple[Rows, ...] = ("validation",)
         if "in_sample" in needed:
             rows += ("training",)
         if "out_of_fold" in needed and "extra" in config.data.sources():
             rows += ("extra",)
+        if any(map(config.learns_unlabelled, students)):
+            rows += ("unlabelled",)
         return cls(
             version=VERSIONS["logits"],
             encoding=node.encoding,
@@ -160,13 +168,18 @@ class LogitsSettings(Settings):
 class AskingSettings(Settings, Asking):
     """What an endpoint is asked."""
 
+    # Left out where there are none: what was asked without them stays as it is.
+    unlabelled: bool = Field(False, exclude_if=not_)
+    """Ask about battles without votes too: a student learns them."""
+
     @classmethod
     def of(cls, config: Config, judge: str) -> AskingSettings:
         external = config.judges[judge].external
         if external is None or external.endpoint is None:
             raise InputError(f"judges.{judge} has no external endpoint: there is nobody to ask")
         asking = external.endpoint.model_dump(include=set(Asking.model_fields))
-        return cls(version=VERSIONS["asking"], **asking)
+        unlabelled = any(map(config.learns_unlabelled, config.students_of(judge)))
+        return cls(version=VERSIONS["asking"], unlabelled=unlabelled, **asking)
 
 
 class MergeSettings(Settings, Merge):

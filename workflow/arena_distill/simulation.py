@@ -292,27 +292,34 @@ def vote_probabilities(qualities: NDArray[np.float64], voters: Voters) -> NDArra
     return odds / odds.sum(axis=1, keepdims=True)
 
 
-def write_arena(folder: Path, *, seed: int, train: int, extra: int, ut: int, test: int) -> None:
+def write_arena(
+    folder: Path, *, seed: int, train: int, extra: int, ut: int, test: int, unlabelled: int = 0
+) -> None:
     """Write an arena as files of the Kaggle schema, and the truth beside them.
 
     ``train.csv``, ``extra.csv`` and ``ut.csv`` hold labelled battles, ``test.csv`` battles without
-    models and votes, ``test_solution.csv`` their votes, and ``truth.parquet`` the true vote
-    probabilities of all four: ``source``, ``id`` (string), ``p_model_a``, ``p_model_b``,
-    ``p_tie``. Prompts and responses are JSON lists of turns.
+    models and votes, ``test_solution.csv`` their votes, ``unlabelled.csv`` (if there are any) battles
+    without votes, and ``truth.parquet`` the true vote probabilities of all: ``source``, ``id``
+    (string), ``p_model_a``, ``p_model_b``, ``p_tie``. Prompts and responses are JSON lists of turns.
 
     Args:
         folder: created if missing.
         seed: the same seed and sizes give the same bytes.
         train, extra, ut, test: number of battles of each; other voters label `ut`.
+        unlabelled: number of battles without votes; the others' files do not depend on it.
 
     Raises:
         ValueError: a number is negative.
     """
     sizes = {"train": train, "extra": extra, "ut": ut, "test": test}
-    for source, rows in sizes.items():
+    for source, rows in (sizes | {"unlabelled": unlabelled}).items():
         if rows < 0:
             raise ValueError(f"{source} must not be negative, got {rows}")
-    seeds = np.random.SeedSequence(seed).generate_state(len(sizes)).tolist()
+    stream = np.random.SeedSequence(seed)
+    seeds = stream.generate_state(len(sizes)).tolist()
+    if unlabelled:  # a stream of their own, and ids after all others
+        sizes["unlabelled"] = unlabelled
+        seeds += stream.spawn(1)[0].generate_state(1).tolist()
     truths = []
     offset = 0
     for (source, rows), source_seed in zip(sizes.items(), seeds, strict=True):
@@ -326,6 +333,8 @@ def write_arena(folder: Path, *, seed: int, train: int, extra: int, ut: int, tes
             solution = frame[["id", *WINNERS]]
             write_text(solution.to_csv(index=False), folder / "test_solution.csv")
             frame = frame[["id", "prompt", "response_a", "response_b"]]
+        elif source == "unlabelled":
+            frame = frame.drop(columns=list(WINNERS))
         write_text(frame.to_csv(index=False), folder / f"{source}.csv")
         truth = pd.DataFrame(battles.probabilities, columns=["p_model_a", "p_model_b", "p_tie"])
         truth.insert(0, "source", source)

@@ -87,6 +87,7 @@ def _folds(judge: Judge) -> tuple[Any, ...]:
         judge.teachers,
         judge.targets if student else None,
         judge.loss if student else judge.loss.on_votes(),
+        judge.learns_pseudo_labels(),
     )
 
 

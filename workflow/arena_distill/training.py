@@ -200,14 +200,16 @@ def train_fold(
         teachers: each teacher's logits files (see ``distillation.teacher_targets``).
     """
     table = read_parquet(folds)
-    rows = _part(table.take(training_rows(table, fold)), settings.training)
+    chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
+    rows = _part(table.take(chosen), settings.training)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     labels = rows["label"].to_numpy().astype(np.int64)
     targets = weights = None
     if settings.teachers and settings.targets:
         targets = teacher_targets(teachers, rows, settings.targets)
-        # Extra battles were seen by every fold's teacher: no weight is fitted on them.
+        # Extra battles were seen by every fold's teacher: no weight is fitted on them. (Nor on those
+        # without a vote.)
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
         weights = teacher_weights(targets, labels, held_out, settings.loss)
     examples = show(read, labels, targets, weights, settings)
