@@ -41,13 +41,14 @@ TEACHERS = [name for name, judge in TRAINED.items() if not judge.teachers]
 STUDENTS = [name for name, judge in GRAPH.judges.items() if judge.teachers]
 SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1]
 WHOLE = [name for name in TRAINED if name not in SHARDED]
+WATCHED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
 BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
-def one_of(names):
-    return "|".join(map(re.escape, names)) or "(?!)"
+def one_of(names, but=()):
+    return "|".join(re.escape(name) for name in names if name not in but) or "(?!)"
 
 
 def own(judges):
@@ -296,6 +297,11 @@ def shards(wildcards):
     return [f"{folder}/{n}.npy" for n in range(GRAPH.judges[wildcards.judge].logits.shards)]
 
 
+def shard_states(wildcards):
+    """What lies beside the parts, where students ask for it."""
+    return [path.removesuffix(".npy") + ".states" for path in shards(wildcards)]
+
+
 def shard(wildcards):
     """Which part a scoring job does, as options."""
     if not hasattr(wildcards, "shard"):
@@ -309,3 +315,10 @@ def teacher_logits(wildcards):
     judge = GRAPH.judges[wildcards.judge]
     folds = FOLDS if judge.targets == "out_of_fold" else [wildcards.fold]
     return [f"{R}/logits/{teacher}/fold_{fold}.npy" for teacher in judge.teachers for fold in folds]
+
+
+def teacher_states(wildcards):
+    """What lies beside them, where the student's loss reads it."""
+    if not CONFIG.judges[wildcards.judge].loss.states():
+        return []
+    return [path.removesuffix(".npy") + ".states" for path in teacher_logits(wildcards)]

@@ -1,4 +1,5 @@
-# Every fold's judge scores its battles, in both orders: in one job, or in shards that are gathered.
+# Every fold's judge scores its battles, in both orders: in one job, or in shards that are gathered. Of a
+# judge from whose states students learn, each of the rules has a variant that writes them too.
 
 
 rule predict_logits:
@@ -15,7 +16,7 @@ rule predict_logits:
     benchmark:
         f"{R}/benchmarks/predict_logits/{{judge}}_fold_{{fold}}.tsv"
     wildcard_constraints:
-        judge=one_of(WHOLE),
+        judge=one_of(WHOLE, but=WATCHED),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
@@ -48,7 +49,7 @@ use rule predict_logits as predict_shard with:
     benchmark:
         f"{R}/benchmarks/predict_shard/{{judge}}_fold_{{fold}}_{{shard}}.tsv"
     wildcard_constraints:
-        judge=one_of(SHARDED),
+        judge=one_of(SHARDED, but=WATCHED),
     message:
         "Scoring battles with {wildcards.judge}, fold {wildcards.fold}, shard {wildcards.shard}"
 
@@ -65,7 +66,7 @@ rule gather_logits:
     benchmark:
         f"{R}/benchmarks/gather_logits/{{judge}}_fold_{{fold}}.tsv"
     wildcard_constraints:
-        judge=one_of(SHARDED),
+        judge=one_of(SHARDED, but=WATCHED),
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -76,3 +77,34 @@ rule gather_logits:
     shell:
         "arena gather-logits --folds {input.folds} --fold {wildcards.fold}"
         " --output {output.logits} --settings {params.settings:q} {input.shards} > {log} 2>&1"
+
+
+use rule predict_logits as predict_logits_states with:
+    output:
+        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
+        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
+        states=directory(f"{R}/logits/{{judge}}/fold_{{fold}}.states"),
+    wildcard_constraints:
+        judge=one_of(WATCHED, but=SHARDED),
+
+
+use rule predict_shard as predict_shard_states with:
+    output:
+        logits=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.npy",
+        ids=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.ids.parquet",
+        states=directory(f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.states"),
+    wildcard_constraints:
+        judge=one_of(WATCHED, but=WHOLE),
+
+
+use rule gather_logits as gather_logits_states with:
+    input:
+        folds=f"{R}/folds.parquet",
+        shards=shards,
+        states=shard_states,
+    output:
+        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
+        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
+        states=directory(f"{R}/logits/{{judge}}/fold_{{fold}}.states"),
+    wildcard_constraints:
+        judge=one_of(WATCHED, but=WHOLE),

@@ -95,6 +95,7 @@ use rule train_teacher as distill_student with:
         tokens=tokens,
         folds=f"{R}/folds.parquet",
         teacher_logits=teacher_logits,
+        teacher_states=teacher_states,
     output:
         adapter=directory(f"{R}/adapters/{{judge}}/fold_{{fold}}"),
     log:

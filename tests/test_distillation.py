@@ -21,7 +21,8 @@ from arena_distill.distillation import (
     VOTES,
     as_seen,
     losses,
-    teacher_targets,
+    select_rows,
+    teacher_logits,
     teacher_weights,
 )
 from arena_distill.errors import InputError
@@ -298,6 +299,10 @@ def write(
     path = folder / f"fold_{fold}.npy"
     write_logits(path, values, ids, {})
     return path
+
+
+def teacher_targets(teachers: dict[str, list[Path]], rows: pa.Table, targets: Any) -> np.ndarray:
+    return teacher_logits(select_rows(teachers, rows, targets))
 
 
 FOLDS = [["0", "3", "6"], ["1", "4", "7"], ["2", "5", "8"]]

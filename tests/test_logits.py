@@ -294,7 +294,7 @@ def test_logits_that_are_not_finite_are_an_error(
     judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.setattr(
-        module, "score_batches", lambda _, rows, __: np.full((len(rows), 3), np.nan, np.float32)
+        module, "score_batches", lambda _, rows, *__: np.full((len(rows), 3), np.nan, np.float32)
     )
     with pytest.raises(InputError, match="adapter: its logits are not finite"):
         predict(run, tmp_path / "adapter", tmp_path / "x.npy", logits_settings())

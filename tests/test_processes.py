@@ -91,7 +91,10 @@ def write_teacher(files: Files) -> None:
     for fold, path in enumerate(files.logits):
         rows = fold_rows(read_parquet(files.folder / "folds.parquet"), fold, settings)
         logits = dice.normal(0, 2, (len(rows), 2, 3)).astype(np.float32)
-        write_logits(path, logits, rows, {})
+        features = dice.normal(0, 2, (len(rows), 2, 24)).astype(np.float16)
+        attention = np.zeros((len(rows), 2, settings.encoding.max_length), np.float16)
+        attention[..., :4] = [0.125, 0.5, 0.25, 0.125]
+        write_logits(path, logits, rows, {}, {"features": features, "attention": attention})
 
 
 STUDENT = {
@@ -99,6 +102,7 @@ STUDENT = {
     "targets": "out_of_fold",
     "loss": Loss(ce=1, kl=1, cosine=1, temperature=2),
 }
+STATES = STUDENT | {"loss": Loss(ce=1, kl=1, temperature=2, features=2, attention=0.5)}
 
 
 def settings_of(**changes: Any) -> TrainingSettings:
@@ -201,6 +205,8 @@ def moved(adapter: Path) -> float:
         ("qwen2", 47, {"swap": True}, 0),
         ("gemma2", 45, {}, 1),
         ("llama", 45, STUDENT, 0),
+        ("qwen2", 45, STATES, 0),
+        ("gemma2", 41, STATES, 1),
     ],
 )
 def test_two_processes_learn_what_one_learns(

@@ -34,6 +34,7 @@ LIBRARIES = (
 
 _PROVENANCE = b"arena_distill"
 _DIGEST = b"arena_distill.npy_sha256"
+_STATES = b"arena_distill.states_sha256"
 _REBUILD = "delete it and run the workflow again: it will be rebuilt"
 
 
@@ -103,8 +104,17 @@ def ids_path(path: StrPath) -> Path:
     return Path(path).with_suffix(".ids.parquet")
 
 
+def states_path(path: StrPath) -> Path:
+    """Return where the states of a logits file's rows lie: ``fold_0.npy`` → ``fold_0.states``."""
+    return Path(path).with_suffix(".states")
+
+
 def write_logits(
-    path: StrPath, logits: np.ndarray, ids: pa.Table, provenance: Mapping[str, Any]
+    path: StrPath,
+    logits: np.ndarray,
+    ids: pa.Table,
+    provenance: Mapping[str, Any],
+    states: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write logits as ``.npy`` and, beside it, the ids of their rows.
 
@@ -113,12 +123,14 @@ def write_logits(
         logits: float32 (rows, orders, 3), further axes between the first and the last allowed.
         ids: one row per row of `logits`, in the same order.
         provenance: goes into the ids' file.
+        states: float16 (rows, views, width) by name, a file each in the folder `states_path(path)`
+            (see ``states``); None writes no folder.
 
-    The ids are written first and carry the digest of the logits: whatever interrupts the two
-    renames, a pair that does not belong together is never read.
+    The ids are written before the logits and carry the digests of the other files: whatever
+    interrupts the renames, files that do not belong together are never read.
 
     Raises:
-        ValueError: shape, dtype or row counts are wrong, or a logit is not finite.
+        ValueError: shape, dtype or row counts are wrong, or a number is not finite.
     """
     path = Path(path)
     if path.suffix != ".npy":
@@ -128,8 +140,10 @@ def write_logits(
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(logits), allow_pickle=False)
     content = buffer.getvalue()
-    digest = {_DIGEST: hashlib.sha256(content).hexdigest().encode()}
-    ids = ids.replace_schema_metadata({**(ids.schema.metadata or {}), **digest})
+    digests = {_DIGEST: hashlib.sha256(content).hexdigest().encode()}
+    if states is not None:
+        digests[_STATES] = _dumps(_write_states(states_path(path), states, ids.num_rows)).encode()
+    ids = ids.replace_schema_metadata({**(ids.schema.metadata or {}), **digests})
     write_parquet(ids, ids_path(path), provenance)
     with _replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -161,6 +175,34 @@ def read_logits(path: StrPath) -> tuple[np.ndarray, pa.Table]:
     if fault := _logits_fault(logits, ids.num_rows):
         raise InputError(f"{path}: {fault}; {_REBUILD}")
     return logits, ids
+
+
+def read_states(path: StrPath, name: str) -> np.ndarray:
+    """Read states that `write_logits` wrote with the logits at `path`.
+
+    Returns:
+        float16 (rows, views, width), rows as in the logits' ids.
+
+    Raises:
+        InputError: the file is missing, damaged, or not of these logits.
+    """
+    file = states_path(path) / f"{name}.npy"
+    ids = ids_path(path)
+    try:
+        digest = file_sha256(file)
+        states: np.ndarray = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); {_REBUILD}") from error
+    written = (read_parquet(ids).schema.metadata or {}).get(_STATES, b"{}")
+    if json.loads(written).get(name) != digest:
+        raise InputError(f"{file}: damaged, or not of the rows of {ids}; {_REBUILD}")
+    return states
+
+
+def file_sha256(path: StrPath) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(obj: Any, path: StrPath) -> None:
@@ -274,6 +316,23 @@ def _logits_fault(logits: np.ndarray, rows: int) -> str | None:
         bad = np.flatnonzero(~np.isfinite(logits).reshape(rows, -1).all(axis=1))
         return f"{len(bad)} rows of logits are not finite, the first at position {bad[0]}"
     return None
+
+
+def _write_states(folder: Path, states: Mapping[str, np.ndarray], rows: int) -> dict[str, str]:
+    """Write a file per name; their digests."""
+    for name, values in states.items():
+        if values.dtype != np.float16 or values.ndim != 3 or len(values) != rows:
+            raise ValueError(
+                f"{folder}: {name} is {values.dtype} {values.shape}, float16 ({rows}, views, width) "
+                "expected"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{folder}: {name} is not finite")
+    with atomic_directory(folder) as temporary:
+        files = {name: temporary / f"{name}.npy" for name in states}
+        for name, file in files.items():
+            np.save(file, np.ascontiguousarray(states[name]), allow_pickle=False)
+        return {name: file_sha256(file) for name, file in files.items()}
 
 
 def _own_version() -> str:

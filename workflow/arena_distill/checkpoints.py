@@ -34,7 +34,7 @@ from torch import Tensor, int64, tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arena_distill import jobs
-from arena_distill.artifacts import atomic_directory, read_json, write_json
+from arena_distill.artifacts import atomic_directory, file_sha256, read_json, write_json
 from arena_distill.errors import InputError, Stopped
 
 SEAL = "seal.json"
@@ -159,7 +159,7 @@ class Checkpoints(TrainerCallback):
         processes.wait_for_everyone()  # each writes the state of its random numbers
         if processes.is_main_process:
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
-            sums = {path.name: _sha256(path) for path in checkpoint.iterdir()}
+            sums = {path.name: file_sha256(path) for path in checkpoint.iterdir()}
             write_json({"seconds": self.seconds, "sha256": sums}, checkpoint / SEAL)
             print(f"{checkpoint}: saved", flush=True)
         processes.wait_for_everyone()  # none ends, and with it the others, before it is whole
@@ -187,18 +187,13 @@ def _fault(checkpoint: Path) -> str | None:
     try:
         sums = read_json(checkpoint / SEAL)["sha256"]
         for name, expected in sums.items():
-            if _sha256(checkpoint / name) != expected:
+            if file_sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (InputError, KeyError, OSError) as error:
         return f"{SEAL} is missing or broken" if isinstance(error, InputError) else str(error)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(source: str, target: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from operator import not_
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -45,6 +45,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Order = Literal["AB", "BA"]
 Targets = Literal["out_of_fold", "in_sample"]
 Precision = Literal["fp32", "bf16"]
+State = Literal["features", "attention"]
 
 
 class Section(BaseModel):
@@ -410,12 +411,20 @@ class Loss(Section):
     """One target (the teachers' mean logits, or mean probabilities), or KL and cosine per teacher."""
     weights: Literal["equal", "fitted", "confidence"] = "equal"
     """Of the teachers: `fitted` has the least log loss out of fold; `confidence` differs by battle."""
+    features: NonNegativeFloat = 0.0
+    """Weight of the distance to each teacher's last hidden state (PKD); needs the same kind of head."""
+    attention: NonNegativeFloat = 0.0
+    """Weight of KL(teacher ‖ student) of the last token's attention (MiniLM); needs the same tokens."""
 
     @model_validator(mode="after")
     def _some_term(self) -> Loss:
         if self.ce + self.kl + self.cosine <= 0:
             raise ValueError("at least one of ce, kl, cosine must be positive")
         return self
+
+    def states(self) -> tuple[State, ...]:
+        """What it compares of student and teachers beside their logits."""
+        return tuple(name for name in get_args(State) if getattr(self, name) > 0)
 
     def on_votes(self) -> Loss:
         """What is left of it without teachers."""
@@ -731,6 +740,25 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _states_can_be_compared(self) -> Config:
+        """Hidden states are compared view by view, attention token by token."""
+        for name, judge in self.judges.items():
+            for teacher, state in itertools.product(judge.teachers, judge.loss.states()):
+                other = self.judges[teacher]
+                pairs: dict[str, tuple[Any, Any]] = {"head": (judge.head.kind, other.head.kind)}
+                if state == "attention":
+                    pairs["encoding"] = judge.encoding, other.encoding
+                    pairs["tokenizer"] = self.tokenizer_name(name), self.tokenizer_name(teacher)
+                unlike = [f"{k} ({a} / {b})" for k, (a, b) in pairs.items() if a != b]
+                if unlike:
+                    shown = "the very same tokens" if state == "attention" else "the same views"
+                    raise ValueError(
+                        f"judges.{name}.loss.{state}: {name} and its teacher {teacher} have to be "
+                        f"shown {shown} of a battle, but differ in {', '.join(unlike)}"
+                    )
+        return self
+
     def described(self) -> str:
         """The whole configuration as YAML, defaults filled in: what was computed, not how."""
         how: dict[str, Any] = {"compute": True}
@@ -778,6 +806,11 @@ class Config(Section):
     def learns_unlabelled(self, judge: str) -> bool:
         """Whether a judge learns battles without votes: there are some, and it wants them."""
         return "unlabelled" in self.data.sources() and self.judges[judge].learns_pseudo_labels()
+
+    def states_of(self, teacher: str) -> tuple[State, ...]:
+        """What its students compare with it beside logits."""
+        wanted = [self.judges[name].loss.states() for name in self.students_of(teacher)]
+        return tuple(s for s in get_args(State) if any(s in states for states in wanted))
 
     def backbone_name(self, judge: str) -> str:
         """The name of a judge's backbone: readable, one per distinct backbone of this configuration."""

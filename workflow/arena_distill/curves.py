@@ -98,7 +98,7 @@ def _drawing(figures: dict[str, Any]) -> Figure:
         panels[0].axhline(yardstick["log_loss"], color=MUTED, lw=0.9, ls=dash, label=name, zorder=0)
     panels[0].set_ylabel(f"log loss on {figures['rows']:,} battles, nats")
     if known:
-        panels[1].set(ylabel="excess over the Bayes limit: mean KL(truth ‖ judge)", ylim=(0, None))
+        panels[1].set(ylabel="excess over Bayes: KL(truth ‖ judge)", ylim=(0, None))
     ticks = sorted({point["battles"] for point in points})
     for axes in panels:
         axes.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""What a student learns from: its teachers' logits, and the loss that follows them.
+"""What a student learns from: its teachers' logits and states, and the loss that follows them.
 
 The targets are gathered here from the teachers' files, row by row of the student's training set and by
 key, so a file in another order changes nothing and a missing row is an error.
@@ -16,15 +16,17 @@ teacher, which has not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from arena_distill.artifacts import read_logits
-from arena_distill.config import Loss, Targets
+from arena_distill.artifacts import ids_path, read_logits, read_parquet, read_states
+from arena_distill.config import Loss, State, Targets
 from arena_distill.errors import InputError
 from arena_distill.keys import key, locate
 from arena_distill.orders import NO_VOTE, swap_classes
@@ -36,59 +38,126 @@ VOTES = Loss(ce=1.0, kl=0.0, cosine=0.0)
 """The loss of a judge without teachers: cross-entropy with the vote."""
 
 
-def teacher_targets(
+@dataclass(frozen=True)
+class Part:
+    """What a student's training rows take from one of a teacher's files.
+
+    positions: int64, rows of the file.
+    rows: int64, of as many training rows the place.
+    shared: int64, rows of the file that every file holds, in one order.
+    """
+
+    path: Path
+    positions: np.ndarray
+    rows: np.ndarray
+    shared: np.ndarray
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Where a student's training rows stand in a teacher's files, whatever is read of them.
+
+    count: of the training rows.
+    shared: int64, those that stand in every file: extra rows, out of fold. They get the mean.
+    """
+
+    count: int
+    shared: np.ndarray
+    parts: tuple[Part, ...]
+
+    def of(self, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """The training rows of what `read` finds in each file: (rows, ...), of the files' dtype."""
+        chosen = total = np.empty(0)
+        for part in self.parts:
+            found = read(part.path)  # one file at a time: states are large
+            if part is self.parts[0]:
+                chosen = np.empty((self.count, *found.shape[1:]), found.dtype)
+                total = np.zeros((len(self.shared), *found.shape[1:]), np.float32)
+            chosen[part.rows] = found[part.positions]
+            total += found[part.shared]
+        chosen[self.shared] = total / len(self.parts)
+        return chosen
+
+
+def select_rows(
     teachers: Mapping[str, Sequence[Path]], rows: pa.Table, targets: Targets
-) -> np.ndarray:
-    """Teachers' logits for a student's training rows.
+) -> list[Selection]:
+    """Find a student's training rows in its teachers' files.
 
     Args:
         teachers: each teacher's `fold_<k>.npy` files. For `out_of_fold` all of its folds, where a row's
-            logits are those of the one fold model that never saw it (extra and unlabelled rows, which no
+            targets are those of the one fold model that never saw it (extra and unlabelled rows, which no
             fold holds out: the mean over folds).
             For `in_sample` the file of the student's own fold, whose teacher was trained on these rows.
         rows: the training rows; columns `id` and `source`.
 
-    Returns:
-        float32 (rows, teachers, orders, 3), classes in the canonical frame.
+    Raises:
+        InputError: a file is missing or a row stands in none.
+    """
+    select = {"out_of_fold": _out_of_fold, "in_sample": _in_sample}[targets]
+    return [select(name, files, key(rows)) for name, files in teachers.items()]
+
+
+def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:
+    """Teachers' logits: float32 (rows, teachers, orders, 3), classes in the canonical frame.
 
     Raises:
-        InputError: a file is damaged or a row has no logits.
+        InputError: a file is damaged.
     """
-    gather = {"out_of_fold": _out_of_fold, "in_sample": _in_sample}[targets]
-    return np.stack([gather(name, files, rows) for name, files in teachers.items()], axis=1)
+    return np.stack([teacher.of(lambda path: read_logits(path)[0]) for teacher in selected], axis=1)
 
 
-def _out_of_fold(teacher: str, files: Sequence[Path], rows: pa.Table) -> np.ndarray:
-    held_out, held_out_keys, extra, extra_keys = [], [], [], None
-    for file in files:
-        logits, ids = read_logits(file)
-        validation = ids["validation"].to_numpy()
-        keys = key(ids)
-        held_out.append(logits[validation])
-        held_out_keys.append(keys.filter(pa.array(validation)))
-        sources = ids["source"].cast(pa.string()).to_numpy(zero_copy_only=False)
-        is_extra = np.isin(sources, ["extra", "unlabelled"])
-        if is_extra.any():
-            these = keys.filter(pa.array(is_extra))
-            extra_keys = these if extra_keys is None else extra_keys
-            order = locate(extra_keys, these, f"{teacher}'s logits in {file}")
-            extra.append(logits[is_extra][order])
-    if extra and extra_keys is not None:
-        if len(extra) != len(files):
-            raise InputError(
-                f"{files[0].parent}: only some folds of {teacher} hold extra rows (or unlabelled)"
-            )
-        held_out.append(np.mean(extra, axis=0))
-        held_out_keys.append(extra_keys)
-    found = pa.concat_arrays(held_out_keys)
-    position = locate(key(rows), found, f"{teacher}'s out-of-fold logits in {files[0].parent}")
-    return np.concatenate(held_out)[position]
+def teacher_states(selected: Sequence[Selection], state: State) -> tuple[np.ndarray, ...]:
+    """Each teacher's states (see ``states``): float16 (rows, views, width).
+
+    Extra rows get the mean over folds as their logits do: a teacher's folds start from one adapter and
+    stay near each other. (Of the tiny teachers, the cosine between two folds' features is 0.98 for the
+    same row, 0.72 to 0.79 for another.)
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    return tuple(teacher.of(lambda path: read_states(path, state)) for teacher in selected)
 
 
-def _in_sample(teacher: str, files: Sequence[Path], rows: pa.Table) -> np.ndarray:
+def _out_of_fold(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selection:
+    tables = [read_parquet(ids_path(file)) for file in files]
+    keys = [key(ids) for ids in tables]
+    held_out = [np.flatnonzero(ids["validation"]) for ids in tables]
+    shared_by_all = pa.array(["extra", "unlabelled"])
+    extra = [
+        np.flatnonzero(pc.is_in(ids["source"].cast(pa.string()), shared_by_all)) for ids in tables
+    ]
+    if any(map(len, extra)) and not all(map(len, extra)):
+        raise InputError(
+            f"{files[0].parent}: only some folds of {teacher} hold extra rows (or unlabelled)"
+        )
+
+    found = [k.take(pa.array(rows)) for k, rows in zip(keys, held_out, strict=True)]
+    place = locate(
+        wanted,
+        pa.concat_arrays([*found, keys[0].take(pa.array(extra[0]))]),
+        f"{teacher}'s out-of-fold logits in {files[0].parent}",
+    )
+    ends = np.cumsum([len(rows) for rows in held_out])
+    of_file = np.searchsorted(ends, place, side="right")  # past the last: an extra row
+    shared = np.flatnonzero(of_file == len(files))
+    parts = []
+    for number, file in enumerate(files):
+        rows = np.flatnonzero(of_file == number)
+        positions = held_out[number][place[rows] - ends[number] + len(held_out[number])]
+        these = keys[number].take(pa.array(extra[number]))
+        again = locate(wanted.take(pa.array(shared)), these, f"{teacher}'s logits in {file}")
+        parts.append(Part(file, positions, rows, extra[number][again]))
+    return Selection(len(wanted), shared, tuple(parts))
+
+
+def _in_sample(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selection:
     (file,) = files
-    logits, ids = read_logits(file)
-    return logits[locate(key(rows), key(ids), f"{teacher}'s in-sample logits in {file}")]
+    ids = read_parquet(ids_path(file))
+    positions = locate(wanted, key(ids), f"{teacher}'s in-sample logits in {file}")
+    none = np.empty(0, np.int64)
+    return Selection(len(wanted), none, (Part(file, positions, np.arange(len(wanted)), none),))
 
 
 def as_seen(targets: np.ndarray, order: int) -> np.ndarray:
@@ -189,6 +258,7 @@ def losses(
     teachers: torch.Tensor | None,
     weights: torch.Tensor | None,
     loss: Loss,
+    states: Mapping[State, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Each battle's loss, in float32 whatever the precision of the logits.
 
@@ -202,11 +272,16 @@ def losses(
     compares the probabilities at temperature T, and CE smooths the vote. `alpha·T²·KL + (1−alpha)·CE` is
     ce = 1−alpha, kl = alpha; five equal terms are ce = kl = cosine = 1 with two separate teachers.
 
+    States have a term per teacher however logits are combined: each state's Σ_j J w_j · weight · d_j is
+    added above and its J · weight below, with the d_j of :func:`feature_distances` and
+    :func:`attention_divergences`.
+
     Args:
         logits: (batch, 3), the student's.
         labels: int64 (batch,); NO_VOTE where there is none: such a battle has no CE term.
         teachers: (batch, J, 3), or None where `kl` and `cosine` are 0.
         weights: (batch, J), each row's sum 1; None: equal.
+        states: float32 (batch, J) by name, how far the student's are from each teacher's.
 
     Returns:
         float32 (batch,).
@@ -242,4 +317,58 @@ def losses(
         each = loss.kl * scale * divergence + loss.cosine * distance
         total = total + (share * each).sum(-1)
         weight = weight + terms * (loss.kl + loss.cosine)
+    for name, distances in (states or {}).items():
+        count = distances.shape[1]
+        share = distances if weights is None else count * weights * distances
+        total = total + getattr(loss, name) * share.sum(-1)
+        weight = weight + getattr(loss, name) * count
     return total / weight
+
+
+def feature_distances(
+    students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """How far a student's projected features are from each teacher's: ‖s/‖s‖ − t/‖t‖‖², from 0 to 4.
+
+    The mean over a battle's sequences. Sun et al. 2019, Patient Knowledge Distillation for BERT Model
+    Compression, arXiv:1908.09355; through a learned layer, as Romero et al. 2015, FitNets,
+    arXiv:1412.6550. Only directions count: teachers whose hidden states are of other sizes and scales
+    pull alike.
+
+    Args:
+        students: of each teacher's projection, (batch, sequences, hidden size of the teacher).
+        teachers: of the same shapes.
+
+    Returns:
+        float32 (batch, J).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    pairs = zip(students, teachers, strict=True)
+    apart = [F.normalize(s.float(), dim=-1) - F.normalize(t.float(), dim=-1) for s, t in pairs]
+    return torch.stack([a.square().sum(-1).mean(-1) for a in apart], dim=-1)
+
+
+def attention_divergences(student: torch.Tensor, teachers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """KL(teacher ‖ student) of where the last token looks in the last layer, in nats.
+
+    The mean over a battle's sequences. Wang et al. 2020, MiniLM, arXiv:2002.10957, section 3.1, for one
+    token and the mean over the heads: so student and teacher may have other numbers of them. (Attention
+    transfer: Zagoruyko and Komodakis 2017, arXiv:1612.03928; Jiao et al. 2020, TinyBERT,
+    arXiv:1909.10351.)
+
+    Args:
+        student: (batch, sequences, tokens), each sequence's sum 1.
+        teachers: of each the same; sums may differ from 1 by float16's rounding.
+
+    Returns:
+        float32 (batch, J).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    student = student.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    targets = [teacher.float() / teacher.float().sum(-1, keepdim=True) for teacher in teachers]
+    each = [F.kl_div(student, target, reduction="none").sum(-1).mean(-1) for target in targets]
+    return torch.stack(each, dim=-1)

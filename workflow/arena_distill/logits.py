@@ -1,9 +1,10 @@
-"""Judges score battles: logits per fold, both orders, float32, for evaluation and for students."""
+"""Judges score battles: logits per fold, both orders, float32, for evaluation and for students; and
+beside them what students want to know of the judge's last token (see ``states``)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from arena_distill.artifacts import (
     provenance,
     read_logits,
     read_parquet,
+    read_states,
     write_logits,
 )
 from arena_distill.batching import pad, token_batches
+from arena_distill.config import State
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, unlabelled_rows, validation_rows
@@ -49,6 +52,9 @@ def predict_logits(
     A shard is every n-th batch of rows that have like length, so shards take equally long and
     :func:`gather_logits` makes of them what one job would have written: a row's batch, and so its last
     bits, do not depend on the number of shards.
+
+    Raises:
+        InputError: a logit or a state is not finite.
     """
     import torch
 
@@ -69,11 +75,27 @@ def predict_logits(
     model: Any = load_adapter(base, adapter)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    outputs = np.stack([score_batches(model, view, batches) for view in views], axis=1)
+    states: dict[State, np.ndarray] = {}
+    if settings.states:
+        from arena_distill.states import watch, widths
+
+        watch(model, settings.states)
+        states = {
+            name: np.zeros((len(rows), len(views), width), np.float16)
+            for name, width in widths(model, settings).items()
+        }
+    outputs = np.stack(
+        [
+            score_batches(model, view, batches, {name: s[:, i] for name, s in states.items()})
+            for i, view in enumerate(views)
+        ],
+        axis=1,
+    )
     logits = verdicts(outputs[ours], settings.head)
     if not np.isfinite(logits).all():
         raise InputError(f"{adapter}: its logits are not finite: train it again with a lower lr")
-    write_logits(output, logits, rows.take(pa.array(ours)), _about(settings, fold))
+    about, named = _about(settings, fold), rows.take(pa.array(ours))
+    write_logits(output, logits, named, about, _checked(states, ours, adapter))
     print(f"{output}: {len(ours):,} battles in {len(ORDERS)} orders")
 
 
@@ -95,8 +117,30 @@ def gather_logits(
             "delete them and run the workflow again: they will be rebuilt"
         )
     place = locate(key(rows), key(ids), f"logits in {shards[0].parent}")
-    write_logits(output, logits[place], rows, _about(settings, fold))
+    states: dict[str, np.ndarray] = {
+        name: np.concatenate([read_states(path, name) for path in shards])[place]
+        for name in settings.states
+    }
+    write_logits(output, logits[place], rows, _about(settings, fold), states or None)
     print(f"{output}: {len(rows):,} battles of {len(shards)} shards")
+
+
+def _checked(
+    states: Mapping[State, np.ndarray], rows: np.ndarray, adapter: Path
+) -> dict[str, np.ndarray] | None:
+    """The states of these rows; None where nobody wants any.
+
+    Raises:
+        InputError: a number is too large for float16. (Nothing is scaled, so that the head gives
+            the logits of what is stored; and final norms keep hidden states far below.)
+    """
+    for name, values in states.items():
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{adapter}: its {name} reach beyond {np.finfo(np.float16).max:,.0f}, the largest "
+                f"number that is stored; students have to do without them: loss.{name}: 0"
+            )
+    return {name: values[rows] for name, values in states.items()} or None
 
 
 def _about(settings: LogitsSettings, fold: int) -> dict[str, Any]:
@@ -135,8 +179,17 @@ def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
     return score_batches(model, sequences, list(token_batches(sequences.lengths, batch_tokens)))
 
 
-def score_batches(model: Any, sequences: Sequences, batches: Sequence[np.ndarray]) -> np.ndarray:
-    """As :func:`score`, for the rows of the batches alone; the others stay NaN."""
+def score_batches(
+    model: Any,
+    sequences: Sequences,
+    batches: Sequence[np.ndarray],
+    states: Mapping[State, np.ndarray] | None = None,
+) -> np.ndarray:
+    """As :func:`score`, for the rows of the batches alone; the others stay NaN.
+
+    Args:
+        states: arrays (rows, width) by name, filled with what a watched judge says beside logits.
+    """
     import torch
     from tqdm.auto import tqdm
 
@@ -155,11 +208,14 @@ def score_batches(model: Any, sequences: Sequences, batches: Sequence[np.ndarray
     ):
         for rows in batches:
             ids, mask = pad([sequences[row] for row in rows], model.config.pad_token_id)
-            logits = model(
+            outputs = model(
                 input_ids=torch.from_numpy(ids).to(weight.device),
                 attention_mask=torch.from_numpy(mask).to(weight.device),
-            ).logits
-            scores[rows] = logits.float().cpu().numpy()
+            )
+            scores[rows] = outputs.logits.float().cpu().numpy()
+            for name, room in (states or {}).items():
+                values = getattr(outputs, name).cpu()
+                room[rows, : values.shape[1]] = values.half().numpy()
             progress.update(len(rows))
     return scores
 

@@ -30,6 +30,7 @@ from arena_distill.config import (
     Pretraining,
     Quantization,
     Section,
+    State,
     Targets,
     Training,
     explain,
@@ -143,6 +144,8 @@ class LogitsSettings(Settings):
     rows: tuple[Rows, ...]
     """Validation rows always; training (with extra), extra or unlabelled rows where a student learns
     from them."""
+    states: tuple[State, ...] = ()
+    """What students want of it beside logits (see ``states``)."""
 
     @classmethod
     def of(cls, config: Config, judge: str) -> LogitsSettings:
@@ -162,6 +165,7 @@ class LogitsSettings(Settings):
             head=node.head,
             precision=node.precision,
             rows=rows,
+            states=config.states_of(judge),
         )
 
 

@@ -15,10 +15,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PrinterCallback,
@@ -52,12 +53,16 @@ from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
-from arena_distill.config import Head, Lora, Loss, Optimization, Precision, Training
+from arena_distill.config import Head, Lora, Loss, Optimization, Precision, State, Training
 from arena_distill.distillation import (
     VOTES,
     as_seen,
+    attention_divergences,
+    feature_distances,
     losses,
-    teacher_targets,
+    select_rows,
+    teacher_logits,
+    teacher_states,
     teacher_weights,
 )
 from arena_distill.encoding import Sequences, Tokens, read_tokens
@@ -67,9 +72,13 @@ from arena_distill.heads import battle_logits, encode_views
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
 from arena_distill.settings import PretrainingSettings, TrainingSettings
+from arena_distill.states import project, projections_of, watch
 
 FILLER = -100
 """The label that weighs nothing, as PyTorch and the Trainer know it."""
+
+PROJECTIONS = "projections.safetensors"
+"""In the checkpoints of a student that compares features."""
 
 _LOWER = "lower the learning rate (lr) or max_grad_norm"
 
@@ -88,7 +97,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Examples(Dataset):
-    """What the Trainer reads: battles as shown, votes as shown, teachers' logits as shown.
+    """What the Trainer reads: battles as shown, votes as shown, teachers' logits and states as shown.
 
     A position past the end is a filler (see `ByLength`): a short battle whose label is -100.
 
@@ -97,6 +106,7 @@ class Examples(Dataset):
     teachers: float32 (battles as shown, J, 3), or None.
     weights: float32 (battles as shown, J), of the teachers, or None where there are none.
     battles: how many there are, however often each is shown.
+    states: by name, of each teacher float16 (battles as shown, sequences of each, width).
     """
 
     views: tuple[Sequences, ...]
@@ -104,6 +114,7 @@ class Examples(Dataset):
     teachers: np.ndarray | None = None
     weights: np.ndarray | None = None
     battles: int = 0
+    states: Mapping[State, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -119,7 +130,8 @@ class Examples(Dataset):
         item = {"input_ids": [view[row] for view in self.views], "labels": label}
         if self.teachers is None or self.weights is None:
             return item
-        return item | {"teachers": self.teachers[row], "weights": self.weights[row]}
+        states = {name: [values[row] for values in each] for name, each in self.states.items()}
+        return item | {"teachers": self.teachers[row], "weights": self.weights[row]} | states
 
 
 class ByLength(Sampler[int]):
@@ -206,19 +218,26 @@ def train_fold(
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     labels = rows["label"].to_numpy().astype(np.int64)
     targets = weights = None
+    states: dict[State, tuple[np.ndarray, ...]] = {}
     if settings.teachers and settings.targets:
-        targets = teacher_targets(teachers, rows, settings.targets)
+        selected = select_rows(teachers, rows, settings.targets)
+        targets = teacher_logits(selected)
+        states = {name: teacher_states(selected, name) for name in settings.loss.states()}
         # Extra battles were seen by every fold's teacher: no weight is fitted on them. (Nor on those
         # without a vote.)
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
         weights = teacher_weights(targets, labels, held_out, settings.loss)
-    examples = show(read, labels, targets, weights, settings)
+    examples = show(read, labels, targets, weights, settings, states)
     seed = settings.training.seed + (fold if settings.training.own_start else 0)
     base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
     if pretrained is None:
         model = new_judge(base, settings.lora, seed)
     else:
         model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
+    if states:
+        watch(model, states)
+    if "features" in states:
+        project(model, [of_teacher.shape[-1] for of_teacher in states["features"]], seed=seed)
     phase = "distillation" if settings.teachers else "training"
     about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
     _fit(model, examples, output, settings, settings.loss, launch, about)
@@ -238,6 +257,7 @@ def show(
     targets: np.ndarray | None,
     weights: np.ndarray | None,
     settings: PretrainingSettings | TrainingSettings,
+    states: Mapping[State, tuple[np.ndarray, ...]] | None = None,
 ) -> Examples:
     """Battles as they are shown: in order AB, and with `swap` in order BA too; a pointwise judge sees
     each once, and learns from the mean of its teachers' logits of both orders.
@@ -246,13 +266,19 @@ def show(
         labels: int64 (rows,), canonical.
         targets: float32 (rows, teachers, orders, 3), canonical, or None.
         weights: float32 (rows, teachers), or None.
+        states: by name, of each teacher float16 (rows, views, width), or None.
     """
+    states = states or {}
     if settings.head.kind == "pointwise":
         # Both orders at once: a joint teacher's two verdicts are one target.
         both = None if targets is None else targets.mean(axis=2)
         shown = tuple(encode_views(tokens, settings.encoding, settings.head))
-        return Examples(shown, labels, both, weights, len(tokens))
+        return Examples(shown, labels, both, weights, len(tokens), states)
     orders = ORDERS if optimization(settings).swap else ORDERS[:1]
+
+    def by_order(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[:, i : i + 1] for i, _ in enumerate(orders)])
+
     return Examples(
         (Sequences.concatenate(encode_views(tokens, settings.encoding, settings.head, orders)),),
         np.concatenate([swap_labels(labels) if order == "BA" else labels for order in orders]),
@@ -261,6 +287,7 @@ def show(
         else np.concatenate([as_seen(targets, i) for i, _ in enumerate(orders)]),
         None if weights is None else np.concatenate([weights] * len(orders)),
         len(tokens),
+        {name: tuple(map(by_order, each)) for name, each in states.items()},
     )
 
 
@@ -350,17 +377,38 @@ class JudgeTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         teachers, weights = inputs.pop("teachers", None), inputs.pop("weights", None)
-        battles, sequences, _ = inputs["input_ids"].shape
+        taught: dict[State, Any] = {n: inputs.pop(n) for n in self.loss.states() if n in inputs}
+        shape = inputs["input_ids"].shape[:2]  # battles, sequences of each
         outputs = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
-        logits = battle_logits(outputs.logits.unflatten(0, (battles, sequences)), self.head)
+        logits = battle_logits(outputs.logits.unflatten(0, shape), self.head)
+        apart: dict[State, torch.Tensor] = {}
+        if "features" in taught:
+            projected = [features.unflatten(0, shape) for features in outputs.projected]
+            apart["features"] = feature_distances(projected, taught["features"])
+        if "attention" in taught:
+            looks = outputs.attention.unflatten(0, shape)
+            apart["attention"] = attention_divergences(looks, taught["attention"])
         counts = labels != FILLER
-        each = losses(logits, labels.where(counts, 0), teachers, weights, self.loss)
+        each = losses(logits, labels.where(counts, 0), teachers, weights, self.loss, apart)
         total = (each * counts).sum()
         if num_items_in_batch is None:
             loss = total / counts.sum()
         else:  # the mean over the whole optimizer step; DDP averages gradients over processes
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    # A student's projections are not PEFT's to save: checkpoints hold them, adapters do not.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        projections = projections_of(self.model)
+        if projections and self.args.should_save:
+            save_file(projections.state_dict(), f"{output_dir}/{PROJECTIONS}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if projections := projections_of(self.model):
+            projections.load_state_dict(load_file(f"{resume_from_checkpoint}/{PROJECTIONS}"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -448,6 +496,7 @@ def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size
     """Of everything that decides the weights; how it is launched does not, but for rounding."""
     arrays = [*(a for view in examples.views for a in (view.ids, view.offsets)), examples.labels]
     arrays += [a for a in (examples.teachers, examples.weights) if a is not None]
+    arrays += [a for each in examples.states.values() for a in each]
     start = [p for p in model.parameters() if p.requires_grad]
     backbone = file_identities(Path(model.config.name_or_path))
     settings = about | {"world_size": world_size, "backbone": backbone}
@@ -545,7 +594,14 @@ def _collator(pad_token_id: int) -> Any:
         for name in ("labels", "teachers", "weights"):
             if name in items[0]:
                 batch[name] = np.stack([item[name] for item in items])
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        tensors: dict[str, Any] = {n: torch.from_numpy(values) for n, values in batch.items()}
+        for name in get_args(State):
+            if name in items[0]:  # a tensor per teacher: their hidden sizes differ
+                per_teacher = zip(*(item[name] for item in items), strict=True)
+                tensors[name] = [torch.from_numpy(np.stack(values)) for values in per_teacher]
+        if "attention" in tensors:
+            tensors["attention"] = [a[..., : shape[2]] for a in tensors["attention"]]
+        return tensors
 
     return collate
 
