@@ -58,6 +58,7 @@ from arena_distill.external import (
 from arena_distill.folds import assign_folds
 from arena_distill.logits import fold_rows
 from arena_distill.settings import AskingSettings, EvaluationSettings, LogitsSettings
+from arena_distill.studies import Family, derive
 
 ABC = ("A", "B", "C")
 LABELLED = 23  # of `made_up_battles`: 18 train, 5 extra
@@ -340,22 +341,24 @@ def test_no_verdict_at_all_is_an_error(folder: Path, server: ChatServer) -> None
 
 
 def test_so_many_requests_are_under_way(folder: Path, server: ChatServer) -> None:
-    def slowly(number: int, body: Body) -> Reply:
-        time.sleep(0.03)
+    def together(number: int, body: Body) -> Reply:
+        deadline = time.monotonic() + 60
+        while server.most_at_a_time < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.01)
         return answer(body)
 
-    server.reply = slowly
+    server.reply = together
     ask(folder, server, {"concurrency": 3})
     assert server.most_at_a_time == 3
 
 
 def test_the_rate_is_kept_by_all_together(folder: Path, server: ChatServer) -> None:
-    server.reply = replies(error(500))
-    ask(folder, server, {"requests_per_minute": 2400, "concurrency": 8})
-    apart = np.diff(server.times)
-    assert len(server.times) == 2 * LABELLED + 1
-    assert server.times[-1] - server.times[0] >= 0.025 * len(apart) - 0.02
-    assert np.median(apart) == pytest.approx(0.025, abs=0.015)
+    begin = time.monotonic()
+    ask(folder, server, {"requests_per_minute": 2000, "concurrency": 8})
+    assert len(server.times) == 2 * LABELLED
+    since = np.sort(server.times) - begin
+    assert (since >= 0.03 * np.arange(2 * LABELLED)).all()
 
 
 # --- faults of an endpoint --------------------------------------------------------------------------
@@ -397,18 +400,20 @@ def test_a_passing_fault_is_tried_again(folder: Path, server: ChatServer, fault:
 
 def test_an_answer_that_does_not_come_is_asked_for_again(folder: Path, server: ChatServer) -> None:
     def late(number: int, body: Body) -> Reply:
-        time.sleep(0.6 if number == 0 else 0)
+        time.sleep(1.5 if number == 0 else 0)
         return answer(body)
 
     server.reply = late
-    ask(folder, server, {"timeout": 0.3})
-    assert len(server.bodies) == 2 * LABELLED + 1
+    ask(folder, server, {"timeout": 1, "retries": 8})
+    assert server.contents.count(server.contents[0]) >= 2
+    assert len(set(server.contents)) == 2 * LABELLED
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (error(401, f"wrong key {KEY}"), r"401 Unauthorized: wrong key \*\*\*; check the key in THE_KEY"),
+        (error(403, f"{'x' * 295} {KEY}"), r"x \*\*\*; check what the key may do in THE_KEY"),
         (error(404, "no model m"), r"404 Not Found: no model m; check `url` .* and `model`"),
         (error(400, "too\nlong"), r"battle \w+:\d+, order (AB|BA): 400 .*: too long; .*max_characters"),
         (error(302), "302 Found: so it is; check `url`"),
@@ -506,6 +511,8 @@ def test_the_key_comes_from_the_environment_and_stays_there(
     monkeypatch.setenv("THE_KEY", f" {KEY}\n")
     ask(folder, server, {"api_key_env": "THE_KEY"})
     assert {h["Authorization"] for h in server.headers} == {f"Bearer {KEY}"}
+    monkeypatch.delenv("THE_KEY")
+    ask(folder, server, {"api_key_env": "THE_KEY"})  # where nothing is asked, no key is needed
     written = [path for path in folder.rglob("*") if path.is_file()]
     assert len(written) >= 5
     for path in written:
@@ -573,19 +580,21 @@ def test_an_interrupted_job_goes_on_where_it_was(
     def reply(number: int, body: Body) -> Reply:
         if number >= 20:  # the answers before are on disk, but for those just sent
             reached.set()
-            go_on.wait(20)
+            go_on.wait(100)
         return answer(body)
 
     server.reply = reply
     process = job(folder, server, concurrency=2)
-    assert reached.wait(60)
+    assert process.stdout
+    assert reached.wait(300)
     process.send_signal(ending)
     if ending == signal.SIGKILL:
         process.wait()
     else:
-        time.sleep(0.2)
+        assert any("waiting for the requests under way" in line for line in process.stdout)
     go_on.set()
-    said = process.communicate(timeout=60)[0]
+    said = process.stdout.read()
+    process.wait()
     assert not (folder / "external").exists()
     asked = len(server.bodies)
     assert asked < 2 * LABELLED
@@ -604,7 +613,7 @@ def test_an_interrupted_job_goes_on_where_it_was(
 def test_the_command_ends_with_one_line(folder: Path, server: ChatServer) -> None:
     server.reply = lambda number, body: error(404, "no such model")
     process = job(folder, server)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == 1
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in said
@@ -719,6 +728,7 @@ def test_probabilities_come_back(
         (lambda f: f.assign(logit_tie="1,5"), "row 1, column logit_tie: a number expected"),
         (lambda f: f.assign(logit_tie=np.inf), "row 1, column logit_tie: a number expected"),
         (lambda f: f.assign(logit_tie=np.nan), "row 1, column logit_tie: a number expected"),
+        (lambda f: f.assign(logit_tie="1e999"), r"row 1, column logit_model_a, .*: logits expected"),
     ],
 )  # fmt: skip
 def test_an_unusable_file_is_one_clear_line(
@@ -886,6 +896,7 @@ def endpoint(**changes: Any) -> dict[str, Any]:
         (endpoint(verdicts=["A", "B", " a"]), "endpoint: verdicts: three different tokens"),
         (endpoint(instructions="{a} or {b}"), "endpoint: instructions: say when to answer {tie}"),
         (endpoint(parameters={"stream": True}), "endpoint: parameters: stream cannot be set here"),
+        (endpoint(parameters={"max_tokens": "few"}), "endpoint: parameters: max_tokens is a number"),
         (endpoint(max_cost=1), "endpoint: max_cost needs prompt_price"),
         (endpoint(prompt_price=1), "endpoint: prompt_price and completion_price go together"),
         (endpoint(api_key_env="sk-0123"), "endpoint.api_key_env: "),
@@ -915,15 +926,28 @@ def test_an_external_judge_has_no_backbone() -> None:
         AskingSettings.of(config, "gpt")
 
 
+def test_studies_leave_external_judges_as_they_are() -> None:
+    config = load(raw())
+    family = Family(dict(config.judges))
+    studies = derive(config, raw(), family)
+    assert not studies.problem
+    external = {name for name, judge in family.judges.items() if judge.external}
+    assert external == {"gpt", "big"}
+    students = [judge.teachers for judge in family.judges.values() if judge.teachers]
+    assert len(students) >= 3
+    assert set(students) == {("gpt", "big")}
+    with pytest.raises(InputError, match="studies.curve_judges: gpt is external"):
+        load(raw() | {"studies": {"curve_judges": ["gpt"]}})
+
+
 def test_how_an_endpoint_is_asked_is_in_no_settings() -> None:
     traffic = {
         "api_key_env": "THE_KEY", "concurrency": 99, "requests_per_minute": 99, "timeout": 99,
         "retries": 99, "prompt_price": 99, "completion_price": 99, "max_cost": 99,
     }  # fmt: skip
     assert set(traffic) == set(Traffic.model_fields)
-    assert set(Endpoint.model_fields) == set(traffic) | set(AskingSettings.model_fields) - {
-        "version"
-    }
+    own = {"version", "unlabelled"}
+    assert set(Endpoint.model_fields) == set(traffic) | set(AskingSettings.model_fields) - own
     before, after = load(raw()), load(raw(big=endpoint(**traffic)))
     assert AskingSettings.of(before, "big") == AskingSettings.of(after, "big")
     assert before.described() == after.described()
@@ -968,12 +992,12 @@ def test_the_workflow_asks_reads_and_deals(tmp_path: Path, server: ChatServer) -
     checkout = external_checkout(tmp_path / "checkout", server.url)
     checkout.run("folds")
     judged(checkout.results / "battles.parquet").to_csv(checkout.folder / "judged.csv", index=False)
-    assert checkout.would_run() == {
-        "tokenize_battles": 1, "pretrain_adapter": 1, "ask_judge": 1, "read_judged": 1, "deal_logits": 4,
-        "distill_student": 2, "predict_logits": 2, "merge_folds": 1, "score_test_merged": 1,
-        "quantize_model": 1, "check_drift": 1, "score_test_gptq": 1, "predict_test": 1,
-        "write_submission": 1, "write_config": 1, "evaluate": 1, "render_report": 1,
-    }  # fmt: skip
+    jobs = checkout.would_run()
+    assert "train_teacher" not in jobs
+    assert jobs.items() >= {
+        "ask_judge": 1, "read_judged": 1, "deal_logits": 4, "tokenize_battles": 1,
+        "pretrain_adapter": 1, "distill_student": 2, "predict_logits": 2,
+    }.items()  # fmt: skip
     targets = [f"results/mini/logits/{judge}-teacher/fold_{fold}.npy"
                for judge in ("llama", "qwen2") for fold in (0, 1)]  # fmt: skip
     checkout.run(*targets)

@@ -330,7 +330,7 @@ class _Client:
 
     def _fault(self, response: httpx2.Response) -> Exception:
         status = response.status_code
-        said = f"{status} {response.reason_phrase}: {self._said(response)}"
+        said = self._safe(f"{status} {response.reason_phrase}: {self._said(response)}")
         if (status in PASSING or status >= 500) and "insufficient_quota" not in response.text:
             pause = _retry_after(response)
             if status == 429:
@@ -350,7 +350,7 @@ class _Client:
                 said = said.get(name, said) if isinstance(said, dict) else said
         except ValueError:
             said = response.text
-        return self._safe(" ".join(str(said).split())[:300] or "nothing")
+        return self._safe(" ".join(str(said).split()))[:300] or "nothing"
 
     def _safe(self, text: str) -> str:
         """The text without the key, which some servers repeat."""
@@ -427,14 +427,15 @@ def _too_dear(spent: float, traffic: Traffic) -> InputError:
 
 @contextmanager
 def _listening(stop: threading.Event) -> Iterator[list[signal.Signals]]:
-    """Turn a signal that ends the job into `stop`; a second one ends it at once."""
+    """Turn a signal that ends the job, however often it comes, into `stop`."""
     heard: list[signal.Signals] = []
     before: dict[int, Any] = {}
 
     def hear(number: int, frame: FrameType | None) -> None:
         heard.append(signal.Signals(number))
         stop.set()
-        signal.signal(number, before[number])
+        # Not by `print`, which it may have interrupted.
+        os.write(2, f"\n{heard[-1].name}: waiting for the requests under way\n".encode())
 
     for ending in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(ending) != signal.SIG_IGN:  # see `jobs.mind_signals`

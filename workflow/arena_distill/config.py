@@ -254,6 +254,9 @@ class Asking(Section):
         )
         if ours:
             raise ValueError(f"parameters: {', '.join(sorted(ours))} cannot be set here")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if not isinstance(self.parameters.get(name) or 0, int):
+                raise ValueError(f"parameters: {name} is a number of tokens")
         return self
 
 
@@ -733,6 +736,8 @@ class Config(Section):
                 raise ValueError(
                     f"studies.curve_judges: unknown judge {name!r}; known judges: {known}"
                 )
+            if self.judges[name].external:
+                raise ValueError(f"studies.curve_judges: {name} is external: it learns nothing")
         if self.prediction.model == "gptq" and self.judges[self.final].quantization is None:
             raise ValueError(
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "

@@ -177,6 +177,7 @@ def _judged(file: Path) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         off = (values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 0.01)
         _refuse(file, raw.numbers, ", ".join(names), off, "probabilities that sum to 1 expected")
         values = np.log(values.clip(min=LEAST))
+    _refuse(file, raw.numbers, ", ".join(names), (np.abs(values) > 1e6).any(1), "logits expected")
     keys = key(pa.table({"id": column_texts(raw, "id"), "source": filled["source"]}))
     return keys, order.astype(np.int64), _log_softmax(values)
 
@@ -248,13 +249,14 @@ def ask_judge(
         unknown = [number for number, tokens in enumerate(known) if tokens is None]
         print(f"{len(keys):,} requests, {len(unknown):,} of them to be asked", flush=True)
         first = np.unique(number_of, return_index=True)[1]
-        asking.ask(
-            (questions.request(int(first[number])) for number in unknown),
-            kept,
-            traffic=traffic,
-            spent=sum(asking.cost(*tokens, traffic) for tokens in known if tokens),
-            total=len(unknown),
-        )
+        if unknown:
+            asking.ask(
+                (questions.request(int(first[number])) for number in unknown),
+                kept,
+                traffic=traffic,
+                spent=sum(asking.cost(*tokens, traffic) for tokens in known if tokens),
+                total=len(unknown),
+            )
         found = [verdict_scores(kept.get(key).tokens() or (), settings.verdicts) for key in keys]
         counted = np.array([kept.tokens(key) for key in keys])
     scores, listed = (np.array(part) for part in zip(*found, strict=True))
@@ -332,7 +334,7 @@ class Questions:
             **settings.parameters,
         }
         body = {name: value for name, value in body.items() if value is not None}
-        most = body.get("max_tokens", body.get("max_completion_tokens", 0))
+        most = int(body.get("max_tokens", body.get("max_completion_tokens", 0)))
         content = json.dumps(body, sort_keys=True, ensure_ascii=False).encode()
         name = f"battle {self._keys[row]}, order {ORDERS[order]}"
         return Request(name, settings.url, content, most)
@@ -369,7 +371,7 @@ def verdict_scores(
     if token.token not in {other.token for other in listed}:
         listed.append(token)
     listed = [other for other in listed if UNLIKELY < other.logprob < np.inf]
-    logprobs = np.array([other.logprob for other in listed])
+    logprobs = np.array([min(other.logprob, 0.0) for other in listed])
     plain = np.array([_plain(other.token) for other in listed])
     scores = np.array([np.logaddexp.reduce(logprobs[plain == verdict]) for verdict in wanted])
     left_over = 1 - np.exp(logprobs).sum()
@@ -383,9 +385,8 @@ UNLIKELY = -9999.0
 
 
 def _plain(token: str) -> str:
-    return (
-        token.strip().lstrip("▁Ġ").casefold()
-    )  # some servers leave a tokenizer's sign for a space
+    # Some servers leave the sign that a tokenizer has for a space.
+    return token.strip().lstrip("▁Ġ").casefold()
 
 
 def _shown(column: pa.ChunkedArray, most: int) -> tuple[pa.Array, np.ndarray]:

@@ -78,7 +78,7 @@ class Family:
 def _folds(judge: Judge) -> tuple[Any, ...]:
     """What decides a judge's folds: neither how jobs run, nor the loss of teachers it lacks."""
     if judge.external:
-        return (judge.external,)
+        return (judge.external.model_dump_json(),)
     student = bool(judge.teachers)
     return (
         judge.before_folds(),
