@@ -3,6 +3,7 @@ REPORTED = {  # file of `render_report` → caption
     "log_loss.svg": "log_loss.rst",
     "reliability.svg": "reliability.rst",
     "variants.svg": "variants.rst",
+    "cascade.svg": "cascade.rst",
     "judges.csv": "judges.rst",
     "calibration.csv": "calibration.rst",
     "position.csv": "position.rst",
@@ -38,6 +39,7 @@ rule evaluate:
         rejected=f"{R}/rejected.parquet",
         logits=expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=CONFIG.judges, fold=FOLDS),
         predictions=f"{R}/predictions/{CONFIG.final}/test.parquet",
+        test_logits=f"{R}/logits/{CONFIG.final}/{CONFIG.prediction.model}_test.npy",
         solution=labelled_test,
         quantized=f"{R}/gptq/{CONFIG.final}" if "gptq" in MODELS else [],
         truth=f"{R}/arena/truth.parquet" if CONFIG.data.arena else [],
@@ -46,6 +48,7 @@ rule evaluate:
         metrics=f"{R}/metrics.json",
         judges=f"{R}/tables/judges.csv",
         variants=f"{R}/tables/variants.csv",
+        cascade=f"{R}/tables/cascade.csv",
     log:
         f"{R}/logs/evaluate.log",
     benchmark:
@@ -65,7 +68,8 @@ rule evaluate:
         "Evaluating judges, variants and quantisation"
     shell:
         "arena evaluate --folds {input.folds} --battles {input.battles} --rejected {input.rejected}"
-        " --predictions {input.predictions} --output {output.metrics} --tables {params.tables}"
+        " --predictions {input.predictions} --test-logits {input.test_logits}"
+        " --output {output.metrics} --tables {params.tables}"
         " --settings {params.settings:q} {params.optional:q} {input.logits} > {log} 2>&1"
 
 

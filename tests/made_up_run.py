@@ -16,7 +16,7 @@ from arena_distill.artifacts import write_json, write_logits, write_parquet, wri
 from arena_distill.evaluation import evaluate
 from arena_distill.folds import assign_folds
 from arena_distill.keys import key, locate
-from arena_distill.prediction import WINNERS, Model, predict_test, softmax
+from arena_distill.prediction import WINNERS, Costs, Model, predict_test, softmax
 from arena_distill.settings import EvaluationSettings, PredictionSettings
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
@@ -52,7 +52,8 @@ class MadeUpRun:
     def evaluate(self, *, test: bool = True, **changes: Path | None) -> Path:
         """Write `metrics.json` of this run; without `test`, as on an arena of unknown votes."""
         known = {"predictions": "test.parquet", "solution": "solution.csv", "drift": "drift.json"}
-        known = {"truth": "truth.parquet", **known} if test else {}
+        known |= {"truth": "truth.parquet", "test_logits": "logits/small/gptq_test.npy"}
+        known = known if test else {}
         options = {name: self.folder / file for name, file in known.items()}
         evaluate(
             self.folder / "folds.parquet",
@@ -134,12 +135,15 @@ def _write_test(run: MadeUpRun, error: float, dice: np.random.Generator) -> None
     )
     shape = (len(test), len(LENGTHS), 2, 3)
     logits = run.true_logits(test)[:, None, None] + dice.normal(0, error, shape)
+    costs = _costs(len(test))
+    test = pa.table({n: test[n] for n in test.column_names} | costs.columns(LENGTHS))
     files: dict[Model, Path] = {}
     drifts: dict[Model, float] = {"merged": 0.0, "gptq": 0.01}
     for model, drift in drifts.items():
         files[model] = run.folder / "logits" / "small" / f"{model}_test.npy"
         shuffled = dice.permutation(len(test))
         drifted = logits + dice.normal(0, drift, shape)
+        drifted[:, 1] = np.where(costs.scored[:, 1, None, None], drifted[:, 1], drifted[:, 0])
         write_logits(
             files[model],
             drifted[shuffled].astype(np.float32),
@@ -147,6 +151,13 @@ def _write_test(run: MadeUpRun, error: float, dice: np.random.Generator) -> None
             origin("scoring", {"max_lengths": LENGTHS, "orders": ["AB", "BA"]}),
         )
     predict_test(files, run.folder / "test.parquet", settings=settings)
+
+
+def _costs(rows: int) -> Costs:
+    """Of battles from 60 tokens up, the longest of which are cut at either length."""
+    tokens = 2 * np.minimum(60 + 20 * np.arange(rows)[:, None], LENGTHS)
+    tokens[:, 1] *= tokens[:, 1] > tokens[:, 0]
+    return Costs(2 * (tokens > 0), tokens, tokens > 0)
 
 
 def _write_beside(run: MadeUpRun) -> None:

@@ -477,6 +477,9 @@ def evaluate(
     quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
     audit: Annotated[Path | None, typer.Option(help="audit.json")] = None,
+    test_logits: Annotated[
+        Path | None, typer.Option(help="logits/<judge>/<model>_test.npy of the submitted model.")
+    ] = None,
 ) -> None:
     """Compute every figure of the run."""
     from arena_distill.evaluation import evaluate
@@ -496,6 +499,7 @@ def evaluate(
         drift=quantized / DRIFT if quantized else None,
         truth=truth,
         audit=audit,
+        test_logits=test_logits,
     )
 
 

@@ -48,6 +48,11 @@ Precision = Literal["fp32", "bf16"]
 State = Literal["features", "attention"]
 
 
+def is_off(value: object) -> bool:
+    """For keys that are left out of a phase's settings where they are off: as before there were any."""
+    return value is None
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys it does not know."""
 
@@ -317,6 +322,8 @@ class Encoding(Section):
     """`winners`: word caps, question to 256 tokens, longer answer first; `rounds`: keep last rounds."""
     max_length: Annotated[int, Field(ge=32)] = 1024
     """Tokens per sequence in training and in the folds' logits."""
+    tokens_per_battle: Annotated[int, Field(ge=32)] | None = Field(None, exclude_if=is_off)
+    """Tokens per sequence on average: all, in tests too, are cut where training battles average that."""
 
 
 class Head(Section):
@@ -608,6 +615,13 @@ class Judge(JudgeDefaults):
         return self
 
 
+class Cascade(Section):
+    """Battles go on from the shortest length to the longer ones only where the judge is not sure."""
+
+    threshold: Share
+    """A battle goes on if its likeliest verdict has less (probability by the mean logits of all orders)."""
+
+
 class Prediction(Section):
     """Test-time augmentation: every battle is scored at each length and in each order."""
 
@@ -621,6 +635,16 @@ class Prediction(Section):
     """The one whose predictions are submitted; both are scored where both exist."""
     calibration: Literal["none", "temperature", "vector"] = "none"
     """Scaling of the probabilities, fitted to out-of-fold logits (see ``calibration``)."""
+    cascade: Cascade | None = Field(None, exclude_if=is_off)
+    """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
+
+    @model_validator(mode="after")
+    def _a_cascade_has_steps(self) -> Prediction:
+        if self.cascade and len(set(self.max_lengths)) < 2:
+            raise ValueError(
+                "a cascade goes from the shortest of max_lengths to longer: give several"
+            )
+        return self
 
 
 class Compare(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -63,6 +64,9 @@ WORD = r"[^\s\x0b\x1c-\x1f\x85\p{Z}]+"
 
 PROMPT_TOKENS = 256
 """The winners cut the prompt to so many tokens where a battle is too long."""
+
+ROOM = 16
+"""A sequence has room for at least so many tokens of its battle."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,17 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised set of battles: ids and sources (rows,), three fields, and the vocabulary."""
+    """A tokenised set of battles: ids and sources (rows,), three fields, and the vocabulary.
+
+    training: the fields of the file's training battles, without their ids: whichever rows are taken,
+        they say how long battles are (see :func:`waterline`).
+    """
 
     ids: pa.Array
     sources: pa.Array
     fields: Mapping[str, Field]
     vocabulary: Vocabulary
+    training: Mapping[str, Field] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -146,7 +155,8 @@ class Tokens:
             name: Field(f.tokens.take(rows), f.turns.take(rows), f.cap[rows])
             for name, f in self.fields.items()
         }
-        return Tokens(self.ids.take(rows), self.sources.take(rows), fields, self.vocabulary)
+        ids, sources = self.ids.take(rows), self.sources.take(rows)
+        return Tokens(ids, sources, fields, self.vocabulary, self.training)
 
 
 # --- text → ids -------------------------------------------------------------------------------------
@@ -218,12 +228,21 @@ def read_tokens(path: Path) -> Tokens:
         )
         for name in FIELDS
     }
+    sources = table["source"].combine_chunks().cast(pa.string())
+    rows = np.flatnonzero(pc.equal(sources, "train").to_numpy(zero_copy_only=False))
     return Tokens(
         table["id"].combine_chunks(),
-        table["source"].combine_chunks().cast(pa.string()),
+        sources,
         fields,
         Vocabulary(stored["pad"], tuple(stored["newline"]), frames, one_answer),
+        {name: _extent(field, rows) for name, field in fields.items()},
     )
+
+
+def _extent(field: Field, rows: np.ndarray) -> Field:
+    """What truncation asks of a field: how long it is, where its turns start; but not its ids."""
+    empty = Sequences(np.zeros(0, np.int32), _offsets(field.tokens.lengths[rows]))
+    return Field(empty, field.turns.take(rows), field.cap[rows])
 
 
 def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -375,60 +394,126 @@ def _forbid_special(
 
 
 def encode(
-    tokens: Tokens, encoding: Encoding, view: View, max_length: int | None = None
+    tokens: Tokens,
+    encoding: Encoding,
+    view: View,
+    max_length: int | np.ndarray | None = None,
 ) -> Sequences:
     """Assemble every battle's sequence.
 
     Args:
-        encoding: template, truncation and (unless `max_length` says otherwise) the most tokens a
-            sequence may have, template included.
+        encoding: template, truncation, the most tokens a sequence may have, template included
+            (unless `max_length` says otherwise), and how many it may have on average.
         view: `BA` shows answer B in the place of answer A; `A` and `B` show one answer alone.
+        max_length: the same for all rows, or int (rows,).
 
     Returns:
-        Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole.
+        Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole; with
+        `encoding.tokens_per_battle`, none is longer than the :func:`waterline`.
 
     Raises:
-        InputError: `max_length` leaves no room beside the template.
+        InputError: `max_length` leaves no room beside the template, or as for :func:`waterline`.
     """
-    max_length = max_length or encoding.max_length
-    vocabulary = tokens.vocabulary
-    literals = vocabulary.frames if len(SHOWN[view]) > 2 else vocabulary.one_answer
-    frame = literals[encoding.template]
-    budget = max_length - sum(map(len, frame))
-    if budget < 16:
+    lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
+    frame = _frame(tokens.vocabulary, encoding, view)
+    framing = sum(map(len, frame))
+    shortest = lengths.min(initial=np.iinfo(np.int64).max)
+    if shortest < framing + ROOM:
         raise InputError(
-            f"max_length {max_length}: template {encoding.template!r} takes "
-            f"{max_length - budget} tokens, which leaves {budget} for the battle; at least 16 needed"
+            f"max_length {shortest}: template {encoding.template!r} takes {framing} tokens, "
+            f"which leaves {shortest - framing} for the battle; at least {ROOM} needed"
         )
+    if encoding.tokens_per_battle is not None:
+        longest = int(lengths.max(initial=shortest))
+        lengths = np.minimum(lengths, waterline(tokens, encoding, view, longest))
     fields = [tokens.fields[name] for name in SHOWN[view]]
-    truncate = {"winners": truncate_winners, "rounds": truncate_rounds}[encoding.truncation]
-    starts, lengths = truncate(fields, budget)
-    return _fill(frame, fields, starts, lengths)
+    budget = np.broadcast_to(lengths - framing, len(tokens))
+    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))
 
 
-def truncate_winners(fields: list[Field], budget: int) -> tuple[np.ndarray, np.ndarray]:
+def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
+    """The length all sequences are cut at, so that they have `tokens_per_battle` tokens on average.
+
+    It is the greatest one, up to `max_length`, at which the training battles (source `train`) of the
+    whole file have no more than that in the mean, template included. So short battles stay whole and
+    the longest give first, as the two answers do within a battle; and what is kept of a battle does
+    not depend on the rows that a fold, a shard or a test happens to hold. The length is the same for
+    both orders, and for both answers shown alone.
+
+    Of all ways to spend a budget, this one has the shortest longest sequence and the least sum of any
+    convex cost, such as attention's squares; and the greatest sum of any use that grows ever more
+    slowly with the tokens kept of a battle, whatever its size (A. W. Marshall, I. Olkin and
+    B. C. Arnold 2011, Inequalities: Theory of Majorization and Its Applications).
+
+    Raises:
+        InputError: the file holds no training battle, or the template alone takes too much.
+    """
+    training, budget = tokens.training or {}, encoding.tokens_per_battle
+    if budget is None:
+        return max_length
+    if not training or not len(training["prompt"].cap):
+        raise InputError(
+            "encoding.tokens_per_battle: the tokens hold no training battle to find a length by"
+        )
+    framing = sum(map(len, _frame(tokens.vocabulary, encoding, view)))
+    truncate = TRUNCATIONS[encoding.truncation]
+    # Both orders are equally long: one will do. Answers shown alone are not: their mean.
+    views: tuple[View, ...] = ("AB",) if len(SHOWN[view]) > 2 else ("A", "B")
+    shown = [[training[name] for name in SHOWN[v]] for v in views]
+    rows = len(training["prompt"].cap)
+
+    def total(length: int) -> int:
+        """Tokens of all training battles, cut at a length."""
+        room = np.full(rows, length - framing)
+        return sum(int(truncate(fields, room)[1].sum()) + rows * framing for fields in shown)
+
+    lengths = range(framing + ROOM, max_length + 1)
+    found = bisect_right(lengths, budget * rows * len(shown), key=total)
+    if not found:
+        least = total(framing + ROOM) / (rows * len(shown))
+        raise InputError(
+            f"encoding.tokens_per_battle {budget}: cut to {framing + ROOM} tokens each, of which the "
+            f"template takes {framing}, training battles still have {least:.1f} on average; raise it"
+        )
+    return lengths[found - 1]
+
+
+def _frame(vocabulary: Vocabulary, encoding: Encoding, view: View) -> tuple[tuple[int, ...], ...]:
+    """The literals that a view's fields are set between."""
+    literals = vocabulary.frames if len(SHOWN[view]) > 2 else vocabulary.one_answer
+    return literals[encoding.template]
+
+
+def truncate_winners(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The winners' rule: what to keep of the prompt and of one or two answers.
 
     Fields are cut to their word caps. A battle still longer than the budget has its prompt cut to 256
     tokens (half the budget, where that is less), then the longer answer's tail trimmed until both are
     equal, then both alike. An odd token that is left goes to neither, so both orders keep the same text.
 
+    Args:
+        budget: int64 (rows,), tokens to keep at most.
+
     Returns:
         starts and lengths, int64 (rows, fields), within each field's row.
     """
     prompt, *answers = (np.minimum(f.tokens.lengths, f.cap) for f in fields)
     over = prompt + sum(answers) > budget
-    prompt = np.where(over, np.minimum(prompt, min(PROMPT_TOKENS, budget // 2)), prompt)
+    cut = np.minimum(prompt, np.minimum(PROMPT_TOKENS, budget // 2))
+    prompt = np.where(over, cut, prompt)
     lengths = np.stack([prompt, *_share(answers, budget - prompt)], axis=1)
     return np.zeros_like(lengths), lengths
 
 
-def truncate_rounds(fields: list[Field], budget: int) -> tuple[np.ndarray, np.ndarray]:
+def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The round-aware rule: what to keep of the prompt and of one or two answers.
 
     Whole rounds (a prompt's turn with its answers) are dropped from the front until the rest fits.
     The last round always stays; where it alone is too long, its prompt keeps a quarter of the budget
     (more, if the answers leave it) and the answers share what is left, the longer giving first.
+
+    Args:
+        budget: int64 (rows,), tokens to keep at most.
 
     Returns:
         starts and lengths, int64 (rows, fields), within each field's row.
@@ -440,7 +525,7 @@ def truncate_rounds(fields: list[Field], budget: int) -> tuple[np.ndarray, np.nd
     row = np.repeat(np.arange(len(rounds)), rounds)
     number = np.arange(len(row)) - offsets[row]
     starts = np.stack([_turn_start(f, row, number) for f in fields], axis=1)
-    fits = ((totals[row] - starts).sum(axis=1) <= budget) | (number == rounds[row] - 1)
+    fits = ((totals[row] - starts).sum(axis=1) <= budget[row]) | (number == rounds[row] - 1)
     if not len(row):
         return totals, totals
     kept = np.minimum.reduceat(np.where(fits, number, np.iinfo(np.int64).max), offsets[:-1])
@@ -448,6 +533,10 @@ def truncate_rounds(fields: list[Field], budget: int) -> tuple[np.ndarray, np.nd
     prompt, *answers = (totals - starts).T
     prompt = np.minimum(prompt, np.maximum(budget // 4, budget - sum(answers)))
     return starts, np.stack([prompt, *_share(answers, budget - prompt)], axis=1)
+
+
+TRUNCATIONS = {"winners": truncate_winners, "rounds": truncate_rounds}
+"""What to keep of the fields of battles that are too long."""
 
 
 def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray:

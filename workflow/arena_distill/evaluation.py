@@ -17,9 +17,10 @@ are joined by key: a row that is missing, or there twice, ends the job.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from arena_distill.artifacts import (
     ids_path,
     provenance,
     read_json,
+    read_logits,
     read_parquet,
     read_provenance,
     write_json,
@@ -40,6 +42,7 @@ from arena_distill.errors import InputError
 from arena_distill.folds import (
     dropped_extra,
     fold_settings,
+    prompt_groups,
     shared_prompts,
     training_rows,
     validation_rows,
@@ -60,7 +63,7 @@ from arena_distill.metrics import (
     truth_scores,
 )
 from arena_distill.orders import CLASSES, NO_VOTE, ORDERS
-from arena_distill.prediction import WINNERS
+from arena_distill.prediction import WINNERS, Costs, averages, confidence
 from arena_distill.settings import EvaluationSettings
 from arena_distill.yardsticks import (
     Yardstick,
@@ -72,6 +75,13 @@ from arena_distill.yardsticks import (
 
 JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
 VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
+CASCADE_COLUMNS = (
+    *("threshold", "battles", "sequences", "tokens", "all_tokens"),
+    *("log_loss", "accuracy", "difference", "low", "high"),
+)
+
+THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
+"""Of the cascade's curve; the likeliest of three verdicts has a third at least."""
 
 
 def evaluate(
@@ -88,15 +98,16 @@ def evaluate(
     drift: Path | None = None,
     truth: Path | None = None,
     audit: Path | None = None,
+    test_logits: Path | None = None,
 ) -> None:
-    """Compute every figure of a run → `metrics.json`, `judges.csv` and `variants.csv`.
+    """Compute every figure of a run → `metrics.json`, and `judges`, `variants` and `cascade.csv`.
 
     Args:
         folds: `folds.parquet`.
         battles: `battles.parquet`.
         logits: judge → its files `fold_<k>.npy`, one per fold, in any order.
         output: where `metrics.json` goes.
-        tables: folder of the two flat tables.
+        tables: folder of the flat tables.
         rejected: `rejected.parquet`, to count the refused rows by reason.
         predictions: the final judge's `test.parquet`, scored where `solution` is given.
         solution: the test battles' votes.
@@ -104,6 +115,7 @@ def evaluate(
         truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
             `p_model_b`, `p_tie`).
         audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
+        test_logits: the submitted model's scores of the test battles, for the cascade's curve.
 
     Raises:
         InputError: a judge or fold has no logits, or a row is missing, there twice, or unknown.
@@ -145,6 +157,10 @@ def evaluate(
     test = None
     if predictions is not None and solution is not None:
         test = _test(run, predictions, solution, truth)
+        test["cascade"] = None
+        if test_logits is not None:
+            average = _settings(predictions).get("average", "logits")
+            test["cascade"] = _cascade(test_logits, battles, solution, average)
     prediction = None if predictions is None else _settings(predictions)
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
     metrics = {
@@ -168,6 +184,7 @@ def evaluate(
     write_json(metrics, output)
     write_text(_csv(judge_records(metrics), JUDGE_COLUMNS), tables / "judges.csv")
     write_text(_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
+    write_text(_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
     final = judges[settings.final]["oof"]
     print(
         f"{output}: {settings.final} {final['log_loss']:.4f} on {len(votes):,} battles out of fold"
@@ -369,6 +386,87 @@ def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Fi
     }
 
 
+def _cascade(
+    test_logits: Path, battles: Path, solution: Path, average: Literal["logits", "probabilities"]
+) -> list[Figures] | None:
+    """The :func:`cascade_curve` of a file of `score_test`; None where it says nothing of costs."""
+    logits, scored = read_logits(test_logits)
+    about = _settings(ids_path(test_logits))
+    lengths, orders = (about.get(name, ()) for name in ("max_lengths", "orders"))
+    costs = Costs.read(scored, lengths)
+    if costs is None:
+        return None
+    solved, text = read_solution(solution), read_parquet(battles, ["id", "source", "prompt"])
+    text = text.filter(pc.equal(text["source"].cast(pa.string()), "test"))
+    ids = solved["id"].combine_chunks()
+    rows = locate(ids, scored["id"].combine_chunks(), str(ids_path(test_logits)))
+    prompts = prompt_groups(text)[locate(ids, text["id"].combine_chunks(), str(battles))]
+    votes = solved["label"].to_numpy().astype(np.int64)
+    fixed = (about.get("cascade") or {}).get("threshold")
+
+    def predict(scores: np.ndarray) -> np.ndarray:
+        *_, everything = averages(scores, lengths, orders, average).values()
+        return everything
+
+    return cascade_curve(logits[rows], lengths, predict, costs.take(rows), votes, prompts, fixed)
+
+
+def cascade_curve(
+    logits: np.ndarray,
+    lengths: Sequence[int],
+    predict: Callable[[np.ndarray], np.ndarray],
+    costs: Costs,
+    votes: np.ndarray,
+    groups: np.ndarray,
+    threshold: float | None = None,
+) -> list[Figures] | None:
+    """What a cascade takes, and what it costs in log loss, at each of `THRESHOLDS` that changes it.
+
+    Every point has the shares of `battles` that are scored at the longer lengths, of the `sequences`
+    and the `tokens` that all battles have there, and of the tokens of all lengths (`all_tokens`); the
+    scores of the prediction; and `versus_all`, the paired difference from scoring everything.
+
+    Args:
+        logits: float32 (rows, lengths, orders, 3), in the canonical frame.
+        predict: logits → float64 (rows, 3), each row by itself.
+        votes, groups: int64 (rows,), the battles' votes and prompts.
+        threshold: of the cascade that the logits were scored with. What everything would score is
+            not known then: there is one point, that of this cascade, and its `versus_all` is None.
+
+    Returns:
+        None where no battle has more to show at a longer length.
+    """
+    short = int(np.argmin(lengths))
+    longer = np.arange(len(lengths)) != short
+    if not costs.sequences[:, longer].any():
+        return None
+    everything, brief = predict(logits), predict(np.repeat(logits[:, [short]], len(lengths), 1))
+    reference = losses(everything, votes)
+    sure, more = confidence(logits[:, short]), costs.sequences[:, longer].any(axis=1)
+    sequences, tokens = (c[:, longer].sum(axis=1) for c in (costs.sequences, costs.tokens))
+    always = costs.tokens[:, short].sum()
+    # A threshold above which no further battle goes on says nothing new.
+    told = {int((more & (sure < p)).sum()): p for p in reversed(THRESHOLDS)}
+    points = []
+    for p in sorted(told.values()) if threshold is None else [threshold]:
+        goes_on = more & (sure < p)
+        probabilities = np.where(goes_on[:, None], everything, brief)
+        points.append(
+            {
+                "threshold": p,
+                "battles": float(goes_on.mean()),
+                "sequences": float(sequences[goes_on].sum() / sequences.sum()),
+                "tokens": float(tokens[goes_on].sum() / tokens.sum()),
+                "all_tokens": float((always + tokens[goes_on].sum()) / costs.tokens.sum()),
+                **scores(probabilities, votes),
+                "versus_all": paired_difference(losses(probabilities, votes), reference, groups)
+                if threshold is None
+                else None,
+            }
+        )
+    return points
+
+
 def _final(
     judge: str, test: Figures | None, drift: Path | None, prediction: Figures | None
 ) -> Figures:
@@ -429,6 +527,13 @@ def variant_records(metrics: Figures) -> list[Figures]:
         for model, variants in test["models"].items()
         for variant, figures in variants.items()
     ]
+
+
+def cascade_records(metrics: Figures) -> list[Figures]:
+    """One record per point of the cascade's curve."""
+    points = (metrics["test"] or {}).get("cascade") or []
+    flat = [point | (point["versus_all"] or {}) for point in points]
+    return [{column: point.get(column) for column in CASCADE_COLUMNS} for point in flat]
 
 
 def _csv(records: Sequence[Figures], columns: Sequence[str]) -> str:

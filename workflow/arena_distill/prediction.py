@@ -4,11 +4,18 @@ Test-time augmentation (TTA) shows a battle several times: cut to several length
 answers in both orders. The forward passes are done once and kept as logits; every average of them
 that may be asked about is then a variant, and one of the variants is submitted: the configured
 model's, averaged over all lengths and all orders, and calibrated where the configuration says so.
+
+A cascade spares forward passes: a battle that the judge is sure of at the shortest length is not
+scored at the longer ones, where it counts as saying the same. So the prediction of a sure battle is
+that of the shortest length, of any other the average over all lengths, and in either case what
+:func:`averages` makes of the logits on file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +36,7 @@ from arena_distill.artifacts import (
 from arena_distill.calibration import read_calibration
 from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
-from arena_distill.heads import encode_views, verdicts, views
+from arena_distill.heads import OUTPUTS, encode_views, verdicts, views
 from arena_distill.keys import key, locate
 from arena_distill.metrics import softmax
 from arena_distill.orders import CLASSES, Order
@@ -47,6 +54,37 @@ SUM_TOLERANCE = 1e-6
 # --- forward passes -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What it takes to score each battle at each length, and whether it was done.
+
+    A sequence that a battle has already had, at a shorter length or in another order, takes nothing.
+
+    sequences, tokens: int32 (rows, lengths); tokens without padding, all views of a battle together.
+    scored: bool (rows, lengths), False where it takes nothing, and where a cascade stopped before.
+    """
+
+    sequences: np.ndarray
+    tokens: np.ndarray
+    scored: np.ndarray
+
+    def columns(self, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+        """As columns ``sequences_<length>``, ``tokens_<length>`` and ``scored_<length>``."""
+        return {f"{k}_{n}": v[:, i] for i, n in enumerate(lengths) for k, v in vars(self).items()}
+
+    @staticmethod
+    def read(ids: pa.Table, lengths: Sequence[int]) -> Costs | None:
+        """From those columns; None where a file has none."""
+        names = [[f"{k}_{n}" for n in lengths] for k in ("sequences", "tokens", "scored")]
+        if not lengths or not {*chain(*names)} <= {*ids.column_names}:
+            return None
+        return Costs(*(np.column_stack([ids[name].to_numpy() for name in of]) for of in names))
+
+    def take(self, rows: np.ndarray) -> Costs:
+        """The given rows, in that order."""
+        return Costs(self.sequences[rows], self.tokens[rows], self.scored[rows])
+
+
 def score_test(
     model: Path,
     tokens: Path,
@@ -59,7 +97,8 @@ def score_test(
     """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
 
     The file holds float32 (rows, lengths, orders, 3) in the canonical frame; lengths and orders are
-    those of `settings`, which the ids' provenance repeats.
+    those of `settings`, which the ids' provenance repeats. The ids say what each battle took at each
+    length, and whether it was scored there (see :class:`Costs`).
 
     Args:
         model: a dense folder, or a GPTQ one where `quantized`.
@@ -75,57 +114,96 @@ def score_test(
     if not len(test):
         raise InputError(f"{tokens}: holds no test battle; give `test` files in the configuration")
     judge = _load(model, quantized=quantized, settings=settings, pad=test.vocabulary.pad)
-    logits, scored = score_variants(
+    logits, costs = score_variants(
         test, settings, lambda sequences: score(judge, sequences, batch_tokens=batch_tokens)
     )
-    ids = pa.table({"id": test.ids, "source": test.sources})
+    ids = pa.table({"id": test.ids, "source": test.sources, **costs.columns(settings.max_lengths)})
     about = settings.model_dump(mode="json") | {"quantized": quantized}
     write_logits(output, logits, ids, provenance("scoring", about))
     lengths = len(settings.max_lengths)
     total = len(test) * lengths * len(views(settings.head, settings.orders))
+    scored, needed = int(costs.sequences[costs.scored].sum()), int(costs.sequences.sum())
+    spared = f" and {needed - scored:,} by the cascade" if settings.cascade else ""
     print(
         f"{output}: {len(test):,} battles, lengths {_joined(settings.max_lengths)}, orders "
-        f"{_joined(settings.orders)}; {scored:,} sequences scored, {total - scored:,} of {total:,} "
-        "saved as repetitions"
+        f"{_joined(settings.orders)}; {scored:,} sequences scored, {total - needed:,} of {total:,} "
+        f"saved as repetitions{spared}"
     )
 
 
 def score_variants(
     tokens: Tokens, settings: ScoringSettings, forward: Callable[[Sequences], np.ndarray]
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, Costs]:
     """Score every battle at every length and in every order, the same sequence only once.
 
     A battle that fits into the shorter length reads the same at the longer one, and one with two
     equal answers reads the same in both orders: such repetitions are copied. A pointwise judge is
-    shown each answer once, whatever the orders.
+    shown each answer once, whatever the orders. With a cascade, a battle whose :func:`confidence` at
+    the shortest length is not below the threshold has that length's logits at every length.
 
     Args:
         forward: sequences → float32 (rows, outputs of the head).
 
     Returns:
         logits: float32 (rows, lengths, orders, 3), in the canonical frame.
-        scored: how many sequences went through `forward`.
+        costs: what went through `forward`.
     """
     lengths, orders, head = settings.max_lengths, settings.orders, settings.head
+    ascending = np.argsort(lengths, kind="stable")
     shown = [
         view
-        for length in lengths
-        for view in encode_views(tokens, settings.encoding, head, orders, length)
+        for i in ascending
+        for view in encode_views(tokens, settings.encoding, head, orders, lengths[i])
     ]
     original = np.tile(np.arange(len(shown))[:, None], len(tokens))  # what each view repeats
     for later in range(1, len(shown)):
         for earlier in reversed(range(later)):
             original[later, identical(shown[later], shown[earlier])] = earlier
     own = original == np.arange(len(shown))[:, None]
-    parts = [part.take(mask) for part, mask in zip(shown, own, strict=True)]
-    # One call for all: batches of like length are easier to fill.
-    outputs = forward(Sequences.concatenate(parts))
-    seen = np.empty((*own.shape, outputs.shape[1]), np.float32)
-    seen[own] = outputs
-    seen = np.take_along_axis(seen, original[:, :, None], axis=0).swapaxes(0, 1)
-    by_length = np.split(seen, len(lengths), axis=1)
-    logits = np.stack([verdicts(part, head, orders) for part in by_length], axis=1)
-    return logits, int(own.sum())
+    outputs = np.zeros((*own.shape, len(OUTPUTS[head.kind])), np.float32)
+
+    def run(wanted: np.ndarray) -> None:
+        # One call for all: batches of like length are easier to fill.
+        parts = [part.take(mask) for part, mask in zip(shown, wanted, strict=True)]
+        outputs[wanted] = forward(Sequences.concatenate(parts))
+
+    def seen(views: slice) -> np.ndarray:
+        """Verdicts of all battles on views of one length: (rows, orders, 3)."""
+        said = np.take_along_axis(outputs, original[views, :, None], axis=0)
+        return verdicts(said.swapaxes(0, 1), head, orders)
+
+    size = len(shown) // len(lengths)
+    scored = own
+    if settings.cascade is None:
+        run(own)
+    else:
+        first = own & (np.arange(len(shown)) < size)[:, None]
+        run(first)
+        sure = confidence(seen(slice(size))) >= settings.cascade.threshold
+        # From here on, a sure battle repeats at every length what it showed at the shortest.
+        original[:, sure] = np.tile(original[:size, sure], (len(lengths), 1))
+        scored = original == np.arange(len(shown))[:, None]
+        run(scored & ~first)
+    place = np.argsort(ascending)  # from the shortest first to the order of the settings
+    logits = np.stack([seen(slice(i * size, (i + 1) * size)) for i in place], axis=1)
+    taken = own * np.stack([part.lengths for part in shown])
+    # Of (lengths, views of each, rows), what all views of a battle take together.
+    own, taken, scored = (x.reshape(len(lengths), size, -1)[place] for x in (own, taken, scored))
+    sequences, taken = (x.sum(axis=1, dtype=np.int32).T for x in (own, taken))
+    return logits, Costs(sequences, taken, scored.any(axis=1).T)
+
+
+def confidence(logits: np.ndarray) -> np.ndarray:
+    """How sure a judge is: the probability of the likeliest verdict, by the mean logits of all orders.
+
+    Args:
+        logits: float (rows, orders, 3), in the canonical frame.
+
+    Returns:
+        float64 (rows,), at least a third.
+    """
+    certain: np.ndarray = softmax(logits.mean(axis=1, dtype=np.float64)).max(axis=-1)
+    return certain
 
 
 def identical(first: Sequences, second: Sequences) -> np.ndarray:
@@ -262,11 +340,12 @@ def _choices(values: Sequence[object]) -> list[tuple[str, list[int]]]:
 
 
 def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndarray, pa.Table]:
-    """Read a file of `score_test`, sure that its axes are the lengths and orders of `settings`."""
+    """Read a file of `score_test`, sure that its lengths, orders and cascade are those of `settings`."""
     scores, rows = read_logits(path)
     made_with = read_provenance(ids_path(path)).get("settings", {})
-    for name in ("max_lengths", "orders"):
-        wanted, found = list(getattr(settings, name)), made_with.get(name)
+    asked = settings.model_dump(mode="json")
+    for name in ("max_lengths", "orders", "cascade"):
+        wanted, found = asked.get(name), made_with.get(name)
         if wanted != found:
             raise InputError(
                 f"{path}: made with prediction.{name} {found}, the configuration says {wanted}; "

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "report"
 
-FIGURES = ("log_loss", "reliability", "variants")
+FIGURES = ("log_loss", "reliability", "variants", "cascade")
 """Drawings, `<name>.svg`."""
 
 TABLES = ("judges", "calibration", "position", "variants", "folds", "audit", "rejected")
@@ -84,7 +84,7 @@ def render_report(
 
 def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dict[str, str]]:
     """The page's HTML, and the text of the separate files by name."""
-    makers = (_log_loss, _reliability, _variants)
+    makers = (_log_loss, _reliability, _variants, _cascade)
     drawings = {n: draw(n, make, metrics) for n, make in zip(FIGURES, makers, strict=True)}
     tables = _tables(metrics)
     page = template("report.html.j2").render(
@@ -251,6 +251,12 @@ def _alt(name: str, metrics: Figures) -> str:
             f"calibration. Verdicts before, confidence: accuracy. {', '.join(shown)}. "
             f"Calibration error {before['ece']:.3f} before, {after['ece']:.3f} after."
         )
+    if name == "cascade":
+        shown = [
+            f"{p['threshold']:.2f}: {percent(p['all_tokens'], 0)} of tokens, {p['log_loss']:.4f}"
+            for p in _points(metrics)
+        ]
+        return f"Test log loss by share of tokens scored, threshold: {'; '.join(shown) or 'none'}."
     shown = [
         f"{MODELS.get(r['model'], r['model'])} {r['variant']} {r['log_loss']:.4f}"
         for r in variant_records(metrics)
@@ -419,6 +425,37 @@ def _variants(metrics: Figures) -> Figure:
     axes.set_xlabel(f"log loss on {metrics['test']['rows']:,} test battles, nats (lower is better)")
     figure.legend(loc="outside upper right", ncols=3, labelcolor=INK, fontsize=9)
     return figure
+
+
+def _cascade(metrics: Figures) -> Figure:
+    """Test log loss against the share of tokens that a cascade scores, a point per threshold."""
+    points = _points(metrics)
+    figure, axes = _figure(7.2, 3.4 if points else 1.5)
+    if not points:
+        axes.text(0.5, 0.5, "no longer length to go on to", ha="center", color=MUTED)
+        axes.set_axis_off()
+        return figure
+    x, y = [100 * p["all_tokens"] for p in points], [p["log_loss"] for p in points]
+    if all(p["versus_all"] for p in points):
+        reference = y[-1] - points[-1]["versus_all"]["difference"]
+        low, high = ([reference + p["versus_all"][k] for p in points] for k in ("low", "high"))
+        axes.fill_between(x, low, high, color=SECOND, alpha=0.15, lw=0)
+        axes.axhline(reference, color=MUTED, lw=0.9, dashes=(4, 3))
+    axes.plot(x, y, "-o", color=SECOND, ms=5.5, mec=PAPER, mew=0.8, lw=1.1)
+    told = -100.0
+    for share, height, point in zip(x, y, points, strict=True):
+        if share - told > 4:  # nearer ones would overlap
+            told, text = share, f"{point['threshold']:.2f}"
+            axes.annotate(text, (share, height), (0, 7), textcoords="offset points", ha="center")
+    axes.margins(y=0.15)
+    axes.grid(True, axis="y")
+    axes.set(xlabel="tokens scored, % of those of all lengths", ylabel="log loss, nats")
+    return figure
+
+
+def _points(metrics: Figures) -> list[Figures]:
+    """The cascade's curve, where there is one."""
+    return (metrics["test"] or {}).get("cascade") or []
 
 
 def rows_axis(axes: Axes, names: Sequence[str]) -> None:

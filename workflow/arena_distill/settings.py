@@ -16,6 +16,7 @@ from arena_distill.config import (
     JOINT,
     Asking,
     Audit,
+    Cascade,
     Config,
     Encoding,
     Folds,
@@ -34,6 +35,7 @@ from arena_distill.config import (
     Targets,
     Training,
     explain,
+    is_off,
 )
 from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
@@ -268,6 +270,7 @@ class ScoringSettings(Settings):
     precision: Precision
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
+    cascade: Cascade | None = Field(None, exclude_if=is_off)
 
     @classmethod
     def of(cls, config: Config, judge: str) -> ScoringSettings:
@@ -279,6 +282,7 @@ class ScoringSettings(Settings):
             precision=node.precision,
             max_lengths=config.prediction.max_lengths,
             orders=config.prediction.orders,
+            cascade=config.prediction.cascade,
         )
 
 
@@ -293,6 +297,7 @@ class PredictionSettings(Settings):
     calibration: Literal["none", "temperature", "vector"] = Field(
         "none", exclude_if=lambda method: method == "none"
     )
+    cascade: Cascade | None = Field(None, exclude_if=is_off)
 
     @classmethod
     def of(cls, config: Config, judge: str) -> PredictionSettings:

@@ -1,0 +1,86 @@
+"""What a budget of tokens keeps of battles, against one fixed length and against other ways to spend it.
+
+    python benchmarks/context_length.py TOKENIZER_FOLDER BATTLES.csv [--budgets 192 256 384]
+
+A line per rule: the mean tokens of a sequence, the longest, the battles cut, the tokens lost of all, the
+mean share that a battle keeps, and attention's cost (mean square) by that of `tokens_per_battle`.
+`root` and `share` spend the same budget otherwise: lengths that grow with the root of a battle's size, and
+the same share of every battle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from arena_distill.artifacts import provenance, write_parquet
+from arena_distill.battles import read_battles
+from arena_distill.config import Encoding
+from arena_distill.encoding import encode, read_tokens, tokenize_battles, waterline
+
+WHOLE = 10**7
+"""Longer than any battle."""
+
+RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "root": lambda size, c: np.minimum(size, np.sqrt(size * c)),
+    "share": lambda size, c: np.minimum(size, size * c / WHOLE),
+}
+
+
+def spend(
+    rule: Callable[[np.ndarray, float], np.ndarray], size: np.ndarray, mean: float
+) -> np.ndarray:
+    """A rule's lengths of the given mean, by bisection on its one parameter."""
+    low, high = 0.0, float(WHOLE)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rule(size, middle).mean() <= mean else (low, middle)
+    return rule(size, low)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("battles", type=Path)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[192, 256, 384])
+    parser.add_argument("--truncation", choices=["rounds", "winners"], default="rounds")
+    parser.add_argument("--view", choices=["AB", "A"], default="AB")
+    arguments = parser.parse_args()
+    view: Literal["AB", "A"] = arguments.view
+    battles, _ = read_battles({"train": [arguments.battles]})
+    with tempfile.TemporaryDirectory() as folder:
+        path, scratch = Path(folder) / "battles.parquet", Path(folder) / "tokens.parquet"
+        write_parquet(battles, path, provenance("battles", {}))
+        tokenize_battles(path, arguments.tokenizer, scratch, version=0)
+        tokens = read_tokens(scratch)
+    whole = Encoding(truncation=arguments.truncation)
+    size = encode(tokens, whole, view, WHOLE).lengths
+    print(f"sizes: mean {size.mean():.0f}, median {np.median(size):.0f}, longest {size.max()}")
+    print(f"{'':28}{'mean':>7}{'longest':>9}{'cut':>8}{'lost':>8}{'kept':>8}{'squares':>9}")
+    for budget in arguments.budgets:
+        encoding = whole.model_copy(update={"tokens_per_battle": budget})
+        line = waterline(tokens, encoding, view, WHOLE)
+        kept = encode(tokens, whole, view, line).lengths
+        lengths = {
+            f"max_length {budget}": encode(tokens, whole, view, budget).lengths,
+            f"tokens_per_battle {budget}": kept,
+            **{name: spend(rule, size, kept.mean()) for name, rule in RULES.items()},
+        }
+        for name, length in lengths.items():
+            # A battle that is cut by less than a token is whole.
+            cut, lost = (length < size - 1).mean(), 1 - length.sum() / size.sum()
+            squares = (length.astype(float) ** 2).mean() / (kept.astype(float) ** 2).mean()
+            share = (length / size).mean()
+            print(
+                f"{name:28}{length.mean():7.0f}{length.max():9.0f}{cut:8.1%}{lost:8.1%}{share:8.1%}"
+                f"{squares:9.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
