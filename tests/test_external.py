@@ -43,7 +43,7 @@ from arena_distill.artifacts import (
 )
 from arena_distill.asking import Alternative, Answers, Completion, Token
 from arena_distill.config import Endpoint, Traffic, load
-from arena_distill.distillation import teacher_targets
+from arena_distill.distillation import select_rows, teacher_logits
 from arena_distill.errors import InputError
 from arena_distill.external import (
     COLUMNS,
@@ -811,10 +811,10 @@ def test_a_fold_gets_the_rows_of_a_trained_judge(
 def test_students_find_their_targets(folder: Path, dealt: Callable[..., list[Path]]) -> None:
     files = dealt(("validation", "training", "extra"))
     whole, ids = read_logits(folder / "external/gpt/logits.npy")
-    out_of_fold = teacher_targets({"gpt": files}, ids, "out_of_fold")
+    out_of_fold = teacher_logits(select_rows({"gpt": files}, ids, "out_of_fold"))
     np.testing.assert_allclose(out_of_fold[:, 0], whole, rtol=1e-6)
     rows = fold_rows(read_parquet(folder / "folds.parquet"), 1, logits_settings(("validation",)))
-    in_sample = teacher_targets({"gpt": [files[1]]}, rows, "in_sample")
+    in_sample = teacher_logits(select_rows({"gpt": [files[1]]}, rows, "in_sample"))
     assert in_sample.shape == (len(rows), 1, 2, 3)
 
 

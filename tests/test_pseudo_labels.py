@@ -43,7 +43,7 @@ from arena_distill.config import (
     load,
     overlay,
 )
-from arena_distill.distillation import VOTES, losses, teacher_targets
+from arena_distill.distillation import VOTES, losses, select_rows, teacher_logits
 from arena_distill.encoding import encode, read_tokens, tokenize_battles
 from arena_distill.errors import InputError
 from arena_distill.external import ask_judge, deal_logits, read_judged
@@ -318,7 +318,7 @@ def test_out_of_fold_targets_are_the_mean_over_folds_by_key(
     files = write_teacher(folds, tmp_path)
     rows = folds.take(training_rows(folds, 1, unlabelled=True))
     rows = rows.take(pa.array(np.random.default_rng(9).permutation(len(rows))))
-    targets = teacher_targets({"t": files}, rows, "out_of_fold")[:, 0]
+    targets = teacher_logits(select_rows({"t": files}, rows, "out_of_fold"))[:, 0]
     own = dict(zip(key(folds).to_pylist(), folds["fold"].to_pylist(), strict=True))
     names = key(rows).to_pylist()
     assert {name.split(":")[0] for name in names} == {"train", "extra", "unlabelled"}
@@ -333,7 +333,7 @@ def test_in_sample_targets_are_the_fold_own_teachers(
     folds = read_parquet(make().folds)
     files = write_teacher(folds, tmp_path, ("validation", "training", "unlabelled"))
     rows = folds.take(training_rows(folds, 2, unlabelled=True))
-    targets = teacher_targets({"t": files[2:]}, rows, "in_sample")[:, 0]
+    targets = teacher_logits(select_rows({"t": files[2:]}, rows, "in_sample"))[:, 0]
     np.testing.assert_array_equal(targets, [logit_of(name, 2.0) for name in key(rows).to_pylist()])
 
 
@@ -346,7 +346,7 @@ def test_a_teacher_that_has_not_scored_them_is_an_error(
     rows = folds.take(training_rows(folds, 0, unlabelled=True))
     files = files if targets == "out_of_fold" else files[:1]
     with pytest.raises(InputError, match="rows are missing, unlabelled:"):
-        teacher_targets({"t": files}, rows, targets)
+        teacher_logits(select_rows({"t": files}, rows, targets))
 
 
 # --- what reaches the Trainer -----------------------------------------------------------------------
@@ -431,8 +431,10 @@ def test_no_vote_reaches_the_loss_in_either_order(
     np.testing.assert_array_equal(given.labels, [*labels, *swap_labels(labels)])
     np.testing.assert_array_equal(given.labels == NO_VOTE, np.tile(labels == NO_VOTE, 2))
     assert given.teachers is not None
-    targets = teacher_targets(
-        {"t": sorted(tmp_path.glob("fold_*.npy"))}, rows.select(["id", "source"]), "out_of_fold"
+    targets = teacher_logits(
+        select_rows(
+            {"t": sorted(tmp_path.glob("fold_*.npy"))}, rows.select(["id", "source"]), "out_of_fold"
+        )
     )
     np.testing.assert_array_equal(given.teachers[: len(labels)], targets[:, :, 0])
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from arena_distill import quantization
+from arena_distill.config import JOINT
 from arena_distill.encoding import Sequences
 from arena_distill.errors import InputError
 from arena_distill.quantization import check_drift, check_layers, check_settings, drift
@@ -159,10 +160,13 @@ def test_layers_that_do_not_divide(
 def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     rows = Sequences(np.zeros(0, np.int32), np.zeros(65, np.int64))
-    options = {"bits": 8, "group_size": 32, "seed": 0, "batch_tokens": 64, "settings": {}}
+    options: dict[str, Any] = {
+        "bits": 8, "group_size": 32, "seed": 0, "batch_tokens": 64, "settings": {},
+    }  # fmt: skip
+    options |= {"head": JOINT, "validation": [rows]}
     with pytest.raises(InputError, match=r"gptqmodel is not installed .*environments\.gptq"):
         quantization.quantize_model(
-            tmp_path, tmp_path / "o", calibration=rows, validation=rows, samples=64, **options
+            tmp_path, tmp_path / "o", calibration=rows, samples=64, **options
         )
     with pytest.raises(InputError, match="gptqmodel is not installed"):
         quantization.load_quantized(tmp_path)

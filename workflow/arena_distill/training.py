@@ -209,7 +209,7 @@ def train_fold(
 
     Args:
         pretrained: the post-pretrained adapter to start from; None starts a fresh one.
-        teachers: each teacher's logits files (see ``distillation.teacher_targets``).
+        teachers: each teacher's logits files (see ``distillation.select_rows``).
     """
     table = read_parquet(folds)
     chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
