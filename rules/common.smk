@@ -319,6 +319,6 @@ def teacher_logits(wildcards):
 
 def teacher_states(wildcards):
     """What lies beside them, where the student's loss reads it."""
-    if not CONFIG.judges[wildcards.judge].loss.states():
+    if not GRAPH.judges[wildcards.judge].loss.states():
         return []
     return [path.removesuffix(".npy") + ".states" for path in teacher_logits(wildcards)]
