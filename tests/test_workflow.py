@@ -179,10 +179,10 @@ def test_docstrings_and_the_look_of_rules_rebuild_nothing(checkout: Checkout) ->
 
 
 def test_a_raised_version_rebuilds_that_phase_and_what_follows(checkout: Checkout) -> None:
-    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 2', '"distillation": 3')
+    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 3', '"distillation": 4')
     assert checkout.would_run() == {**STUDENT, "predict_logits": 2}
     checkout.edit("workflow/arena_distill/phases.py", '"submission": 1', '"submission": 2')
-    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 3', '"distillation": 2')
+    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 4', '"distillation": 3')
     assert checkout.would_run() == {"write_submission": 1}
 
 
