@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -315,10 +316,17 @@ def test_a_time_limit_is_survived_in_the_next_attempt(one_minute: Victim) -> Non
     one_minute.start()
     one_minute.wait_for_a_checkpoint(1)
     first = one_minute.slurm_id
-    # Held up until its minute is over: Slurm wakes it to end it, and kills it some seconds later.
-    os.kill(one_minute.process, signal.SIGSTOP)
-    wait_for(lambda: state(first) != "RUNNING")
-    assert state(first) in ("TIMEOUT", "COMPLETING")
+    process = one_minute.process
+
+    def over() -> bool:
+        # Held up until its minute is over, and beyond: Slurm wakes it to end it, and kills it some seconds
+        # later, in which it would get through.
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGSTOP)
+        return state(first) not in ("RUNNING", "COMPLETING")
+
+    wait_for(over)
+    assert state(first) == "TIMEOUT"
     assert "Trying to restart job" in one_minute.finish()
     assert one_minute.slurm_id != first
     assert "going on from there" in one_minute.log
