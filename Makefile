@@ -4,7 +4,7 @@ PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 CORES ?= all
 
-.PHONY: demo test test-fast test-slurm lint format setup lock clean
+.PHONY: demo test test-fast test-slurm lint format setup auto-gptq lock clean
 
 demo: setup
 	$(SNAKEMAKE) --cores $(CORES) --quiet rules
@@ -44,6 +44,13 @@ setup: .venv/.ready .venv-gptq/.ready
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# A third environment, for the test that auto-gptq itself reads what GPTQModel wrote; nothing else uses it.
+auto-gptq: .venv-auto-gptq/.ready
+.venv-auto-gptq/.ready: requirements-auto-gptq.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # Write both locks anew from what is installed in the two environments.

@@ -2,8 +2,9 @@
 
     python tests/quantize_in_gptq.py FOLDER
 
-reads FOLDER/cases.json and FOLDER/sequences.npz, and writes per case a GPTQ folder and the logits
-of the dense model, of the quantised one in plain transformers, and of `load_quantized`.
+reads FOLDER/cases.json and FOLDER/sequences.npz, and writes per case a GPTQ folder, the logits of
+the dense model, of the quantised one in plain transformers, and of `load_quantized`, and the dense
+weights, float32 (out, in), that the quantised layers stand for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from arena_distill.config import JOINT
@@ -53,10 +55,17 @@ def main(folder: Path) -> None:
             (folder / f"{case['name']}.error").write_text(str(error))
             continue
         plain = AutoModelForSequenceClassification.from_pretrained
+        loaded = load_quantized(output)
+        weights = {
+            name: module.dequantize_weight().T.float().contiguous()
+            for name, module in loaded.named_modules()
+            if hasattr(module, "dequantize_weight")
+        }
+        save_file(weights, f"{output}.weights.safetensors")
         for name, judge in (
             ("dense", plain(model, dtype="auto")),
             ("plain", plain(output)),
-            ("loaded", load_quantized(output)),
+            ("loaded", loaded),
         ):
             np.save(
                 folder / f"{output.name}.{name}.npy", score(judge, validation, batch_tokens=2048)

@@ -225,7 +225,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not GGUF.is_file(), reason=f"no {GGUF}; scripts/fetch_smollm2.sh fetches it")
+@pytest.mark.skipif(not GGUF.is_file(), reason=f"no {GGUF}; scripts/fetch_weights.sh fetches it")
 def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
     prepare_backbone(Backbone(gguf=str(GGUF), layers=2), tmp_path / "x", version=1)
     model = plain(tmp_path / "x")

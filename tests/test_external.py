@@ -1046,7 +1046,7 @@ threading.Event().wait()
 def llama_server() -> Iterator[str]:
     """SmolLM2-135M-Instruct behind llama.cpp's own server."""
     if not MODEL.is_file():
-        pytest.skip(f"no model at {MODEL}: scripts/fetch_smollm2.sh fetches it")
+        pytest.skip(f"no model at {MODEL}: scripts/fetch_weights.sh fetches it")
     if subprocess.run([LLAMA, "-c", "import xllamacpp"], capture_output=True).returncode:
         pytest.skip(f"no llama.cpp server: {LLAMA} has no xllamacpp (see ARENA_LLAMA_PYTHON)")
     with subprocess.Popen(

@@ -243,6 +243,23 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def auto_gptq(work: Path) -> Path:
+    """What auto-gptq 0.7.1 makes of the same folders."""
+    python = ROOT / ".venv-auto-gptq" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no {python}: `make auto-gptq` sets that environment up")
+    names = [work / name for name in ("llama-8", "qwen2-8", "gemma2-8", "llama-4")]
+    run = subprocess.run(
+        [python, ROOT / "tests" / "read_in_auto_gptq.py", *names],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return work
+
+
 def report(work: Path, name: str) -> dict[str, Any]:
     return dict(json.loads((work / name / "drift.json").read_text()))
 
@@ -300,6 +317,17 @@ class TestGPTQ:
         # On a CPU transformers picks another kernel there, with scales in bfloat16.
         found = drift(logits(work, "llama-4", "loaded"), logits(work, "llama-4", "plain"))
         assert found["kl"] < report(work, "llama-4")["kl"]
+
+    @pytest.mark.parametrize("name", ["llama-8", "qwen2-8", "gemma2-8", "llama-4"])
+    def test_auto_gptq_reads_the_same_weights(self, auto_gptq: Path, name: str) -> None:
+        from safetensors.torch import load_file
+
+        ours = load_file(auto_gptq / f"{name}.weights.safetensors")
+        theirs = load_file(auto_gptq / f"{name}.auto_gptq.safetensors")
+        assert set(theirs) == set(ours) and ours
+        for layer, weight in ours.items():
+            largest = weight.abs().max()
+            assert (theirs[layer] - weight).abs().max() <= 2e-3 * largest, layer  # float16 scales
 
     def test_same_seed_gives_the_same_bytes(self, work: Path) -> None:
         first, again = work / "llama-8", work / "llama-8-again"
