@@ -109,6 +109,11 @@ def sequences(rows: list[list[int]]) -> Sequences:
     return Sequences(np.array(ids, np.int32), np.cumsum([0, *lengths]).astype(np.int64))
 
 
+def size_of(text: list[int]) -> list[int]:
+    """A size is stated in more tokens the greater it is."""
+    return [200, *(201 + int(digit) for digit in str(len(text)))]
+
+
 def tokens_of(rows: list[list[Turns]], caps: list[list[int]] | None = None) -> Tokens:
     fields = {}
     for i, name in enumerate(FIELDS):
@@ -117,7 +122,8 @@ def tokens_of(rows: list[list[Turns]], caps: list[list[int]] | None = None) -> T
             [len(joined([*row[i][:turn], []])) for turn in range(len(row[i]))] for row in rows
         ]
         cap = [caps[r][i] if caps else len(text) for r, text in enumerate(texts)]
-        fields[name] = Field(sequences(texts), sequences(starts), np.array(cap, np.int64))
+        size = None if name == "prompt" else sequences([size_of(text) for text in texts])
+        fields[name] = Field(sequences(texts), sequences(starts), np.array(cap, np.int64), size)
     frames = dict.fromkeys(TEMPLATES, FRAME)
     one_answer = dict.fromkeys(TEMPLATES, (FRAME[0], FRAME[1], FRAME[3]))
     ids = pa.array([str(i) for i in range(len(rows))], pa.string())
@@ -137,6 +143,38 @@ turn = st.integers(0, 40).flatmap(lambda n: st.lists(st.integers(20, 99), min_si
 fields_of_a_row = st.lists(st.lists(turn, max_size=4), min_size=3, max_size=3)
 rows_of_turns = st.lists(fields_of_a_row, min_size=1, max_size=4)
 lengths = st.one_of(st.just(SMALLEST), st.integers(SMALLEST, 200))
+
+
+@settings(max_examples=60)
+@given(
+    rows_of_turns, st.sampled_from(["winners", "rounds"]), st.sampled_from(["AB", "BA", "A", "B"])
+)
+def test_sizes_are_of_the_whole_answers(
+    rows: list[list[Turns]], truncation: Any, view: module.View
+) -> None:
+    """Behind each answer stands its size, for which the battle makes room."""
+    tokens = tokens_of(rows)
+    length, shown = SMALLEST + 8, module.SHOWN[view]
+    plain, sized = Encoding(truncation=truncation), Encoding(truncation=truncation, sizes=True)
+    frame = module._frame(tokens.vocabulary, plain, view)
+    for row in range(len(rows)):
+        alone = tokens.take(np.array([row]))
+        sizes = [size_of(joined(rows[row][FIELDS.index(name)])) for name in shown[1:]]
+        made = encode(alone, sized, view, length)[0].tolist()
+        assert len(made) <= length
+        room = length - sum(map(len, sizes))
+        without = encode(alone, plain, view, room)[0].tolist()
+        # What is left without the sizes is what a battle with less room is.
+        rest, ends = made, []
+        for size in sizes:
+            at = rest.index(200)
+            assert rest[at : at + len(size)] == size
+            rest, ends = rest[:at] + rest[at + len(size) :], [*ends, at]
+        assert rest == without
+        assert [rest[at : at + len(frame[2])] for at in ends[:-1]] == [list(frame[2])] * (
+            len(ends) - 1
+        )
+        assert rest[ends[-1] :] == list(frame[-1])
 
 
 @settings(max_examples=80)

@@ -38,7 +38,7 @@ from arena_distill.training import Launch, load_adapter, pretrain_adapter, show,
 JOINT = Head(kind="joint")
 DAVIDSON = Head(kind="pointwise")
 RAO_KUPPER = Head(kind="pointwise", ties="rao_kupper")
-ENCODING = Encoding(max_length=96)
+ENCODING = Encoding(max_length=96, sizes=True)
 LORA = Lora(r=4, alpha=8)
 
 outputs_of_battles = arrays(
@@ -234,7 +234,7 @@ def test_pretrained_trained_scored_merged_asked(
 
     merge_folds(
         run.backbone, [adapter], tmp_path / "m", outputs=DAVIDSON, average="factors",
-        head="average", dtype="fp32", settings={"judge": "j", "template": "markers"},
+        head="average", dtype="fp32", settings={"judge": "j", **ENCODING.model_dump()},
     )  # fmt: skip
     tokens = read_tokens(run.tokens)
     settings = ScoringSettings(

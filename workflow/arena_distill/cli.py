@@ -358,7 +358,7 @@ def merge_folds(
         head=parsed.head,
         dtype=parsed.precision,
         weights=weights,
-        settings=parsed.model_dump(mode="json") | {"template": parsed.encoding.template},
+        settings=parsed.model_dump(mode="json") | parsed.encoding.model_dump(),
     )
 
 

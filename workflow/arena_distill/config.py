@@ -322,6 +322,8 @@ class Encoding(Section):
     """`winners`: word caps, question to 256 tokens, longer answer first; `rounds`: keep last rounds."""
     max_length: Annotated[int, Field(ge=32)] = 1024
     """Tokens per sequence in training and in the folds' logits."""
+    sizes: bool = Field(False, exclude_if=not_)
+    """State behind each answer how many tokens it has in full: what is cut off cannot be seen."""
     tokens_per_battle: Annotated[int, Field(ge=32)] | None = Field(None, exclude_if=is_off)
     """Tokens per sequence on average: all, in tests too, are cut where training battles average that."""
 

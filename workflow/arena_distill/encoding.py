@@ -56,6 +56,9 @@ ONE_ANSWER: Mapping[str, tuple[str, str, str]] = {
 }
 """The templates of sequences that show one answer."""
 
+SIZE = "[TOKENS] {}"
+"""What stands behind an answer where its size is stated: how many tokens it has in full."""
+
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The winners cut fields to so many words before they tokenise."""
 
@@ -108,11 +111,18 @@ class Field:
     tokens: all turns of a row joined by a newline.
     turns: where each turn starts within its row.
     cap: int64 (rows,), how many tokens the winners' word cap leaves.
+    size: of an answer, its :data:`SIZE`.
     """
 
     tokens: Sequences
     turns: Sequences
     cap: np.ndarray
+    size: Sequences | None = None
+
+    def take(self, rows: np.ndarray) -> Field:
+        """The given rows, in that order."""
+        size = self.size.take(rows) if self.size is not None else None
+        return Field(self.tokens.take(rows), self.turns.take(rows), self.cap[rows], size)
 
 
 @dataclass(frozen=True)
@@ -151,10 +161,7 @@ class Tokens:
     def take(self, rows: np.ndarray) -> Tokens:
         """The given rows (int positions, or a bool mask), in that order."""
         rows = np.arange(len(self))[rows]
-        fields = {
-            name: Field(f.tokens.take(rows), f.turns.take(rows), f.cap[rows])
-            for name, f in self.fields.items()
-        }
+        fields = {name: field.take(rows) for name, field in self.fields.items()}
         ids, sources = self.ids.take(rows), self.sources.take(rows)
         return Tokens(ids, sources, fields, self.vocabulary, self.training)
 
@@ -183,8 +190,9 @@ def tokenize(
 
     Returns:
         A table with `id`, `source` and per field `f` (list<int32>: turns joined by a newline),
-        `f_turns` (list<int32>: where each turn starts) and `f_cap` (int32: tokens within the word cap);
-        and the vocabulary of the templates as plain JSON.
+        `f_turns` (list<int32>: where each turn starts), `f_cap` (int32: tokens within the word cap) and,
+        of an answer, `f_size` (list<int32>: its :data:`SIZE`); and the vocabulary of the templates as
+        plain JSON.
 
     Raises:
         InputError: the tokenizer has no token that is safe to pad with.
@@ -201,6 +209,9 @@ def tokenize(
         columns[f"{name}_turns"] = _list_array(starts)
         cap = _word_cap(tokenizer, texts, rows, starts, WORD_CAPS[name])
         columns[f"{name}_cap"] = pa.array(np.minimum(cap, tokens.lengths).astype(np.int32))
+        if name != "prompt":
+            sizes = [SIZE.format(n) for n in tokens.lengths.tolist()]
+            columns[f"{name}_size"] = _list_array(_tokenize_texts(tokenizer, sizes))
     _forbid_special(columns, vocabulary, tokenizer)
     return pa.table(columns), vocabulary
 
@@ -225,6 +236,7 @@ def read_tokens(path: Path) -> Tokens:
             _sequences(table[name]),
             _sequences(table[f"{name}_turns"]),
             table[f"{name}_cap"].to_numpy().astype(np.int64),
+            None if name == "prompt" else _sequences(table[f"{name}_size"]),
         )
         for name in FIELDS
     }
@@ -242,7 +254,8 @@ def read_tokens(path: Path) -> Tokens:
 def _extent(field: Field, rows: np.ndarray) -> Field:
     """What truncation asks of a field: how long it is, where its turns start; but not its ids."""
     empty = Sequences(np.zeros(0, np.int32), _offsets(field.tokens.lengths[rows]))
-    return Field(empty, field.turns.take(rows), field.cap[rows])
+    size = field.size.take(rows) if field.size is not None else None
+    return Field(empty, field.turns.take(rows), field.cap[rows], size)
 
 
 def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -416,19 +429,19 @@ def encode(
     """
     lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
     frame = _frame(tokens.vocabulary, encoding, view)
-    framing = sum(map(len, frame))
-    shortest = lengths.min(initial=np.iinfo(np.int64).max)
-    if shortest < framing + ROOM:
+    fields = [tokens.fields[name] for name in SHOWN[view]]
+    framing = _framing(frame, fields, encoding)
+    shortest, most = lengths.min(initial=np.iinfo(np.int64).max), framing.max(initial=0)
+    if shortest < most + ROOM:
         raise InputError(
-            f"max_length {shortest}: template {encoding.template!r} takes {framing} tokens, "
-            f"which leaves {shortest - framing} for the battle; at least {ROOM} needed"
+            f"max_length {shortest}: template {encoding.template!r} takes {most} tokens, "
+            f"which leaves {shortest - most} for the battle; at least {ROOM} needed"
         )
     if encoding.tokens_per_battle is not None:
         longest = int(lengths.max(initial=shortest))
         lengths = np.minimum(lengths, waterline(tokens, encoding, view, longest))
-    fields = [tokens.fields[name] for name in SHOWN[view]]
-    budget = np.broadcast_to(lengths - framing, len(tokens))
-    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))
+    budget = np.broadcast_to(lengths, len(tokens)) - framing
+    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget), encoding.sizes)
 
 
 def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
@@ -455,27 +468,39 @@ def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -
         raise InputError(
             "encoding.tokens_per_battle: the tokens hold no training battle to find a length by"
         )
-    framing = sum(map(len, _frame(tokens.vocabulary, encoding, view)))
+    frame = _frame(tokens.vocabulary, encoding, view)
     truncate = TRUNCATIONS[encoding.truncation]
     # Both orders are equally long: one will do. Answers shown alone are not: their mean.
     views: tuple[View, ...] = ("AB",) if len(SHOWN[view]) > 2 else ("A", "B")
     shown = [[training[name] for name in SHOWN[v]] for v in views]
+    framings = [_framing(frame, fields, encoding) for fields in shown]
+    most = max(int(framing.max()) for framing in framings)
     rows = len(training["prompt"].cap)
 
     def total(length: int) -> int:
         """Tokens of all training battles, cut at a length."""
-        room = np.full(rows, length - framing)
-        return sum(int(truncate(fields, room)[1].sum()) + rows * framing for fields in shown)
+        return sum(
+            int(truncate(fields, length - framing)[1].sum() + framing.sum())
+            for fields, framing in zip(shown, framings, strict=True)
+        )
 
-    lengths = range(framing + ROOM, max_length + 1)
+    lengths = range(most + ROOM, max_length + 1)
     found = bisect_right(lengths, budget * rows * len(shown), key=total)
     if not found:
-        least = total(framing + ROOM) / (rows * len(shown))
+        least = total(most + ROOM) / (rows * len(shown))
         raise InputError(
-            f"encoding.tokens_per_battle {budget}: cut to {framing + ROOM} tokens each, of which the "
-            f"template takes {framing}, training battles still have {least:.1f} on average; raise it"
+            f"encoding.tokens_per_battle {budget}: cut to {most + ROOM} tokens each, of which the "
+            f"template takes {most}, training battles still have {least:.1f} on average; raise it"
         )
     return lengths[found - 1]
+
+
+def _framing(
+    frame: tuple[tuple[int, ...], ...], fields: list[Field], encoding: Encoding
+) -> np.ndarray:
+    """Tokens of each row's sequence that are not of the battle: int64 (rows,)."""
+    sizes = [field.size.lengths for field in fields if encoding.sizes and field.size is not None]
+    return np.full(len(fields[0].cap), sum(map(len, frame))) + sum(sizes)
 
 
 def _frame(vocabulary: Vocabulary, encoding: Encoding, view: View) -> tuple[tuple[int, ...], ...]:
@@ -567,22 +592,30 @@ def _fill(
     fields: list[Field],
     starts: np.ndarray,
     lengths: np.ndarray,
+    sizes: bool,
 ) -> Sequences:
     """Set the kept stretches between the template's literals, for all rows in one gather."""
-    rows, stretches = len(starts), len(frame) + len(fields)
-    literals = [np.array(ids, np.int32) for ids in frame]
-    parts = [*literals, *(field.tokens.ids for field in fields)]
-    base = _offsets(np.array([len(part) for part in parts]))
-    stretch_starts = np.empty((rows, stretches), np.int64)
-    stretch_lengths = np.empty((rows, stretches), np.int64)
-    stretch_starts[:, 0::2] = base[: len(frame)]
-    stretch_lengths[:, 0::2] = [len(ids) for ids in literals]
+    rows = len(starts)
+    # In the order of the sequence: a pool of ids, and where each row's stretch of it starts and ends.
+    pools: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def literal(ids: tuple[int, ...]) -> None:
+        pools.append((np.array(ids, np.int32), np.zeros(rows, np.int64), np.full(rows, len(ids))))
+
     for i, field in enumerate(fields):
-        begin = base[len(frame) + i] + field.tokens.offsets[:-1]
-        stretch_starts[:, 2 * i + 1] = begin + starts[:, i]
-    stretch_lengths[:, 1::2] = lengths
-    flat = _gather(np.concatenate(parts), stretch_starts.ravel(), stretch_lengths.ravel())
-    return Sequences(flat.ids, flat.offsets[::stretches])
+        literal(frame[i])
+        pools.append((field.tokens.ids, field.tokens.offsets[:-1] + starts[:, i], lengths[:, i]))
+        if sizes and field.size is not None:
+            pools.append((field.size.ids, field.size.offsets[:-1], field.size.lengths))
+    literal(frame[-1])
+    base = _offsets(np.array([len(ids) for ids, _, _ in pools]))
+    begins = [start + at for (_, start, _), at in zip(pools, base, strict=False)]
+    flat = _gather(
+        np.concatenate([ids for ids, _, _ in pools]),
+        np.stack(begins, axis=1).ravel(),
+        np.stack([length for _, _, length in pools], axis=1).ravel(),
+    )
+    return Sequences(flat.ids, flat.offsets[:: len(pools)])
 
 
 def _gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:

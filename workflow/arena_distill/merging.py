@@ -306,14 +306,17 @@ def _card(
     settings: Mapping[str, Any],
 ) -> str:
     """The model card: what the model is, where it is from, how to ask it."""
-    from arena_distill.encoding import ONE_ANSWER, TEMPLATES
+    from arena_distill.encoding import ONE_ANSWER, SIZE, TEMPLATES
 
     template = str(settings.get("template", "markers"))
     joint = outputs.kind == "joint"
     literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
     fields = ("prompt", "answer_a", "answer_b", "") if joint else ("prompt", "answer", "")
-    parts = zip(map(repr, literals), fields, strict=True)
+    sizes = bool(settings.get("sizes"))
+    shown = [f"sized({f})" if sizes and f.startswith("answer") else f for f in fields]
+    parts = zip(map(repr, literals), shown, strict=True)
     layout = " + ".join(part for pair in parts for part in pair if part not in ("", "''"))
+    sized = _SIZED.format(size=SIZE.format("{size}")) if sizes else ""
     frame = (
         (tokenizer.bos_token_id, tokenizer.cls_token_id),
         (tokenizer.eos_token_id, tokenizer.sep_token_id),
@@ -345,7 +348,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
-
+{sized}
 def ask({", ".join(fields[:-1])}):
     text = {layout}
     # Text is data: a special token spelled out in it means nothing.
@@ -359,6 +362,12 @@ Pad on the right, with the tokenizer's pad token and an attention mask.\
 {_JOINT_ORDERS if joint else ""}
 """
 
+
+_SIZED = """
+def sized(answer):  # tokens of the whole answer, also where it has to be cut
+    size = len(tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids)
+    return answer + f"{size}"
+"""
 
 _JOINT = f"""\
 A sequence classifier over a prompt and two answers. Its three classes, in this order, are

@@ -11,7 +11,7 @@ VERSIONS = {
     "folds": 1,
     "audit": 1,
     "backbone": 1,
-    "tokens": 2,
+    "tokens": 3,
     "pretraining": 2,
     "training": 2,
     "distillation": 3,
