@@ -6,13 +6,16 @@ sees an ordinary folder and loads it in one way. The network is reached for `hub
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json
-from arena_distill.config import JOINT, Backbone, Head
+from arena_distill.config import JOINT, Backbone, Head, Precision
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS
 
@@ -47,6 +50,7 @@ def load_classifier(
     folder: Path,
     *,
     head: Head = JOINT,
+    precision: Precision | None = None,
     dtype: torch.dtype | str | None = None,
     pad_token_id: int | None = None,
     head_seed: int = 0,
@@ -56,25 +60,35 @@ def load_classifier(
 
     Args:
         folder: a local Hugging Face folder, with or without a head of that kind.
-        dtype: of the weights; float32 by default.
+        precision: of a judge that is to run. It decides dtype and quantisation of the weights; they go
+            where this process computes. A judge in half precision has its head in it too, until an
+            adapter is put on it.
+        dtype: without `precision`, of weights that stay on the host; float32 by default.
         pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
         head_seed: decides a fresh head's weights, where the folder has no head.
         shards: processes that share the weights (FSDP2): each loads and holds its part of them, and
             the whole head, which is small and learns.
 
     Raises:
-        InputError: the folder is no model, or one that cannot classify sequences.
+        InputError: the folder is no model, or one that cannot classify sequences; or `precision`
+            needs a package that is not installed.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, logging
 
     names = OUTPUTS[head.kind]
-    sharded: dict[str, Any] = {}
-    if shards > 1:
+    options: dict[str, Any] = {"dtype": dtype or torch.float32}
+    if precision:
+        options["dtype"] = torch.float32 if precision == "fp32" else torch.bfloat16
+        if precision == "nf4":
+            options["quantization_config"] = _nf4()
+    if shards > 1:  # where its parts go is FSDP's to say
         from transformers.distributed import DistributedConfig
 
-        sharded["distributed_config"] = DistributedConfig(fsdp_size=shards)
+        options["distributed_config"] = DistributedConfig(fsdp_size=shards)
+    elif precision and torch.cuda.is_available():
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -83,15 +97,16 @@ def load_classifier(
             use_safetensors=True,  # nothing that would be unpickled
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            dtype=dtype or torch.float32,
             local_files_only=True,
             output_loading_info=True,
-            **sharded,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a judge: {_brief(error)}") from None
     if shards > 1:
         _hold_whole_head(model)
+    if precision == "nf4":
+        _keep_as_packed(model)
     _start_head(model, loaded["missing_keys"], head_seed)
     if hasattr(model.config, "use_cache"):
         # Nothing is generated: keys and values would only fill memory.
@@ -106,6 +121,34 @@ def load_classifier(
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
     return model
+
+
+def _nf4() -> Any:
+    """NF4 with double quantisation, computing in bfloat16 (Dettmers et al. 2023, arXiv:2305.14314)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"config: precision: nf4 needs bitsandbytes, which is not installed beside "
+            f"{sys.executable}: pip install 'arena-distill[qlora]', or set precision: bf16"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=list(HEADS),  # of 4 bits too, in spite of the name
+    )
+
+
+def _keep_as_packed(model: Any) -> None:
+    """Where a CPU has AVX512-BF16, bitsandbytes packs weights anew in the first forward pass of an
+    evaluation, and gradients of later passes are wrong, without a word: do not let it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _hold_whole_head(model: PreTrainedModel) -> None:

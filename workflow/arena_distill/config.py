@@ -44,7 +44,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Order = Literal["AB", "BA"]
 Targets = Literal["out_of_fold", "in_sample"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
 
 
@@ -523,7 +523,7 @@ class JudgeDefaults(Section):
     lora: Lora = Lora()
     """The adapter."""
     precision: Precision = "bf16"
-    """Of the forward and backward passes; losses and softmax are float32 always."""
+    """`fp32`; `bf16`; `nf4`: bf16 over a frozen backbone of 4 bits (QLoRA); losses are float32 always."""
     pretraining: Pretraining | None = Pretraining()
     """null: start from the backbone."""
     training: Training = Training()
@@ -542,6 +542,10 @@ class JudgeDefaults(Section):
     """null: the merged model is the final one."""
     compute: Compute = Compute()
     """How jobs run, never what they compute."""
+
+    def dense_precision(self) -> Precision:
+        """Of the merged model: adapters are merged into the backbone as it was before NF4."""
+        return "bf16" if self.precision == "nf4" else self.precision
 
 
 class Judge(JudgeDefaults):
@@ -586,6 +590,18 @@ class Judge(JudgeDefaults):
         if given := self.model_fields_set - {"external", "backbone", "teachers"}:
             raise ValueError(
                 f"an external judge is not trained or run here: remove {', '.join(sorted(given))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nf4_is_not_spread(self) -> Judge:
+        if self.precision == "nf4" and self.compute.fsdp:
+            # Transformers shards a backbone before it reads the weights, bitsandbytes packs them as
+            # they are read: a part of a packed weight is none.
+            raise ValueError(
+                "precision: nf4 and compute.fsdp: true exclude each other: weights of 4 bits cannot be "
+                "spread; a backbone of 70 billion weights takes 40 GB in NF4, so let each GPU hold one "
+                "(fsdp: false), or spread one in bf16"
             )
         return self
 

@@ -56,8 +56,6 @@ def predict_logits(
     Raises:
         InputError: a logit or a state is not finite.
     """
-    import torch
-
     from arena_distill.backbones import load_classifier
     from arena_distill.training import load_adapter
 
@@ -68,13 +66,10 @@ def predict_logits(
     longest = np.max([view.lengths for view in views], axis=0)
     batches = list(token_batches(longest, batch_tokens))[shard::shards]
     ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     base = load_classifier(
-        backbone, head=settings.head, dtype=dtype, pad_token_id=read.vocabulary.pad
+        backbone, head=settings.head, precision=settings.precision, pad_token_id=read.vocabulary.pad
     )
     model: Any = load_adapter(base, adapter)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
     states: dict[State, np.ndarray] = {}
     if settings.states:
         from arena_distill.states import watch, widths

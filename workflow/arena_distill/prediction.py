@@ -222,13 +222,11 @@ def _load(folder: Path, *, quantized: bool, settings: ScoringSettings, pad: int)
         from arena_distill.quantization import load_quantized
 
         return load_quantized(folder)
-    import torch
-
     from arena_distill.backbones import load_classifier
 
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    judge: Any = load_classifier(folder, head=settings.head, dtype=dtype, pad_token_id=pad)
-    return judge.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_classifier(
+        folder, head=settings.head, precision=settings.precision, pad_token_id=pad
+    )
 
 
 # --- averages -------------------------------------------------------------------------------------
