@@ -46,6 +46,7 @@ Order = Literal["AB", "BA"]
 Targets = Literal["out_of_fold", "in_sample"]
 Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 
 
 def is_off(value: object) -> bool:
@@ -496,6 +497,8 @@ class Compute(Section):
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, much less memory."""
+    attention: Attention = "auto"
+    """`auto`: flash_attention_2 where package, GPU and model let it, else what transformers chooses."""
 
     @model_validator(mode="after")
     def _fsdp_needs_several(self) -> Compute:
@@ -509,6 +512,8 @@ class Logits(Section):
 
     shards: PositiveInt = 1
     """Jobs that share a fold's scoring; what they gather is what one job would have written."""
+    gpus: PositiveInt | None = Field(None, exclude_if=is_off)
+    """GPUs of each job that scores: several share the layers of one judge. null: one, or all with fsdp."""
 
 
 class JudgeDefaults(Section):
@@ -592,6 +597,12 @@ class Judge(JudgeDefaults):
                 f"an external judge is not trained or run here: remove {', '.join(sorted(given))}"
             )
         return self
+
+    def scoring_gpus(self) -> int:
+        """GPUs of a job that scores battles: it is one process, and what several hold is one judge."""
+        if self.compute.gpus == 0:
+            return 0
+        return self.logits.gpus or (self.compute.gpus if self.compute.fsdp else 1)
 
     @model_validator(mode="after")
     def _nf4_is_not_spread(self) -> Judge:

@@ -21,7 +21,7 @@ from arena_distill.artifacts import (
     write_logits,
 )
 from arena_distill.batching import pad, token_batches
-from arena_distill.config import State
+from arena_distill.config import Attention, State
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, unlabelled_rows, validation_rows
@@ -43,6 +43,7 @@ def predict_logits(
     batch_tokens: int,
     shard: int = 0,
     shards: int = 1,
+    attention: Attention = "auto",
 ) -> None:
     """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
 
@@ -67,7 +68,11 @@ def predict_logits(
     batches = list(token_batches(longest, batch_tokens))[shard::shards]
     ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
     base = load_classifier(
-        backbone, head=settings.head, precision=settings.precision, pad_token_id=read.vocabulary.pad
+        backbone,
+        head=settings.head,
+        precision=settings.precision,
+        attention=attention,
+        pad_token_id=read.vocabulary.pad,
     )
     model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}

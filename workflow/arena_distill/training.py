@@ -53,7 +53,16 @@ from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
-from arena_distill.config import Head, Lora, Loss, Optimization, Precision, State, Training
+from arena_distill.config import (
+    Attention,
+    Head,
+    Lora,
+    Loss,
+    Optimization,
+    Precision,
+    State,
+    Training,
+)
 from arena_distill.distillation import (
     VOTES,
     as_seen,
@@ -93,6 +102,7 @@ class Launch:
     checkpoints: Path | None = None
     """The folder of this output's checkpoints; None writes none."""
     checkpoint_minutes: float = 30.0
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True)
@@ -624,6 +634,7 @@ def _load_base(
         backbone,
         head=settings.head,
         precision=settings.precision,
+        attention=launch.attention,
         pad_token_id=pad_token_id,
         head_seed=seed,
         shards=int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
