@@ -203,13 +203,20 @@ def check_fsdp(bench: Bench) -> None:
     _several(bench, "fsdp", "--fsdp", 1)
 
 
-def _several(bench: Bench, name: str, *options: Any) -> None:
+def check_nf4_ddp(bench: Bench) -> None:
+    """Two processes that each hold the backbone in NF4: how large teachers are trained."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Skipped("bitsandbytes is not installed")
+    _several(bench, "nf4-ddp", precision="nf4")
+
+
+def _several(bench: Bench, name: str, *options: Any, precision: str = "bf16") -> None:
     if bench.gpus < 2:
         raise Skipped("one GPU")
-    alone = bench.train(f"{name}-alone", precision="bf16")
-    expected = bench.score(alone, f"{name}-alone-scores")
-    adapter = bench.train(name, *options, gpus=2, precision="bf16")
-    agree(bench.score(adapter, f"{name}-scores"), expected)
+    alone = bench.train(f"{name}-alone", precision=precision)
+    expected = bench.score(alone, f"{name}-alone-scores", precision=precision)
+    adapter = bench.train(name, *options, gpus=2, precision=precision)
+    agree(bench.score(adapter, f"{name}-scores", precision=precision), expected)
 
 
 def check_spread(bench: Bench) -> None:
