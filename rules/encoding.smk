@@ -1,6 +1,32 @@
 # Backbones as ordinary folders; battles as token ids, once per tokenizer.
 
 
+rule download_backbone:
+    # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
+    output:
+        directory(f"{R}/backbones/{{backbone}}"),
+    log:
+        f"{R}/logs/download_backbone/{{backbone}}.log",
+    benchmark:
+        f"{R}/benchmarks/download_backbone/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=one_of(DOWNLOADS),
+    localrule: True
+    conda:
+        "../envs/arena.yaml"
+    resources:
+        download=1,
+        disk_mb=disk_of_download,
+    params:
+        version=VERSIONS["backbone"],
+        settings=lambda wildcards: DOWNLOADS[wildcards.backbone].model_dump_json(),
+    message:
+        "Downloading backbone {wildcards.backbone} ({resources.disk_mb} MB of disk)"
+    shell:
+        "arena prepare-backbone --output {output} --version {params.version}"
+        " --settings {params.settings:q} > {log} 2>&1"
+
+
 rule prepare_backbone:
     output:
         directory(f"{R}/backbones/{{backbone}}"),
@@ -8,6 +34,8 @@ rule prepare_backbone:
         f"{R}/logs/prepare_backbone/{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/prepare_backbone/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=one_of(BACKBONES, but=(*DOWNLOADS, *PARTS)),
     conda:
         "../envs/arena.yaml"
     params:
@@ -18,6 +46,29 @@ rule prepare_backbone:
     shell:
         "arena prepare-backbone --output {output} --version {params.version}"
         " --settings {params.settings:q} > {log} 2>&1"
+
+
+rule cut_download:
+    input:
+        source=download_of,
+    output:
+        directory(f"{R}/backbones/{{backbone}}"),
+    log:
+        f"{R}/logs/cut_download/{{backbone}}.log",
+    benchmark:
+        f"{R}/benchmarks/cut_download/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=one_of(PARTS),
+    conda:
+        "../envs/arena.yaml"
+    params:
+        version=VERSIONS["backbone"],
+        settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
+    message:
+        "Preparing backbone {wildcards.backbone}"
+    shell:
+        "arena prepare-backbone --output {output} --version {params.version}"
+        " --settings {params.settings:q} --source {input.source} > {log} 2>&1"
 
 
 rule tokenize_battles:

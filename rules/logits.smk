@@ -21,23 +21,25 @@ rule predict_logits:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=scoring_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=scoring_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.LogitsSettings),
         shard=shard,
     message:
-        "Scoring battles with {wildcards.judge}, fold {wildcards.fold}"
+        f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:
         "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold} {params.shard}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
+        " --attention {resources.attention} > {log} 2>&1"
 
 
 use rule predict_logits as predict_shard with:
@@ -51,7 +53,7 @@ use rule predict_logits as predict_shard with:
     wildcard_constraints:
         judge=one_of(SHARDED, but=WATCHED),
     message:
-        "Scoring battles with {wildcards.judge}, fold {wildcards.fold}, shard {wildcards.shard}"
+        f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}, shard {{wildcards.shard}}{ASKS}"
 
 
 rule gather_logits:

@@ -16,9 +16,9 @@ rule quantize_model:
         "../envs/gptq.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=quantizing_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=quantizing_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -26,7 +26,7 @@ rule quantize_model:
     params:
         settings=settings_of(phase.QuantizationSettings),
     message:
-        "Quantising {wildcards.judge} with GPTQ"
+        f"Quantising {{wildcards.judge}} with GPTQ{ASKS}"
     shell:
         "arena_gptq quantize-model --model {input.model} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.model} --settings {params.settings:q}"

@@ -20,9 +20,9 @@ rule compare_soups:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=scoring_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=scoring_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
@@ -31,7 +31,7 @@ rule compare_soups:
         settings=settings_of(phase.SoupSettings),
         options=as_options("logits", "solution"),
     message:
-        "Merging the folds of {wildcards.judge} in every way"
+        f"Merging the folds of {{wildcards.judge}} in every way{ASKS}"
     shell:
         "arena compare-soups --backbone {input.backbone} --tokens {input.tokens}"
         " --folds {input.folds} --battles {input.battles} {params.options:q}"

@@ -26,18 +26,19 @@ rule pretrain_adapter:
         gradient_checkpointing=compute("gradient_checkpointing"),
         fsdp=compute("fsdp"),
         checkpoint_minutes=compute("checkpoint_minutes"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.PretrainingSettings),
         checkpoints=checkpoints,
     message:
-        "Post-pretraining {wildcards.judge} on UT battles"
+        f"Post-pretraining {{wildcards.judge}} on UT battles{ASKS}"
     shell:
         "arena pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
         " --gpus {resources.devices} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
-        " --checkpoint-minutes {resources.checkpoint_minutes} > {log} 2>&1"
+        " --checkpoint-minutes {resources.checkpoint_minutes} --attention {resources.attention} > {log} 2>&1"
 
 
 rule train_teacher:
@@ -68,6 +69,7 @@ rule train_teacher:
         gradient_checkpointing=compute("gradient_checkpointing"),
         fsdp=compute("fsdp"),
         checkpoint_minutes=compute("checkpoint_minutes"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.TrainingSettings),
         checkpoints=checkpoints,
@@ -76,7 +78,7 @@ rule train_teacher:
         ),
         teacher_logits=lambda wildcards, input: input.get("teacher_logits", []),
     message:
-        "Training teacher {wildcards.judge}, fold {wildcards.fold}"
+        f"Training teacher {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:
         "arena train-fold --backbone {input.backbone} {params.pretrained:q}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
@@ -84,7 +86,7 @@ rule train_teacher:
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
         " --gpus {resources.devices} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
-        " --checkpoint-minutes {resources.checkpoint_minutes}"
+        " --checkpoint-minutes {resources.checkpoint_minutes} --attention {resources.attention}"
         " {params.teacher_logits:q} > {log} 2>&1"
 
 
@@ -105,4 +107,4 @@ use rule train_teacher as distill_student with:
     wildcard_constraints:
         judge=one_of(STUDENTS),
     message:
-        "Distilling student {wildcards.judge}, fold {wildcards.fold}"
+        f"Distilling student {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
