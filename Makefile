@@ -35,8 +35,10 @@ format: setup
 	.venv/bin/ruff format .
 	.venv/bin/snakefmt Snakefile rules examples
 
-# Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other.
-setup: .venv/.ready .venv-gptq/.ready
+# Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other. And
+# bitsandbytes in a folder beside the first, for the tests that put it on their path: PEFT imports it
+# wherever it is found, which would cost every job 1.4 seconds.
+setup: .venv/.ready .venv/qlora/.ready .venv-gptq/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
 .venv-gptq/.ready: requirements-gptq.lock pyproject.toml
@@ -44,6 +46,10 @@ setup: .venv/.ready .venv-gptq/.ready
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/qlora/.ready: requirements-qlora.lock .venv/.ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r $<
 	touch $@
 
 # Write both locks anew from what is installed in the two environments.

@@ -268,10 +268,20 @@ def merge_evidence(wildcards):
     return {}
 
 
+def scoring_gpus(wildcards):
+    """A scoring job is one process: it takes what its judge needs, however many train it."""
+    return GRAPH.judges[wildcards.judge].scoring_gpus()
+
+
 def merging_gpus(wildcards):
     """Merging is arithmetic on the host, unless candidates are scored to choose among them."""
     greedy = GRAPH.judges[wildcards.judge].merge.weights == "greedy"
-    return compute("gpus")(wildcards) if greedy else 0
+    return scoring_gpus(wildcards) if greedy else 0
+
+
+def quantizing_gpus(wildcards):
+    """GPTQ goes through a model block by block, and what it leaves is small: one GPU."""
+    return min(compute("gpus")(wildcards), 1)
 
 
 def as_options(*names):

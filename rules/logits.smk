@@ -21,13 +21,14 @@ rule predict_logits:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=scoring_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=scoring_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.LogitsSettings),
         shard=shard,
@@ -37,7 +38,8 @@ rule predict_logits:
         "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold} {params.shard}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
+        " --attention {resources.attention} > {log} 2>&1"
 
 
 use rule predict_logits as predict_shard with:

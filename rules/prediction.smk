@@ -16,13 +16,14 @@ rule score_test_merged:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=scoring_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=scoring_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.ScoringSettings),
     message:
@@ -30,7 +31,8 @@ rule score_test_merged:
     shell:
         "arena score-test --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
+        " --attention {resources.attention} > {log} 2>&1"
 
 
 rule score_test_gptq:
@@ -49,13 +51,14 @@ rule score_test_gptq:
         "../envs/gptq.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=quantizing_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=quantizing_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),
         batch_tokens=compute("batch_tokens"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.ScoringSettings),
     message:
@@ -63,7 +66,8 @@ rule score_test_gptq:
     shell:
         "arena_gptq score-test --quantized --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
+        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
+        " --attention {resources.attention} > {log} 2>&1"
 
 
 rule predict_test:

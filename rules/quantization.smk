@@ -16,9 +16,9 @@ rule quantize_model:
         "../envs/gptq.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=quantizing_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=quantizing_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),

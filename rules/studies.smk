@@ -20,9 +20,9 @@ rule compare_soups:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=compute("gpus"),
+        gpu=scoring_gpus,
         gpu_model=gpu_model,
-        devices=compute("gpus"),
+        devices=scoring_gpus,
         mem_mb=growing("mem_mb"),
         disk_mb=growing("disk_mb"),
         runtime=growing("runtime"),

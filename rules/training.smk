@@ -26,6 +26,7 @@ rule pretrain_adapter:
         gradient_checkpointing=compute("gradient_checkpointing"),
         fsdp=compute("fsdp"),
         checkpoint_minutes=compute("checkpoint_minutes"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.PretrainingSettings),
         checkpoints=checkpoints,
@@ -37,7 +38,7 @@ rule pretrain_adapter:
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
         " --gpus {resources.devices} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
-        " --checkpoint-minutes {resources.checkpoint_minutes} > {log} 2>&1"
+        " --checkpoint-minutes {resources.checkpoint_minutes} --attention {resources.attention} > {log} 2>&1"
 
 
 rule train_teacher:
@@ -68,6 +69,7 @@ rule train_teacher:
         gradient_checkpointing=compute("gradient_checkpointing"),
         fsdp=compute("fsdp"),
         checkpoint_minutes=compute("checkpoint_minutes"),
+        attention=compute("attention"),
     params:
         settings=settings_of(phase.TrainingSettings),
         checkpoints=checkpoints,
@@ -84,7 +86,7 @@ rule train_teacher:
         " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing}"
         " --gpus {resources.devices} --fsdp {resources.fsdp} --checkpoints {params.checkpoints:q}"
-        " --checkpoint-minutes {resources.checkpoint_minutes}"
+        " --checkpoint-minutes {resources.checkpoint_minutes} --attention {resources.attention}"
         " {params.teacher_logits:q} > {log} 2>&1"
 
 

@@ -367,7 +367,7 @@ def test_compute_is_in_no_settings() -> None:
     compute = {
         "threads": 9, "gpus": 8, "mem_mb": 99, "runtime": 99, "micro_batch_size": 99,
         "batch_tokens": 99, "gradient_checkpointing": True, "gpu_model": "a100", "fsdp": True,
-        "disk_mb": 99, "checkpoint_minutes": 9.0,
+        "disk_mb": 99, "checkpoint_minutes": 9.0, "attention": "eager",
     }  # fmt: skip
     assert set(compute) == set(module.Compute.model_fields)
     assert changed(defaults={"compute": compute}) == set()
@@ -375,8 +375,8 @@ def test_compute_is_in_no_settings() -> None:
         assert not set(compute) & set(json.loads(settings.model_dump_json()))
 
 
-def test_shards_are_in_no_settings() -> None:
-    assert changed(defaults={"logits": {"shards": 4}}) == set()
+def test_shards_and_their_gpus_are_in_no_settings() -> None:
+    assert changed(defaults={"logits": {"shards": 4, "gpus": 2}}) == set()
 
 
 def test_spreading_over_one_gpu_is_refused() -> None:

@@ -29,6 +29,15 @@ def test_conda_environments_agree_with_the_locks(environment: str, lock: str) ->
         assert locked.get(name) == version, name
 
 
+def test_bitsandbytes_is_locked_by_itself() -> None:
+    """PEFT imports it wherever it is found: only jobs that need it should pay for that."""
+    locked = pins((ROOT / "requirements-qlora.lock").read_text().splitlines())
+    assert list(locked) == ["bitsandbytes"]
+    assert "bitsandbytes" not in pins((ROOT / "requirements.lock").read_text().splitlines())
+    offered = (ROOT / "envs/arena.yaml").read_text()
+    assert f"# - bitsandbytes=={locked['bitsandbytes']}" in offered
+
+
 def test_locks_pin_every_requirement_of_the_package() -> None:
     import tomllib
 

@@ -371,7 +371,7 @@ def test_a_quantized_model_is_loaded_by_the_loader_for_it(
 ) -> None:
     loaded = []
 
-    def load(folder: Path) -> Any:
+    def load(folder: Path, *, attention: str) -> Any:
         loaded.append(folder)
         return load_classifier(folder, pad_token_id=read_tokens(tokens).vocabulary.pad)
 

@@ -6,19 +6,23 @@ sees an ordinary folder and loads it in one way. The network is reached for `hub
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json
-from arena_distill.config import JOINT, Backbone, Head
+from arena_distill.config import JOINT, Attention, Backbone, Head, Precision
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS
+from arena_distill.jobs import cpu_is_wanted
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = Path(__file__).parent / "tiny_backbones"
 """The tiny pretrained models that ship with the package, a folder per family."""
@@ -47,7 +51,10 @@ def load_classifier(
     folder: Path,
     *,
     head: Head = JOINT,
+    precision: Precision | None = None,
     dtype: torch.dtype | str | None = None,
+    attention: Attention | None = None,
+    device_map: dict[str, Any] | str | None = None,
     pad_token_id: int | None = None,
     head_seed: int = 0,
     shards: int = 1,
@@ -56,42 +63,58 @@ def load_classifier(
 
     Args:
         folder: a local Hugging Face folder, with or without a head of that kind.
-        dtype: of the weights; float32 by default.
+        precision: of a judge that is to run: it decides dtype and quantisation of the weights, and they
+            go to where this process computes (:func:`placement`).
+        dtype: without `precision`, of weights that stay on the host; float32 by default.
+        attention: the kernel (:func:`choose_attention`); None leaves it to transformers.
+        device_map: where the weights go, as accelerate has it, if not to :func:`placement`.
         pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
         head_seed: decides a fresh head's weights, where the folder has no head.
         shards: processes that share the weights (FSDP2): each loads and holds its part of them, and
             the whole head, which is small and learns.
 
     Raises:
-        InputError: the folder is no model, or one that cannot classify sequences.
+        InputError: the folder is no model, or one that cannot classify sequences; or `precision` or
+            `attention` needs what is not there.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, logging
+    from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
     names = OUTPUTS[head.kind]
-    sharded: dict[str, Any] = {}
-    if shards > 1:
+    options: dict[str, Any] = {"dtype": dtype or torch.float32}
+    if precision:
+        options["dtype"] = torch.float32 if precision == "fp32" else torch.bfloat16
+        if precision == "nf4":
+            options["quantization_config"] = _nf4()
+    if shards > 1:  # where its parts go is FSDP's to say
         from transformers.distributed import DistributedConfig
 
-        sharded["distributed_config"] = DistributedConfig(fsdp_size=shards)
+        options["distributed_config"] = DistributedConfig(fsdp_size=shards)
+    elif precision:
+        options["device_map"] = device_map or placement()
     logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
     try:
+        if attention:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            kernel = choose_attention(config, attention, options["dtype"])
+            options["attn_implementation"] = kernel
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=len(names),
             use_safetensors=True,  # nothing that would be unpickled
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            dtype=dtype or torch.float32,
             local_files_only=True,
             output_loading_info=True,
-            **sharded,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a judge: {_brief(error)}") from None
     if shards > 1:
         _hold_whole_head(model)
+    if precision == "nf4":
+        _keep_as_packed(model)
     _start_head(model, loaded["missing_keys"], head_seed)
     if hasattr(model.config, "use_cache"):
         # Nothing is generated: keys and values would only fill memory.
@@ -106,6 +129,108 @@ def load_classifier(
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
     return model
+
+
+def placement() -> dict[str, int] | Literal["auto"] | None:
+    """Where the weights of a judge that runs go, as accelerate's device map; None is the CPU.
+
+    On the GPU of this process. A process that has several alone spreads the layers over all of them:
+    jobs get as many as they ask for (``jobs.claim_gpus``), and training has a process for each.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or cpu_is_wanted():
+        return None
+    if "LOCAL_RANK" in os.environ:
+        return {"": int(os.environ["LOCAL_RANK"])}
+    return "auto" if torch.cuda.device_count() > 1 else {"": 0}
+
+
+def choose_attention(
+    config: PretrainedConfig, wanted: Attention, dtype: torch.dtype | str
+) -> str | None:
+    """The attention kernel to load a model with, by transformers' name; None leaves it to transformers.
+
+    Left to it, that is `sdpa`, and `eager` for families which soft-cap their attention (Gemma-2), as
+    PyTorch's kernel cannot. Flash attention can, and is faster than both.
+
+    Args:
+        config: the model's.
+        wanted: `auto` takes flash attention wherever nothing stands against it.
+        dtype: the weights'.
+
+    Raises:
+        InputError: what is wanted is not to be had, and why.
+    """
+    if wanted == "auto":
+        return None if _obstacle(config, "flash_attention_2", dtype) else "flash_attention_2"
+    if obstacle := _obstacle(config, wanted, dtype):
+        raise InputError(
+            f"config: compute.attention: {wanted} is not to be had: {obstacle}; set auto"
+        )
+    return wanted
+
+
+def _obstacle(config: PretrainedConfig, kernel: str, dtype: torch.dtype | str) -> str | None:
+    """What stands against an attention kernel here."""
+    import torch
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+    from transformers.utils import is_flash_attn_greater_or_equal
+
+    if type(config) not in CLASSIFIERS:
+        return "transformers has no classifier of this kind"
+    family: Any = CLASSIFIERS[type(config)]
+    supported = {
+        "eager": True,
+        "sdpa": family._supports_sdpa,
+        "flash_attention_2": family._supports_flash_attn,
+        "flex_attention": family._supports_flex_attn,
+    }
+    if not supported[kernel]:
+        return f"transformers has none for {config.model_type}"
+    if kernel in ("eager", "sdpa"):
+        return None
+    if not torch.cuda.is_available() or cpu_is_wanted():
+        return "it needs a GPU"  # flex attention has a forward pass on CPUs, but no backward pass
+    if kernel == "flex_attention":
+        return None
+    oldest = "2.6.0" if getattr(config, "attn_logit_softcapping", None) else "2.3.3"
+    if not is_flash_attn_greater_or_equal(oldest):
+        return f"the package flash-attn {oldest} or newer is not installed beside {sys.executable}"
+    for device in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "it computes in half precision alone (precision: bf16 or nf4)"
+    return None
+
+
+def _nf4() -> Any:
+    """NF4 with double quantisation, computing in bfloat16 (Dettmers et al. 2023, arXiv:2305.14314)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"config: precision: nf4 needs bitsandbytes, which is not installed beside "
+            f"{sys.executable}: pip install 'arena-distill[qlora]', or set precision: bf16"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=list(HEADS),  # of 4 bits too, in spite of the name
+    )
+
+
+def _keep_as_packed(model: Any) -> None:
+    """Where a CPU has AVX512-BF16, bitsandbytes packs weights anew in the first forward pass of an
+    evaluation, and gradients of later passes are wrong, without a word: do not let it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _hold_whole_head(model: PreTrainedModel) -> None:

@@ -38,6 +38,7 @@ Checkpointing = Annotated[
     int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
 ]
 Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
+Attention = Annotated[config.Attention, typer.Option(help="transformers' attention kernel.")]
 Fsdp = Annotated[int, typer.Option(help="1: spread the backbone over the GPUs.", min=0, max=1)]
 CheckpointFolder = Annotated[
     Path | None, typer.Option(help="Where this output's checkpoints go; none: none are written.")
@@ -153,6 +154,7 @@ def pretrain_adapter(
     fsdp: Fsdp = 0,
     checkpoints: CheckpointFolder = None,
     checkpoint_minutes: CheckpointMinutes = 30,
+    attention: Attention = "auto",
 ) -> None:
     """Post-pretrain a judge's adapter on UT battles."""
     jobs.start(gpus=gpus, lock=checkpoints)
@@ -170,6 +172,7 @@ def pretrain_adapter(
             bool(fsdp),
             checkpoints,
             checkpoint_minutes,
+            attention,
         ),
     )
 
@@ -189,6 +192,7 @@ def train_fold(
     fsdp: Fsdp = 0,
     checkpoints: CheckpointFolder = None,
     checkpoint_minutes: CheckpointMinutes = 30,
+    attention: Attention = "auto",
     teacher_logits: Annotated[
         list[Path] | None, typer.Argument(help="A student's targets: logits/<teacher>/fold_<k>.npy")
     ] = None,
@@ -214,6 +218,7 @@ def train_fold(
             bool(fsdp),
             checkpoints,
             checkpoint_minutes,
+            attention,
         ),
     )
 
@@ -231,6 +236,7 @@ def predict_logits(
     shards: Annotated[int, typer.Option(help="Jobs that share the fold.", min=1)] = 1,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
+    attention: Attention = "auto",
 ) -> None:
     """Score a fold's battles in both orders; or one shard of them."""
     jobs.claim_gpus(gpus)
@@ -247,6 +253,7 @@ def predict_logits(
         batch_tokens=batch_tokens,
         shard=shard,
         shards=shards,
+        attention=attention,
     )
 
 
@@ -411,6 +418,7 @@ def score_test(
     quantized: Annotated[bool, typer.Option(help="The model is a GPTQ checkpoint.")] = False,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
+    attention: Attention = "auto",
 ) -> None:
     """Score the test battles at every length and in every order."""
     jobs.claim_gpus(gpus)
@@ -418,7 +426,13 @@ def score_test(
 
     parsed = parse(phase.ScoringSettings, settings)
     score_test(
-        model, tokens, output, quantized=quantized, settings=parsed, batch_tokens=batch_tokens
+        model,
+        tokens,
+        output,
+        quantized=quantized,
+        settings=parsed,
+        batch_tokens=batch_tokens,
+        attention=attention,
     )
 
 

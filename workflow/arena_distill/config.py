@@ -44,8 +44,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Order = Literal["AB", "BA"]
 Targets = Literal["out_of_fold", "in_sample"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4090"]
 
 
@@ -497,6 +498,8 @@ class Compute(Section):
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, much less memory."""
+    attention: Attention = "auto"
+    """`auto`: flash_attention_2 where package, GPU and model let it, else what transformers chooses."""
 
     @model_validator(mode="after")
     def _fsdp_needs_several(self) -> Compute:
@@ -510,6 +513,8 @@ class Logits(Section):
 
     shards: PositiveInt = 1
     """Jobs that share a fold's scoring; what they gather is what one job would have written."""
+    gpus: PositiveInt | None = Field(None, exclude_if=is_off)
+    """GPUs of each job that scores: several share the layers of one judge. null: one, or all with fsdp."""
 
 
 class JudgeDefaults(Section):
@@ -524,7 +529,7 @@ class JudgeDefaults(Section):
     lora: Lora = Lora()
     """The adapter."""
     precision: Precision = "bf16"
-    """Of the forward and backward passes; losses and softmax are float32 always."""
+    """`fp32`; `bf16`; `nf4`: bf16 over a frozen backbone of 4 bits (QLoRA); losses are float32 always."""
     pretraining: Pretraining | None = Pretraining()
     """null: start from the backbone."""
     training: Training = Training()
@@ -543,6 +548,10 @@ class JudgeDefaults(Section):
     """null: the merged model is the final one."""
     compute: Compute = Compute()
     """How jobs run, never what they compute."""
+
+    def dense_precision(self) -> Precision:
+        """Of the merged model: adapters are merged into the backbone as it was before NF4."""
+        return "bf16" if self.precision == "nf4" else self.precision
 
 
 class Judge(JudgeDefaults):
@@ -587,6 +596,24 @@ class Judge(JudgeDefaults):
         if given := self.model_fields_set - {"external", "backbone", "teachers"}:
             raise ValueError(
                 f"an external judge is not trained or run here: remove {', '.join(sorted(given))}"
+            )
+        return self
+
+    def scoring_gpus(self) -> int:
+        """GPUs of a job that scores battles: it is one process, and what several hold is one judge."""
+        if self.compute.gpus == 0:
+            return 0
+        return self.logits.gpus or (self.compute.gpus if self.compute.fsdp else 1)
+
+    @model_validator(mode="after")
+    def _nf4_is_not_spread(self) -> Judge:
+        if self.precision == "nf4" and self.compute.fsdp:
+            # Transformers shards a backbone before it reads the weights, bitsandbytes packs them as
+            # they are read: a part of a packed weight is none.
+            raise ValueError(
+                "precision: nf4 and compute.fsdp: true exclude each other: weights of 4 bits cannot be "
+                "spread; a backbone of 70 billion weights takes 40 GB in NF4, so let each GPU hold one "
+                "(fsdp: false), or spread one in bf16"
             )
         return self
 
@@ -704,8 +731,8 @@ class Plan(Section):
     """GPUs of each."""
     cores_per_node: PositiveInt = 64
     """CPU cores of each."""
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the peak FLOP/s that is reached: 0.2 is what the winners' published durations come to."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.18
+    """Share of the peak FLOP/s that is reached: 0.18 is what the winners' published durations come to."""
     price_per_gpu_hour: NonNegativeFloat | None = None
     """In any currency; null: no price is told."""
     battles: PlannedBattles = PlannedBattles()

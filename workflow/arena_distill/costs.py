@@ -343,6 +343,7 @@ class Costs:
         gpus, micro = _asked(job, "gpu", 0), _asked(job, "micro_batch_size", 8)
         again, fsdp = bool(_asked(job, "gradient_checkpointing", 0)), _asked(job, "fsdp", 0)
         share = max(1, how.batch_size // max(1, gpus))
+        # As the training chooses it: the largest within the bound whose multiples make the batch.
         micro = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
         learned = sizes.lora + sizes.head
         memory = self._weights(sizes, judge, spread=gpus if fsdp else 1)
@@ -351,7 +352,7 @@ class Costs:
             "gradients": 4.0 * learned * (2 if gpus > 1 else 1),  # buckets that are exchanged
             "optimizer": 8.0 * learned,
             "activations": self._alive(
-                name, judge, work.longest, micro * per_battle, gpus, training=True, again=again
+                job, judge, work.longest, micro * per_battle, training=True, again=again
             ),
         }
         flops = sizes.training_flops(work.tokens, work.squares, checkpointing=again)
@@ -396,18 +397,17 @@ class Costs:
         *,
         dense: bool = False,
     ) -> Cost:
-        name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
-        gpus = _asked(job, "gpu", 0)
+        sizes, gpus = self.sizes(job.wildcards["judge"]), _asked(job, "gpu", 0)
         together = max(1, _asked(job, "batch_tokens", 16384) // max(1, work.longest))
         memory = self._merged(job, sizes, judge) if dense else self._weights(sizes, judge)
         if not dense:
             memory["adapter"] = 4.0 * (sizes.lora + sizes.head)
-        memory["activations"] = self._alive(
-            name, judge, work.longest, together, gpus, training=False
-        )
+        for part in ("weights", "adapter"):  # several GPUs share the layers
+            memory[part] = memory.get(part, 0.0) / max(1, gpus)
+        memory["activations"] = self._alive(job, judge, work.longest, together, training=False)
         flops = sizes.forward_flops(work.tokens, work.squares, lora=not dense)
         passes = work.sequences / together
-        # However many GPUs it holds, one of them scores.
+        # Layers follow each other: however many GPUs share them, one works at a time.
         seconds = self._seconds(
             job, judge, device, flops, passes, sum(memory.values()), min(1, gpus)
         )
@@ -415,7 +415,7 @@ class Costs:
 
     def _merge(self, job: Planned, judge: Judge, device: Device) -> Cost:
         name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
-        size = 4.0 if judge.precision == "fp32" else 2.0
+        size = _dense_bytes(judge)
         written = size * (sizes.base + sizes.head)
         largest = 3 * 4.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
         # A fold's factors are multiplied out, one matrix after the other.
@@ -448,13 +448,13 @@ class Costs:
         flops += 2 * sizes.forward_flops(drift.tokens, drift.squares, lora=False)
         # Each layer's Hessian, its inverse, and the errors that are passed on.
         flops += sum(2 * rows.tokens * i**2 + i**3 + o * i**2 for i, o in sizes.matrices)
-        size = 4.0 if judge.precision == "fp32" else 2.0
+        size = _dense_bytes(judge)
         widest = max(inputs for inputs, _ in sizes.matrices)
         together = max(1, _asked(job, "batch_tokens", 16384) // max(1, drift.longest))
         memory = {
             "weights": size * (sizes.base + sizes.head),
             "calibration": 2 * size * rows.tokens * sizes.hidden + 3 * 4.0 * widest**2,
-            "activations": self._alive(name, judge, drift.longest, together, gpus, training=False),
+            "activations": self._alive(job, judge, drift.longest, together, training=False),
         }
         seconds = self._seconds(job, judge, device, flops, 0.0, 0.0, min(1, gpus))
         seconds += sizes.linear / _PACKED
@@ -525,8 +525,7 @@ class Costs:
     def _merged(self, job: Planned, sizes: Sizes, judge: Judge) -> dict[str, float]:
         if job.rule == "score_test_gptq":
             return {"weights": self._quantized_bytes(sizes, judge)}
-        size = 4.0 if judge.precision == "fp32" else 2.0
-        return {"weights": size * (sizes.base + sizes.head)}
+        return {"weights": _dense_bytes(judge) * (sizes.base + sizes.head)}
 
     def _quantized_bytes(self, sizes: Sizes, judge: Judge) -> float:
         how = judge.quantization
@@ -534,16 +533,15 @@ class Costs:
         # Of each group a scale of 16 bits and a packed zero; of each input the number of its group.
         packed = sizes.linear * (how.bits / 8 + (2 + how.bits / 8) / how.group_size)
         index = 4.0 * sum(inputs for inputs, _ in sizes.matrices)
-        size = 4.0 if judge.precision == "fp32" else 2.0
+        size = _dense_bytes(judge)
         return packed + index + size * (sizes.embedding + sizes.other + sizes.head)
 
     def _alive(
         self,
-        name: str,
+        job: Planned,
         judge: Judge,
         length: int,
         sequences: int,
-        gpus: int,
         *,
         training: bool,
         again: bool = False,
@@ -551,6 +549,7 @@ class Costs:
         """Bytes beside the weights at a step of `sequences` of `length` tokens."""
         if not length:
             return 0.0
+        name = job.wildcards["judge"]
         sizes = self.sizes(name)
         if sizes.longest and length > sizes.longest:
             raise InputError(
@@ -566,8 +565,9 @@ class Costs:
             precision=judge.precision,
             training=training,
             checkpointing=again,
+            eager=job.resources.get("attention") == "eager",
         ).at(sizes.layers, sequences)
-        if training and gpus and judge.lora.dropout:
+        if training and _asked(job, "gpu", 0) and judge.lora.dropout:
             # The trace is a CPU's, whose dropout keeps a number of four bytes where a GPU's keeps one.
             held = 1 if again else sizes.layers
             traced -= 3.0 * sizes.adapted / sizes.layers * held * length * sequences
@@ -613,15 +613,18 @@ class Costs:
     ) -> Cost:
         gpus = _asked(job, "gpu", 0)
         if gpus:
-            # Each process reads the weights into the host's memory first; NF4 and FSDP piece by piece.
-            piecewise = judge.precision == "nf4" or _asked(job, "fsdp", 0)
-            largest = max(inputs * outputs for inputs, outputs in sizes.matrices)
-            loaded = 2 * 4.0 * largest if piecewise else memory["weights"]
+            # Weights pass through the host's memory one by one on their way to the GPU.
+            largest = max(sizes.embedding, *(i * o for i, o in sizes.matrices))
             processes = gpus if "micro_batch_size" in job.resources else 1
-            host = processes * (PROCESS + loaded)
+            host = processes * (PROCESS + 2 * 2.0 * largest)
         else:
             host = 1.0 * GIB + sum(memory.values())
         return Cost(gpus, job.threads, flops, seconds, memory, host, stored)
+
+
+def _dense_bytes(judge: Judge) -> float:
+    """Per weight of the merged model."""
+    return 4.0 if judge.dense_precision() == "fp32" else 2.0
 
 
 def _asked(job: Planned, key: str, default: int) -> int:

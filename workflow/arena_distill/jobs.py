@@ -33,6 +33,11 @@ GRACE = 5.0
 """Seconds that the other processes of a job have to end, too, once one has failed."""
 
 
+def cpu_is_wanted() -> bool:
+    """Whether jobs are to run on the CPU whatever GPUs there are."""
+    return os.environ.get(CPU_ALLOWED, "").lower() in ("1", "true", "yes")
+
+
 def in_slurm() -> bool:
     """Whether this process is part of a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
@@ -170,7 +175,7 @@ def claim_gpus(count: int) -> None:
     if count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
-    on_cpu = os.environ.get(CPU_ALLOWED, "").lower() in ("1", "true", "yes")
+    on_cpu = cpu_is_wanted()
     devices = _visible_devices()
     if len(devices) < count:
         if on_cpu:

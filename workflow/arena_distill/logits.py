@@ -21,7 +21,7 @@ from arena_distill.artifacts import (
     write_logits,
 )
 from arena_distill.batching import pad, token_batches
-from arena_distill.config import State
+from arena_distill.config import Attention, State
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, unlabelled_rows, validation_rows
@@ -43,6 +43,7 @@ def predict_logits(
     batch_tokens: int,
     shard: int = 0,
     shards: int = 1,
+    attention: Attention = "auto",
 ) -> None:
     """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
 
@@ -56,8 +57,6 @@ def predict_logits(
     Raises:
         InputError: a logit or a state is not finite.
     """
-    import torch
-
     from arena_distill.backbones import load_classifier
     from arena_distill.training import load_adapter
 
@@ -68,13 +67,14 @@ def predict_logits(
     longest = np.max([view.lengths for view in views], axis=0)
     batches = list(token_batches(longest, batch_tokens))[shard::shards]
     ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     base = load_classifier(
-        backbone, head=settings.head, dtype=dtype, pad_token_id=read.vocabulary.pad
+        backbone,
+        head=settings.head,
+        precision=settings.precision,
+        attention=attention,
+        pad_token_id=read.vocabulary.pad,
     )
     model: Any = load_adapter(base, adapter)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
     states: dict[State, np.ndarray] = {}
     if settings.states:
         from arena_distill.states import watch, widths

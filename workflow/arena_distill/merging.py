@@ -258,7 +258,8 @@ def merge_into(
         else:
             gap += float((rough - exact).square().sum(dtype=torch.float64))
         delta = exact if average == "products" or rough is None else rough
-        layer.weight.data = (layer.weight.detach().float() + delta).to(dtype)
+        before = layer.weight.detach().float()
+        layer.weight.data = (before + delta.to(before.device)).to(dtype)
     parameters = dict(model.named_parameters())
     for name in folds[0].head:
         heads = [fold.tensor(name) for fold in folds]
@@ -268,7 +269,7 @@ def merge_into(
                 f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
             )
         merged = heads[0] if head == "first" else _mean(heads, weights)
-        parameters[name].data = merged.to(dtype)
+        parameters[name].data = merged.to(parameters[name].device, dtype)
     if gap is None:
         return None
     return math.sqrt(gap / size) if size else 0.0

@@ -12,10 +12,10 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from arena_distill import config as configuration
-from arena_distill.config import Config, Judge, Plan, Precision
+from arena_distill.config import Config, Judge, Plan
 from arena_distill.costs import DEVICES, GIB, USABLE, Battles, Cost, Costs, Device
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned, read_graph
@@ -232,15 +232,19 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
         while value >= least:
             yield _Change(key, f"{compute}.{key}: {value}", {key: value}, {})
             value //= 2
-    if "fsdp" in asked and not asked["fsdp"]:
-        count = 2
-        while count <= plan.gpus_per_node:
-            told = f"{compute}.fsdp: true over {count} GPUs"
-            yield _Change("fsdp", told, {"fsdp": 1, "gpu": count}, {})
-            count *= 2
-    if judge.precision != "nf4" and "nf4" in get_args(Precision):
-        told = f"judges.{job.wildcards['judge']}.precision: nf4"
-        yield _Change("precision", told, {}, {"precision": "nf4"})
+    # Weights in NF4 cannot be spread: one change or the other.
+    if judge.precision != "nf4":
+        if not job.rule.startswith(("score_test", "quantize")):
+            told = f"judges.{job.wildcards['judge']}.precision: nf4"
+            yield _Change("weights", told, {"fsdp": 0}, {"precision": "nf4"})
+        if "fsdp" in asked:
+            for count in (n for n in (2, 4, 8) if n <= plan.gpus_per_node):
+                told = f"{compute}.fsdp: true, gpus: {count}"
+                yield _Change("weights", told, {"fsdp": 1, "gpu": count}, {})
+    if job.rule.startswith(("predict", "score_test_merged")):
+        for count in (n for n in (2, 4, 8) if int(asked["gpu"]) < n <= plan.gpus_per_node):
+            told = f"judges.{job.wildcards['judge']}.logits.gpus: {count}"
+            yield _Change("spread", told, {"gpu": count}, {})
     for other in DEVICES.values():
         if other.memory > DEVICES[plan.accelerator].memory:
             yield _Change("accelerator", f"plan.accelerator: {other.name}", {}, {}, other)
@@ -251,18 +255,19 @@ def _notes(jobs: Sequence[Estimate]) -> Iterator[str]:
     for each in jobs:
         asked, judge = each.job.resources, each.job.wildcards.get("judge", "")
         what = f"{each.job.rule} {judge}".strip()
-        if judge and each.cost.host > (room := float(asked.get("mem_mb", 0)) * 1e6):
+        if each.cost.flops and each.cost.host > (room := float(asked.get("mem_mb", 0)) * 1e6):
             yield (
                 f"{what}: about {each.cost.host / 1e9:.0f} GB of host memory, "
                 f"compute.mem_mb allows {room / 1e9:.0f}"
             )
-        if judge and each.cost.seconds > (limit := 60.0 * float(asked.get("runtime", 0))) > 0:
+        if (
+            each.cost.flops
+            and each.cost.seconds > (limit := 60.0 * float(asked.get("runtime", 0))) > 0
+        ):
             yield (
                 f"{what}: about {each.cost.seconds / HOUR:.1f} hours, compute.runtime allows "
                 f"{limit / HOUR:.1f}"
             )
-        if each.cost.gpus > 1 and "batch_tokens" in asked:
-            yield f"{what}: holds {each.cost.gpus} GPUs and scores on one of them"
 
 
 # --- when? ------------------------------------------------------------------------------------------
@@ -348,7 +353,10 @@ def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list
 
 
 def print_forecast(found: Forecast, console: Console | None = None) -> None:
-    """Print a row per rule and judge, and the run's totals."""
+    """Print a row per rule and judge, and the run's totals.
+
+    Of a row's jobs: GiB on a GPU and on the host, and hours, are those of the largest; the rest are sums.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -357,25 +365,24 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
     table.add_column("rule", no_wrap=True)
     table.add_column("judge", no_wrap=True)
-    for heading in ("jobs", "GPUs", "GiB/GPU", "host GB", "PFLOP", "hours", "GPU-h", "GB"):
+    for heading in ("jobs", "GPUs", "GiB", "host", "PFLOP", "hours", "GPU-h", "GB"):
         table.add_column(heading, justify="right", no_wrap=True)
     groups: dict[tuple[str, str], list[Cost]] = {}
     for each in found.jobs:
-        groups.setdefault((each.job.rule, each.job.wildcards.get("judge", "")), []).append(
-            each.cost
-        )
+        judge = each.job.wildcards.get("judge", "") if each.cost.flops else ""
+        groups.setdefault((each.job.rule, judge), []).append(each.cost)
     for (rule, judge), costs in groups.items():
         gpus = max(cost.gpus for cost in costs)
         table.add_row(
             rule,
             judge,
             str(len(costs)),
-            str(gpus) if gpus else "–",
-            f"{max(cost.peak for cost in costs) / GIB:.1f}" if gpus else "–",
-            f"{max(cost.host for cost in costs) / 1e9:.0f}",
+            str(gpus or "–"),
+            _short(max(cost.peak for cost in costs) / GIB if gpus else 0),
+            _short(max(cost.host for cost in costs) / GIB),
             _short(sum(cost.flops for cost in costs) / 1e15),
             _short(max(cost.seconds for cost in costs) / HOUR),
-            _short(sum(cost.gpus * cost.seconds for cost in costs) / HOUR) if gpus else "–",
+            _short(sum(cost.gpus * cost.seconds for cost in costs) / HOUR),
             _short(sum(cost.stored for cost in costs) / 1e9),
         )
     console.print(table)
@@ -407,8 +414,10 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
 
 
 def _short(value: float) -> str:
-    """Three digits, for a table."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.2g}"
+    """For a table: as many digits as tell something."""
+    if value < 0.005:
+        return "–" if not value else "0.00"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _duration(hours: float) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.calibration import read_calibration
+from arena_distill.config import Attention
 from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS, encode_views, verdicts, views
@@ -93,6 +94,7 @@ def score_test(
     quantized: bool,
     settings: ScoringSettings,
     batch_tokens: int,
+    attention: Attention = "auto",
 ) -> None:
     """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
 
@@ -103,6 +105,7 @@ def score_test(
     Args:
         model: a dense folder, or a GPTQ one where `quantized`.
         batch_tokens: tokens per forward pass, padding included.
+        attention: the kernel (see ``backbones.choose_attention``).
 
     Raises:
         InputError: there is no test battle, or a file or the model cannot be read.
@@ -113,7 +116,20 @@ def score_test(
     test = read.take(np.asarray(pc.equal(read.sources, "test")))
     if not len(test):
         raise InputError(f"{tokens}: holds no test battle; give `test` files in the configuration")
-    judge = _load(model, quantized=quantized, settings=settings, pad=test.vocabulary.pad)
+    if quantized:
+        from arena_distill.quantization import load_quantized
+
+        judge = load_quantized(model, attention=attention)
+    else:
+        from arena_distill.backbones import load_classifier
+
+        judge = load_classifier(
+            model,
+            head=settings.head,
+            precision=settings.precision,
+            attention=attention,
+            pad_token_id=test.vocabulary.pad,
+        )
     logits, costs = score_variants(
         test, settings, lambda sequences: score(judge, sequences, batch_tokens=batch_tokens)
     )
@@ -214,21 +230,6 @@ def identical(first: Sequences, second: Sequences) -> np.ndarray:
     differing = np.concatenate([[0], np.cumsum(one.ids != other.ids)])
     same[candidates] = differing[one.offsets[1:]] == differing[one.offsets[:-1]]
     return same
-
-
-def _load(folder: Path, *, quantized: bool, settings: ScoringSettings, pad: int) -> Any:
-    """Load the judge, on the GPU where there is one."""
-    if quantized:
-        from arena_distill.quantization import load_quantized
-
-        return load_quantized(folder)
-    import torch
-
-    from arena_distill.backbones import load_classifier
-
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    judge: Any = load_classifier(folder, head=settings.head, dtype=dtype, pad_token_id=pad)
-    return judge.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --- averages -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.battles import read_votes
-from arena_distill.config import Head
+from arena_distill.config import Attention, Head
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.heads import encode_views, verdicts
@@ -175,34 +175,43 @@ def quantize_model(
     )
 
 
-def load_quantized(folder: Path) -> Any:
+def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     """Load a GPTQ folder for scoring, on the GPU where there is one, in the dtype of its config.
 
     It is transformers' ``from_pretrained`` with two choices made: GPTQModel's reference kernel
     where the fast ones do not serve (no GPU, or float32), and no compiler, which costs that kernel
     half a minute per job and gains it nothing. On a CPU the weights are unpacked once and kept.
 
+    Args:
+        attention: the kernel (see ``backbones.choose_attention``); None leaves it to transformers.
+
     Raises:
-        InputError: gptqmodel is not installed, or the folder holds no GPTQ model.
+        InputError: gptqmodel is not installed, the folder holds no GPTQ model, or the kernel is not to
+            be had.
     """
     _prepare_gptqmodel()
     import torch
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from arena_distill.backbones import choose_attention
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         quantization = config.quantization_config
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: no GPTQ model can be read from there: {error}") from None
+    dtype = config.dtype or torch.float32
+    kernel = choose_attention(config, attention, dtype) if attention else None
     cuda = torch.cuda.is_available()
-    if not cuda or config.dtype in (None, torch.float32):
+    if not cuda or dtype == torch.float32:
         quantization["backend"] = "gptq_torch"
     with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
         return AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             dtype="auto",
+            attn_implementation=kernel,
             device_map={"": "cuda:0" if cuda else "cpu"},
             local_files_only=True,
         )

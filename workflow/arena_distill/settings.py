@@ -205,7 +205,7 @@ class MergeSettings(Settings, Merge):
             judge=judge,
             encoding=node.encoding,
             outputs=node.head,
-            precision=node.precision,
+            precision=node.dense_precision(),
             **node.merge.model_dump(),
         )
 
@@ -225,7 +225,7 @@ class SoupSettings(Settings):
             version=VERSIONS["soups"],
             encoding=node.encoding,
             outputs=node.head,
-            precision=node.precision,
+            precision=node.dense_precision(),
         )
 
 
@@ -279,7 +279,7 @@ class ScoringSettings(Settings):
             version=VERSIONS["scoring"],
             encoding=node.encoding,
             head=node.head,
-            precision=node.precision,
+            precision=node.dense_precision(),
             max_lengths=config.prediction.max_lengths,
             orders=config.prediction.orders,
             cascade=config.prediction.cascade,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -241,7 +242,9 @@ def _parse(described: str) -> Any:
     return AutoConfig.for_model(**json.loads(described))
 
 
-def _judge_on_meta(config: Any, head: Head, lora: Lora, dtype: torch.dtype) -> Any:
+def _judge_on_meta(
+    config: Any, head: Head, lora: Lora, dtype: torch.dtype, attention: str | None = None
+) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from arena_distill.training import new_judge
@@ -249,8 +252,13 @@ def _judge_on_meta(config: Any, head: Head, lora: Lora, dtype: torch.dtype) -> A
     config.num_labels = len(OUTPUTS[head.kind])
     config.use_cache, config.pad_token_id = False, 0
     try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # peft asks for what transformers renamed
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
             return new_judge(model, lora, seed=0)
     except ValueError as error:
         raise InputError(f"{config.model_type}: cannot be a judge: {error}") from None
@@ -301,13 +309,19 @@ def alive(
     precision: Precision,
     training: bool,
     checkpointing: bool = False,
+    eager: bool = False,
 ) -> Alive:
-    """Trace what is alive during a training step, or a forward pass, of sequences of `length` tokens."""
+    """Trace what is alive during a training step, or a forward pass, of sequences of `length` tokens.
+
+    Args:
+        eager: the kernel that holds all scores of a layer's attention; else the one transformers chooses.
+    """
     described = config.to_json_string(use_diff=False)
 
     def traced(layers: int, sequences: int) -> int:
         shape = sequences, length
-        return _traced(described, head, lora, layers, shape, precision, training, checkpointing)
+        how = precision, training, checkpointing, eager
+        return _traced(described, head, lora, layers, shape, *how)
 
     return Alive(((traced(2, 1), traced(2, 2)), (traced(3, 1), traced(3, 2))))
 
@@ -322,12 +336,14 @@ def _traced(
     precision: Precision,
     training: bool,
     checkpointing: bool,
+    eager: bool,
 ) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = _first_layers(_parse(described), layers)
     half = precision != "fp32"
-    judge = _judge_on_meta(config, head, lora, torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if half else torch.float32
+    judge = _judge_on_meta(config, head, lora, dtype, "eager" if eager else None)
     with FakeTensorMode():
         for module in judge.modules():
             for name, weight in list(module.named_parameters(recurse=False)):

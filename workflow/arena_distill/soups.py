@@ -126,21 +126,19 @@ class Pot:
         self, weights: Sequence[float], average: str = "products"
     ) -> tuple[np.ndarray, float | None]:
         """What the soup says: float32 (rows, orders, 3), and the gap between its two averages."""
-        import torch
-
         from arena_distill.backbones import load_classifier
         from arena_distill.logits import score
         from arena_distill.merging import merge_into
 
-        half = self.settings.precision == "bf16"
-        dtype = torch.bfloat16 if half else torch.float32
         model: Any = load_classifier(
-            self.backbone, head=self.settings.outputs, dtype=dtype, pad_token_id=self.pad
+            self.backbone,
+            head=self.settings.outputs,
+            precision=self.settings.precision,
+            pad_token_id=self.pad,
         )
         used = [(fold, w) for fold, w in zip(self.folds, weights, strict=True) if w]
         folds, shares = [fold for fold, _ in used], [w for _, w in used]
-        gap = merge_into(model, folds, shares, average, "average", dtype)  # type: ignore[arg-type]
-        model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+        gap = merge_into(model, folds, shares, average, "average", model.dtype)  # type: ignore[arg-type]
         outputs = [score(model, view, batch_tokens=self.batch_tokens) for view in self.views]
         return verdicts(np.stack(outputs, axis=1), self.settings.outputs), gap
 

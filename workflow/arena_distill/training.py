@@ -53,7 +53,16 @@ from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
-from arena_distill.config import Head, Lora, Loss, Optimization, Precision, State, Training
+from arena_distill.config import (
+    Attention,
+    Head,
+    Lora,
+    Loss,
+    Optimization,
+    Precision,
+    State,
+    Training,
+)
 from arena_distill.distillation import (
     VOTES,
     as_seen,
@@ -93,6 +102,7 @@ class Launch:
     checkpoints: Path | None = None
     """The folder of this output's checkpoints; None writes none."""
     checkpoint_minutes: float = 30.0
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True)
@@ -514,6 +524,7 @@ def _write(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     history = _history(trainer.state.log_history)
     tokens = sum(len(view.ids) for view in examples.views)
+    trainable, parameters = model.get_nb_trainable_parameters()  # knows how many NF4 packs into one
     metrics: dict[str, Any] = {
         "battles": examples.battles,
         "sequences": len(examples) * len(examples.views),
@@ -522,8 +533,8 @@ def _write(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": pc.mean(history["loss"]).as_py(),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": trainable,
+        "parameters": parameters,
         "seconds": round(seconds, 3),
         "provenance": about,
     }
@@ -560,7 +571,7 @@ def _arguments(
         adam_beta2=optimization.betas[1],
         max_grad_norm=optimization.max_grad_norm,
         seed=optimization.seed,
-        bf16=precision == "bf16",
+        bf16=precision != "fp32",
         use_cpu=not torch.accelerator.is_available(),
         activation_checkpointing=launch.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -622,7 +633,8 @@ def _load_base(
     return load_classifier(
         backbone,
         head=settings.head,
-        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        precision=settings.precision,
+        attention=launch.attention,
         pad_token_id=pad_token_id,
         head_seed=seed,
         shards=int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
