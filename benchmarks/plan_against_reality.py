@@ -56,7 +56,7 @@ def compare(
     judge: Any = new_judge(base, lora, seed=0)
     judge.train()
     if again:
-        judge.gradient_checkpointing_enable({"use_reentrant": False})
+        judge.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(5, 900, (sequences, length))
     mask = torch.ones_like(ids)
     mask[0, -1] = ids[0, -1] = 0  # one is shorter, as in most batches

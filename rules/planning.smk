@@ -12,8 +12,10 @@ rule write_plan:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=lambda wildcards: CONFIG.model_dump_json(),
+        settings=raw_configuration,
+        snakefile=f"{CHECKOUT or '.'}/Snakefile",
     message:
         "Planning what the run will cost: {output.plan}"
     shell:
-        "arena plan --output {output.plan} --settings {params.settings:q} > {log} 2>&1"
+        "arena plan --output {output.plan} --settings {params.settings:q}"
+        " --snakefile {params.snakefile:q} > {log} 2>&1"

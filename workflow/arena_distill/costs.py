@@ -157,6 +157,8 @@ class Battles:
         self.counted = _if_there(run / "battles.parquet", _count_sources)
         self.counts = self.counted or self._assumed_counts()
         self._tokens: dict[str, Tokens | None] = {}
+        self.measured = True
+        """Whether the lengths of all sequences asked for so far come from tokens that are there."""
         self._mean: dict[tuple[Any, ...], Work] = {}
 
     def _assumed_counts(self) -> dict[str, int]:
@@ -216,6 +218,7 @@ class Battles:
             self._tokens[tokenizer] = _if_there(path, read_tokens)
         tokens = self._tokens[tokenizer]
         if tokens is None:
+            self.measured = False
             return assumed_sequence(self.config.plan, *what)
         if (source, tokenizer, *what) not in self._mean:
             self._mean[source, tokenizer, *what] = _measured_sequence(tokens, source, *what)
@@ -431,7 +434,7 @@ class Costs:
             flops=flops,
             seconds=seconds,
             memory={"weights": written, "adapters": 4.0 * sizes.lora * self.config.folds.n},
-            host=PROCESS + written + largest + 4.0 * sizes.lora * self.config.folds.n,
+            host=1.0 * GIB + written + largest + 4.0 * sizes.lora * self.config.folds.n,
             stored=written,
         )
 
@@ -474,7 +477,7 @@ class Costs:
             seconds += battles / _TOKENIZED
             stored = battles * tokens * _TEXT_BYTES
             host += 2 * battles * tokens * _TEXT_BYTES
-        elif job.rule == "prepare_backbone":
+        elif "backbone" in job.wildcards:  # downloaded, rebuilt
             name = next(
                 name
                 for name, judge in self.config.judges.items()

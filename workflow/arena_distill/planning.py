@@ -56,6 +56,8 @@ class Forecast:
     notes: list[str]
     counted: bool
     """Whether the battles were counted, not assumed."""
+    measured: bool
+    """Whether the lengths of sequences were."""
     battles: dict[str, int]
 
     @property
@@ -97,7 +99,7 @@ class Forecast:
             "run": self.config.run,
             "totals": self.totals,
             "assumptions": self.config.plan.model_dump(mode="json"),
-            "battles": {"counted": self.counted, **self.battles},
+            "battles": {"counted": self.counted, "measured": self.measured, **self.battles},
             "judges": self.parameters,
             "critical_path": [self.jobs[i].job.outputs[0] for i in self.critical],
             "notes": self.notes,
@@ -143,6 +145,7 @@ def forecast(arguments: Sequence[str]) -> Forecast:
         parameters=parameters,
         notes=list(dict.fromkeys(_notes(jobs))),
         counted=battles.counted is not None or config.data.arena is not None,
+        measured=battles.measured,
         battles=battles.counts,
     )
 
@@ -388,25 +391,31 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
     console.print(table)
     for name, counts in found.parameters.items():
         console.print(
-            f"{name}: {counts['base']:,} parameters, {counts['adapter']:,} in the adapter, "
-            f"{counts['head']:,} in the head",
+            f"{name}: {counts['base']:,} parameters, adapter {counts['adapter']:,}, "
+            f"head {counts['head']:,}",
             highlight=False,
         )
-    machines = f"{plan.nodes} × {plan.gpus_per_node} {plan.accelerator}"
-    cost = "" if totals["cost"] is None else f", {totals['cost']:,.0f} at {plan.price_per_gpu_hour}"
-    fees = f"; endpoints charge {totals['fees']:,.2f}" if totals["fees"] else ""
+    machines = f"{plan.nodes} × {plan.cores_per_node} cores"
+    spent = ""
+    if totals["gpu_hours"]:
+        machines = f"{plan.nodes} × {plan.gpus_per_node} {plan.accelerator}"
+        spent = f"{_short(totals['gpu_hours'])} GPU-hours, "
+        if totals["cost"] is not None:
+            spent += f"{totals['cost']:,.0f} at {plan.price_per_gpu_hour:g} an hour, "
+    if totals["fees"]:
+        spent += f"{totals['fees']:,.2f} for endpoints, "
     console.print(
-        f"\n{totals['jobs']} jobs ({totals['jobs_left']} to be done): "
-        f"{_short(totals['gpu_hours'])} GPU-hours{cost}{fees}, {_short(totals['flops'] / 1e15)} PFLOP, "
-        f"{_short(totals['stored_bytes'] / 1e9)} GB stored\n"
+        f"\n{totals['jobs']} jobs, {totals['jobs_left']} of them to be done: {spent}"
+        f"{_short(totals['flops'] / 1e15)} PFLOP, {_short(totals['stored_bytes'] / 1e9)} GB stored\n"
         f"{_duration(totals['makespan_hours'])} on {machines}; the longest chain of jobs takes "
         f"{_duration(totals['critical_path_hours'])}",
         highlight=False,
     )
     battles = ", ".join(f"{source} {count:,}" for source, count in found.battles.items())
+    lengths = "measured" if found.measured else f"assumed, {plan.tokens_per_battle:g} before cuts"
     console.print(
-        f"battles {'counted' if found.counted else 'assumed'}: {battles}; "
-        f"utilisation {plan.utilisation:g} of the peak assumed (config: plan)",
+        f"battles {'counted' if found.counted else 'assumed'}: {battles}; tokens {lengths}; "
+        f"{plan.utilisation:.0%} of the peak assumed",
         highlight=False,
     )
     for note in found.notes:

@@ -140,7 +140,8 @@ def read_config(backbone: Backbone, prepared: Path) -> PreTrainedConfig:
         return _rebuilt(config, backbone)
     source = backbone.hub or backbone.path or backbone.gguf or ""
     published = _published()
-    found = published.get(_plain(source)) or published.get(_plain(Path(source).stem))
+    name = Path(source).name.removesuffix(".gguf")
+    found = published.get(_plain(source)) or published.get(_plain(name))
     if found is None:
         known = ", ".join(sorted(file.stem for file in PUBLISHED.glob("*.json")))
         raise InputError(
@@ -367,7 +368,7 @@ def step_bytes(
     if not training:
         judge.requires_grad_(False)
     if checkpointing:
-        judge.gradient_checkpointing_enable({"use_reentrant": False})
+        judge.activation_checkpointing_enable({"use_reentrant": False})
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
