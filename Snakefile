@@ -27,6 +27,7 @@ rule all:
         f"{R}/report.html",
 
 
+include: "rules/fetch.smk"
 include: "rules/battles.smk"
 include: "rules/audit.smk"
 include: "rules/encoding.smk"
@@ -44,6 +45,7 @@ include: "rules/targets.smk"
 
 
 onstart:
+    check_downloads()
     if workflow.executor_plugin.name == "slurm":
         jobs.wait_for_orphans(map(slurm_comment, workflow.dag.needrun_jobs()))
 

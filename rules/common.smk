@@ -45,6 +45,8 @@ WHOLE = [name for name in TRAINED if name not in SHARDED]
 WATCHED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
 BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
+DOWNLOADS = {GRAPH.download_name(b): b.download() for b in BACKBONES.values() if b.download()}
+FETCHED = CONFIG.data.fetch
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
@@ -60,7 +62,7 @@ def own(judges):
 wildcard_constraints:
     judge=one_of(GRAPH.judges),
     tokenizer=one_of(set(TOKENIZERS.values())),
-    backbone=one_of(BACKBONES),
+    backbone=one_of({**BACKBONES, **DOWNLOADS}),
     fold=r"\d+",
     shard=r"\d+",
 
@@ -120,6 +122,10 @@ def compute(key):
 def growing(key):
     """A knob of which every further attempt gets as much again: it may have been too little."""
     return lambda wildcards, attempt: attempt * compute(key)(wildcards)
+
+
+# What a job asks for, for its message: `snakemake -n` shows that in the place of resources.
+ASKS = " ({resources.gpu} GPUs, {resources.mem_mb} MB, {resources.disk_mb} MB of disk, {resources.runtime} min)"
 
 
 def gpu_model(wildcards):
@@ -219,6 +225,33 @@ def backbone_folder(judge):
         tiny = Path(configuration.__file__).parent / "tiny_backbones" / backbone.tiny
         return local(f"{os.path.relpath(tiny)}/config.json")
     return local(f"{backbone.path}/config.json")
+
+
+def download_of(wildcards):
+    """The folder that a backbone is made of, where that comes from the hub."""
+    name = GRAPH.download_name(BACKBONES[wildcards.backbone])
+    return f"{R}/backbones/{name}" if name else []
+
+
+def disk_of_download(wildcards, attempt):
+    """A backbone is as large as the judges above it say that their jobs' files are."""
+    wanted = DOWNLOADS[wildcards.backbone]
+    judges = [judge for judge in TRAINED.values() if judge.backbone.download() == wanted]
+    return attempt * max(judge.compute.disk_mb for judge in judges)
+
+
+def check_downloads():
+    """Before anything is spent: can be fetched what this run needs and has not?"""
+    needed = [job.wildcards for job in workflow.dag.needrun_jobs() if job.resources.get("download")]
+    if needed:
+        from arena_distill import fetching
+
+        origins = [FETCHED[w.file] for w in needed if w.get("file")]
+        backbones = [DOWNLOADS[w.backbone] for w in needed if w.get("backbone")]
+        try:
+            fetching.check_access(origins, backbones)
+        except InputError as error:
+            raise WorkflowError(str(error))
 
 
 def backbone(wildcards):

@@ -1,23 +1,54 @@
 # Backbones as ordinary folders; battles as token ids, once per tokenizer.
 
 
+rule download_backbone:
+    # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
+    output:
+        directory(f"{R}/backbones/{{backbone}}"),
+    log:
+        f"{R}/logs/download_backbone/{{backbone}}.log",
+    benchmark:
+        f"{R}/benchmarks/download_backbone/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=one_of(DOWNLOADS),
+    localrule: True
+    conda:
+        "../envs/arena.yaml"
+    resources:
+        download=1,
+        disk_mb=disk_of_download,
+    params:
+        version=VERSIONS["backbone"],
+        settings=lambda wildcards: DOWNLOADS[wildcards.backbone].model_dump_json(),
+    message:
+        "Downloading backbone {wildcards.backbone} ({resources.disk_mb} MB of disk)"
+    shell:
+        "arena prepare-backbone --output {output} --version {params.version}"
+        " --settings {params.settings:q} > {log} 2>&1"
+
+
 rule prepare_backbone:
+    input:
+        source=download_of,
     output:
         directory(f"{R}/backbones/{{backbone}}"),
     log:
         f"{R}/logs/prepare_backbone/{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/prepare_backbone/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=one_of(BACKBONES, but=DOWNLOADS),
     conda:
         "../envs/arena.yaml"
     params:
         version=VERSIONS["backbone"],
         settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
+        optional=as_options("source"),
     message:
         "Preparing backbone {wildcards.backbone}"
     shell:
         "arena prepare-backbone --output {output} --version {params.version}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        " --settings {params.settings:q} {params.optional:q} > {log} 2>&1"
 
 
 rule tokenize_battles:

@@ -33,7 +33,7 @@ rule predict_logits:
         settings=settings_of(phase.LogitsSettings),
         shard=shard,
     message:
-        "Scoring battles with {wildcards.judge}, fold {wildcards.fold}"
+        f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:
         "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold} {params.shard}"
@@ -53,7 +53,7 @@ use rule predict_logits as predict_shard with:
     wildcard_constraints:
         judge=one_of(SHARDED, but=WATCHED),
     message:
-        "Scoring battles with {wildcards.judge}, fold {wildcards.fold}, shard {wildcards.shard}"
+        f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}, shard {{wildcards.shard}}{ASKS}"
 
 
 rule gather_logits:

@@ -27,7 +27,7 @@ rule merge_folds:
         settings=settings_of(phase.MergeSettings),
         evidence=as_options("folds", "tokens", "logits"),
     message:
-        f"Merging {CONFIG.folds.n} folds of {{wildcards.judge}}"
+        f"Merging {CONFIG.folds.n} folds of {{wildcards.judge}}{ASKS}"
     shell:
         "arena merge-folds --backbone {input.backbone} --output {output.model}"
         " --settings {params.settings:q} {params.evidence:q} --batch-tokens {resources.batch_tokens}"

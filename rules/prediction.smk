@@ -27,7 +27,7 @@ rule score_test_merged:
     params:
         settings=settings_of(phase.ScoringSettings),
     message:
-        "Scoring test battles with the merged {wildcards.judge}"
+        f"Scoring test battles with the merged {{wildcards.judge}}{ASKS}"
     shell:
         "arena score-test --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"
@@ -62,7 +62,7 @@ rule score_test_gptq:
     params:
         settings=settings_of(phase.ScoringSettings),
     message:
-        "Scoring test battles with the quantised {wildcards.judge}"
+        f"Scoring test battles with the quantised {{wildcards.judge}}{ASKS}"
     shell:
         "arena_gptq score-test --quantized --model {input.model} --tokens {input.tokens}"
         " --output {output.logits} --settings {params.settings:q}"

@@ -26,7 +26,7 @@ rule quantize_model:
     params:
         settings=settings_of(phase.QuantizationSettings),
     message:
-        "Quantising {wildcards.judge} with GPTQ"
+        f"Quantising {{wildcards.judge}} with GPTQ{ASKS}"
     shell:
         "arena_gptq quantize-model --model {input.model} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.model} --settings {params.settings:q}"

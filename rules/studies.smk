@@ -31,7 +31,7 @@ rule compare_soups:
         settings=settings_of(phase.SoupSettings),
         options=as_options("logits", "solution"),
     message:
-        "Merging the folds of {wildcards.judge} in every way"
+        f"Merging the folds of {{wildcards.judge}} in every way{ASKS}"
     shell:
         "arena compare-soups --backbone {input.backbone} --tokens {input.tokens}"
         " --folds {input.folds} --battles {input.battles} {params.options:q}"

@@ -31,7 +31,7 @@ rule pretrain_adapter:
         settings=settings_of(phase.PretrainingSettings),
         checkpoints=checkpoints,
     message:
-        "Post-pretraining {wildcards.judge} on UT battles"
+        f"Post-pretraining {{wildcards.judge}} on UT battles{ASKS}"
     shell:
         "arena pretrain-adapter --backbone {input.backbone} --tokens {input.tokens}"
         " --battles {input.battles} --output {output.adapter} --settings {params.settings:q}"
@@ -78,7 +78,7 @@ rule train_teacher:
         ),
         teacher_logits=lambda wildcards, input: input.get("teacher_logits", []),
     message:
-        "Training teacher {wildcards.judge}, fold {wildcards.fold}"
+        f"Training teacher {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:
         "arena train-fold --backbone {input.backbone} {params.pretrained:q}"
         " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold}"
@@ -107,4 +107,4 @@ use rule train_teacher as distill_student with:
     wildcard_constraints:
         judge=one_of(STUDENTS),
     message:
-        "Distilling student {wildcards.judge}, fold {wildcards.fold}"
+        f"Distilling student {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"

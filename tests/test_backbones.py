@@ -187,10 +187,11 @@ def test_a_source_that_is_no_model_is_an_error(tmp_path: Path) -> None:
 def test_a_hub_model_is_downloaded_and_cut(
     layers: int | None, backbones: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In shards, as big models come: of a cut one no file of the whole stays."""
+    """In shards, as big models come: of a cut one no file of the whole is there."""
     import huggingface_hub
 
     asked: dict[str, Any] = {}
+    commit = "c" * 40
 
     def download(repo: str, *, local_dir: Path, **options: Any) -> None:
         asked.update(options, repo=repo)
@@ -199,16 +200,29 @@ def test_a_hub_model_is_downloaded_and_cut(
         Path(local_dir, "model.safetensors").unlink()
         model.save_pretrained(local_dir, max_shard_size="20KB")
 
+    def info(self: Any, repo: str, *, revision: str, repo_type: str) -> SimpleNamespace:
+        assert (repo, revision, repo_type) == ("org/model", "abc", "model")
+        return SimpleNamespace(sha=commit)
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
+    whole = Backbone(hub="org/model", revision="abc")
+    prepare_backbone(whole, tmp_path / "whole", version=1)
     backbone = Backbone(hub="org/model", revision="abc", layers=layers)
-    prepare_backbone(backbone, tmp_path / "x", version=1)
-    assert (asked["repo"], asked["revision"]) == ("org/model", "abc")
+    if layers:
+        with pytest.raises(InputError, match="download org/model first"):
+            prepare_backbone(backbone, tmp_path / "x", version=1)
+        prepare_backbone(backbone, tmp_path / "x", source=tmp_path / "whole", version=1)
+    else:
+        prepare_backbone(backbone, tmp_path / "x", version=1)
+    assert (asked["repo"], asked["revision"]) == ("org/model", commit)
+    made = read_json(tmp_path / "whole/provenance.json")["settings"]
+    assert (made["revision"], made["commit"]) == ("abc", commit)
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
     model = load_classifier(tmp_path / "x")
     assert model.config.num_hidden_layers == (layers or 2)
     names = {path.name for path in (tmp_path / "x").iterdir()}
     assert ("model.safetensors.index.json" in names) == (layers is None)
-    assert "download" not in names
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error(
@@ -219,7 +233,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error(
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fail)
     with pytest.raises(InputError, match=r"org/model@abc: cannot be downloaded: no route; check"):
         prepare_backbone(Backbone(hub="org/model", revision="abc"), tmp_path / "x", version=1)
 

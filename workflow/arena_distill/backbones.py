@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +17,7 @@ from arena_distill.artifacts import atomic_directory, provenance, write_json
 from arena_distill.config import JOINT, Attention, Backbone, Head, Precision
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS
+from arena_distill.hub import brief, download
 from arena_distill.jobs import cpu_is_wanted
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder}: no tokenizer can be loaded from there: {_brief(error)}"
+            f"{folder}: no tokenizer can be loaded from there: {brief(error)}"
         ) from None
 
 
@@ -110,7 +110,7 @@ def load_classifier(
             **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a judge: {_brief(error)}") from None
+        raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
     if shards > 1:
         _hold_whole_head(model)
     if precision == "nf4":
@@ -283,48 +283,44 @@ def check_length(model: Any, longest: int) -> None:
         )
 
 
-def prepare_backbone(backbone: Backbone, output: Path, *, version: int) -> None:
+def prepare_backbone(
+    backbone: Backbone, output: Path, *, source: Path | None = None, version: int
+) -> None:
     """Make the ordinary folder of a backbone that is not one yet.
+
+    Args:
+        source: of a part of a model on the hub, the folder of that model.
 
     Raises:
         InputError: the source is missing or no model, or has fewer layers than asked for.
     """
-    rebuild = bool(backbone.gguf or backbone.layers or backbone.tokenizer)
+    settings = {"version": version} | backbone.model_dump(exclude_none=True)
     with atomic_directory(output) as folder:
-        if backbone.hub:
-            # What is rebuilt goes elsewhere first: files of the whole model must not stay beside it.
-            source = _download(backbone, folder / "download" if rebuild else folder)
+        if backbone == backbone.download():
+            settings["commit"] = _download(backbone, folder)
+        elif backbone.hub and source is None:
+            raise InputError(
+                f"{backbone.stem()}: download {backbone.hub} first, and give its folder"
+            )
         else:
-            source = Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
+            source = source or Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
             if not source.exists():
                 raise InputError(f"{source}: no such backbone (config: judges.*.backbone)")
-        if rebuild:
             try:
                 _rebuild(backbone, source, folder)
             except (OSError, ValueError, RuntimeError) as error:
-                raise InputError(f"{source}: cannot be made a backbone: {_brief(error)}") from error
-            shutil.rmtree(folder / "download", ignore_errors=True)
-        settings = {"version": version} | backbone.model_dump(exclude_none=True)
+                raise InputError(f"{source}: cannot be made a backbone: {brief(error)}") from error
         write_json(provenance("backbone", settings), folder / "provenance.json")
     print(f"{output}: {backbone.stem()} is ready")
 
 
-def _download(backbone: Backbone, folder: Path) -> Path:
-    from huggingface_hub import snapshot_download
-
-    assert backbone.hub
+def _download(backbone: Backbone, folder: Path) -> str:
+    """Download a backbone; the commit that it is."""
+    assert backbone.hub and backbone.revision
     # Weights as safetensors only: nothing that is unpickled ever reaches the disk.
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        snapshot_download(
-            backbone.hub, revision=backbone.revision, local_dir=folder, allow_patterns=patterns
-        )
-    except Exception as error:  # the client raises many kinds: all end in the same advice
-        raise InputError(
-            f"{backbone.hub}@{backbone.revision}: cannot be downloaded: {_brief(error)}; check the "
-            "network and HF_TOKEN, or download it elsewhere and set backbone.path"
-        ) from error
-    return folder
+    advice = "download it elsewhere and set backbone.path"
+    return download(backbone.hub, backbone.revision, folder, patterns=patterns, advice=advice)
 
 
 def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
@@ -375,8 +371,3 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
         tokenizer = load_tokenizer(source)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of a library's message: the rest is advice about hubs and caches."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

@@ -65,6 +65,22 @@ def main() -> NoReturn:
 
 
 @app.command()
+def fetch_battles(
+    output: Output,
+    settings: Settings,
+    version: Version,
+    without: Annotated[
+        list[Path] | None, typer.Option(help="Battles whose prompts are left out (repeatable).")
+    ] = None,
+) -> None:
+    """Fetch a file of battles from Kaggle or the Hugging Face hub."""
+    from arena_distill.fetching import fetch_battles
+
+    origin = parse(config.Fetch, settings)
+    fetch_battles(origin, output, without=without or [], version=version)
+
+
+@app.command()
 def simulate_arena(output: Output, settings: Settings) -> None:
     """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
     from arena_distill.simulation import write_arena
@@ -121,11 +137,16 @@ def audit_leaks(
 
 
 @app.command()
-def prepare_backbone(output: Output, settings: Settings, version: Version) -> None:
+def prepare_backbone(
+    output: Output,
+    settings: Settings,
+    version: Version,
+    source: Annotated[Path | None, typer.Option(help="What was downloaded from the hub.")] = None,
+) -> None:
     """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
     from arena_distill.backbones import prepare_backbone
 
-    prepare_backbone(parse(config.Backbone, settings), output, version=version)
+    prepare_backbone(parse(config.Backbone, settings), output, source=source, version=version)
 
 
 @app.command()

@@ -87,6 +87,47 @@ class Arena(Section):
     """Battles without votes, which students learn from their teachers."""
 
 
+class Fetch(Section):
+    """Where a file of battles is fetched from: exactly one of `kaggle`, `hub`."""
+
+    kaggle: str | None = None
+    """A competition on Kaggle; its rules have to be accepted there, and a token be had."""
+    hub: str | None = None
+    """A data set on the Hugging Face hub; needs `revision`."""
+    revision: str | None = None
+    """The commit on the hub, or a tag or branch: which commit that was, the file's provenance tells."""
+    files: tuple[str, ...] = ()
+    """Its name there, or on the hub patterns; on Kaggle it is the name here unless it is given."""
+    format: Literal["battles", "ultrafeedback", "arena"] = "battles"
+    """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
+    without: tuple[str, ...] = ()
+    """Files of battles: what asks one of their prompts is left out (`arena`)."""
+    seed: NonNegativeInt = 2025
+    """Decides which two answers meet (`ultrafeedback`)."""
+
+    @model_validator(mode="after")
+    def _known_place(self) -> Fetch:
+        if (self.kaggle is None) == (self.hub is None):
+            raise ValueError("needs exactly one of kaggle, hub")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together")
+        if self.hub and not self.files:
+            raise ValueError(
+                "files: say which of the data set's files, such as data/train-*.parquet"
+            )
+        if self.kaggle and (self.format != "battles" or len(self.files) > 1):
+            raise ValueError(
+                "a file of Kaggle is taken as it is: format: battles, one name in files"
+            )
+        if self.without and self.format != "arena":
+            raise ValueError("without: only of format arena battles are left out")
+        return self
+
+    def source(self) -> str:
+        """What to call it in messages."""
+        return f"kaggle {self.kaggle}" if self.kaggle else f"{self.hub}@{self.revision}"
+
+
 class Data(Section):
     """Where the battles come from: your own files, or the synthetic arena."""
 
@@ -104,6 +145,18 @@ class Data(Section):
     """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
     solution: str | None = None
     """The test battles' votes, where known: the report then scores every variant on them."""
+    fetch: dict[str, Fetch] = Field({}, exclude_if=not_)
+    """By file: where those of the above that are not there come from. Else nothing is fetched."""
+
+    @field_validator("fetch")
+    @classmethod
+    def _named_on_kaggle(cls, value: dict[str, Fetch]) -> dict[str, Fetch]:
+        return {
+            path: origin
+            if origin.files
+            else origin.model_copy(update={"files": (PurePath(path).name,)})
+            for path, origin in value.items()
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +175,17 @@ class Data(Section):
             raise ValueError(
                 "give files or `arena`, not both (set `arena: null` to use your files)"
             )
+        named = {*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled, self.solution}
+        for path, origin in self.fetch.items():
+            if path not in named:
+                raise ValueError(f"fetch.{path}: no source reads this file; known: {self._known()}")
+            if not path.endswith(".parquet") and origin.format != "battles":
+                raise ValueError(f"fetch.{path}: what is converted is parquet: name it so")
         return self
+
+    def _known(self) -> str:
+        files = (*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled)
+        return ", ".join(files) or "none"
 
     def sources(self) -> tuple[str, ...]:
         """The sources this run has battles of, in the order of the canonical file."""
@@ -177,7 +240,7 @@ class Backbone(Section):
     hub: str | None = None
     """A Hugging Face hub id; needs `revision`. The only key that reaches for the network."""
     revision: str | None = None
-    """The commit on the hub."""
+    """The commit on the hub, or a tag or branch: which commit that was, provenance.json tells."""
     gguf: str | None = None
     """A GGUF file, converted once to an ordinary folder."""
     tiny: Literal["llama", "qwen2", "gemma2"] | None = None
@@ -199,6 +262,10 @@ class Backbone(Section):
     def is_ready_folder(self) -> bool:
         """Whether the folder can be used as it is, without a job that prepares it."""
         return bool(self.path or self.tiny) and self.layers is None and self.tokenizer is None
+
+    def download(self) -> Backbone | None:
+        """What of it comes from the hub, as it is there."""
+        return Backbone(hub=self.hub, revision=self.revision) if self.hub else None
 
     def whole(self) -> Backbone:
         """The same backbone with all its layers: what decides the tokenizer."""
@@ -920,6 +987,11 @@ class Config(Section):
         """The name of a judge's backbone: readable, one per distinct backbone of this configuration."""
         return self._unique_name(self.backbone_of(judge))
 
+    def download_name(self, backbone: Backbone) -> str | None:
+        """The name of what a backbone is made of, where that comes from the hub."""
+        source = backbone.download()
+        return self._unique_name(source) if source else None
+
     def tokenizer_name(self, judge: str) -> str:
         """The name of a judge's tokenizer: judges that share one share `tokens/<name>`."""
         return self._unique_name(self.backbone_of(judge).whole())
@@ -949,7 +1021,8 @@ class Config(Section):
         """All backbones, as they are and whole, as JSON, by the stem of their name."""
         found: dict[str, set[str]] = {}
         given = [judge.backbone for judge in self.judges.values() if judge.backbone]
-        for backbone in (*given, *(backbone.whole() for backbone in given)):
+        downloads = filter(None, (backbone.download() for backbone in given))
+        for backbone in (*given, *(backbone.whole() for backbone in given), *downloads):
             found.setdefault(backbone.stem(), set()).add(backbone.model_dump_json())
         return found
 

@@ -7,6 +7,7 @@ Editing a docstring, a log line or the layout of a rule changes no version, so i
 
 VERSIONS = {
     "simulate": 1,
+    "fetch": 1,
     "battles": 1,
     "folds": 1,
     "audit": 1,

@@ -1,0 +1,29 @@
+# Battles that others published: only the files that `data.fetch` names, and only where they are not there.
+
+
+rule fetch_battles:
+    # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
+    input:
+        without=lambda wildcards: [local(file) for file in FETCHED[wildcards.file].without],
+    output:
+        file=local("{file}"),
+    log:
+        f"{R}/logs/fetch_battles/{{file}}.log",
+    benchmark:
+        f"{R}/benchmarks/fetch_battles/{{file}}.tsv"
+    wildcard_constraints:
+        file=one_of(FETCHED),
+    localrule: True
+    conda:
+        "../envs/arena.yaml"
+    resources:
+        download=1,
+    params:
+        version=VERSIONS["fetch"],
+        settings=lambda wildcards: FETCHED[wildcards.file].model_dump_json(),
+        without=as_options("without"),
+    message:
+        "Fetching {wildcards.file}"
+    shell:
+        "arena fetch-battles --output {output.file:q} --version {params.version}"
+        " --settings {params.settings:q} {params.without:q} > {log} 2>&1"

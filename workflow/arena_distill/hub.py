@@ -1,0 +1,97 @@
+"""The Hugging Face hub: what is there for us, and how it gets here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from arena_distill.errors import InputError
+
+Kind = Literal["model", "dataset"]
+
+ATTEMPTS = 5
+"""At a download whose connection breaks: each goes on where the one before stopped."""
+
+
+def download(
+    repo: str,
+    revision: str,
+    folder: Path,
+    *,
+    patterns: Sequence[str],
+    repo_type: Kind = "model",
+    advice: str,
+) -> str:
+    """Download files of a repository into a folder.
+
+    Args:
+        revision: a commit, or a tag or branch: what it points to now.
+        patterns: of the files.
+        advice: what to do where it fails.
+
+    Returns:
+        The commit.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+    def passing(error: BaseException) -> bool:
+        """Connections break and servers are busy; what is forbidden or not there stays so."""
+        if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+            return False
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code >= 500 or error.response.status_code == 429
+        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+
+    retrying = Retrying(
+        retry=retry_if_exception(passing),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(max=60),
+        reraise=True,
+    )
+    try:
+        if re.fullmatch("[0-9a-f]{40}", revision):
+            commit = revision
+        else:
+            found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
+            commit = str(found.sha)
+        retrying(
+            huggingface_hub.snapshot_download,
+            repo,
+            revision=commit,
+            repo_type=repo_type,
+            local_dir=folder,
+            allow_patterns=list(patterns),
+        )
+    except Exception as error:  # the client raises many kinds: all end in the same advice
+        raise InputError(
+            f"{repo}@{revision}: cannot be downloaded: {brief(error)}; check the network and HF_TOKEN, "
+            f"or {advice}"
+        ) from error
+    return commit
+
+
+def access_problem(repo: str, kind: Kind) -> str | None:
+    """What keeps us from a repository; None where nothing does. Asks the hub."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().auth_check(repo, repo_type=kind)
+    except Exception as error:
+        page = f"huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+        return (
+            f"{repo}: the hub does not give it: {brief(error)}; check the network, accept its terms at "
+            f"{page} where it has any, and export HF_TOKEN"
+        )
+    return None
+
+
+def brief(error: BaseException) -> str:
+    """The first line of a library's message: the rest is advice about hubs and caches."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
