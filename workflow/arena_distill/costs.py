@@ -21,7 +21,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.artifacts import read_parquet
-from arena_distill.config import Config, Encoding, Head, Judge, Optimization, Plan
+from arena_distill.config import (
+    JOINT,
+    Backbone,
+    Config,
+    Encoding,
+    Head,
+    Judge,
+    Lora,
+    Optimization,
+    Plan,
+)
 from arena_distill.encoding import Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows
@@ -428,7 +438,9 @@ class Costs:
             soups = self.config.folds.n * (self.config.folds.n + 1) / 2
             work = self.battles.work(name, self.battles.held_out(), shown=2) * soups
             return self._score(job, judge, device, work, written, dense=True)
-        seconds = self._host_seconds(2 * written) + flops / (CORE.fp32 * 0.5)
+        plan = self.config.plan
+        seconds = plan.startup + 2 * written / (plan.disk_gb_per_s * 1e9)
+        seconds += flops / (CORE.fp32 * plan.utilisation)
         return Cost(
             cores=job.threads,
             flops=flops,
@@ -477,18 +489,22 @@ class Costs:
             seconds += battles / _TOKENIZED
             stored = battles * tokens * _TEXT_BYTES
             host += 2 * battles * tokens * _TEXT_BYTES
-        elif "backbone" in job.wildcards:  # downloaded, rebuilt
-            name = next(
-                name
-                for name, judge in self.config.judges.items()
-                if judge.backbone and self.config.backbone_name(name) == job.wildcards["backbone"]
-            )
-            backbone, sizes = self.config.backbone_of(name), self.sizes(name)
-            stored = 2.0 * (sizes.base + sizes.head)
+        elif backbone := self._backbones().get(job.wildcards.get("backbone", "")):
+            config = read_config(backbone, self.run / "backbones" / job.wildcards["backbone"])
+            stored = 2.0 * measure(config, JOINT, Lora()).base
             rebuilt = backbone.gguf or backbone.layers or backbone.tokenizer
             host += 2 * stored if rebuilt else 0.0
-            seconds += self._host_seconds(2 * stored)
+            seconds += 2 * stored / (self.config.plan.disk_gb_per_s * 1e9)
         return Cost(cores=job.threads, seconds=seconds, host=host, stored=stored)
+
+    def _backbones(self) -> dict[str, Backbone]:
+        """The backbones of all judges, and these with all their layers, by name."""
+        config, found = self.config, {}
+        for name, judge in config.judges.items():
+            if judge.backbone:
+                found[config.tokenizer_name(name)] = judge.backbone.whole()
+                found[config.backbone_name(name)] = judge.backbone
+        return found
 
     def _ask(self, job: Planned, judge: Judge, device: Device) -> Cost:
         endpoint = judge.external.endpoint if judge.external else None
@@ -599,9 +615,6 @@ class Costs:
         computing = flops / (peak * plan.utilisation * count)
         moving = passes / count * held / unit.bandwidth
         return plan.startup + loading + max(computing, moving)
-
-    def _host_seconds(self, moved: float) -> float:
-        return self.config.plan.startup + moved / (self.config.plan.disk_gb_per_s * 1e9)
 
     def _computed(
         self,

@@ -193,9 +193,11 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
     device = DEVICES[costs.config.plan.accelerator]
     choices = list(_changes(job, judge, costs.config.plan))
     for size in range(1, len(choices) + 1):
-        fitting = False
+        told = set()
         for changes in itertools.combinations(choices, size):
-            if len({change.key for change in changes}) < size:
+            # Of values of one key the first that fits is enough.
+            keys = tuple(change.told.partition(":")[0] for change in changes)
+            if keys in told or len({change.key for change in changes}) < size:
                 continue
             changed, node, on = job, judge, device
             for change in changes:
@@ -204,9 +206,9 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
                 on = change.device or on
             peak = costs.of(changed, judge=node, device=on).peak
             if peak <= USABLE * on.memory:
-                fitting = True
+                told.add(keys)
                 yield " and ".join(change.told for change in changes), peak
-        if fitting:
+        if told:
             return
 
 
@@ -229,7 +231,6 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
         told = f"{compute}.gradient_checkpointing: true"
         yield _Change("checkpointing", told, {"gradient_checkpointing": 1}, {})
     for key in ("micro_batch_size", "batch_tokens"):
-        # The largest of its divisors that fit are as good as smaller ones: half, a quarter, … of it.
         value = int(asked.get(key, 0) or 0) // 2
         least = 1 if key == "micro_batch_size" else 1024
         while value >= least:
