@@ -297,6 +297,7 @@ class Costs:
         self.battles = battles
         self.run = run
         self._models: dict[str, Any] = {}
+        self._sizes: dict[str, Sizes] = {}
         train, score = self._train, self._score_fold
         self._by_rule: dict[str, Callable[[Planned, Judge, Device], Cost]] = {
             "pretrain_adapter": train,
@@ -328,8 +329,10 @@ class Costs:
 
     def sizes(self, judge: str) -> Sizes:
         """How big a judge is."""
-        node = self.config.judges[judge]
-        return measure(self.model_config(judge), node.head, node.lora)
+        if judge not in self._sizes:
+            node = self.config.judges[judge]
+            self._sizes[judge] = measure(self.model_config(judge), node.head, node.lora)
+        return self._sizes[judge]
 
     def model_config(self, judge: str) -> Any:
         """The configuration of its backbone's model."""

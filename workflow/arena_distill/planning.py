@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 HOUR = 3600.0
 
+# Changes that are tried together for a job that does not fit, and remedies that are told of.
+_TOGETHER, _REMEDIES = 3, 6
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -168,7 +171,7 @@ def _refuse_what_does_not_fit(jobs: Sequence[Planned], found: Sequence[Cost], co
                 f"judges.{judge}.compute.gpus, or raise plan.gpus_per_node"
             )
         elif cost.peak > USABLE * device.memory:
-            remedies = list(itertools.islice(_remedies(job, costs), 6))
+            remedies = list(itertools.islice(_remedies(job, costs), _REMEDIES))
             problems[job.rule, judge] = _does_not_fit(job, judge, cost, device, remedies)
     if problems:
         raise InputError("\n".join(problems.values()))
@@ -192,7 +195,7 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
     judge = costs.config.judges[job.wildcards["judge"]]
     device = DEVICES[costs.config.plan.accelerator]
     choices = list(_changes(job, judge, costs.config.plan))
-    for size in range(1, len(choices) + 1):
+    for size in range(1, _TOGETHER + 1):
         told = set()
         for changes in itertools.combinations(choices, size):
             # Of values of one key the first that fits is enough.

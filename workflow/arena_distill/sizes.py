@@ -321,7 +321,8 @@ def alive(
 
     def traced(layers: int, sequences: int) -> int:
         shape = sequences, length
-        how = precision, training, checkpointing, eager
+        # NF4's matrices are unpacked to bfloat16, in which all else is computed.
+        how = precision != "fp32", training, checkpointing, eager
         return _traced(described, head, lora, layers, shape, *how)
 
     return Alive(((traced(2, 1), traced(2, 2)), (traced(3, 1), traced(3, 2))))
@@ -334,7 +335,7 @@ def _traced(
     lora: Lora,
     layers: int,
     shape: tuple[int, int],
-    precision: Precision,
+    half: bool,
     training: bool,
     checkpointing: bool,
     eager: bool,
@@ -342,7 +343,6 @@ def _traced(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = _first_layers(_parse(described), layers)
-    half = precision != "fp32"
     dtype = torch.bfloat16 if half else torch.float32
     judge = _judge_on_meta(config, head, lora, dtype, "eager" if eager else None)
     with FakeTensorMode():
