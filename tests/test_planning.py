@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkouts import make_checkout
 from conftest import FAMILIES, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -520,3 +521,15 @@ def test_a_run_that_cannot_fit_exits_with_a_clear_line(tmp_path: Path) -> None:
 def test_what_is_planned_is_no_part_of_what_is_computed() -> None:
     some, other = tiny(), tiny() | {"plan": {"nodes": 3}}
     assert configuration.load(some).described() == configuration.load(other).described()
+
+
+@pytest.mark.slow
+def test_the_plan_is_a_target_of_the_workflow(tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    assert checkout.would_run("plan") == {"plan": 1, "write_plan": 1}
+    checkout.run("plan")
+    plan = json.loads((checkout.results / "plan.json").read_text())
+    rules = {job["rule"] for job in plan["jobs"]}
+    assert {"train_teacher", "distill_student", "quantize_model", "render_report"} <= rules
+    assert plan["battles"]["counted"] and not plan["battles"]["measured"]
+    assert not list(checkout.results.glob("*.parquet"))  # nothing else was done

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.artifacts import read_parquet
+from arena_distill.batching import micro_batch_size
 from arena_distill.config import (
     JOINT,
     Backbone,
@@ -358,9 +359,7 @@ class Costs:
         work = self.battles.work(name, battles, shown) * how.epochs
         gpus, micro = _asked(job, "gpu", 0), _asked(job, "micro_batch_size", 8)
         again, fsdp = bool(_asked(job, "gradient_checkpointing", 0)), _asked(job, "fsdp", 0)
-        share = max(1, how.batch_size // max(1, gpus))
-        # As the training chooses it: the largest within the bound whose multiples make the batch.
-        micro = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        micro = micro_batch_size(max(1, how.batch_size // max(1, gpus)), micro)
         learned = sizes.lora + sizes.head
         memory = self._weights(sizes, judge, spread=gpus if fsdp else 1)
         memory |= {
