@@ -46,6 +46,7 @@ WATCHED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
 BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
 DOWNLOADS = {GRAPH.download_name(b): b.download() for b in BACKBONES.values() if b.download()}
+PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in DOWNLOADS]
 FETCHED = CONFIG.data.fetch
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
@@ -228,9 +229,8 @@ def backbone_folder(judge):
 
 
 def download_of(wildcards):
-    """The folder that a backbone is made of, where that comes from the hub."""
-    name = GRAPH.download_name(BACKBONES[wildcards.backbone])
-    return f"{R}/backbones/{name}" if name else []
+    """The whole model on the hub, of which a backbone is a part."""
+    return f"{R}/backbones/{GRAPH.download_name(BACKBONES[wildcards.backbone])}"
 
 
 def disk_of_download(wildcards, attempt):

@@ -28,8 +28,6 @@ rule download_backbone:
 
 
 rule prepare_backbone:
-    input:
-        source=download_of,
     output:
         directory(f"{R}/backbones/{{backbone}}"),
     log:
@@ -37,18 +35,40 @@ rule prepare_backbone:
     benchmark:
         f"{R}/benchmarks/prepare_backbone/{{backbone}}.tsv"
     wildcard_constraints:
-        backbone=one_of(BACKBONES, but=DOWNLOADS),
+        backbone=one_of(BACKBONES, but=(*DOWNLOADS, *PARTS)),
     conda:
         "../envs/arena.yaml"
     params:
         version=VERSIONS["backbone"],
         settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
-        optional=as_options("source"),
     message:
         "Preparing backbone {wildcards.backbone}"
     shell:
         "arena prepare-backbone --output {output} --version {params.version}"
-        " --settings {params.settings:q} {params.optional:q} > {log} 2>&1"
+        " --settings {params.settings:q} > {log} 2>&1"
+
+
+rule cut_download:
+    input:
+        source=download_of,
+    output:
+        directory(f"{R}/backbones/{{backbone}}"),
+    log:
+        f"{R}/logs/cut_download/{{backbone}}.log",
+    benchmark:
+        f"{R}/benchmarks/cut_download/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=one_of(PARTS),
+    conda:
+        "../envs/arena.yaml"
+    params:
+        version=VERSIONS["backbone"],
+        settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
+    message:
+        "Preparing backbone {wildcards.backbone}"
+    shell:
+        "arena prepare-backbone --output {output} --version {params.version}"
+        " --settings {params.settings:q} --source {input.source} > {log} 2>&1"
 
 
 rule tokenize_battles:

@@ -99,6 +99,23 @@ def test_jobs_say_what_they_ask_for(clone: Checkout) -> None:
     }
 
 
+@pytest.mark.slow
+def test_a_part_of_a_model_is_cut_from_one_download(clone: Checkout) -> None:
+    """A small student of the same family, and the whole as teacher: the hub is asked once."""
+    raw = yaml.safe_load((ROOT / CONFIG).read_text())
+    raw["judges"] = {
+        "whole": {"backbone": raw["judges"]["gemma2-9b"]["backbone"]},
+        "small": {"backbone": raw["judges"]["gemma2-9b"]["backbone"] | {"layers": 12}},
+    }
+    raw["final"] = "small"
+    (clone.folder / "parts.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", "parts.yaml"]
+    done = subprocess.run(command, cwd=clone.folder, capture_output=True, text=True)
+    counted = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    assert (counted["download_backbone"], counted["cut_download"]) == ("1", "1"), done.stderr
+    assert "prepare_backbone" not in counted
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_models_and_data_are_pinned(recipe: str) -> None:
     config = configuration(recipe)

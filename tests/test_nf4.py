@@ -36,6 +36,7 @@ HERE = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed here")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HERE, reason="these tests run here")
 @pytest.mark.skipif(not QLORA.is_dir(), reason=f"no bitsandbytes in {QLORA} (make setup)")
 def test_all_of_this_where_bitsandbytes_is() -> None:

@@ -238,7 +238,7 @@ class Backbone(Section):
     path: str | None = None
     """A local Hugging Face folder."""
     hub: str | None = None
-    """A Hugging Face hub id; needs `revision`. The only key that reaches for the network."""
+    """A Hugging Face hub id; needs `revision`. Beside data.fetch what reaches for the network."""
     revision: str | None = None
     """The commit on the hub, or a tag or branch: which commit that was, provenance.json tells."""
     gguf: str | None = None

@@ -1,0 +1,61 @@
+"""The smoke test of GPUs: what it says where there is none, and that its checks pass and fail rightly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+
+def smoke(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_smoke.py"), *options]
+    path = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
+    return subprocess.run(command, env=path, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use GPUs here")
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    done = smoke()
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith("no GPU that PyTorch can use")
+    assert not done.stderr
+
+
+@pytest.mark.slow
+def test_checks_run_on_the_cpu_too() -> None:
+    done = smoke("--cpu", "--families", "llama", "--checks", "bf16", "fsdp", "spread", "flex", "gptq",
+                 "--gptq", "/nowhere/python")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = [line.split()[2] for line in done.stdout.splitlines()[1:]]
+    assert verdicts == ["pass", "pass", "pass", "skip", "skip"], done.stdout
+
+
+def test_what_fails_is_told_and_what_lacks_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_smoke
+
+    def fails(bench: object) -> None:
+        gpu_smoke.agree(np.zeros(3), np.full(3, np.nan))
+
+    def lacks(bench: object) -> None:
+        raise gpu_smoke.Skipped("no such thing")
+
+    prepared = gpu_smoke.Bench("llama", Path(), None, 0, Path())
+    monkeypatch.setattr(gpu_smoke, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(gpu_smoke, "CHECKS", {"fails": fails, "lacks": lacks})
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--cpu", "--families", "llama"])
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    assert gpu_smoke.main() == 1
+    _, failed, skipped = capsys.readouterr().out.splitlines()
+    assert failed.split()[:3] == ["fails", "llama", "FAIL"]
+    assert skipped.split()[2:] == ["skip", "no", "such", "thing"]
