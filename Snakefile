@@ -40,6 +40,7 @@ include: "rules/quantization.smk"
 include: "rules/prediction.smk"
 include: "rules/evaluation.smk"
 include: "rules/studies.smk"
+include: "rules/planning.smk"
 include: "rules/targets.smk"
 
 

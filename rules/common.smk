@@ -1,5 +1,6 @@
 # What all rules share: the validated configuration, where files lie, how a job is started.
 import functools
+import json
 import shlex
 import signal
 import sys
@@ -149,6 +150,11 @@ def traffic(wildcards):
     """How an endpoint is asked, as JSON. As a resource it reruns nothing when it changes."""
     endpoint = EXTERNAL[wildcards.judge].endpoint
     return endpoint.model_dump_json(include=set(configuration.Traffic.model_fields))
+
+
+def raw_configuration(wildcards):
+    """The configuration as it was read, as JSON: a file that stands alone."""
+    return json.dumps(config)
 
 
 # --- studies ----------------------------------------------------------------------------------------

@@ -54,3 +54,8 @@ rule curves:
 rule drift:
     input:
         f"{R}/drift/drift.svg",
+
+
+rule plan:
+    input:
+        rules.write_plan.output.plan,

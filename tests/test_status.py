@@ -545,7 +545,14 @@ def test_a_row_per_rule_and_a_paragraph_per_failure(tmp_path: Path) -> None:
     (tmp_path / JOB.logs[0]).touch()
     error = ["error: bad [/bold] row [0]", "x" * 200]
     jobs = [
-        Job("read_battles", {}, ["battles"], [], False, "done"),
+        Job(
+            rule="read_battles",
+            wildcards={},
+            outputs=["battles"],
+            logs=[],
+            needed=False,
+            state="done",
+        ),
         Job(**vars(replace(JOB, wildcards={"fold": "0"})), state="running"),
         Job(**vars(JOB), state="failed", error=error, slurm_job="7", slurm_log="7.log"),
         Job(**vars(JOB), state="waiting"),

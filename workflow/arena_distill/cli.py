@@ -591,6 +591,40 @@ def status(
     raise typer.Exit(int(found.counts["failed"] > 0))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="The configuration as JSON, instead of --configfile.")
+    ] = None,
+) -> None:
+    """Tell what a run will cost: memory, time, GPU-hours, disk; exits with 1 if a job cannot fit.
+
+    All other arguments are those of snakemake: --configfile, --config, --profile, targets.
+    """
+    import json
+    import tempfile
+
+    from arena_distill.artifacts import write_json
+    from arena_distill.planning import forecast, print_forecast
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = context.args
+        if settings:
+            given = Path(folder) / "config.json"
+            given.write_text(settings, encoding="utf-8")
+            arguments = [*arguments, "--configfile", str(given)]
+        found = forecast(arguments)
+    if output:
+        write_json(found.as_json(), output)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print_forecast(found)
+
+
 # --- studies ----------------------------------------------------------------------------------------
 
 

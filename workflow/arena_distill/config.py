@@ -47,6 +47,7 @@ Targets = Literal["out_of_fold", "in_sample"]
 Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4090"]
 
 
 def is_off(value: object) -> bool:
@@ -773,6 +774,50 @@ class Studies(Section):
     """How long the folds train apart before they are averaged."""
 
 
+class PlannedBattles(Section):
+    """Battles per source, where the run has not read them yet. Of sources that it lacks nothing counts."""
+
+    train: PositiveInt = 57477
+    """As many as the competition's."""
+    extra: NonNegativeInt = 33000
+    """As many as the winners had."""
+    ut: NonNegativeInt = 60000
+    """A pair of answers for nearly every prompt of UltraFeedback."""
+    test: PositiveInt = 25000
+    """About as many as the competition's hidden ones."""
+    unlabelled: NonNegativeInt = 50000
+    """A guess."""
+
+
+class Plan(Section):
+    """`arena-distill plan`: the machines, and what is assumed of what is not there. Rebuilds nothing."""
+
+    accelerator: Accelerator = "a100-80g"
+    """The GPU of every job that has one."""
+    nodes: PositiveInt = 1
+    """Machines that work at a time."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs of each."""
+    cores_per_node: PositiveInt = 64
+    """CPU cores of each."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.18
+    """Share of the peak FLOP/s that is reached: 0.18 is what the winners' published durations come to."""
+    price_per_gpu_hour: NonNegativeFloat | None = None
+    """In any currency; null: no price is told."""
+    battles: PlannedBattles = PlannedBattles()
+    """How many."""
+    tokens_per_battle: PositiveFloat = 850.0
+    """Mean of a battle's tokens, prompt and both answers, before it is cut at max_length."""
+    tokens_spread: PositiveFloat = 0.9
+    """Standard deviation of their logarithm: lengths are taken to be log-normal."""
+    one_answer: Annotated[float, Field(gt=0, le=1)] = 0.56
+    """Share of a battle's tokens in its prompt and one answer, which is what a pointwise judge is shown."""
+    disk_gb_per_s: PositiveFloat = 1.0
+    """What a job reads and writes of models."""
+    startup: NonNegativeFloat = 60.0
+    """Seconds of each job before it works: the queue, imports."""
+
+
 class Environments(Section):
     """Python interpreters of the two environments; relative paths start at the checkout."""
 
@@ -810,6 +855,8 @@ class Config(Section):
     """What `snakemake compare` sets side by side."""
     studies: Studies = Studies()
     """Learning curves, and averaging as folds drift apart."""
+    plan: Plan = Plan()
+    """What the run will cost."""
 
     @model_validator(mode="before")
     @classmethod
@@ -898,6 +945,7 @@ class Config(Section):
                 "environments": True,
                 "compare": True,
                 "studies": True,
+                "plan": True,
                 "defaults": how,
                 "judges": judges,
             },

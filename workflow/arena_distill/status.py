@@ -9,14 +9,12 @@ taken, so that a run can be looked at while Snakemake works and after it died.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from base64 import urlsafe_b64decode
 from collections import Counter
@@ -26,6 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from arena_distill.graph import Planned, plain, plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,28 +60,7 @@ _CHATTER = r" Detailed failure reason unavailable|For further error details|\n  
 _RUNS = 50
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A job of the graph, as Snakemake plans it.
-
-    Files are named as the rules name them, relative to the folder Snakemake works in.
-    """
-
-    rule: str
-    wildcards: dict[str, str]
-    outputs: list[str]
-    logs: list[str]
-    needed: bool
-    """Whether Snakemake would run it now."""
-
-    @property
-    def name(self) -> str:
-        """What tells the job from others of its rule: ``llama-teacher fold_1``; may be empty."""
-        parts = self.wildcards.items()
-        return " ".join(f"{key}_{value}" if value.isdigit() else value for key, value in parts)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job(Planned):
     """A job and its state; what `failed` and `interrupted` ones left behind."""
 
@@ -136,7 +115,9 @@ class Status:
         """JSON values: ``folder``, ``at_work``, ``counts`` by state, ``jobs`` with their fields."""
         jobs = [{"name": job.name, **asdict(job)} for job in self.jobs]
         for job in jobs:
-            del job["needed"]  # says of a job that runs what Snakemake will think once it has ended
+            # `needed` says of a job that runs what Snakemake will think once it has ended.
+            for key in ("needed", "after", "threads", "resources"):
+                del job[key]
         counts = {str(state): number for state, number in self.counts.items()}
         return {"folder": str(self.folder), "at_work": self.at_work, "counts": counts, "jobs": jobs}
 
@@ -151,80 +132,6 @@ def read_status(arguments: Sequence[str]) -> Status:
     at_work = snakemake_at_work(folder)
     evidence = Evidence.of(folder, planned)
     return Status(folder, at_work, [evidence.judge(job, at_work) for job in planned])
-
-
-# --- what Snakemake plans ---------------------------------------------------------------------------
-
-
-def plan(arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
-    """Return the folder Snakemake works in for `arguments`, and the graph's jobs in their order.
-
-    Targets without files of their own, as ``all``, are no jobs.
-
-    Raises:
-        InputError: Snakemake refuses; the message is its own.
-    """
-    from arena_distill.errors import InputError
-
-    source = f"from __future__ import annotations\n{inspect.getsource(_print_jobs)}\n_print_jobs()"
-    # A dry run leaves no log behind in .snakemake/log, a summary alone does.
-    command = [sys.executable, "-c", source, "--dry-run", "--detailed-summary", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    found = [line for line in done.stdout.splitlines() if line.startswith('{"arena_distill": ')]
-    if done.returncode or not found:
-        raise InputError(_refusal(done.stdout, done.stderr))
-    graph = json.loads(found[-1])["arena_distill"]
-    return Path(graph["folder"]), [Planned(**job) for job in graph["jobs"]]
-
-
-def _print_jobs() -> None:
-    """Be Snakemake, and print its summary with a line of JSON in place of the table.
-
-    Snakemake's own table names no log of a job that never ended, nor which outputs are one job.
-    This function is run by an interpreter of its own that does not import this package: the
-    Snakefile imports the one that lies beside it.
-    """
-    import json
-    import os
-    import re
-    import sys
-
-    from snakemake import cli
-    from snakemake.dag import DAG
-
-    async def summary(dag: Any, detailed: bool = False) -> Any:
-        rules = {rule.name: number for number, rule in enumerate(dag.workflow.rules)}
-
-        def place(job: Any) -> tuple[int, list[int | str]]:
-            parts = re.split(r"(\d+)", "\n".join(job.output))
-            return rules[job.rule.name], [int(p) if i % 2 else p for i, p in enumerate(parts)]
-
-        jobs = [
-            {
-                "rule": job.rule.name,
-                "wildcards": {key: str(value) for key, value in job.wildcards.items()},
-                "outputs": [str(file) for file in job.output],
-                "logs": [str(file) for file in job.log],
-                "needed": bool(dag.needrun(job)),
-            }
-            for job in sorted((job for job in dag.jobs if job.output), key=place)
-        ]
-        yield json.dumps({"arena_distill": {"folder": os.getcwd(), "jobs": jobs}})
-
-    DAG.summary = summary
-    sys.argv[0] = "snakemake"
-    cli.main()
-
-
-def _refusal(stdout: str, stderr: str) -> str:
-    """What Snakemake said last, without its progress, its insides and the page on how to call it."""
-    lines = [line for line in _plain(f"{stdout}\n{stderr}").split("\n") if line.strip()]
-    if any(line.startswith("usage:") for line in lines):
-        lines = [line for line in lines if not line.startswith(("usage:", " "))]
-    noise = ("Building DAG", "Using profile", "Using workflow specific", "Config file ", '  File "')
-    told = [line.rstrip() for line in lines if not line.startswith(noise)]
-    insides = any(line.startswith("Traceback (most recent call last)") for line in told)
-    return "\n".join(told[-1:] if insides else told[-12:]) or "Snakemake failed without a word"
 
 
 # --- what lies in .snakemake ------------------------------------------------------------------------
@@ -305,7 +212,7 @@ def read_failures(folder: Path) -> dict[tuple[str, str], Failure]:
 
 def parse_failures(text: str) -> Iterator[tuple[tuple[str, str], Failure]]:
     """Yield the failures a log of Snakemake's tells of: rule and outputs joined, what it says."""
-    for found in _FAILURE.finditer(_plain(text)):
+    for found in _FAILURE.finditer(plain(text)):
         fields = dict(re.findall(r"^    ([\w-]+): (.*)$", found["fields"], re.MULTILINE))
         message = re.split(_CHATTER, found["message"])[0]
         yield (
@@ -350,7 +257,7 @@ def parse_squeue(text: str) -> dict[str, State]:
 def slurm_lines(text: str) -> list[str]:
     """Return the lines of a job's Slurm log in which Slurm itself tells of its end."""
     told = re.compile(r"^(?:slurmstepd|slurmd|srun)\S*: (?:error|fatal): .+$", re.MULTILINE)
-    lines = dict.fromkeys(told.findall(_plain(text)))
+    lines = dict.fromkeys(told.findall(plain(text)))
     # That a task ended is known; why, the other lines and the job's own log tell.
     return [line for line in lines if not re.search("Exited with exit|task .*Terminated$", line)]
 
@@ -383,7 +290,7 @@ def error_lines(text: str, most: int = 5) -> list[str]:
     the message of the last traceback, else what the shell says of a command that was killed or not
     found. A keyboard interrupt is no error.
     """
-    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in _plain(text).split("\n")]
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in plain(text).split("\n")]
     for start in ("error: ", "stopped: "):
         if told := [line for line in lines if line.startswith(start)]:
             return list(dict.fromkeys(told))[-most:]
@@ -407,12 +314,6 @@ def _end_of_traceback(lines: Sequence[str], most: int) -> list[str]:
     frames = [i for i, line in enumerate(lines[:end]) if line.startswith('  File "')]
     place = lines[frames[-1] : end][:2] if frames else []
     return [*place, *message]
-
-
-def _plain(text: str) -> str:
-    """Text without colours, and of progress bars only what they ended with."""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    return re.sub(r"^[^\n]*\r(?=[^\r\n])", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)
 
 
 # --- the verdict ------------------------------------------------------------------------------------
@@ -473,7 +374,7 @@ class Evidence:
             said = [line for line in said if "'FAILED'" not in line]
         if said + own + slurm:
             return "failed", said + slurm + own
-        return "failed", [line for line in _plain(self._tail(log)).split("\n") if line.strip()][-5:]
+        return "failed", [line for line in plain(self._tail(log)).split("\n") if line.strip()][-5:]
 
     def _marker(self, job: Planned) -> Marker | None:
         found = [self.markers[output] for output in job.outputs if output in self.markers]

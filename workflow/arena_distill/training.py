@@ -50,7 +50,7 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.backbones import HEADS, check_length, load_classifier
-from arena_distill.batching import pad
+from arena_distill.batching import micro_batch_size, pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
 from arena_distill.config import (
@@ -589,9 +589,8 @@ def _arguments(
             f"config: batch_size {optimization.batch_size} cannot be shared by {devices} devices; "
             "make it a multiple"
         )
-    # The largest micro batch within the bound whose multiples make the batch.
     share = optimization.batch_size // devices
-    micro = max(n for n in range(1, min(launch.micro_batch_size, share) + 1) if share % n == 0)
+    micro = micro_batch_size(share, launch.micro_batch_size)
     arguments.per_device_train_batch_size = micro
     arguments.gradient_accumulation_steps = share // micro
     return arguments

@@ -1,0 +1,163 @@
+"""The jobs of a run, as Snakemake itself plans them for a command line: nothing is started or changed.
+
+Whoever looks at a run (``status``) or ahead of it (``planning``) asks Snakemake, in a process of its own,
+with the arguments that a person would give `snakemake`: the same Snakefile, profile and configuration,
+and so the same jobs, threads and resources.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arena_distill.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A job of the graph.
+
+    Files are named as the rules name them, relative to the folder Snakemake works in.
+    """
+
+    rule: str
+    wildcards: dict[str, str]
+    outputs: list[str]
+    logs: list[str]
+    needed: bool
+    """Whether Snakemake would run it now."""
+    after: list[int] = field(default_factory=list)
+    """The jobs whose outputs it reads, by their place among all."""
+    threads: int = 1
+    resources: dict[str, int | str] = field(default_factory=dict)
+    """What its rule asks for, at the first attempt."""
+
+    @property
+    def name(self) -> str:
+        """What tells the job from others of its rule: ``llama-teacher fold_1``; may be empty."""
+        parts = self.wildcards.items()
+        return " ".join(f"{key}_{value}" if value.isdigit() else value for key, value in parts)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The jobs in the order of their rules, and what they were planned from.
+
+    folder: where Snakemake works.
+    config: the configuration as it was read, all files and `--config` laid over each other.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    jobs: list[Planned]
+
+
+def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Graph:
+    """Return the graph that `arguments`, those of a `snakemake` command, ask for.
+
+    Targets without files of their own, as ``all``, are no jobs.
+
+    Args:
+        without_inputs: files that no job makes may be missing: their readers are planned all the same.
+
+    Raises:
+        InputError: Snakemake refuses; the message is its own.
+    """
+    source = inspect.getsource(_print_graph)
+    source = f"from __future__ import annotations\n{source}\n_print_graph({without_inputs})"
+    # A dry run leaves no log behind in .snakemake/log, a summary alone does.
+    command = [sys.executable, "-c", source, "--dry-run", "--detailed-summary", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"arena_distill": ')]
+    if done.returncode or not found:
+        raise InputError(_refusal(done.stdout, done.stderr))
+    graph = json.loads(found[-1])["arena_distill"]
+    jobs = [Planned(**job) for job in graph["jobs"]]
+    return Graph(Path(graph["folder"]), graph["config"], jobs)
+
+
+def plan(arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
+    """Return the folder Snakemake works in for `arguments`, and the graph's jobs in their order.
+
+    Raises:
+        InputError: Snakemake refuses; the message is its own.
+    """
+    graph = read_graph(arguments)
+    return graph.folder, graph.jobs
+
+
+def _print_graph(without_inputs: bool) -> None:
+    """Be Snakemake, and print its summary with a line of JSON in place of the table.
+
+    Snakemake's own table names no log of a job that never ended, nor which outputs are one job.
+    This function is run by an interpreter of its own that does not import this package: the
+    Snakefile imports the one that lies beside it.
+    """
+    import json
+    import os
+    import re
+    import sys
+
+    from snakemake import cli
+    from snakemake.dag import DAG
+    from snakemake.workflow import Workflow
+
+    async def summary(dag: Any, detailed: bool = False) -> Any:
+        rules = {rule.name: number for number, rule in enumerate(dag.workflow.rules)}
+
+        def place(job: Any) -> tuple[int, list[int | str]]:
+            parts = re.split(r"(\d+)", "\n".join(job.output))
+            return rules[job.rule.name], [int(p) if i % 2 else p for i, p in enumerate(parts)]
+
+        jobs = sorted((job for job in dag.jobs if job.output), key=place)
+        number = {job: i for i, job in enumerate(jobs)}
+        shown = [
+            {
+                "rule": job.rule.name,
+                "wildcards": {key: str(value) for key, value in job.wildcards.items()},
+                "outputs": [str(file) for file in job.output],
+                "logs": [str(file) for file in job.log],
+                "needed": bool(dag.needrun(job)),
+                "after": sorted(number[other] for other in dag.dependencies[job] if other.output),
+                "threads": job.threads,
+                "resources": {
+                    key: value
+                    for key, value in job.resources.items()
+                    if isinstance(value, (int, str)) and key not in ("_cores", "_nodes", "tmpdir")
+                },
+            }
+            for job in jobs
+        ]
+        graph = {"folder": os.getcwd(), "config": dag.workflow.globals["config"], "jobs": shown}
+        yield json.dumps({"arena_distill": graph})
+
+    DAG.summary = summary
+    if without_inputs:
+        # Only the main process insists that a file is there which no job makes.
+        Workflow.is_main_process = property(lambda workflow: False)
+    sys.argv[0] = "snakemake"
+    cli.main()
+
+
+def _refusal(stdout: str, stderr: str) -> str:
+    """What Snakemake said last, without its progress, its insides and the page on how to call it."""
+    lines = [line for line in plain(f"{stdout}\n{stderr}").split("\n") if line.strip()]
+    if any(line.startswith("usage:") for line in lines):
+        lines = [line for line in lines if not line.startswith(("usage:", " "))]
+    noise = ("Building DAG", "Using profile", "Using workflow specific", "Config file ", '  File "')
+    told = [line.rstrip() for line in lines if not line.startswith(noise)]
+    insides = any(line.startswith("Traceback (most recent call last)") for line in told)
+    return "\n".join(told[-1:] if insides else told[-12:]) or "Snakemake failed without a word"
+
+
+def plain(text: str) -> str:
+    """Text without colours, and of progress bars only what they ended with."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return re.sub(r"^[^\n]*\r(?=[^\r\n])", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)
