@@ -251,7 +251,12 @@ def _hold_whole_head(model: PreTrainedModel) -> None:
 
 
 def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> None:
-    """Draw what the folder lacks of the head, as the families' `_init_weights` do.
+    """Draw what the folder lacks of the head, so that a fresh judge is nearly indifferent.
+
+    As the families' `_init_weights` do, but for the last layer, which is smaller by the square root of
+    its inputs: their start would give logits of a size of 1 and more (SmolLM2: 1.7), which are noise
+    that the first hundreds of battles are spent on forgetting. (The readout layer of Yang et al. 2022,
+    Tensor Programs V, arXiv:2203.03466, table 8, has the same scale for any width.)
 
     From a generator of its own: in what order the model's modules draw theirs depends on how they
     are spread over processes.
@@ -265,7 +270,9 @@ def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> 
             with torch.no_grad():
                 start = torch.zeros(weight.shape)
                 if weight.ndim > 1:
-                    start.normal_(std=std, generator=dice)
+                    outputs, inputs = weight.shape
+                    last = outputs == model.config.num_labels
+                    start.normal_(std=std / inputs**0.5 if last else std, generator=dice)
                 weight.copy_(start)
 
 
