@@ -39,16 +39,15 @@ from arena_distill.costs import (
     GIB,
     NF4_BYTES,
     USABLE,
-    Battles,
     Cost,
     Costs,
-    assumed_sequence,
 )
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned
 from arena_distill.planning import critical_path, simulate
 from arena_distill.sizes import alive, measure, read_config, step_bytes
 from arena_distill.training import new_judge
+from arena_distill.workload import Battles, assumed_sequence
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_against_reality import KERNELS

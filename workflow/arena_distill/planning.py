@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from arena_distill import config as configuration
 from arena_distill.config import Config, Judge, Plan
-from arena_distill.costs import DEVICES, GIB, USABLE, Battles, Cost, Costs, Device
+from arena_distill.costs import DEVICES, GIB, USABLE, Cost, Costs, Device
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned, read_graph
 from arena_distill.studies import Family, derive
+from arena_distill.workload import Battles
 
 if TYPE_CHECKING:
     from rich.console import Console
