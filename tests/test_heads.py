@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, battles_table
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from arena_distill.artifacts import read_json, read_logits, read_parquet
+from arena_distill.artifacts import read_json, read_logits, read_parquet, write_parquet
 from arena_distill.backbones import load_classifier
 from arena_distill.config import Encoding, Head, Lora, Loss, Pretraining, Training
 from arena_distill.distillation import VOTES, losses
-from arena_distill.encoding import encode, read_tokens
+from arena_distill.encoding import encode, read_tokens, tokenize_battles
 from arena_distill.folds import training_rows
 from arena_distill.heads import battle_logits, encode_views, verdicts, views
 from arena_distill.keys import key, locate
@@ -256,14 +256,22 @@ def test_pretrained_trained_scored_merged_asked(
 
     card = (tmp_path / "m" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    battles = read_parquet(run.battles).to_pylist()
-    row = next(i for i, b in enumerate(battles) if len(b["prompt"]) == 1)
-    names: dict[str, Any] = {"folder": str(tmp_path / "m"), "prompt": battles[row]["prompt"][0]}
-    names |= {f"answer_{x}": battles[row][f"response_{x}"][0] for x in "ab"}
-    exec(code, names)
-    with torch.inference_mode():
-        expected = torch.from_numpy(one[row, 1, 0]).softmax(-1)
-    np.testing.assert_allclose(names["probabilities"].detach(), expected, atol=1e-4)
+    # Next to an empty answer literals touch: they must not melt into one token.
+    asked = battles_table([
+        {"prompt": "what is one ?", "response_a": " two ", "response_b": "one and two"},
+        {"prompt": "what", "response_a": "", "response_b": "\n"},
+        {"prompt": "[PROMPT]", "response_a": "[RES", "response_b": ""},
+    ])  # fmt: skip
+    write_parquet(asked, tmp_path / "asked.parquet", {"phase": "battles"})
+    tokenize_battles(tmp_path / "asked.parquet", tmp_path / "m", tmp_path / "t.parquet", version=1)
+    tokens = read_tokens(tmp_path / "t.parquet")
+    known = score_variants(tokens, settings, lambda s: score(merged, s, batch_tokens=900))[0]
+    for battle, logits in zip(asked.to_pylist(), known[:, 1, 0], strict=True):
+        names: dict[str, Any] = {"folder": str(tmp_path / "m"), "prompt": battle["prompt"][0]}
+        names |= {f"answer_{x}": battle[f"response_{x}"][0] for x in "ab"}
+        exec(code, names)
+        expected = torch.from_numpy(logits).softmax(-1)
+        np.testing.assert_allclose(names["probabilities"].detach(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -314,10 +314,11 @@ def _card(
     literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
     fields = ("prompt", "answer_a", "answer_b", "") if joint else ("prompt", "answer", "")
     sizes = bool(settings.get("sizes"))
-    shown = [f"sized({f})" if sizes and f.startswith("answer") else f for f in fields]
-    parts = zip(map(repr, literals), shown, strict=True)
-    layout = " + ".join(part for pair in parts for part in pair if part not in ("", "''"))
-    sized = _SIZED.format(size=SIZE.format("{size}")) if sizes else ""
+    pieces = []
+    for literal, name in zip(literals, fields, strict=True):
+        stated = [f"size({name})"] if sizes and name.startswith("answer") else []
+        pieces += [piece for piece in (repr(literal), name, *stated) if piece not in ("", "''")]
+    size = _SIZE.format(size=SIZE.format("{count}")) if sizes else ""
     frame = (
         (tokenizer.bos_token_id, tokenizer.cls_token_id),
         (tokenizer.eos_token_id, tokenizer.sep_token_id),
@@ -339,7 +340,7 @@ tags: [preference-judge, arena-distill]
 - Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
 - Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["head"]]}.
 - Weights: {about["dtype"]}.
-- Prompt layout `{template}`: {layout}
+- Prompt layout `{template}`: {" + ".join(pieces)}
 - Written by Arena Distill; `merge.json` holds settings, versions, and how far the two ways of
   averaging are apart.
 
@@ -349,11 +350,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
-{sized}
+
+def ids(text):  # text is data: a special token spelled out in it means nothing
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+{size}
 def ask({", ".join(fields[:-1])}):
-    text = {layout}
-    # Text is data: a special token spelled out in it means nothing.
-    tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    pieces = [{", ".join(pieces)}]
+    tokens = [i for piece in pieces for i in ids(piece)]  # each for itself, as in training
     return model(torch.tensor([[{ids}]])).logits[0]
 
 {_ASK_JOINT if joint else _ASK_POINTWISE[outputs.ties]}
@@ -364,10 +367,10 @@ Pad on the right, with the tokenizer's pad token and an attention mask.\
 """
 
 
-_SIZED = """
-def sized(answer):  # tokens of the whole answer, also where it has to be cut
-    size = len(tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids)
-    return answer + f"{size}"
+_SIZE = """
+def size(answer):  # of the whole answer, also where it has to be cut
+    count = len(ids(answer))
+    return f"{size}"
 """
 
 _JOINT = f"""\
