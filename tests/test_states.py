@@ -180,8 +180,9 @@ def test_stored_features_are_what_the_head_reads(any_run: Run, head: Any, tmp_pa
     judge = load_adapter(base, adapter)
     with torch.inference_mode():
         outputs = last_layer(judge)(torch.from_numpy(features).float()).numpy()
-    np.testing.assert_allclose(verdicts(outputs, Head(kind=head)), logits, atol=0.02)
-    assert np.ptp(logits, axis=0).max() > 0.5
+    spread = np.ptp(logits, axis=0).max()
+    assert spread > 0.05
+    np.testing.assert_allclose(verdicts(outputs, Head(kind=head)), logits, atol=0.03 * spread)
 
 
 def test_stored_attention_ends_with_its_sequence(run: Run, tmp_path: Path) -> None:
