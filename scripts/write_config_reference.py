@@ -40,7 +40,8 @@ editor) are written by `scripts/write_config_reference.py` from the model in
 |---|---|
 | `config.yaml` | the synthetic arena and three tiny models: minutes on two cores |
 | `real-tokenizers.yaml` | your battles through the real tokenizers of Llama-3, Qwen2.5 and Gemma-2 |
-| `smol.yaml` | your battles and real pretrained weights, SmolLM2 cut to its first layers |
+| `smol.yaml` | your battles and real pretrained weights: first layers of SmolLM2 and Gemma 3 |
+| `lmsys.yaml` | full scale: Llama-3-70B and Qwen2-72B teach Gemma-2-9B, on nodes of 8 A100 |
 | `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
 | `recipes/blackpearl.yaml` | what the winners' published code does |
 | `recipes/best.yaml` | ours: every choice measured |
@@ -56,7 +57,7 @@ Each is a key of its own: any mix runs.
 | axis | key | choices, and where they are from |
 |---|---|---|
 | folds | `folds.method` | `kfold` (the summary), `stratified` (the winners), `stratified_group`: by prompt; `near_duplicates`: by MinHash (Broder 1997) |
-| text | `encoding.template`, `.truncation` | `winners`: their code; `markers`, `rounds`: the summary |
+| text | `encoding.template`, `.truncation`, `.sizes` | `winners`: their code; `markers`, `rounds`: the summary; `sizes`: ours, what is cut off cannot be seen |
 | head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967) |
 | targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary |
 | teachers | `loss.combine`, `loss.weights` | `mean_logits`: the summary; `separate`: the winners; `mean_probabilities`: a linear pool; `fitted`: stacking on the simplex (Breiman 1996); `confidence`: Zhang et al. 2022, arXiv:2201.00007 |
