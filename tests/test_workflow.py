@@ -18,6 +18,8 @@ import pytest
 import yaml
 from checkouts import GPTQ, ROOT, Checkout
 
+from arena_distill.phases import VERSIONS
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.gptq,
@@ -179,10 +181,15 @@ def test_docstrings_and_the_look_of_rules_rebuild_nothing(checkout: Checkout) ->
 
 
 def test_a_raised_version_rebuilds_that_phase_and_what_follows(checkout: Checkout) -> None:
-    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 3', '"distillation": 4')
+    def edit(phase: str, before: int, after: int) -> None:
+        path = "workflow/arena_distill/phases.py"
+        checkout.edit(path, f'"{phase}": {before}', f'"{phase}": {after}')
+
+    distillation, submission = VERSIONS["distillation"], VERSIONS["submission"]
+    edit("distillation", distillation, distillation + 1)
     assert checkout.would_run() == {**STUDENT, "predict_logits": 2}
-    checkout.edit("workflow/arena_distill/phases.py", '"submission": 1', '"submission": 2')
-    checkout.edit("workflow/arena_distill/phases.py", '"distillation": 4', '"distillation": 3')
+    edit("submission", submission, submission + 1)
+    edit("distillation", distillation + 1, distillation)
     assert checkout.would_run() == {"write_submission": 1}
 
 
