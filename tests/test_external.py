@@ -562,6 +562,8 @@ def job(folder: Path, server: ChatServer, **traffic: Any) -> subprocess.Popen[st
         [*command, *(part for option in options.items() for part in option)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")},
+        # Whoever runs the tests in the background of a script has it switched off.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
