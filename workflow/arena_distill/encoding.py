@@ -13,7 +13,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -210,8 +210,9 @@ def tokenize(
         cap = _word_cap(tokenizer, texts, rows, starts, WORD_CAPS[name])
         columns[f"{name}_cap"] = pa.array(np.minimum(cap, tokens.lengths).astype(np.int32))
         if name != "prompt":
-            sizes = [SIZE.format(n) for n in tokens.lengths.tolist()]
-            columns[f"{name}_size"] = _list_array(_tokenize_texts(tokenizer, sizes))
+            counts, which = np.unique(tokens.lengths, return_inverse=True)
+            sizes = _tokenize_texts(tokenizer, [SIZE.format(n) for n in counts.tolist()])
+            columns[f"{name}_size"] = _list_array(sizes.take(which))
     _forbid_special(columns, vocabulary, tokenizer)
     return pa.table(columns), vocabulary
 
@@ -429,8 +430,8 @@ def encode(
     """
     lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
     frame = _frame(tokens.vocabulary, encoding, view)
-    fields = [tokens.fields[name] for name in SHOWN[view]]
-    framing = _framing(frame, fields, encoding)
+    fields = _shown(tokens.fields, encoding, view)
+    framing = _framing(frame, fields)
     shortest, most = lengths.min(initial=np.iinfo(np.int64).max), framing.max(initial=0)
     if shortest < most + ROOM:
         raise InputError(
@@ -441,7 +442,7 @@ def encode(
         longest = int(lengths.max(initial=shortest))
         lengths = np.minimum(lengths, waterline(tokens, encoding, view, longest))
     budget = np.broadcast_to(lengths, len(tokens)) - framing
-    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget), encoding.sizes)
+    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))
 
 
 def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
@@ -472,8 +473,8 @@ def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -
     truncate = TRUNCATIONS[encoding.truncation]
     # Both orders are equally long: one will do. Answers shown alone are not: their mean.
     views: tuple[View, ...] = ("AB",) if len(SHOWN[view]) > 2 else ("A", "B")
-    shown = [[training[name] for name in SHOWN[v]] for v in views]
-    framings = [_framing(frame, fields, encoding) for fields in shown]
+    shown = [_shown(training, encoding, v) for v in views]
+    framings = [_framing(frame, fields) for fields in shown]
     most = max(int(framing.max()) for framing in framings)
     rows = len(training["prompt"].cap)
 
@@ -495,11 +496,15 @@ def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -
     return lengths[found - 1]
 
 
-def _framing(
-    frame: tuple[tuple[int, ...], ...], fields: list[Field], encoding: Encoding
-) -> np.ndarray:
+def _shown(fields: Mapping[str, Field], encoding: Encoding, view: View) -> list[Field]:
+    """The fields of a view, without their sizes where these are not stated."""
+    shown = [fields[name] for name in SHOWN[view]]
+    return shown if encoding.sizes else [replace(field, size=None) for field in shown]
+
+
+def _framing(frame: tuple[tuple[int, ...], ...], fields: list[Field]) -> np.ndarray:
     """Tokens of each row's sequence that are not of the battle: int64 (rows,)."""
-    sizes = [field.size.lengths for field in fields if encoding.sizes and field.size is not None]
+    sizes = [field.size.lengths for field in fields if field.size is not None]
     return np.full(len(fields[0].cap), sum(map(len, frame))) + sum(sizes)
 
 
@@ -592,7 +597,6 @@ def _fill(
     fields: list[Field],
     starts: np.ndarray,
     lengths: np.ndarray,
-    sizes: bool,
 ) -> Sequences:
     """Set the kept stretches between the template's literals, for all rows in one gather."""
     rows = len(starts)
@@ -605,7 +609,7 @@ def _fill(
     for i, field in enumerate(fields):
         literal(frame[i])
         pools.append((field.tokens.ids, field.tokens.offsets[:-1] + starts[:, i], lengths[:, i]))
-        if sizes and field.size is not None:
+        if field.size is not None:
             pools.append((field.size.ids, field.size.offsets[:-1], field.size.lengths))
     literal(frame[-1])
     base = _offsets(np.array([len(ids) for ids, _, _ in pools]))
