@@ -281,13 +281,19 @@ def _notes(jobs: Sequence[Estimate]) -> Iterator[str]:
 # --- when? ------------------------------------------------------------------------------------------
 
 
+def _following(jobs: Sequence[Planned]) -> list[list[int]]:
+    """Of each job those that read its outputs."""
+    following: list[list[int]] = [[] for _ in jobs]
+    for i, job in enumerate(jobs):
+        for before in job.after:
+            following[before].append(i)
+    return following
+
+
 def _to_the_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
     """Seconds from each job's start to the end of the longest chain that it begins."""
     longest = [0.0] * len(jobs)
-    waiting = [0] * len(jobs)  # jobs that read its outputs and have not been looked at
-    for job in jobs:
-        for before in job.after:
-            waiting[before] += 1
+    waiting = list(map(len, _following(jobs)))  # those that have not been looked at
     ready = [i for i, count in enumerate(waiting) if not count]
     while ready:
         i = ready.pop()
@@ -302,11 +308,7 @@ def _to_the_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
 
 def critical_path(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[int]:
     """The jobs of the longest chain, in their order: no number of machines is faster."""
-    longest = _to_the_end(jobs, costs)
-    following: list[list[int]] = [[] for _ in jobs]
-    for i, job in enumerate(jobs):
-        for before in job.after:
-            following[before].append(i)
+    longest, following = _to_the_end(jobs, costs), _following(jobs)
     chain: list[int] = []
     candidates = [i for i, job in enumerate(jobs) if not job.after]
     while candidates:
@@ -321,14 +323,10 @@ def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list
     A job runs on one node, where it holds its GPUs and cores. (R. L. Graham 1969, Bounds on
     multiprocessing timing anomalies, SIAM J. Appl. Math. 17(2).)
     """
-    longest = _to_the_end(jobs, costs)
+    longest, following = _to_the_end(jobs, costs), _following(jobs)
     gpus, cores = [plan.gpus_per_node] * plan.nodes, [plan.cores_per_node] * plan.nodes
     start = [0.0] * len(jobs)
     left = [len(job.after) for job in jobs]
-    following: list[list[int]] = [[] for _ in jobs]
-    for i, job in enumerate(jobs):
-        for before in job.after:
-            following[before].append(i)
     ready = [(-longest[i], i) for i, count in enumerate(left) if not count]
     running: list[tuple[float, int, int]] = []
     now = 0.0
