@@ -330,6 +330,13 @@ def _download(backbone: Backbone, folder: Path) -> str:
     return download(backbone.hub, backbone.revision, folder, patterns=patterns, advice=advice)
 
 
+def keep_layers(config: PretrainedConfig, layers: int) -> None:
+    """Let a model's configuration have its first layers alone (or more of the same kinds)."""
+    config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = (kinds * layers)[:layers]
+
+
 def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
     """Convert from GGUF, cut to the first layers, fit another tokenizer: load, change, save."""
     import torch
@@ -348,9 +355,7 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
                 f"config: backbone.layers: {backbone.layers}, but {source} has only "
                 f"{config.num_hidden_layers}"
             )
-        config.num_hidden_layers = backbone.layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: backbone.layers]
+        keep_layers(config, backbone.layers)
     dtype = torch.float32 if backbone.gguf else "auto"
     model = AutoModel.from_pretrained(**where, config=config, dtype=dtype, local_files_only=True)
     if backbone.gguf:  # the weights are plain tensors now, whatever the file packed them as

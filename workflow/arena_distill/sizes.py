@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arena_distill.backbones import HEADS, TINY
+from arena_distill.backbones import HEADS, TINY, keep_layers
 from arena_distill.config import Backbone, Head, Lora, Precision
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS
@@ -173,14 +173,8 @@ def _rebuilt(config: Any, backbone: Backbone) -> Any:
         from arena_distill.backbones import load_tokenizer
 
         config.vocab_size = len(load_tokenizer(Path(backbone.tokenizer)))
-    return _first_layers(config, backbone.layers) if backbone.layers else config
-
-
-def _first_layers(config: Any, layers: int) -> Any:
-    config = type(config).from_dict(config.to_dict())
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = (config.layer_types * layers)[:layers]
+    if backbone.layers:
+        keep_layers(config, backbone.layers)
     return config
 
 
@@ -342,7 +336,8 @@ def _traced(
 ) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = _first_layers(_parse(described), layers)
+    config = _parse(described)
+    keep_layers(config, layers)
     dtype = torch.bfloat16 if half else torch.float32
     judge = _judge_on_meta(config, head, lora, dtype, "eager" if eager else None)
     with FakeTensorMode():
