@@ -44,31 +44,19 @@ rule prepare_backbone:
     message:
         "Preparing backbone {wildcards.backbone}"
     shell:
-        "arena prepare-backbone --output {output} --version {params.version}"
+        "arena prepare-backbone {input} --output {output} --version {params.version}"
         " --settings {params.settings:q} > {log} 2>&1"
 
 
-rule cut_download:
+use rule prepare_backbone as cut_download with:
     input:
-        source=download_of,
-    output:
-        directory(f"{R}/backbones/{{backbone}}"),
+        download_of,
     log:
         f"{R}/logs/cut_download/{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/cut_download/{{backbone}}.tsv"
     wildcard_constraints:
         backbone=one_of(PARTS),
-    conda:
-        "../envs/arena.yaml"
-    params:
-        version=VERSIONS["backbone"],
-        settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
-    message:
-        "Preparing backbone {wildcards.backbone}"
-    shell:
-        "arena prepare-backbone --output {output} --version {params.version}"
-        " --settings {params.settings:q} --source {input.source} > {log} 2>&1"
 
 
 rule tokenize_battles:

@@ -141,7 +141,9 @@ def prepare_backbone(
     output: Output,
     settings: Settings,
     version: Version,
-    source: Annotated[Path | None, typer.Option(help="What was downloaded from the hub.")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(help="The whole model, where it was downloaded from the hub.")
+    ] = None,
 ) -> None:
     """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
     from arena_distill.backbones import prepare_backbone
