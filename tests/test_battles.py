@@ -414,7 +414,7 @@ def test_pickle_named_parquet_is_refused(tmp_path: Path) -> None:
         ("t.csv", b"id,prompt,response_a,response_b,label\n1,q\xff,a,b,0\n", "UTF-8 at byte 41"),
         ("t.csv", b'id,prompt,response_a,response_b,label\n1,q,a,b,"0\n2,q,a', "inside a quoted"),
         ("t.csv", b"id,prompt,response_a,response_b,label\n1,q,a,b,3\n", "no usable train battle"),
-        ("t.csv.gz", gzip.compress(b"id,prompt" * 99)[:30], "t.csv.gz: cannot be read"),
+        ("t.csv.gz", gzip.compress(b"id,prompt" * 99, mtime=0)[:30], "t.csv.gz: cannot be read"),
         ("t.csv.gz", b"id,prompt", "t.csv.gz: cannot be read"),
         ("t.jsonl", b"", "t.jsonl: holds no battle"),
         ("t.jsonl", b"id,prompt\n1,2\n", "t.jsonl, row 1: not a battle: .* JSON-lines file"),
