@@ -1,4 +1,7 @@
-"""A run that is killed again and again, at any moment, ends with the files of one that was not."""
+"""A run that is killed again and again, at any moment, ends with the files of one that was not.
+
+And so the same seed gives the same files: the two runs share nothing else.
+"""
 
 from __future__ import annotations
 
