@@ -22,7 +22,7 @@ from arena_distill.backbones import (
     load_tokenizer,
     prepare_backbone,
 )
-from arena_distill.config import Backbone
+from arena_distill.config import Backbone, Head
 from arena_distill.encoding import safe_pad_id
 from arena_distill.errors import InputError
 
@@ -295,3 +295,28 @@ def test_sequences_beyond_the_models_positions_are_refused() -> None:
     check_length(model, 512)
     with pytest.raises(InputError, match="bert: sequences of 513 tokens.*512.*max_length"):
         check_length(model, 513)
+
+
+# --- pooling ------------------------------------------------------------------------------------------
+
+
+def test_the_mean_is_over_the_sequences_own_tokens(family: str, backbones: Folders) -> None:
+    """A head that reads the mean says the mean of what it says of each token, padding aside."""
+    folder = backbones(family)
+    mean, last = (
+        load_classifier(folder, head=Head(kind="joint", pooling=pooling), pad_token_id=3).eval()
+        for pooling in ("mean", "last")
+    )
+    ids = torch.tensor([[10, 11, 12, 13, 14], [15, 16, 3, 3, 3]])
+    with torch.inference_mode():
+        said = mean(input_ids=ids, attention_mask=(ids != 3).long()).logits
+        for row, tokens in zip(said, (ids[0], ids[1, :2]), strict=True):
+            states = last.base_model(tokens[None]).last_hidden_state
+            torch.testing.assert_close(row, last.score(states)[0].mean(0), atol=1e-5, rtol=1e-4)
+            alone = mean(input_ids=tokens[None]).logits[0]  # no mask: all of it
+            torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_pools_in_its_own_way(backbones: Folders) -> None:
+    with pytest.raises(InputError, match=r"head\.pooling: mean is for decoders; a bert"):
+        load_classifier(backbones("bert"), head=Head(kind="joint", pooling="mean"))

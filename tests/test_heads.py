@@ -37,6 +37,7 @@ from arena_distill.training import Launch, load_adapter, pretrain_adapter, show,
 
 JOINT = Head(kind="joint")
 DAVIDSON = Head(kind="pointwise")
+MEAN = Head(kind="pointwise", pooling="mean")
 RAO_KUPPER = Head(kind="pointwise", ties="rao_kupper")
 ENCODING = Encoding(max_length=96, sizes=True)
 LORA = Lora(r=4, alpha=8)
@@ -212,13 +213,14 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
     assert float(each.mean()) == pytest.approx(reported, rel=1e-4)
 
 
+@pytest.mark.parametrize("head", [DAVIDSON, MEAN], ids=["last", "mean"])
 def test_pretrained_trained_scored_merged_asked(
-    family: str, make_run: Callable[..., Run], tmp_path: Path
+    head: Head, family: str, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     """Each phase passes a pointwise judge on, and the card's code gives the same probabilities."""
     run = make_run(family)
     pretraining = PretrainingSettings(
-        version=1, encoding=ENCODING, head=DAVIDSON, lora=LORA, precision="fp32",
+        version=1, encoding=ENCODING, head=head, lora=LORA, precision="fp32",
         pretraining=Pretraining(lr=1e-3, epochs=1, batch_size=8, warmup_steps=1),
     )  # fmt: skip
     start = tmp_path / "pretrained"
@@ -226,26 +228,26 @@ def test_pretrained_trained_scored_merged_asked(
         run.backbone, run.tokens, run.battles, start, settings=pretraining,
         launch=Launch(micro_batch_size=4),
     )  # fmt: skip
-    adapter = trained(run, DAVIDSON, tmp_path / "fold_0", pretrained=start)
+    adapter = trained(run, head, tmp_path / "fold_0", pretrained=start)
     assert read_json(adapter / "metrics.json")["sequences"] % 2 == 0
-    logits = scored(run, DAVIDSON, adapter, tmp_path / "fold_0.npy")
+    logits = scored(run, head, adapter, tmp_path / "fold_0.npy")
     np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
     assert np.isfinite(logits).all()
 
     merge_folds(
-        run.backbone, [adapter], tmp_path / "m", outputs=DAVIDSON, average="factors",
+        run.backbone, [adapter], tmp_path / "m", outputs=head, average="factors",
         head="average", dtype="fp32", settings={"judge": "j", **ENCODING.model_dump()},
     )  # fmt: skip
     tokens = read_tokens(run.tokens)
     settings = ScoringSettings(
-        version=1, encoding=ENCODING, head=DAVIDSON, precision="fp32", max_lengths=(96, 1500),
+        version=1, encoding=ENCODING, head=head, precision="fp32", max_lengths=(96, 1500),
         orders=("AB", "BA"),
     )  # fmt: skip
     from arena_distill.logits import score
 
-    merged = load_classifier(tmp_path / "m", head=DAVIDSON, pad_token_id=tokens.vocabulary.pad)
+    merged = load_classifier(tmp_path / "m", head=head, pad_token_id=tokens.vocabulary.pad)
     unmerged = load_adapter(
-        load_classifier(run.backbone, head=DAVIDSON, pad_token_id=tokens.vocabulary.pad), adapter
+        load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad), adapter
     )
     one, other = (
         score_variants(tokens, settings, lambda s, m=m: score(m, s, batch_tokens=900))[0]

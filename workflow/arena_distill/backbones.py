@@ -116,6 +116,8 @@ def load_classifier(
     if precision == "nf4":
         _keep_as_packed(model)
     _start_head(model, loaded["missing_keys"], head_seed)
+    if head.pooling == "mean":
+        pool_mean(model)
     if hasattr(model.config, "use_cache"):
         # Nothing is generated: keys and values would only fill memory.
         model.config.use_cache = False
@@ -274,6 +276,34 @@ def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> 
                     last = outputs == model.config.num_labels
                     start.normal_(std=std / inputs**0.5 if last else std, generator=dice)
                 weight.copy_(start)
+
+
+def pool_mean(model: PreTrainedModel) -> None:
+    """Have a decoder's head read the mean of the hidden states over a sequence's tokens.
+
+    Each token is given that mean, so the last one has it too, which is what the classifier reads.
+    transformers knows nothing of it: the configuration says `pooling: mean`, for whoever loads the model.
+
+    Raises:
+        InputError: the head reads something else than a token's hidden state.
+    """
+    if not hasattr(model, "score"):
+        raise InputError(
+            f"{model.config.name_or_path}: config: head.pooling: mean is for decoders; a "
+            f"{model.config.model_type} has a pooling of its own: set it to last"
+        )
+
+    def pool(_: Any, args: Any, given: dict[str, Any], outputs: Any) -> Any:
+        states = outputs.last_hidden_state
+        mask = given.get("attention_mask")
+        present = states.new_ones(states.shape[:2]) if mask is None else mask.to(states)
+        weights = (present / present.sum(1, keepdim=True)).unsqueeze(-1).float()
+        mean = (states.float() * weights).sum(1, keepdim=True).to(states.dtype)
+        outputs.last_hidden_state = mean.expand_as(states)
+        return outputs
+
+    model.base_model.register_forward_hook(pool, with_kwargs=True)
+    model.config.pooling = "mean"
 
 
 def check_length(model: Any, longest: int) -> None:

@@ -404,6 +404,8 @@ class Head(Section):
     """`joint`: both answers in one sequence, three logits; `pointwise`: one answer, its strength."""
     ties: Literal["davidson", "rao_kupper"] = "davidson"
     """How a pointwise judge's two strengths and its tie parameter become three logits."""
+    pooling: Literal["last", "mean"] = "last"
+    """The head reads the last token's hidden state, or (decoders) the mean over the sequence's tokens."""
 
 
 JOINT = Head(kind="joint")
@@ -467,6 +469,8 @@ class Training(Optimization):
     """Passes over the battles (in both orders, with `swap`)."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learn from this share of the fold's battles: a random part, nested in that of larger shares."""
+    fit_head: bool = False
+    """Fit the head to the frozen backbone first, then train all: little data goes further (``probing``)."""
     own_start: bool = False
     """Each fold draws a start of its own for head and LoRA: then only their products can be averaged."""
 

@@ -357,7 +357,7 @@ def ids(text):  # text is data: a special token spelled out in it means nothing
 def ask({", ".join(fields[:-1])}):
     pieces = [{", ".join(pieces)}]
     tokens = [i for piece in pieces for i in ids(piece)]  # each for itself, as in training
-    return model(torch.tensor([[{ids}]])).logits[0]
+    {_READ[outputs.pooling].format(ids=ids)}
 
 {_ASK_JOINT if joint else _ASK_POINTWISE[outputs.ties]}
 ```
@@ -366,6 +366,13 @@ Pad on the right, with the tokenizer's pad token and an attention mask.\
 {_JOINT_ORDERS if joint else ""}
 """
 
+
+_READ = {
+    "last": "return model(torch.tensor([[{ids}]])).logits[0]",
+    "mean": """\
+states = model.base_model(torch.tensor([[{ids}]])).last_hidden_state
+    return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one's""",
+}
 
 _SIZE = """
 def size(answer):  # of the whole answer, also where it has to be cut

@@ -194,7 +194,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from arena_distill.backbones import choose_attention
+    from arena_distill.backbones import choose_attention, pool_mean
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -207,7 +207,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     if not cuda or dtype == torch.float32:
         quantization["backend"] = "gptq_torch"
     with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
-        return AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             dtype="auto",
@@ -215,6 +215,9 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
             device_map={"": "cuda:0" if cuda else "cpu"},
             local_files_only=True,
         )
+    if getattr(config, "pooling", "last") == "mean":
+        pool_mean(model)
+    return model
 
 
 def drift(

@@ -1,7 +1,7 @@
 """What a judge's last token knows: for students that learn more of their teachers than logits.
 
 ``features``   the hidden state that the head's last layer reads of a sequence: of a decoder the final
-               one of its last token, of an encoder what it pools.
+               one of its last token (or their mean, ``head.pooling``), of an encoder what it pools.
 ``attention``  where a decoder's last layer looks from that token: its attention over the sequence,
                the mean over the heads.
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
@@ -45,20 +46,25 @@ class Outputs(ModelOutput):
     """float32 (batch, tokens)"""
 
 
-def watch(judge: Any, wanted: Collection[State]) -> None:
+def watch(judge: Any, wanted: Collection[State]) -> tuple[RemovableHandle, ...]:
     """Have a judge say more than logits: from now on its outputs are :class:`Outputs`.
 
     Attention costs one row of one layer's scores. (Eager attention, which would tell all of it, costs
     all rows of every layer.) The layer itself runs as it did, whatever kernel it uses, so the logits
     stay the same to the last bit.
 
+    Returns:
+        Handles: with all of them removed, features are not said any more.
+
     Raises:
         InputError: this kind of model has no attention of a last token that could be read.
     """
     seen: dict[str, Any] = {}
+    handles = []
     if "features" in wanted:
-        head = _last_layer_of_head(judge)
-        head.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
+        head = head_layer(judge)
+        note = head.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
+        handles.append(note)
     if "attention" in wanted:
         _watch_last_attention(judge, seen)
 
@@ -74,7 +80,8 @@ def watch(judge: Any, wanted: Collection[State]) -> None:
                 said.attention = _attention(last, given["attention_mask"], *seen.pop("attention"))
         return said
 
-    judge.register_forward_hook(say, with_kwargs=True)
+    handles.append(judge.register_forward_hook(say, with_kwargs=True))
+    return tuple(handles)
 
 
 def widths(judge: Any, settings: LogitsSettings) -> dict[State, int]:
@@ -83,7 +90,7 @@ def widths(judge: Any, settings: LogitsSettings) -> dict[State, int]:
     (Attention as many as a sequence may have tokens: so each shard and fold writes the same shape.)
     """
     known: dict[State, int] = {
-        "features": _last_layer_of_head(judge).in_features,
+        "features": head_layer(judge).in_features,
         "attention": settings.encoding.max_length,
     }
     return {name: known[name] for name in settings.states}
@@ -115,7 +122,7 @@ class Projections(nn.ModuleList):
 
 def project(judge: Any, teachers: Sequence[int], *, seed: int) -> None:
     """Give a student its projections; teachers: the hidden size of each."""
-    reads = _last_layer_of_head(judge)
+    reads = head_layer(judge)
     judge.projections = Projections(reads.in_features, teachers, seed=seed).to(reads.weight.device)
 
 
@@ -125,7 +132,7 @@ def projections_of(judge: Any) -> Projections | None:
     return found if isinstance(found, Projections) else None
 
 
-def _last_layer_of_head(judge: Any) -> nn.Linear:
+def head_layer(judge: Any) -> nn.Linear:
     """The layer whose outputs are the logits; in an adapter the copy that is trained."""
     *_, last = (
         module

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -80,6 +80,7 @@ from arena_distill.folds import training_rows
 from arena_distill.heads import battle_logits, encode_views
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
+from arena_distill.probing import fit_head
 from arena_distill.settings import PretrainingSettings, TrainingSettings
 from arena_distill.states import project, projections_of, watch
 
@@ -117,6 +118,7 @@ class Examples(Dataset):
     weights: float32 (battles as shown, J), of the teachers, or None where there are none.
     battles: how many there are, however often each is shown.
     states: by name, of each teacher float16 (battles as shown, sequences of each, width).
+    groups: int64 (battles as shown,), of their prompts; None where nobody asks.
     """
 
     views: tuple[Sequences, ...]
@@ -125,6 +127,7 @@ class Examples(Dataset):
     weights: np.ndarray | None = None
     battles: int = 0
     states: Mapping[State, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    groups: np.ndarray | None = None
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -238,6 +241,9 @@ def train_fold(
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
         weights = teacher_weights(targets, labels, held_out, settings.loss)
     examples = show(read, labels, targets, weights, settings, states)
+    if settings.training.fit_head:
+        groups = rows["group"].to_numpy()
+        examples = replace(examples, groups=np.tile(groups, len(examples) // len(groups)))
     seed = settings.training.seed + (fold if settings.training.own_start else 0)
     base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
     if pretrained is None:
@@ -488,6 +494,11 @@ def _fit(
             latest = checkpoints.latest() if checkpoints else None
             if latest:
                 print(f"{latest}: going on from there", flush=True)
+            elif examples.groups is not None:
+                # Not before: the key of checkpoints is of what is exactly the same in each attempt.
+                # Twice the tokens of a step: nothing is kept for a backward pass.
+                room = 2 * launch.micro_batch_size * int(examples.lengths.max())
+                fit_head(model, examples, loss=loss, head=settings.head, batch_tokens=room)
             with checkpoints.listening() if checkpoints else nullcontext(), full_disk_told(folder):
                 result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
             if checkpoints:

@@ -1,0 +1,192 @@
+"""A head is fitted to frozen features: as scikit-learn would, no more surely than prompts allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from test_training import LORA, fit, training_settings
+
+from arena_distill import training
+from arena_distill.artifacts import read_parquet
+from arena_distill.backbones import load_classifier
+from arena_distill.config import Head, Loss, Training
+from arena_distill.distillation import VOTES, losses
+from arena_distill.encoding import read_tokens
+from arena_distill.folds import training_rows
+from arena_distill.heads import battle_logits
+from arena_distill.keys import key, locate
+from arena_distill.probing import RIDGES, cross_validate, fit_head, fit_weights, read_features
+from arena_distill.states import head_layer
+from arena_distill.training import Launch, new_judge, show
+
+JOINT, MEAN = Head(kind="joint"), Head(kind="pointwise", pooling="mean")
+
+
+def objective(labels: np.ndarray, head: Head = JOINT) -> Callable[..., torch.Tensor]:
+    votes = torch.from_numpy(labels)
+    return lambda outputs, rows: losses(
+        battle_logits(outputs, head), votes[rows], None, None, VOTES
+    )
+
+
+def made_up(rows: int, width: int, *, strength: float, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Features of several sizes, and labels that follow from them."""
+    dice = np.random.default_rng(seed)
+    sizes = np.geomspace(0.1, 10, width)
+    features = dice.normal(0.3, 1, (rows, 1, width)) * sizes
+    truth = dice.normal(size=(width, 3)) * strength / sizes[:, None]
+    odds = features[:, 0] @ truth + dice.gumbel(size=(rows, 3))
+    return features.astype(np.float32), odds.argmax(1)
+
+
+@pytest.mark.parametrize("ridge", [10.0, 0.1, 0.003])
+def test_it_is_scikit_learns_logistic_regression(ridge: float) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = made_up(300, 12, strength=1)
+    (path, found) = fit_weights(
+        torch.from_numpy(features), objective(labels), 3, np.arange(300), (100.0, ridge)
+    )
+    assert path.abs().max() < found.abs().max()
+    flat = features[:, 0] / features.std(axis=0, ddof=1)
+    model = LogisticRegression(C=1 / ridge / 300, fit_intercept=False, max_iter=10_000, tol=1e-9)
+    expected = model.fit(flat, labels).coef_ / features.std(axis=0, ddof=1)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_what_predicts_is_learned_and_noise_is_not() -> None:
+    features, labels = made_up(400, 10, strength=2)
+    noise = np.random.default_rng(1).permutation(labels)
+    groups = np.arange(400)
+    _, weak, found = cross_validate(torch.from_numpy(features), objective(labels), 3, groups)
+    head, strong, guessed = cross_validate(torch.from_numpy(features), objective(noise), 3, groups)
+    assert found < 0.6 < np.log(3) - 0.02 < guessed
+    assert weak < 0.1 < strong
+    assert (torch.from_numpy(features[:, 0]) @ head.T).std() < 0.1
+
+
+def test_prompts_stay_whole() -> None:
+    """Features that tell which prompt it is predict its votes, but nothing of another prompt's."""
+    dice = np.random.default_rng(2)
+    groups = np.repeat(np.arange(40), 10)
+    names = np.eye(40, dtype=np.float32)[groups][:, None]
+    labels = dice.integers(0, 3, 40)[groups]
+    _, ridge, found = cross_validate(torch.from_numpy(names), objective(labels), 3, groups)
+    _, fooled, seen = cross_validate(
+        torch.from_numpy(names), objective(labels), 3, dice.permutation(400)
+    )
+    assert seen < 0.3 < np.log(3) - 0.05 < found
+    assert fooled < ridge
+
+
+def test_one_prompt_alone_leaves_nothing_to_choose_by() -> None:
+    features, labels = made_up(20, 4, strength=1)
+    head, ridge, _ = cross_validate(
+        torch.from_numpy(features), objective(labels), 3, np.zeros(20, int)
+    )
+    assert ridge == RIDGES[0]
+    assert torch.isfinite(head).all()
+
+
+@pytest.mark.parametrize("head", [JOINT, MEAN], ids=["joint", "mean"])
+def test_features_are_what_the_head_reads(family: str, run: Run, head: Head) -> None:
+    tokens = read_tokens(run.tokens).take(np.arange(7))
+    pad = tokens.vocabulary.pad
+    judge = new_judge(load_classifier(run.backbone, head=head, pad_token_id=pad), LORA, 4)
+    shown = show(tokens, np.zeros(7, np.int64), None, None, training_settings(head=head))
+    features = torch.from_numpy(read_features(judge, shown.views, 300))
+    assert features.shape == (len(shown), len(shown.views), 32)
+    assert judge.training
+    judge.eval()
+    with torch.inference_mode():
+        for view, sequences in enumerate(shown.views):
+            for row in (0, len(sequences) - 1):
+                ids = torch.from_numpy(sequences[row].astype(np.int64))[None]
+                said = judge(input_ids=ids)
+                assert not hasattr(said, "features"), "it is not watched any more"
+                made = head_layer(judge)(features[row, view])
+                torch.testing.assert_close(made, said.logits[0], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("head", [JOINT, MEAN], ids=["joint", "mean"])
+def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing, the adapter's head is the fitted one."""
+    folds, tokens = read_parquet(run.folds), read_tokens(run.tokens)
+    rows = folds.take(training_rows(folds, 0))
+    tokens = tokens.take(locate(key(rows), tokens.keys(), "tokens"))
+    votes = rows["label"].to_numpy().astype(np.int64)
+    settings = training_settings(head=head)
+    shown = show(tokens, votes, None, None, settings)
+    base = load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad)
+    judge = new_judge(base, LORA, settings.training.seed)
+    features = torch.from_numpy(read_features(judge, shown.views, 300))
+    groups = np.tile(rows["group"].to_numpy(), len(shown) // len(rows))
+    layer = head_layer(judge)
+    expected, *_ = cross_validate(
+        features, objective(shown.labels, head), layer.out_features, groups
+    )
+    assert expected.abs().max() > 0
+    learned = fit(run, tmp_path / "x", head=head, fit_head=True, lr=1e-12)
+    (found,) = (weight for name, weight in learned.items() if "score" in name)
+    torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-2)
+
+
+def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> None:
+    """They are sure that the longer answer wins, and votes say nothing: so will the student."""
+    run = make_run("llama")
+    tokens = read_tokens(run.tokens)
+    pad, rows = tokens.vocabulary.pad, len(tokens)
+    settings = training_settings(head=MEAN)
+    shown = show(tokens, np.zeros(rows, np.int64), None, None, settings)
+    longer = shown.views[0].lengths > shown.views[1].lengths
+    sure = np.where(longer[:, None], [4, 0, 0], [0, 4, 0]).astype(np.float32)
+    taught = replace(
+        shown,
+        teachers=sure[:, None],
+        weights=np.ones((rows, 1), np.float32),
+        groups=np.arange(rows),
+    )
+    loss = Loss(ce=0, kl=1, temperature=1)
+    said = {}
+    for examples, by in ((taught, loss), (replace(taught, teachers=None, weights=None), VOTES)):
+        judge = new_judge(load_classifier(run.backbone, head=MEAN, pad_token_id=pad), LORA, 4)
+        fit_head(judge, examples, loss=by, head=MEAN, batch_tokens=500)
+        features = torch.from_numpy(read_features(judge, shown.views, 500))
+        logits = battle_logits(head_layer(judge)(features), MEAN).detach().numpy()
+        said[by.kl] = (logits[:, 0] > logits[:, 1]) == longer
+    assert said[1.0].mean() > 0.8
+    assert said[1.0].mean() > said[0.0].mean()
+
+
+def test_an_interrupted_training_keeps_its_checkpoints_key(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine's kernels may fit a slightly other head: a checkpoint is still found, and used."""
+    run, launch = make_run("llama"), Launch(4, checkpoints=tmp_path / "kept", checkpoint_minutes=0)
+    whole = fit(run, tmp_path / "whole", head=MEAN, fit_head=True, epochs=2)
+    genuine, steps = training.losses, []
+
+    def stop(*arguments: object) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return genuine(*arguments)
+
+    monkeypatch.setattr(training, "losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
+    monkeypatch.setattr(training, "losses", genuine)
+    monkeypatch.setattr(training, "fit_head", lambda *_, **__: pytest.fail("fitted twice"))
+    again = fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
+    for name, weight in whole.items():
+        torch.testing.assert_close(again[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_it_is_off_by_default() -> None:
+    assert not Training().fit_head
