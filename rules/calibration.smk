@@ -4,6 +4,7 @@
 rule fit_calibration:
     input:
         folds=f"{R}/folds.parquet",
+        battles=f"{R}/battles.parquet",
         logits=expand(f"{R}/logits/{{{{judge}}}}/fold_{{fold}}.npy", fold=FOLDS),
     output:
         calibration=f"{R}/calibration/{{judge}}.json",
@@ -19,5 +20,6 @@ rule fit_calibration:
     message:
         "Calibrating {wildcards.judge}"
     shell:
-        "arena fit-calibration --folds {input.folds} --judge {wildcards.judge}"
-        " --output {output.calibration} --version {params.version} {input.logits} > {log} 2>&1"
+        "arena fit-calibration --folds {input.folds} --battles {input.battles}"
+        " --judge {wildcards.judge} --output {output.calibration} --version {params.version}"
+        " {input.logits} > {log} 2>&1"

@@ -280,8 +280,12 @@ def pretrained(wildcards):
 
 def calibration(wildcards):
     """What the test predictions of a judge are calibrated by, where they are to be."""
-    wanted = CONFIG.prediction.calibration != "none"
-    return f"{R}/calibration/{wildcards.judge}.json" if wanted else []
+    if CONFIG.prediction.calibration == "none":
+        return {}
+    return {
+        "calibration": f"{R}/calibration/{wildcards.judge}.json",
+        "battles": f"{R}/battles.parquet",
+    }
 
 
 def folds_of(judge):

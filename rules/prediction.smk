@@ -72,8 +72,8 @@ rule score_test_gptq:
 
 rule predict_test:
     input:
+        unpack(calibration),
         logits=expand(f"{R}/logits/{{{{judge}}}}/{{model}}_test.npy", model=MODELS),
-        calibration=calibration,
     output:
         predictions=f"{R}/predictions/{{judge}}/test.parquet",
     log:
@@ -85,9 +85,12 @@ rule predict_test:
         "../envs/arena.yaml"
     params:
         settings=settings_of(phase.PredictionSettings),
-        optional=lambda wildcards, input: (
-            ["--calibration", input.calibration] if input.calibration else []
-        ),
+        optional=lambda wildcards, input: [
+            word
+            for name in ("calibration", "battles")
+            if name in input.keys()
+            for word in (f"--{name}", input[name])
+        ],
     message:
         "Averaging the test predictions of {wildcards.judge}"
     shell:

@@ -67,12 +67,14 @@ class MadeUpRun:
         return self.folder / "metrics.json"
 
 
-def made_up_run(folder: Path, *, seed: int = 0, noise: Mapping[str, float] = NOISE) -> MadeUpRun:
+def made_up_run(
+    folder: Path, *, seed: int = 0, noise: Mapping[str, float] = NOISE, holdout: float = 0
+) -> MadeUpRun:
     """Write a run's files; `noise` is each judge's error, the standard deviation of its logits'."""
     dice = np.random.default_rng(seed)
     battles, truth = _battles(dice)
     about = origin("made up", {})
-    folds = assign_folds(battles, method="stratified_group", n=FOLDS, seed=1)
+    folds = assign_folds(battles, method="stratified_group", n=FOLDS, seed=1, holdout=holdout)
     write_parquet(battles, folder / "battles.parquet", about)
     write_parquet(folds, folder / "folds.parquet", about)
     settings = EvaluationSettings(version=1, run="made-up", judges=JUDGES, final="small")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from checkouts import Checkout, make_checkout
 from conftest import battles_table
@@ -15,7 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import FOLDS, MadeUpRun, made_up_run
 
-from arena_distill.artifacts import provenance, read_parquet, read_provenance, write_logits
+from arena_distill.artifacts import (
+    provenance,
+    read_parquet,
+    read_provenance,
+    write_logits,
+    write_parquet,
+)
 from arena_distill.calibration import (
     COLDEST,
     HOTTEST,
@@ -30,10 +37,12 @@ from arena_distill.calibration import (
 )
 from arena_distill.errors import InputError
 from arena_distill.folds import assign_folds
+from arena_distill.keys import key
 from arena_distill.metrics import losses, softmax
 from arena_distill.orders import Order, swap_classes, swap_labels
 from arena_distill.prediction import WINNERS, predict_test
 from arena_distill.settings import PredictionSettings
+from arena_distill.style import read_styles, style_features
 
 seeds = st.integers(0, 2**32 - 1)
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -234,6 +243,60 @@ def test_few_prompts_make_few_parts(prompts: list[str], parts: int) -> None:
     assert np.allclose(softmax(calibrated), softmax(seen)) == (parts == 1)
 
 
+# --- style ----------------------------------------------------------------------------------------
+
+
+def styled(rows: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Logits, votes that follow them and the style of the answers as well, and that style."""
+    dice = np.random.default_rng(seed)
+    seen = dice.normal(0, 1.2, (rows, 3))
+    styles = dice.normal(0, [1, 300, 0.2], (rows, 3))
+    lead = styles @ [1.0, -0.002, 0]
+    true = seen + np.column_stack([lead / 2, -lead / 2, -0.5 * np.abs(styles[:, 0])])
+    return seen, drawn(softmax(true), dice), styles
+
+
+def test_what_style_adds_is_found() -> None:
+    seen, votes, styles = styled(60_000, 1)
+    found = fit("style", seen, votes, styles)
+    np.testing.assert_allclose(found.lead * [1, 300, 0.2], [1, -0.6, 0], atol=0.08)
+    np.testing.assert_allclose(found.tie * [1, 300, 0.2], [-0.5, 0, 0], atol=0.08)
+    np.testing.assert_allclose(found.scale, 1, atol=0.05)
+    raw, vector = loss(seen, votes), loss(fit("vector", seen, votes)(seen), votes)
+    assert loss(found(seen, styles), votes) < vector - 0.05 < raw
+
+
+def test_without_styles_it_is_vector() -> None:
+    seen, votes, styles = styled(500, 2)
+    vector = fit("vector", seen, votes)
+    assert fit("style", seen, votes).parameters == vector.parameters
+    assert fit("vector", seen, votes, styles).parameters == vector.parameters
+    with pytest.raises(ValueError, match="needs the style"):
+        fit("style", seen, votes, styles)(seen)
+
+
+@given(seeds)
+def test_exchanging_the_answers_exchanges_the_verdict_by_style(seed: int) -> None:
+    seen, votes, styles = styled(80, seed)
+    found = fit("style", seen, votes, styles)
+    np.testing.assert_allclose(
+        found(swap_classes(seen), -styles), swap_classes(found(seen, styles)), atol=1e-12
+    )
+    exchanged = fit("style", swap_classes(seen), swap_labels(votes), -styles)
+    np.testing.assert_allclose(exchanged(seen, styles), found(seen, styles), atol=1e-3)
+
+
+def test_a_style_that_tells_nothing_adds_next_to_nothing() -> None:
+    """Five useless differences, a hundred battles: cross-fitted, little is lost."""
+    seen, votes, _ = styled(100, 3)
+    noise = np.random.default_rng(4).normal(size=(100, 5))
+    parts = np.arange(100) % 5
+    plain, with_noise = (
+        loss(cross_fit("style", seen, votes, parts, s), votes) for s in (None, noise)
+    )
+    assert with_noise < plain + 0.1
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -246,7 +309,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
 def calibration(run: MadeUpRun) -> Path:
     output = run.folder / "calibration" / "small.json"
     fit_calibration(
-        run.folder / "folds.parquet", run.logits["small"], output, judge="small", version=1
+        run.folder / "folds.parquet",
+        run.folder / "battles.parquet",
+        run.logits["small"],
+        output,
+        judge="small",
+        version=1,
     )
     return output
 
@@ -272,7 +340,13 @@ def test_the_file_is_cross_fitted_by_the_folds_and_fitted_to_all(
     fold = run.folds["fold"].to_numpy()
     votes = run.folds["label"].to_numpy()[fold >= 0].astype(int)
     fold = fold[fold >= 0]  # stratified_group: they keep prompts together
-    written = json.loads(calibration.read_text())["temperature"]
+    whole = json.loads(calibration.read_text())
+    styles = read_styles(
+        run.folder / "battles.parquet",
+        key(run.folds.filter(pc.greater_equal(run.folds["fold"], 0))),
+    )
+    assert whole["style"]["parameters"] == fit("style", seen, votes, styles).parameters
+    written = whole["temperature"]
     by_hand = np.empty(len(fold))
     for k in range(FOLDS):
         mine = fold == k
@@ -288,7 +362,12 @@ def test_a_fold_without_logits_is_told(run: MadeUpRun, tmp_path: Path) -> None:
     files = run.logits["small"][1:]
     with pytest.raises(InputError, match=r"judge small: logits of the folds \[0, 1, 2\]"):
         fit_calibration(
-            run.folder / "folds.parquet", files, tmp_path / "x.json", judge="small", version=1
+            run.folder / "folds.parquet",
+            run.folder / "battles.parquet",
+            files,
+            tmp_path / "x.json",
+            judge="small",
+            version=1,
         )
 
 
@@ -301,6 +380,7 @@ def test_a_fold_without_logits_is_told(run: MadeUpRun, tmp_path: Path) -> None:
         {"vector": {"parameters": {"scale": [1, 1], "bias": [0, 0]}}},
         {"vector": {"parameters": {"scale": [1, 1, "x"], "bias": [0, 0, 0]}}},
         {"vector": {"parameters": {"scale": [1, 1, 0], "bias": [0, 0, 0]}}},
+        {"vector": {"parameters": {"scale": [1, 1, None], "bias": [0, 0, 0]}}},
         [],
     ],
 )
@@ -310,14 +390,33 @@ def test_a_file_without_the_calibration_is_told(spoiled: Any, tmp_path: Path) ->
         read_calibration(tmp_path / "small.json", "vector")
 
 
+@pytest.mark.parametrize("style", [{}, {"lead": [1.0]}, {"lead": [1.0], "tie": [1.0, 2.0]}])
+def test_a_calibration_by_style_needs_its_weights(style: Any, tmp_path: Path) -> None:
+    spoiled = {"style": {"parameters": {"scale": [1, 1, 1], "bias": [0, 0, 0], **style}}}
+    (tmp_path / "small.json").write_text(json.dumps(spoiled))
+    with pytest.raises(InputError, match=r"small\.json: holds no calibration by style"):
+        read_calibration(tmp_path / "small.json", "style")
+
+
 # --- predictions ----------------------------------------------------------------------------------
 
 ORDERS: tuple[Order, ...] = ("AB", "BA")
 
 
+def asked(rows: int) -> pa.Table:
+    """Test battles whose answers differ in length and ornament."""
+    answers = {
+        f"response_{x}": ["**so** " * (i * k % 7) for i in range(rows)]
+        for x, k in (("a", 3), ("b", 5))
+    }
+    return pa.table({"id": [f"b{i}" for i in range(rows)], "source": ["test"] * rows, **answers})
+
+
 def predict(folder: Path, logits: np.ndarray, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """The predictions of one model as a frame, and their provenance."""
-    ids = pa.table({"id": [f"b{i}" for i in range(len(logits))], "source": ["test"] * len(logits)})
+    ids, battles = asked(len(logits)), folder / "battles.parquet"
+    write_parquet(battles_table(ids.to_pylist()), battles, {"phase": "battles"})
+    ids = ids.select(["id", "source"])
     about = provenance("scoring", {"max_lengths": [40, 64], "orders": list(ORDERS)})
     write_logits(folder / "merged_test.npy", logits, ids, about)
     calibration = changes.pop("file", None)
@@ -326,7 +425,7 @@ def predict(folder: Path, logits: np.ndarray, **changes: Any) -> tuple[Any, dict
     )
     output = folder / "test.parquet"
     files: Any = {"merged": folder / "merged_test.npy"}
-    predict_test(files, output, settings=settings, calibration=calibration)
+    predict_test(files, output, settings=settings, calibration=calibration, battles=battles)
     return read_parquet(output).to_pandas(), read_provenance(output)
 
 
@@ -344,7 +443,13 @@ def test_every_variant_is_there_as_it_is_and_calibrated(
     plain = frame[~frame["variant"].str.endswith(method)].reset_index(drop=True)
     np.testing.assert_array_equal(plain[list(WINNERS)], raw[list(WINNERS)])
     assert set(frame.loc[frame["submitted"], "variant"]) == {f"40+64/AB+BA/{method}"}
-    mend = read_calibration(calibration, method)
+    known = read_calibration(calibration, method)
+    styles = style_features(battles_table(asked(8).to_pylist()))
+    assert bool(len(known.lead)) == (method == "style")
+
+    def mend(scores: np.ndarray) -> np.ndarray:
+        return known(scores, styles)
+
     views = logits.astype(np.float64).reshape(8, 4, 3)
     if average == "logits":
         expected = softmax(mend(views.mean(axis=1)))

@@ -28,10 +28,12 @@ from arena_distill.artifacts import (
     write_logits,
     write_parquet,
 )
+from arena_distill.calibration import METHODS
 from arena_distill.errors import InputError
 from arena_distill.metrics import softmax
 from arena_distill.results import print_table
-from arena_distill.yardsticks import class_prior, length_features, length_regression
+from arena_distill.style import length_features
+from arena_distill.yardsticks import class_prior, length_regression
 
 Edit = Callable[[np.ndarray, pa.Table], tuple[np.ndarray, pa.Table]]
 
@@ -114,12 +116,12 @@ def test_every_promised_figure_is_there(metrics: dict[str, Any]) -> None:
         assert [set(f) for f in judge["folds"]] == [{"fold", "rows", "log_loss", "accuracy"}] * 3
         assert sum(f["rows"] for f in judge["folds"]) == judge["oof"]["rows"] == SIZES["train"]
         assert {"log_loss", "accuracy", "ece"} <= set(judge["oof"])
-        assert list(judge["calibration"]) == ["temperature", "vector"]
+        assert list(judge["calibration"]) == list(METHODS)
         for figures in judge["calibration"].values():
             assert set(judge["oof"]) < set(figures)
             assert figures["rows"] == SIZES["train"]
             assert len(figures["parameters"]["scale"]) == 3
-        assert list(judge["truth"]) == ["raw", "temperature", "vector"]
+        assert list(judge["truth"]) == ["raw", *METHODS]
         assert set(judge["class_reliability"]) == {"model_a", "model_b", "tie"}
     final = metrics["final"]
     assert final["judge"] == "small"

@@ -203,7 +203,7 @@ def moved(adapter: Path) -> float:
         ("llama", 48, {}, 0),  # no fillers
         ("llama", 41, {}, 1),  # the last round is one battle and fillers
         ("qwen2", 47, {"swap": True}, 0),
-        ("gemma2", 45, {}, 1),
+        ("gemma2", 45, {"fit_head": True}, 1),
         ("llama", 45, STUDENT, 0),
         ("qwen2", 45, STATES, 0),
         ("gemma2", 41, STATES, 1),

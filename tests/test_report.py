@@ -18,6 +18,7 @@ from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.artifacts import write_json
 from arena_distill.audit import write_audit
+from arena_distill.calibration import METHODS
 from arena_distill.errors import InputError
 from arena_distill.report import FIGURES, TABLES, TEMPLATES, percent, render_report, signed
 from arena_distill.settings import AuditSettings
@@ -120,7 +121,7 @@ def test_calibration_and_position_are_shown_for_every_judge(
     page: str, metrics: dict[str, Any]
 ) -> None:
     small = metrics["judges"]["small"]
-    both = [small["calibration"][method] for method in ("temperature", "vector")]
+    both = [small["calibration"][method] for method in METHODS]
     position = small["position"]
     by_caption = {
         "What changes when": [
@@ -146,7 +147,7 @@ def test_calibration_and_position_are_shown_for_every_judge(
         assert rows[-1][1:] == expected
         assert len(header) == len(rows[-1])
     assert [row[0] for row in table(page, "All measures of small")[1:]] == [
-        "as it is", "temperature", "vector",
+        "as it is", *METHODS,
     ]  # fmt: skip
     assert "prediction.calibration" in page
 

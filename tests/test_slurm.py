@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.gptq,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}"),
 ]
 
@@ -49,7 +49,7 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 240) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -92,7 +92,7 @@ def on_slurm(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(snakemake: subprocess.Popen[str], checkout: Checkout, seconds: float = 600) -> str:
+def finish(snakemake: subprocess.Popen[str], checkout: Checkout, seconds: float = 1200) -> str:
     try:
         assert snakemake.wait(seconds) == 0, said(checkout)[-6000:]
     finally:
@@ -112,7 +112,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     config["defaults"]["compute"] |= {"gpus": 1, "gpu_model": "a100"}
     config["judges"]["qwen2-teacher"]["logits"] = {"shards": 2}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
-    finish(on_slurm(checkout, "all"), checkout, 900)
+    finish(on_slurm(checkout, "all"), checkout)
     return checkout
 
 
@@ -325,7 +325,7 @@ def test_a_time_limit_is_survived_in_the_next_attempt(one_minute: Victim) -> Non
             os.kill(one_minute.process, signal.SIGSTOP)
         return state(first) == "TIMEOUT"
 
-    wait_for(over, 600)
+    wait_for(over)
     assert "Trying to restart job" in one_minute.finish()
     assert one_minute.slurm_id != first
     assert "going on from there" in one_minute.log

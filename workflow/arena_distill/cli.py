@@ -462,15 +462,16 @@ def score_test(
 @app.command()
 def fit_calibration(
     folds: Folds,
+    battles: Battles,
     judge: Annotated[str, typer.Option(help="Its name.")],
     output: Output,
     version: Version,
     logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
 ) -> None:
-    """Fit temperature and vector scaling to a judge's out-of-fold logits."""
+    """Fit every calibration to a judge's out-of-fold logits."""
     from arena_distill.calibration import fit_calibration
 
-    fit_calibration(folds, logits, output, judge=judge, version=version)
+    fit_calibration(folds, battles, logits, output, judge=judge, version=version)
 
 
 @app.command()
@@ -479,13 +480,14 @@ def predict_test(
     settings: Settings,
     logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/<model>_test.npy")],
     calibration: Annotated[Path | None, typer.Option(help="calibration/<judge>.json")] = None,
+    battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
 ) -> None:
     """Average the test logits over lengths and orders, every variant of it; calibrate them."""
     from arena_distill.prediction import Model, predict_test
 
     parsed = parse(phase.PredictionSettings, settings)
     named = {model: f for f in logits for model in get_args(Model) if f.stem == f"{model}_test"}
-    predict_test(named, output, settings=parsed, calibration=calibration)
+    predict_test(named, output, settings=parsed, calibration=calibration, battles=battles)
 
 
 @app.command()

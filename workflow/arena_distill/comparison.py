@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from arena_distill.artifacts import provenance, read_json, read_logits, read_parquet, write_json
 from arena_distill.battles import read_solution
-from arena_distill.calibration import cross_fit, fit, parts_of
+from arena_distill.calibration import cross_fit, fit
 from arena_distill.errors import InputError
 from arena_distill.evaluation import Run, both_orders
 from arena_distill.folds import prompt_groups
@@ -30,11 +30,13 @@ from arena_distill.metrics import (
     losses,
     position_bias,
     scores,
+    softmax,
     truth_scores,
 )
 from arena_distill.orders import CLASSES
 from arena_distill.prediction import mean_of_views
 from arena_distill.settings import CompareSettings, Entry
+from arena_distill.style import LENGTHS
 from arena_distill.yardsticks import class_prior, length_regression, true_probabilities
 
 RESAMPLES_AT_ONCE = 64
@@ -69,6 +71,13 @@ def compare(
         for entry in settings.entries
     }
     probabilities = {label: both_orders(logits) for label, logits in seen.items()}
+    parts, styles = data.parts(), data.styles[data.validation]
+    for entry in settings.entries:
+        method = entry.prediction.calibration
+        if method != "none":
+            mean = seen[entry.label].mean(axis=1, dtype=np.float64)
+            mended = softmax(cross_fit(method, mean, data.votes(), parts, styles))
+            probabilities[f"{entry.label}, {method}"] = mended
     probabilities |= {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
@@ -79,16 +88,6 @@ def compare(
     held_out = _table(probabilities, data.votes(), data.groups(), settings, true)
     for label, logits in seen.items():
         held_out["judges"][label]["position"] = position_bias(logits, data.votes())
-    for entry in settings.entries:
-        if entry.prediction.calibration != "none":
-            mean = seen[entry.label].mean(axis=1, dtype=np.float64)
-            fitted = cross_fit(
-                entry.prediction.calibration,
-                mean,
-                data.votes(),
-                parts_of(data.folds)[data.validation],
-            )
-            held_out["judges"][entry.label]["calibrated"] = scores(fitted, data.votes())
     test = None if solution is None else _test(run, data, seen, settings, solution, truth)
     figures = {
         "run": settings.run,
@@ -191,6 +190,7 @@ def _test(
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
     groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
+    styles = data.styles_of(keys)
     probabilities = {}
     for entry in settings.entries:
         if not entry.tested:
@@ -200,10 +200,11 @@ def _test(
         logits = logits[locate(keys, key(rows), str(path))]
         if entry.prediction.calibration != "none":
             mean = seen[entry.label].mean(axis=1, dtype=np.float64)
-            logits = fit(entry.prediction.calibration, mean, data.votes())(logits)
+            known = data.styles[data.validation]
+            logits = fit(entry.prediction.calibration, mean, data.votes(), known)(logits, styles)
         views = logits.reshape(len(logits), -1, len(CLASSES))
         probabilities[entry.label] = mean_of_views(views, entry.prediction.average)
-    lengths = data.lengths_of(keys)
+    lengths = styles[:, :LENGTHS]
     everything = data.votes(np.arange(len(data.folds)))
     for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
         probabilities[name] = yardstick(data.lengths, everything, lengths)

@@ -86,7 +86,6 @@ def judge_records(figures: Figures) -> list[Figures]:
                     "log_loss": judge["log_loss"],
                     "low": judge["low"],
                     "high": judge["high"],
-                    "calibrated_log_loss": judge.get("calibrated", {}).get("log_loss"),
                     "accuracy": judge["accuracy"],
                     "brier": judge["brier"],
                     "ece": judge["ece"],

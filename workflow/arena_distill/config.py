@@ -734,8 +734,8 @@ class Prediction(Section):
     """What is averaged."""
     model: Literal["gptq", "merged"] = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
-    calibration: Literal["none", "temperature", "vector"] = "none"
-    """Scaling of the probabilities, fitted to out-of-fold logits (see ``calibration``)."""
+    calibration: Literal["none", "temperature", "vector", "style"] = "none"
+    """Mends the probabilities, fitted to out-of-fold logits; `style` also knows how answers look."""
     cascade: Cascade | None = Field(None, exclude_if=is_off)
     """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
 

@@ -23,6 +23,7 @@ from arena_distill.config import (
     Judge,
     Lora,
     Optimization,
+    Training,
 )
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned
@@ -202,6 +203,9 @@ class Costs:
             ),
         }
         flops = sizes.training_flops(work.tokens, work.squares, checkpointing=again)
+        if isinstance(how, Training) and how.fit_head:  # every process reads all features
+            once = work * (1 / how.epochs)
+            flops += max(1, gpus) * sizes.forward_flops(once.tokens, once.squares)
         passes = work.sequences / (micro * per_battle) * (3 if again else 2)
         seconds = self._seconds(job, judge, device, flops, passes, sum(memory.values()), gpus)
         return self._computed(job, sizes, judge, memory, flops, seconds, stored=4.0 * learned)

@@ -65,10 +65,10 @@ from arena_distill.metrics import (
 from arena_distill.orders import CLASSES, NO_VOTE, ORDERS
 from arena_distill.prediction import WINNERS, Costs, averages, confidence
 from arena_distill.settings import EvaluationSettings
+from arena_distill.style import LENGTHS, style_features
 from arena_distill.yardsticks import (
     Yardstick,
     class_prior,
-    length_features,
     length_regression,
     true_probabilities,
 )
@@ -131,12 +131,14 @@ def evaluate(
     }
     if truth is not None:
         yardsticks["bayes"] = true_probabilities(truth, run.keys())
-    parts = parts_of(run.folds)
+    parts = run.parts()
     judges = {
         name: {
             "teachers": list(teachers),
             **_judge(run, seen[name]),
-            **_calibrations(seen[name], votes, parts, yardsticks.get("bayes")),
+            **_calibrations(
+                seen[name], votes, parts, run.styles[run.validation], yardsticks.get("bayes")
+            ),
         }
         for name, teachers in settings.judges.items()
     }
@@ -200,13 +202,13 @@ class Run:
 
     folds: `folds.parquet`.
     battles: `battles.parquet` without its prompts.
-    lengths: float64 (rows of `folds`, 4), :func:`length_features`.
+    styles: float64 (rows of `folds`, 8), :func:`style_features`.
     validation: positions in `folds` of the out-of-fold rows: what every score is computed on.
     """
 
     folds: pa.Table
     battles: pa.Table
-    lengths: np.ndarray
+    styles: np.ndarray
     validation: np.ndarray
 
     @classmethod
@@ -217,8 +219,13 @@ class Run:
         locate(keys, keys, str(folds_path))  # no row is there twice
         rows = locate(keys, key(battles), str(battles_path))
         validation = np.flatnonzero(folds["fold"].to_numpy() >= 0)
-        lengths = length_features(battles.take(pa.array(rows)))
-        return cls(folds, battles, lengths, validation)
+        styles = style_features(battles.take(pa.array(rows)))
+        return cls(folds, battles, styles, validation)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """What the length baseline sees of the rows of `folds`: float64 (rows, 4)."""
+        return self.styles[:, :LENGTHS]
 
     def of_folds(self, n: int) -> Run:
         """The same run, of whose battles only those of the first folds are scored."""
@@ -230,10 +237,10 @@ class Run:
         scored = self.folds.take(pa.array(self.validation))
         return read_out_of_fold(scored, paths, judge)
 
-    def lengths_of(self, keys: pa.Array) -> np.ndarray:
-        """Features of any battles of the run: float64 (rows, 4), :func:`length_features`."""
+    def styles_of(self, keys: pa.Array) -> np.ndarray:
+        """Features of any battles of the run: float64 (rows, 8), :func:`style_features`."""
         rows = locate(keys, key(self.battles), "battles")
-        return length_features(self.battles.take(pa.array(rows)))
+        return style_features(self.battles.take(pa.array(rows)))
 
     def keys(self) -> pa.Array:
         """Keys of the out-of-fold rows."""
@@ -250,6 +257,12 @@ class Run:
     def groups(self) -> np.ndarray:
         """Prompts of the out-of-fold rows, as numbers: int64."""
         return self.folds["group"].to_numpy()[self.validation]
+
+    def parts(self) -> np.ndarray:
+        """Parts of the out-of-fold rows for cross-fitting (``calibration.parts_of``): int64."""
+        parts = np.full(len(self.folds), -1)
+        parts[self.folds["fold"].to_numpy() >= 0] = parts_of(self.folds)
+        return parts[self.validation]
 
     def out_of_fold(self, yardstick: Yardstick) -> np.ndarray:
         """Probabilities of the out-of-fold rows, each from the rows that train its fold."""
@@ -318,16 +331,20 @@ def _judge(run: Run, logits: np.ndarray) -> Figures:
 
 
 def _calibrations(
-    logits: np.ndarray, votes: np.ndarray, parts: np.ndarray, truth: np.ndarray | None
+    logits: np.ndarray,
+    votes: np.ndarray,
+    parts: np.ndarray,
+    styles: np.ndarray,
+    truth: np.ndarray | None,
 ) -> Figures:
     """What calibrating a judge would give, cross-fitted; and how far from the truth it is then."""
     mean = logits.mean(axis=1, dtype=np.float64)
     figures = {}
     seen = {"raw": both_orders(logits)}
     for method in METHODS:
-        seen[method] = p = softmax(cross_fit(method, mean, votes, parts))
+        seen[method] = p = softmax(cross_fit(method, mean, votes, parts, styles))
         figures[method] = {
-            "parameters": fit(method, mean, votes).parameters,
+            "parameters": fit(method, mean, votes, styles).parameters,
             **scores(p, votes),
             **calibration_scores(p, votes),
             "reliability": reliability(p, votes),
@@ -365,8 +382,7 @@ def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Fi
         if view["submitted"]:
             submitted = {"model": model, "variant": variant}
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
-    rows = locate(keys, key(run.battles), "battles")
-    lengths = length_features(run.battles.take(pa.array(rows)))
+    lengths = run.styles_of(keys)[:, :LENGTHS]
     voted = np.flatnonzero(run.folds["label"].to_numpy() != NO_VOTE)
     everything = run.lengths[voted], run.votes(voted)
     baselines = {

@@ -42,6 +42,7 @@ from arena_distill.keys import key, locate
 from arena_distill.metrics import softmax
 from arena_distill.orders import CLASSES, Order
 from arena_distill.settings import PredictionSettings, ScoringSettings
+from arena_distill.style import read_styles
 
 Model = Literal["merged", "gptq"]
 """The deployed forms of a judge that are scored."""
@@ -241,6 +242,7 @@ def predict_test(
     *,
     settings: PredictionSettings,
     calibration: Path | None = None,
+    battles: Path | None = None,
 ) -> None:
     """Average the test logits in every way → `test.parquet`.
 
@@ -256,6 +258,7 @@ def predict_test(
     Args:
         logits: model → file of :func:`score_test`.
         calibration: the judge's file of :func:`arena_distill.calibration.fit_calibration`.
+        battles: `battles.parquet`, where they are calibrated.
 
     Raises:
         InputError: the model to submit is missing, a file was made with other lengths or orders,
@@ -267,7 +270,7 @@ def predict_test(
         )
     calibrate = None
     if settings.calibration != "none":
-        if calibration is None:
+        if calibration is None or battles is None:
             raise InputError(
                 f"prediction.calibration: {settings.calibration}, but no file is given"
             )
@@ -275,6 +278,7 @@ def predict_test(
     lengths, orders = settings.max_lengths, settings.orders
     submitted = submitted_variant(settings)
     ids: pa.Table | None = None
+    styles: np.ndarray | None = None
     parts = []
     for model, path in logits.items():
         scores, rows = _read_test_logits(path, settings)
@@ -283,9 +287,10 @@ def predict_test(
             raise InputError(f"{path}: {len(rows)} battles, the other model's file has {len(ids)}")
         scores = scores[locate(key(ids), key(rows), str(path))]
         variants = averages(scores, lengths, orders, settings.average)
-        if calibrate:
+        if calibrate and battles:
             # Each view, before any average; of logits, it is the same after: the map is affine.
-            mended = averages(calibrate(scores), lengths, orders, settings.average)
+            styles = read_styles(battles, key(ids)) if styles is None else styles
+            mended = averages(calibrate(scores, styles), lengths, orders, settings.average)
             variants |= {f"{name}/{settings.calibration}": p for name, p in mended.items()}
         for name, probabilities in variants.items():
             part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import read_json, write_text
 from arena_distill.audit import COUNTS
+from arena_distill.calibration import METHODS
 from arena_distill.errors import InputError
 from arena_distill.evaluation import variant_records
 from arena_distill.metrics import Figures
@@ -50,7 +51,7 @@ ROLES = {
 FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 NAMES = {"class_prior": "class prior", "length": "length regression", "bayes": "Bayes limit"}
 MODELS = {"merged": "merged", "gptq": "GPTQ"}
-CALIBRATIONS = {"raw": "as it is", "temperature": "temperature", "vector": "vector"}
+CALIBRATIONS: dict[str, str] = {"raw": "as it is", **{method: method for method in METHODS}}
 CLASS_NAMES = {"model_a": "A wins", "model_b": "B wins", "tie": "tie"}
 
 
@@ -95,6 +96,7 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
         variants=_variants_by_name(metrics),
         calibrations={name: _calibrations(f) for name, f in metrics["judges"].items()},
         names=NAMES | MODELS | CALIBRATIONS,
+        methods=METHODS,
         audit=metrics.get("audit"),
         worst=_worst_leaks(metrics.get("audit")),
         shared_prompts=sum(fold["shared_prompts"] for fold in metrics["folds"]),

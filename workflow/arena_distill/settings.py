@@ -294,7 +294,7 @@ class PredictionSettings(Settings):
     average: Literal["logits", "probabilities"]
     model: Literal["gptq", "merged"]
     # Left out where nothing is calibrated: such predictions are what they were before it was a key.
-    calibration: Literal["none", "temperature", "vector"] = Field(
+    calibration: Literal["none", "temperature", "vector", "style"] = Field(
         "none", exclude_if=lambda method: method == "none"
     )
     cascade: Cascade | None = Field(None, exclude_if=is_off)

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from arena_distill.artifacts import read_parquet
-from arena_distill.encoding import WORD
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES
 
@@ -30,7 +28,7 @@ def class_prior(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np
 
 
 def length_regression(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Predict by multinomial logistic regression on :func:`length_features`: float64 (rows, 3)."""
+    """Predict by multinomial logistic regression on lengths (``style``): float64 (rows, 3)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -42,21 +40,6 @@ def length_regression(training: np.ndarray, votes: np.ndarray, rows: np.ndarray)
     probabilities = np.zeros((len(rows), len(CLASSES)))
     probabilities[:, model.classes_] = model.predict_proba(rows)
     return probabilities
-
-
-def length_features(battles: pa.Table) -> np.ndarray:
-    """How much longer answer A is than B: float64 (rows, 4).
-
-    Difference and log-ratio, in characters and in words; exchanging the answers changes their sign.
-    """
-    columns = []
-    for count in (pc.utf8_length, lambda text: pc.count_substring_regex(text, WORD)):
-        a, b = (
-            count(pc.binary_join(battles[name], "\n")).to_numpy().astype(np.float64)
-            for name in ("response_a", "response_b")
-        )
-        columns += [a - b, np.log1p(a) - np.log1p(b)]
-    return np.column_stack(columns)
 
 
 def true_probabilities(truth: Path, keys: pa.Array) -> np.ndarray:

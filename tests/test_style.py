@@ -1,0 +1,44 @@
+"""How answers differ at first sight."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from conftest import battles_table
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arena_distill.style import LENGTHS, length_features, style_features
+
+texts = st.text(st.sampled_from(["a", " ", "\n", "*", "#", "-", "1", ".", "é", "😀"]), max_size=40)
+
+
+def features(a: str, b: str) -> np.ndarray:
+    battle: np.ndarray = style_features(battles_table([{"response_a": a, "response_b": b}]))[0]
+    return battle
+
+
+def test_each_ornament_is_counted() -> None:
+    ornate = "# One\n\n**two** and **three**\n\n- four\n  * five\n2. six\n### Seven"
+    plain = "# no **header* here, no **bold\n** either -no list 1.no"
+    counted = features(ornate, plain)[LENGTHS:]
+    np.testing.assert_allclose(counted[1:], [1 / 3, 1, 1])  # "# no …" is a header too
+    assert counted[0] == (len(ornate) - len(plain)) / (len(ornate) + len(plain))
+
+
+@given(texts, texts)
+def test_exchanging_the_answers_changes_every_sign(a: str, b: str) -> None:
+    np.testing.assert_array_equal(features(a, b), -features(b, a))
+    assert not features(a, a).any()
+    assert np.isfinite(features(a, b)).all()
+
+
+def test_lengths_are_those_of_the_baseline() -> None:
+    rows = battles_table([{"response_a": "one two", "response_b": "é"}, {}])
+    np.testing.assert_array_equal(style_features(rows)[:, :LENGTHS], length_features(rows))
+    assert length_features(rows)[0, 0] == 6
+
+
+def test_no_battles_have_no_features() -> None:
+    assert style_features(battles_table([]).cast(battles_table([{}]).schema)).shape == (0, 8)
+    assert isinstance(battles_table([]), pa.Table)

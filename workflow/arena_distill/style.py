@@ -1,0 +1,69 @@
+"""How two answers differ at first sight: which is longer, and which has more of Markdown's ornaments.
+
+People's votes follow it whatever the answers say, which is why the Chatbot Arena lists its ratings with
+such differences as covariates ("style control": Li, Angelopoulos, Chiang 2024, Does style matter?
+Disentangling style and substance in Chatbot Arena, lmsys.org/blog/2024-08-28-style-control). Its
+differences are taken here too: (a − b) / (a + b) of characters, headers, bold texts and list items.
+
+Exchanging the answers changes the sign of every feature.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.artifacts import read_parquet
+from arena_distill.encoding import WORD
+from arena_distill.keys import key, locate
+
+ORNAMENTS = (
+    r"(?m)^#{1,6} ",  # headers
+    r"\*\*[^*\n]+\*\*",  # bold texts
+    r"(?m)^\s*(?:[-*+]|\d+\.) ",  # list items
+)
+
+LENGTHS = 4
+"""How many of the features are those of :func:`length_features`."""
+
+
+def length_features(battles: pa.Table) -> np.ndarray:
+    """How much longer answer A is than B: float64 (rows, 4).
+
+    Difference and log-ratio, in characters and in words; exchanging the answers changes their sign.
+    """
+    columns = []
+    for count in (pc.utf8_length, lambda text: pc.count_substring_regex(text, WORD)):
+        a, b = (
+            count(pc.binary_join(battles[name], "\n")).to_numpy().astype(np.float64)
+            for name in ("response_a", "response_b")
+        )
+        columns += [a - b, np.log1p(a) - np.log1p(b)]
+    return np.column_stack(columns)
+
+
+def style_features(battles: pa.Table) -> np.ndarray:
+    """How much longer and more ornate answer A is than B: float64 (rows, 8).
+
+    :func:`length_features`, then what style control takes.
+    """
+    a, b = (pc.binary_join(battles[name], "\n") for name in ("response_a", "response_b"))
+    counts = [(pc.utf8_length(a), pc.utf8_length(b))]
+    counts += [
+        (pc.count_substring_regex(a, pattern), pc.count_substring_regex(b, pattern))
+        for pattern in ORNAMENTS
+    ]
+    relative = []
+    for of_a, of_b in counts:
+        first, second = (of.to_numpy().astype(np.float64) for of in (of_a, of_b))
+        relative.append((first - second) / np.maximum(first + second, 1))
+    return np.column_stack([length_features(battles), *relative])
+
+
+def read_styles(battles: Path, keys: pa.Array) -> np.ndarray:
+    """:func:`style_features` of the battles of these keys, from `battles.parquet`: float64 (rows, 8)."""
+    table = read_parquet(battles, ["id", "source", "response_a", "response_b"])
+    return style_features(table.take(pa.array(locate(keys, key(table), str(battles)))))
