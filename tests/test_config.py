@@ -138,6 +138,24 @@ def test_a_wrong_value_is_told_with_its_key(broken: dict[str, Any], start: str) 
     assert len(told) == 1, told
 
 
+def test_who_is_flattered_out_of_fold() -> None:
+    """Students of teachers that saw their votes, and whoever learns from such a student."""
+    config = load(
+        judged(s={"teachers": ["l"]}, t={"backbone": {"tiny": "llama"}, "teachers": ["s"]})
+    )
+    assert [name for name in config.judges if config.is_flattered(name)] == ["s", "t"]
+    honest = {"teachers": ["l"], "targets": "in_sample"}
+    second = {"backbone": {"tiny": "llama"}, "teachers": ["s"], "targets": "in_sample"}
+    config = load(judged(s=honest, t=second))
+    assert not any(map(config.is_flattered, config.judges))
+    config = load(judged(s={"teachers": ["l"]}, t=second))
+    assert config.is_flattered("t")
+    config = load(judged(s={"teachers": ["e"]}, e={"external": {"file": "x.parquet"}}))
+    assert not config.is_flattered("s"), (
+        "who it was that an external judge learned from is not known"
+    )
+
+
 def test_unknown_teachers_cycles_and_finals() -> None:
     (line,) = lines(judged(s={"teachers": ["l", "p"]}))
     assert line == "config: judges.s.teachers: unknown judge 'p'; known judges: l, q, s"

@@ -26,6 +26,7 @@ from arena_distill.distillation import (
     teacher_weights,
 )
 from arena_distill.errors import InputError
+from arena_distill.probing import fit_weights
 
 SUMMARY = Loss()
 BLACKPEARL = Loss(
@@ -408,3 +409,50 @@ def test_swapped_rows_have_their_targets_exchanged() -> None:
     targets = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
     np.testing.assert_array_equal(as_seen(targets, 0), targets[:, :, 0])
     np.testing.assert_array_equal(as_seen(targets, 1), targets[:, :, 1][..., [1, 0, 2]])
+
+
+# --- what targets know --------------------------------------------------------------------------------
+
+
+def test_targets_out_of_fold_flatter_and_those_in_sample_do_not(tmp_path: Path) -> None:
+    """Votes are drawn by lot: who foresees them has been told, by teachers that learned from them."""
+    dice, rows, folds = np.random.default_rng(0), 240, 3
+    features = torch.from_numpy(dice.normal(size=(rows, 1, 120)).astype(np.float32))
+    votes = torch.from_numpy(dice.integers(0, 3, rows))
+    fold = np.arange(rows) % folds
+    names = table([("train", str(i)) for i in range(rows)])
+
+    def learn(known: np.ndarray, teacher: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of all battles, by a linear judge that learned some."""
+        loss = VOTES if teacher is None else Loss(ce=0, kl=1, temperature=1)
+        own = votes[torch.from_numpy(known)]
+
+        def objective(outputs: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+            target = None if teacher is None else teacher[part]
+            return losses(outputs[:, 0], own[part], target, None, loss)
+
+        chosen = features[torch.from_numpy(known)]
+        (weights,) = fit_weights(chosen, objective, 3, np.arange(len(known)), (0.03,))
+        return features[:, 0] @ weights.T
+
+    files = []
+    for k in range(folds):
+        logits = learn(np.flatnonzero(fold != k)).numpy()[:, None].repeat(2, axis=1)
+        ids = names.append_column("validation", pa.array(fold == k))
+        files.append(tmp_path / f"fold_{k}.npy")
+        write_logits(files[-1], logits, ids, {})
+
+    def score(targets: Any) -> float:
+        """Of a student that learned each fold from its targets alone, out of fold."""
+        each = np.empty(rows)
+        for k in range(folds):
+            known, held_out = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+            given = files[k : k + 1] if targets == "in_sample" else files
+            selected = select_rows({"t": given}, names.take(pa.array(known)), targets)
+            logits = learn(known, torch.from_numpy(teacher_logits(selected)[:, :, 0]))
+            each[held_out] = torch.nn.functional.cross_entropy(
+                logits[held_out], votes[held_out], reduction="none"
+            )
+        return float(each.mean())
+
+    assert score("out_of_fold") < 0.8 < np.log(3) < score("in_sample")

@@ -152,6 +152,16 @@ def test_calibration_and_position_are_shown_for_every_judge(
     assert "prediction.calibration" in page
 
 
+def test_students_that_are_flattered_are_named(run: MadeUpRun, page: str, tmp_path: Path) -> None:
+    assert "flattered" not in page
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics["judges"]["small"]["flattered"] = True
+    write_json(metrics, tmp_path / "metrics.json")
+    render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+    shown = " ".join((tmp_path / "report.html").read_text().split())
+    assert "Out of fold, small is flattered" in shown
+
+
 def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:
     metrics = json.loads((run.folder / "metrics.json").read_text())
     metrics["final"]["calibration"] = "vector"

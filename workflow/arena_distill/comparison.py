@@ -93,7 +93,7 @@ def compare(
         "run": settings.run,
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
-            | {"against": e.against, "tested": e.tested}
+            | {"against": e.against, "tested": e.tested, "flattered": e.flattered}
             | _cost(run, e, folds)
             for e in settings.entries
         ],

@@ -969,6 +969,19 @@ class Config(Section):
     def students_of(self, teacher: str) -> list[str]:
         return [name for name, judge in self.judges.items() if teacher in judge.teachers]
 
+    def is_flattered(self, judge: str) -> bool:
+        """Whether a judge's score out of fold is better than the judge.
+
+        A student's targets out of fold come from teachers which were trained on the votes that it is
+        then scored by (see ``distillation``), and what it learns is handed on to its own students.
+        """
+        node = self.judges[judge]
+        return any(
+            self.is_flattered(teacher)
+            or (node.targets == "out_of_fold" and self.judges[teacher].external is None)
+            for teacher in node.teachers
+        )
+
     def backbone_of(self, judge: str) -> Backbone:
         """A judge's backbone.
 

@@ -144,6 +144,8 @@ def evaluate(
     }
     for name in settings.external:
         judges[name]["external"] = True
+    for name in settings.flattered:
+        judges[name]["flattered"] = True
     baselines: dict[str, Figures | None] = {
         name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in yardsticks.items()
     }

@@ -312,6 +312,8 @@ class EvaluationSettings(Settings):
     """Teachers by judge."""
     external: tuple[str, ...] = Field((), exclude_if=not_)
     """Judges that are not trained here."""
+    flattered: tuple[str, ...] = Field((), exclude_if=not_)
+    """Students whose teachers have learned from the very votes that they are scored by out of fold."""
     final: str
 
     @classmethod
@@ -321,6 +323,7 @@ class EvaluationSettings(Settings):
             run=config.run,
             judges={name: config.judges[name].teachers for name in config.ordered()},
             external=tuple(name for name, judge in config.judges.items() if judge.external),
+            flattered=tuple(filter(config.is_flattered, config.judges)),
             final=config.final,
         )
 
@@ -337,6 +340,8 @@ class Entry(Section):
     """The label of the same judge on votes alone."""
     tested: bool
     """Whether its merged model is scored on the test battles."""
+    flattered: bool = False
+    """Whether its teachers have learned from the very votes that it is scored by out of fold."""
     prediction: Prediction
 
 
@@ -361,6 +366,7 @@ class CompareSettings(Settings):
                     teachers=config.judges[entry.judge].teachers,
                     against=entry.against,
                     tested=entry.tested,
+                    flattered=config.is_flattered(entry.judge),
                     prediction=entry.prediction,
                 )
                 for entry in studies.compared
