@@ -18,7 +18,7 @@ import pytest
 import yaml
 from checkouts import GPTQ, Checkout, make_checkout
 
-KILLS = int(os.environ.get("ARENA_KILLS", "3"))
+KILLS = int(os.environ.get("ARENA_KILLS", "2"))
 """Twenty take a quarter of an hour on two idle cores: `ARENA_KILLS=20 pytest tests/test_kills.py`."""
 
 pytestmark = [
