@@ -58,12 +58,13 @@ Each is a key of its own: any mix runs.
 |---|---|---|
 | folds | `folds.method` | `kfold` (the summary), `stratified` (the winners), `stratified_group`: by prompt; `near_duplicates`: by MinHash (Broder 1997) |
 | text | `encoding.template`, `.truncation`, `.sizes` | `winners`: their code; `markers`, `rounds`: the summary; `sizes`: ours, what is cut off cannot be seen |
-| head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967) |
-| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary |
+| head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967); `pooling`: the `last` token, or ours, the `mean` |
+| start | `training.fit_head` | a linear probe first: Kumar et al. 2022, arXiv:2202.10054 |
+| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary, which flatters the student's score out of fold |
 | teachers | `loss.combine`, `loss.weights` | `mean_logits`: the summary; `separate`: the winners; `mean_probabilities`: a linear pool; `fitted`: stacking on the simplex (Breiman 1996); `confidence`: Zhang et al. 2022, arXiv:2201.00007 |
 | loss | `loss.*` | `kl`, `temperature`: Hinton et al. 2015, arXiv:1503.02531; `cosine`: the winners' code; `label_smoothing`: Szegedy et al. 2016, arXiv:1512.00567; `focal`: Lin et al. 2017, arXiv:1708.02002 |
 | merge | `merge.*` | `factors`: both documents; `products`: exact; `greedy`: Wortsman et al. 2022, arXiv:2203.05482 |
-| prediction | `prediction.*` | mean of `probabilities` over orders: the winners; of `logits` over orders and lengths: the summary; `calibration`: Guo et al. 2017, arXiv:1706.04599 |
+| prediction | `prediction.*` | mean of `probabilities` over orders: the winners; of `logits` over orders and lengths: the summary; `calibration`: Guo et al. 2017, arXiv:1706.04599; `style`: the Chatbot Arena's style control (Li et al. 2024) |
 | progressive | `teachers` | a student may teach: Mirzadeh et al. 2020, Improved Knowledge Distillation via Teacher Assistant, arXiv:1902.03393 |
 """
 
