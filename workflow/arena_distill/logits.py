@@ -202,7 +202,7 @@ def score_batches(
     # A model in half precision has its head and adapters in float32: autocast lets them meet.
     half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
     with (
-        torch.inference_mode(),
+        torch.no_grad(),  # inference_mode would leave FSDP buffers that training cannot write to
         torch.autocast(weight.device.type, dtype=half, enabled=half is not None),
         tqdm(total=sum(map(len, batches)), desc="scoring", unit="seq", mininterval=5) as progress,
     ):
