@@ -320,3 +320,13 @@ def test_the_mean_is_over_the_sequences_own_tokens(family: str, backbones: Folde
 def test_an_encoder_pools_in_its_own_way(backbones: Folders) -> None:
     with pytest.raises(InputError, match=r"head\.pooling: mean is for decoders; a bert"):
         load_classifier(backbones("bert"), head=Head(kind="joint", pooling="mean"))
+
+
+def test_a_judge_of_means_may_become_a_backbone_of_others(
+    backbones: Folders, tmp_path: Path
+) -> None:
+    mean = load_classifier(backbones("llama"), head=Head(kind="joint", pooling="mean"))
+    mean.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["head_pooling"] == "mean"
+    last = load_classifier(tmp_path, head=Head(kind="joint"))
+    assert last.config.head_pooling == "last"

@@ -118,6 +118,8 @@ def load_classifier(
     _start_head(model, loaded["missing_keys"], head_seed)
     if head.pooling == "mean":
         pool_mean(model)
+    elif hasattr(model.config, "head_pooling"):  # of a judge that is a backbone now
+        model.config.head_pooling = head.pooling
     if hasattr(model.config, "use_cache"):
         # Nothing is generated: keys and values would only fill memory.
         model.config.use_cache = False
@@ -282,7 +284,7 @@ def pool_mean(model: PreTrainedModel) -> None:
     """Have a decoder's head read the mean of the hidden states over a sequence's tokens.
 
     Each token is given that mean, so the last one has it too, which is what the classifier reads.
-    transformers knows nothing of it: the configuration says `pooling: mean`, for whoever loads the model.
+    transformers knows nothing of it: the configuration says `head_pooling`, for whoever loads the model.
 
     Raises:
         InputError: the head reads something else than a token's hidden state.
@@ -303,7 +305,7 @@ def pool_mean(model: PreTrainedModel) -> None:
         return outputs
 
     model.base_model.register_forward_hook(pool, with_kwargs=True)
-    model.config.pooling = "mean"
+    model.config.head_pooling = "mean"
 
 
 def check_length(model: Any, longest: int) -> None:

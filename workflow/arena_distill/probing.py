@@ -21,6 +21,7 @@ from arena_distill.batching import token_batches
 from arena_distill.config import Head, Loss, State
 from arena_distill.distillation import losses
 from arena_distill.encoding import Sequences
+from arena_distill.errors import InputError
 from arena_distill.heads import battle_logits
 from arena_distill.logits import score_batches
 from arena_distill.states import head_layer, watch
@@ -71,7 +72,11 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
 
 
 def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -> np.ndarray:
-    """What the head reads of every sequence: float32 (battles as shown, views, features)."""
+    """What the head reads of every sequence: float32 (battles as shown, views, features).
+
+    Raises:
+        InputError: half precision cannot hold it.
+    """
     width = head_layer(judge).in_features
     features = np.empty((len(views[0]), len(views), width), np.float32)
     wanted: State = "features"
@@ -86,6 +91,11 @@ def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -
         for handle in handles:
             handle.remove()
         judge.train()
+    if not np.isfinite(features).all():
+        raise InputError(
+            f"{judge.config.name_or_path}: hidden states beyond {np.finfo(np.float16).max:,.0f}: no head "
+            "can be fitted to them; set training.fit_head: false"
+        )
     return features
 
 

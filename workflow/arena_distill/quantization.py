@@ -215,7 +215,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
             device_map={"": "cuda:0" if cuda else "cpu"},
             local_files_only=True,
         )
-    if getattr(config, "pooling", "last") == "mean":
+    if getattr(config, "head_pooling", "last") == "mean":
         pool_mean(model)
     return model
 

@@ -2,7 +2,8 @@
 
 Both phases are one call of transformers' Trainer (so accelerate, and several GPUs, come with it) over
 sequences assembled from the token file. A judge's folds all start from the same adapter and the same
-head: averaging them afterwards relies on it. Neither the number of processes nor an interruption
+head: averaging them afterwards relies on it. (Fitted heads differ, but they are linear: their mean is
+the mean of what they say of the same features.) Neither the number of processes nor an interruption
 changes what is learned: the order of the battles follows from seed and epoch alone, and ``checkpoints``
 restores the rest.
 """
