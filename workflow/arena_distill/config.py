@@ -470,7 +470,7 @@ class Training(Optimization):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learn from this share of the fold's battles: a random part, nested in that of larger shares."""
     fit_head: bool = False
-    """Fit the head to the frozen backbone first (``probing``), then train all; wants merge.head: average."""
+    """Fit the head to the frozen backbone first (``probing``), then train all; use merge.head: average."""
     own_start: bool = False
     """Each fold draws a start of its own for head and LoRA: then only their products can be averaged."""
 
