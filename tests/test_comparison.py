@@ -34,3 +34,6 @@ def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path:
         mended, expected = found[f"{name}, style"], known[name]["calibration"]["style"]
         assert mended["log_loss"] == pytest.approx(expected["log_loss"])
         assert mended["low"] < mended["log_loss"] < mended["high"]
+    # What style tells without any judge: better than nothing, as the longer answer tends to win here.
+    assert found["style alone"]["log_loss"] < found["class prior"]["log_loss"]
+    assert found["small, style"]["log_loss"] < found["style alone"]["log_loss"]

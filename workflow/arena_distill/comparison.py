@@ -78,6 +78,10 @@ def compare(
             mean = seen[entry.label].mean(axis=1, dtype=np.float64)
             mended = softmax(cross_fit(method, mean, data.votes(), parts, styles))
             probabilities[f"{entry.label}, {method}"] = mended
+    if any(entry.prediction.calibration == "style" for entry in settings.entries):
+        nothing = np.zeros((len(data.validation), len(CLASSES)))
+        alone = cross_fit("style", nothing, data.votes(), parts, styles)
+        probabilities["style alone"] = softmax(alone)
     probabilities |= {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
@@ -190,7 +194,7 @@ def _test(
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
     groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
-    styles = data.styles_of(keys)
+    known, styles = data.styles[data.validation], data.styles_of(keys)
     probabilities = {}
     for entry in settings.entries:
         if not entry.tested:
@@ -200,10 +204,13 @@ def _test(
         logits = logits[locate(keys, key(rows), str(path))]
         if entry.prediction.calibration != "none":
             mean = seen[entry.label].mean(axis=1, dtype=np.float64)
-            known = data.styles[data.validation]
             logits = fit(entry.prediction.calibration, mean, data.votes(), known)(logits, styles)
         views = logits.reshape(len(logits), -1, len(CLASSES))
         probabilities[entry.label] = mean_of_views(views, entry.prediction.average)
+    if any(entry.prediction.calibration == "style" for entry in settings.entries):
+        nothing = np.zeros((len(known), len(CLASSES)))
+        alone = fit("style", nothing, data.votes(), known)
+        probabilities["style alone"] = softmax(alone(np.zeros((len(styles), len(CLASSES))), styles))
     lengths = styles[:, :LENGTHS]
     everything = data.votes(np.arange(len(data.folds)))
     for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
