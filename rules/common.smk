@@ -278,6 +278,16 @@ def pretrained(wildcards):
     return f"{R}/adapters/{owner}/pretrained" if owner else []
 
 
+def options_of(*names):
+    """A parameter: `--name file` for each of these inputs that there is."""
+    return lambda wildcards, input: [
+        word
+        for name in names
+        if input.get(name)
+        for word in (f"--{name}", str(input.get(name)))
+    ]
+
+
 def calibration(wildcards):
     """What the test predictions of a judge are calibrated by, where they are to be."""
     if CONFIG.prediction.calibration == "none":

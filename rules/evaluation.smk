@@ -58,12 +58,7 @@ rule evaluate:
     params:
         settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
-        optional=lambda wildcards, input: [
-            part
-            for name in ("solution", "quantized", "truth", "audit")
-            if input.get(name)
-            for part in (f"--{name}", str(input.get(name)))
-        ],
+        optional=options_of("solution", "quantized", "truth", "audit"),
     message:
         "Evaluating judges, variants and quantisation"
     shell:

@@ -85,12 +85,7 @@ rule predict_test:
         "../envs/arena.yaml"
     params:
         settings=settings_of(phase.PredictionSettings),
-        optional=lambda wildcards, input: [
-            word
-            for name in ("calibration", "battles")
-            if name in input.keys()
-            for word in (f"--{name}", input[name])
-        ],
+        optional=options_of("calibration", "battles"),
     message:
         "Averaging the test predictions of {wildcards.judge}"
     shell:
