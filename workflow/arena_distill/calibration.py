@@ -60,16 +60,10 @@ STYLE_RIDGE = 10.0
 """The same for what covariates weigh, on their standardised scale, beside the log loss of all battles."""
 
 # Each parameter is a scale or a bias of these classes (A, B, tie).
-_SCALES: dict[Method, np.ndarray] = {
-    "temperature": np.array([[1.0, 1.0, 1.0]]),
-    "vector": (_ANSWERS_AND_TIE := np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])),
-    "style": _ANSWERS_AND_TIE,
-}
-_BIASES: dict[Method, np.ndarray] = {
-    "temperature": np.empty((0, 3)),
-    "vector": (_TIE := np.array([[0.0, 0.0, 1.0]])),
-    "style": _TIE,
-}
+_ALL, _APART = np.array([[1.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+_NONE, _TIE = np.empty((0, 3)), np.array([[0.0, 0.0, 1.0]])
+_SCALES: dict[Method, np.ndarray] = {"temperature": _ALL, "vector": _APART, "style": _APART}
+_BIASES: dict[Method, np.ndarray] = {"temperature": _NONE, "vector": _TIE, "style": _TIE}
 
 
 @dataclass(frozen=True)

@@ -282,14 +282,15 @@ def predict_test(
     parts = []
     for model, path in logits.items():
         scores, rows = _read_test_logits(path, settings)
-        ids = rows if ids is None else ids
+        if ids is None:
+            ids = rows
+            styles = read_styles(battles, key(ids)) if battles and calibrate else None
         if len(rows) != len(ids):
             raise InputError(f"{path}: {len(rows)} battles, the other model's file has {len(ids)}")
         scores = scores[locate(key(ids), key(rows), str(path))]
         variants = averages(scores, lengths, orders, settings.average)
-        if calibrate and battles:
+        if calibrate:
             # Each view, before any average; of logits, it is the same after: the map is affine.
-            styles = read_styles(battles, key(ids)) if styles is None else styles
             mended = averages(calibrate(scores, styles), lengths, orders, settings.average)
             variants |= {f"{name}/{settings.calibration}": p for name, p in mended.items()}
         for name, probabilities in variants.items():

@@ -118,15 +118,15 @@ def cross_validate(
     parts = min(PARTS, len(np.unique(groups)))
     if parts < 2:  # nothing to choose by
         return fit_weights(features, objective, outputs, rows, RIDGES[:1])[-1], RIDGES[0], np.nan
-    losses = np.zeros(len(RIDGES))
+    scores = np.zeros(len(RIDGES))
     for known, held_out in GroupKFold(parts).split(rows, groups=groups):
         asked = torch.from_numpy(held_out)
         for i, fitted in enumerate(fit_weights(features, objective, outputs, known, RIDGES)):
-            losses[i] += float(objective(features[asked] @ fitted.T, asked).sum()) / len(rows)
-    best = int(np.argmin(losses))
+            scores[i] += float(objective(features[asked] @ fitted.T, asked).sum()) / len(rows)
+    best = int(np.argmin(scores))
     # By way of the stronger ridges, as in the cross-validation: each fit starts from the last.
     fitted = fit_weights(features, objective, outputs, rows, RIDGES[: best + 1])[-1]
-    return fitted, RIDGES[best], float(losses[best])
+    return fitted, RIDGES[best], float(scores[best])
 
 
 def fit_weights(

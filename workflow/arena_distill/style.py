@@ -10,6 +10,7 @@ Exchanging the answers changes the sign of every feature.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +36,7 @@ def length_features(battles: pa.Table) -> np.ndarray:
 
     Difference and log-ratio, in characters and in words; exchanging the answers changes their sign.
     """
-    columns = []
-    for count in (pc.utf8_length, lambda text: pc.count_substring_regex(text, WORD)):
-        a, b = (
-            count(pc.binary_join(battles[name], "\n")).to_numpy().astype(np.float64)
-            for name in ("response_a", "response_b")
-        )
-        columns += [a - b, np.log1p(a) - np.log1p(b)]
-    return np.column_stack(columns)
+    return _longer(*_counts(battles, (WORD,)))
 
 
 def style_features(battles: pa.Table) -> np.ndarray:
@@ -50,17 +44,28 @@ def style_features(battles: pa.Table) -> np.ndarray:
 
     :func:`length_features`, then what style control takes.
     """
-    a, b = (pc.binary_join(battles[name], "\n") for name in ("response_a", "response_b"))
-    counts = [(pc.utf8_length(a), pc.utf8_length(b))]
-    counts += [
-        (pc.count_substring_regex(a, pattern), pc.count_substring_regex(b, pattern))
-        for pattern in ORNAMENTS
-    ]
-    relative = []
-    for of_a, of_b in counts:
-        first, second = (of.to_numpy().astype(np.float64) for of in (of_a, of_b))
-        relative.append((first - second) / np.maximum(first + second, 1))
-    return np.column_stack([length_features(battles), *relative])
+    a, b = _counts(battles, (WORD, *ORNAMENTS))
+    controlled = [i for i in range(a.shape[1]) if i != 1]  # without the words
+    first, second = a[:, controlled], b[:, controlled]
+    relative = (first - second) / np.maximum(first + second, 1)
+    return np.column_stack([_longer(a[:, :2], b[:, :2]), relative])
+
+
+def _counts(battles: pa.Table, patterns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Characters, and matches of each pattern, in A and in B: float64 (rows, 1 + patterns) each."""
+    found = []
+    for name in ("response_a", "response_b"):
+        text = pc.binary_join(battles[name], "\n")
+        columns = [pc.utf8_length(text), *(pc.count_substring_regex(text, p) for p in patterns)]
+        found.append(np.column_stack([column.to_numpy().astype(np.float64) for column in columns]))
+    a, b = found
+    return a, b
+
+
+def _longer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Difference and log-ratio of each count in turn: float64 (rows, 2 · counts)."""
+    both = np.stack([a - b, np.log1p(a) - np.log1p(b)], axis=2)
+    return both.reshape(len(both), 2 * a.shape[1])
 
 
 def read_styles(battles: Path, keys: pa.Array) -> np.ndarray:
