@@ -281,10 +281,7 @@ def pretrained(wildcards):
 def options_of(*names):
     """A parameter: `--name file` for each of these inputs that there is."""
     return lambda wildcards, input: [
-        word
-        for name in names
-        if input.get(name)
-        for word in (f"--{name}", str(input.get(name)))
+        word for name in names if input.get(name) for word in (f"--{name}", str(input.get(name)))
     ]
 
 
