@@ -48,7 +48,6 @@ editor) are written by `scripts/write_config_reference.py` from the model in
 | `progressive.yaml` | teacher → middle → small, beside teacher → small |
 | `ablation.yaml` | `snakemake compare`: the embedded default, one key changed at a time |
 | `curves.yaml`, `drift.yaml` | `snakemake curves`, `snakemake drift`: both studies on the synthetic arena |
-| `smol-compare.yaml` | `snakemake compare`: recipes on your battles, with real pretrained weights |
 
 ## Axes of a recipe
 

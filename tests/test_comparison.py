@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+import pandas as pd
 import pytest
 from made_up_run import JUDGES, made_up_run
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
+from arena_distill.artifacts import read_logits
 from arena_distill.comparison import compare
+from arena_distill.comparison_report import gains
 from arena_distill.config import Prediction
 from arena_distill.settings import CompareSettings, Entry
+
+
+def settings_of(*tested: str, method: Literal["none", "style"] = "style") -> CompareSettings:
+    prediction = Prediction(calibration=method)
+    entries = tuple(
+        Entry(
+            label=name, judge=name, folds=name, teachers=teachers, tested=name in tested,
+            against="big" if teachers else None, prediction=prediction,
+        )
+        for name, teachers in JUDGES.items()
+    )  # fmt: skip
+    return CompareSettings(version=1, run="x", entries=entries, runs=(), resamples=100)
 
 
 @pytest.mark.parametrize("holdout", [0, 0.2])
 def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path: Path) -> None:
     """With held-out battles as well, which are scored by nobody and lie between the others."""
     run = made_up_run(tmp_path, holdout=holdout)
-    prediction = Prediction(calibration="style")
-    entries = tuple(
-        Entry(
-            label=name, judge=name, folds=name, teachers=teachers, against=None, tested=False,
-            prediction=prediction,
-        )
-        for name, teachers in JUDGES.items()
-    )  # fmt: skip
-    settings = CompareSettings(version=1, run="x", entries=entries, runs=(), resamples=100)
+    settings = settings_of()
     compare(tmp_path, tmp_path / "compare.json", settings=settings, solution=None, truth=None)
     found = json.loads((tmp_path / "compare.json").read_text())["out_of_fold"]["judges"]
     known = json.loads(run.evaluate(test=False).read_text())["judges"]
@@ -37,3 +48,30 @@ def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path:
     # What style tells without any judge: better than nothing, as the longer answer tends to win here.
     assert found["style alone"]["log_loss"] < found["class prior"]["log_loss"]
     assert found["small, style"]["log_loss"] < found["style alone"]["log_loss"]
+
+
+def test_on_test_battles_a_judge_stands_beside_itself_calibrated(tmp_path: Path) -> None:
+    made_up_run(tmp_path)
+    found = {}
+    for method in ("none", "style"):
+        compare(
+            tmp_path,
+            tmp_path / f"{method}.json",
+            settings=settings_of("small", method=method),
+            solution=tmp_path / "solution.csv",
+            truth=None,
+        )
+        found[method] = json.loads((tmp_path / f"{method}.json").read_text())
+    logits, ids = read_logits(tmp_path / "logits/small/merged_test.npy")
+    votes = pd.read_csv(tmp_path / "solution.csv", dtype={"id": str}).set_index("id")
+    seen = softmax(logits.reshape(len(logits), -1, 3).mean(axis=1, dtype=np.float64), axis=1)
+    expected = log_loss(votes.loc[ids["id"].to_pylist()].to_numpy().argmax(axis=1), seen)
+    raw, mended = (found[method]["test"]["judges"] for method in ("none", "style"))
+    assert raw["small"]["log_loss"] == mended["small"]["log_loss"] == pytest.approx(expected)
+    assert mended["small, style"]["log_loss"] != mended["small"]["log_loss"]
+    assert set(mended) - set(raw) == {"small, style", "style alone"}
+    pairs = {(gain["label"], gain["against"], gain["part"]) for gain in gains(found["style"])}
+    assert pairs == {
+        ("small", "big", "out_of_fold"),
+        ("small, style", "big, style", "out_of_fold"),
+    }, "the teacher has no merged model"

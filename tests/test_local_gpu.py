@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 TRAININGS = [f"{judge}_fold_{fold}" for judge in ("llama", "qwen2") for fold in (0, 1)]
 
+
 class Turn(NamedTuple):
     """When a job had its device: seconds since the epoch."""
 

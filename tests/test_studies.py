@@ -127,6 +127,15 @@ def test_curves_are_nested_shares_of_both_heads() -> None:
     assert heads == {"joint", "pointwise"}
 
 
+def test_a_curve_has_the_final_judges_own_head() -> None:
+    raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    raw["judges"]["gemma2-student"]["head"] = {"kind": "pointwise", "pooling": "mean"}
+    config, found, graph = derived(judges=raw["judges"])
+    own = found.curves["gemma2-student.pointwise"][1]
+    assert graph.judges[own].head == config.judges[config.final].head
+    assert graph.judges[own].head.pooling == "mean"
+
+
 def test_folds_drift_from_one_start_or_from_their_own() -> None:
     _, found, graph = derived()
     for start, points in found.drifts.items():

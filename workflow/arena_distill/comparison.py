@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 
 from arena_distill.artifacts import provenance, read_json, read_logits, read_parquet, write_json
 from arena_distill.battles import read_solution
-from arena_distill.calibration import cross_fit, fit
+from arena_distill.calibration import Method, cross_fit, fit
 from arena_distill.errors import InputError
 from arena_distill.evaluation import Run, both_orders
 from arena_distill.folds import prompt_groups
@@ -41,6 +42,19 @@ from arena_distill.yardsticks import class_prior, length_regression, true_probab
 
 RESAMPLES_AT_ONCE = 64
 """Bounds memory: so many resamples' counts of all prompts are held at a time."""
+
+STYLE_ALONE = "style alone"
+"""What a calibration by style says of battles without a judge."""
+
+
+class _Calibrated(NamedTuple):
+    """A row of the tables: a judge with a method of calibration, and the logits that fit it."""
+
+    label: str | None
+    """The judge's; None: a judge that knows nothing."""
+    method: Method
+    known: np.ndarray
+    """Float64 (rows, 3), out of fold."""
 
 
 def compare(
@@ -71,17 +85,11 @@ def compare(
         for entry in settings.entries
     }
     probabilities = {label: both_orders(logits) for label, logits in seen.items()}
+    calibrated = _calibrated(seen, settings)
     parts, styles = data.parts(), data.styles[data.validation]
-    for entry in settings.entries:
-        method = entry.prediction.calibration
-        if method != "none":
-            mean = seen[entry.label].mean(axis=1, dtype=np.float64)
-            mended = softmax(cross_fit(method, mean, data.votes(), parts, styles))
-            probabilities[f"{entry.label}, {method}"] = mended
-    if any(entry.prediction.calibration == "style" for entry in settings.entries):
-        nothing = np.zeros((len(data.validation), len(CLASSES)))
-        alone = cross_fit("style", nothing, data.votes(), parts, styles)
-        probabilities["style alone"] = softmax(alone)
+    for name, row in calibrated.items():
+        mended = cross_fit(row.method, row.known, data.votes(), parts, styles)
+        probabilities[name] = softmax(mended)
     probabilities |= {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
@@ -92,12 +100,15 @@ def compare(
     held_out = _table(probabilities, data.votes(), data.groups(), settings, true)
     for label, logits in seen.items():
         held_out["judges"][label]["position"] = position_bias(logits, data.votes())
-    test = None if solution is None else _test(run, data, seen, settings, solution, truth)
+    test = None
+    if solution is not None:
+        test = _test(run, data, calibrated, settings, solution, truth)
     figures = {
         "run": settings.run,
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
             | {"against": e.against, "tested": e.tested, "flattered": e.flattered}
+            | {"calibration": e.prediction.calibration}
             | _cost(run, e, folds)
             for e in settings.entries
         ],
@@ -112,6 +123,27 @@ def compare(
     }
     write_json(figures, output)
     print(f"{output}: {len(settings.entries)} judges on {held_out['rows']:,} battles out of fold")
+
+
+def calibrated_label(label: str, method: str) -> str:
+    """What a judge is called in the tables where its probabilities are calibrated."""
+    return label if method == "none" else f"{label}, {method}"
+
+
+def _calibrated(
+    seen: Mapping[str, np.ndarray], settings: CompareSettings
+) -> dict[str, _Calibrated]:
+    """The calibrated judges by their label in the tables."""
+    found = {
+        calibrated_label(entry.label, method): _Calibrated(
+            entry.label, method, seen[entry.label].mean(axis=1, dtype=np.float64)
+        )
+        for entry in settings.entries
+        if (method := entry.prediction.calibration) != "none"
+    }
+    if by_style := next((row for row in found.values() if row.method == "style"), None):
+        found[STYLE_ALONE] = _Calibrated(None, "style", np.zeros_like(by_style.known))
+    return found
 
 
 def bootstrap(
@@ -182,35 +214,32 @@ def _difference(each: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
 def _test(
     run: Path,
     data: Run,
-    seen: Mapping[str, np.ndarray],
+    calibrated: Mapping[str, _Calibrated],
     settings: CompareSettings,
     solution: Path,
     truth: Path | None,
 ) -> Figures:
-    """The merged models on the test battles, each averaged and calibrated as its recipe says."""
+    """The merged models on the test battles, averaged as their recipes say; calibrated as well."""
     solved = read_solution(solution)
     votes = solved["label"].to_numpy().astype(np.int64)
     ids = solved["id"].combine_chunks()
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
     groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
+    tested = {entry.label: entry for entry in settings.entries if entry.tested}
+    views = {label: _test_views(run, entry.judge, keys) for label, entry in tested.items()}
+    probabilities = {
+        label: mean_of_views(views[label], entry.prediction.average)
+        for label, entry in tested.items()
+    }
     known, styles = data.styles[data.validation], data.styles_of(keys)
-    probabilities = {}
-    for entry in settings.entries:
-        if not entry.tested:
-            continue
-        path = run / "logits" / entry.judge / "merged_test.npy"
-        logits, rows = read_logits(path)
-        logits = logits[locate(keys, key(rows), str(path))]
-        if entry.prediction.calibration != "none":
-            mean = seen[entry.label].mean(axis=1, dtype=np.float64)
-            logits = fit(entry.prediction.calibration, mean, data.votes(), known)(logits, styles)
-        views = logits.reshape(len(logits), -1, len(CLASSES))
-        probabilities[entry.label] = mean_of_views(views, entry.prediction.average)
-    if any(entry.prediction.calibration == "style" for entry in settings.entries):
-        nothing = np.zeros((len(known), len(CLASSES)))
-        alone = fit("style", nothing, data.votes(), known)
-        probabilities["style alone"] = softmax(alone(np.zeros((len(styles), len(CLASSES))), styles))
+    for name, row in calibrated.items():
+        calibration = fit(row.method, row.known, data.votes(), known)
+        if row.label is None:
+            probabilities[name] = softmax(calibration(np.zeros((len(keys), len(CLASSES))), styles))
+        elif row.label in tested:
+            average = tested[row.label].prediction.average
+            probabilities[name] = mean_of_views(calibration(views[row.label], styles), average)
     lengths = styles[:, :LENGTHS]
     everything = data.votes(np.arange(len(data.folds)))
     for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
@@ -219,6 +248,13 @@ def _test(
     if true is not None:
         probabilities["Bayes limit"] = true
     return _table(probabilities, votes, groups, settings, true)
+
+
+def _test_views(run: Path, judge: str, keys: pa.Array) -> np.ndarray:
+    """What the merged model says of the battles of `keys`: float (rows, lengths · orders, 3)."""
+    path = run / "logits" / judge / "merged_test.npy"
+    logits, rows = read_logits(path)
+    return logits[locate(keys, key(rows), str(path))].reshape(len(keys), -1, len(CLASSES))
 
 
 def _cost(run: Path, entry: Entry, folds: Sequence[int]) -> Figures:

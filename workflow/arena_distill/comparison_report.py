@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.artifacts import read_json, write_text
+from arena_distill.comparison import calibrated_label
 from arena_distill.metrics import Figures
 from arena_distill.report import (
     ACCENT,
@@ -48,13 +49,18 @@ def render_comparison(path: Path, output: Path) -> None:
 
 def gains(figures: Figures) -> list[Figures]:
     """What distillation adds: each student against the same judge trained on votes alone."""
-    return [
-        {"label": entry["label"], "against": entry["against"], "part": part}
-        | difference(figures[part], entry["label"], entry["against"])
+    pairs = [
+        (calibrated_label(entry["label"], method), calibrated_label(entry["against"], method))
         for entry in figures["entries"]
         if entry["against"]
+        for method in dict.fromkeys(("none", entry["calibration"]))
+    ]
+    return [
+        {"label": judge, "against": against, "part": part}
+        | difference(figures[part], judge, against)
+        for judge, against in pairs
         for part in PARTS
-        if figures[part] and entry["label"] in figures[part]["judges"]
+        if figures[part] and {judge, against} <= set(figures[part]["judges"])
     ]
 
 

@@ -28,7 +28,7 @@ VERSIONS = {
     "prediction": 1,
     "submission": 1,
     "evaluation": 3,
-    "comparison": 2,
+    "comparison": 3,
     "curves": 1,
     "drift_study": 1,
     "report": 2,

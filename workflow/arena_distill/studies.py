@@ -168,12 +168,15 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
 def curves(config: Config, family: Family) -> dict[str, dict[float, str]]:
     """Learning curves: label → share of the training battles → judge.
 
-    Without `curve_judges`: the final judge trained on votes, with a joint and with a pointwise head.
+    Without `curve_judges`: the final judge trained on votes, with its own head and with the other kind.
     """
-    final = config.judges[config.final]
+    final = _on_votes(config.judges[config.final])
+    heads = {kind: Head(kind=kind) for kind in ("joint", "pointwise")} | {
+        final.head.kind: final.head
+    }
     chosen = {name: config.judges[name] for name in config.studies.curve_judges} or {
-        f"{config.final}.{kind}": _on_votes(final).model_copy(update={"head": Head(kind=kind)})
-        for kind in ("joint", "pointwise")
+        f"{config.final}.{kind}": final.model_copy(update={"head": head})
+        for kind, head in heads.items()
     }
     return {
         label: {
