@@ -20,8 +20,8 @@ import numpy as np
 
 from arena_distill.artifacts import provenance, write_parquet
 from arena_distill.battles import read_battles
-from arena_distill.config import Encoding
 from arena_distill.encoding import encode, read_tokens, tokenize_battles, waterline
+from arena_distill.judge import Encoding
 
 WHOLE = 10**7
 """Longer than any battle."""

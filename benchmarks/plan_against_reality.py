@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
 from arena_distill.backbones import TINY, load_classifier, prepare_backbone  # noqa: E402
-from arena_distill.config import JOINT, Backbone, Lora  # noqa: E402
+from arena_distill.judge import JOINT, Backbone, Lora  # noqa: E402
 from arena_distill.sizes import alive, measure, read_config  # noqa: E402
 from arena_distill.training import new_judge  # noqa: E402
 

@@ -19,7 +19,6 @@ import pyarrow as pa
 
 from arena_distill.backbones import load_tokenizer
 from arena_distill.battles import read_battles
-from arena_distill.config import Encoding
 from arena_distill.encoding import (
     PROMPT_TOKENS,
     TEMPLATES,
@@ -28,6 +27,7 @@ from arena_distill.encoding import (
     read_tokens,
     tokenize_battles,
 )
+from arena_distill.judge import Encoding
 
 
 def row_wise(battles: pa.Table, tokenizer: Any, max_length: int) -> int:

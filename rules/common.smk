@@ -20,6 +20,7 @@ from arena_distill import config as configuration
 from arena_distill import jobs, studies
 from arena_distill import settings as phase
 from arena_distill.errors import InputError
+from arena_distill.judge import Traffic
 from arena_distill.phases import VERSIONS
 
 try:
@@ -149,7 +150,7 @@ def answers(wildcards, output):
 def traffic(wildcards):
     """How an endpoint is asked, as JSON. As a resource it reruns nothing when it changes."""
     endpoint = EXTERNAL[wildcards.judge].endpoint
-    return endpoint.model_dump_json(include=set(configuration.Traffic.model_fields))
+    return endpoint.model_dump_json(include=set(Traffic.model_fields))
 
 
 def raw_configuration(wildcards):

@@ -19,14 +19,15 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
-from arena_distill.config import Config, Judge, schema  # noqa: E402
+from arena_distill.config import Config, schema  # noqa: E402
+from arena_distill.judge import Judge  # noqa: E402
 
 INTRO = """\
 # Configuration
 
 Every key, its default and what it means. This file and `workflow/schemas/config.schema.json` (for your
-editor) are written by `scripts/write_config_reference.py` from the model in
-`workflow/arena_distill/config.py`.
+editor) are written by `scripts/write_config_reference.py` from the models in
+`workflow/arena_distill/config.py` and `judge.py`.
 
 - `config.yaml` is the embedded default. A file given by `--configfile` that names `judges` stands alone;
   one that does not (the recipes) is laid over `config.yaml`, or over the file before it:

@@ -22,9 +22,9 @@ from arena_distill.backbones import (
     load_tokenizer,
     prepare_backbone,
 )
-from arena_distill.config import Backbone, Head
 from arena_distill.encoding import safe_pad_id
 from arena_distill.errors import InputError
+from arena_distill.judge import Backbone, Head
 
 GGUF = ROOT / "models" / "smollm2-135m-instruct.gguf"
 

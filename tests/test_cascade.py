@@ -26,10 +26,11 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Cascade, Encoding, Head, load
+from arena_distill.config import Cascade, load
 from arena_distill.encoding import Sequences, encode, read_tokens, tokenize_battles
 from arena_distill.errors import InputError
 from arena_distill.evaluation import THRESHOLDS, cascade_curve
+from arena_distill.judge import Encoding, Head
 from arena_distill.orders import Order
 from arena_distill.prediction import (
     Costs,

@@ -17,8 +17,8 @@ from test_training import training_settings
 from arena_distill import training
 from arena_distill.artifacts import read_json, read_parquet
 from arena_distill.checkpoints import SEAL, digest
-from arena_distill.config import Lora
 from arena_distill.errors import Stopped
+from arena_distill.judge import Lora
 from arena_distill.training import Launch, train_fold
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "lora": Lora(r=4, alpha=8, dropout=0.2), "warmup_steps": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from arena_distill import config as module
-from arena_distill.config import (
-    Backbone,
-    Config,
-    Data,
-    Folds,
-    JudgeDefaults,
-    Loss,
-    Prediction,
-    load,
-    overlay,
-)
+from arena_distill.config import Config, Data, Folds, Prediction, load, overlay, schema
 from arena_distill.errors import InputError
+from arena_distill.judge import Backbone, Compute, JudgeDefaults, Loss
 from arena_distill.phases import VERSIONS
 from arena_distill.settings import (
     AskingSettings,
@@ -309,7 +300,7 @@ def test_different_backbones_never_share_a_name() -> None:
     assert len(set(backbones)) == len(given)
     assert len(set(tokenizers)) == len(given)
     for name in (*backbones, *tokenizers):
-        assert module.re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), name
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), name
 
 
 def test_a_name_does_not_depend_on_judges_of_other_backbones() -> None:
@@ -387,7 +378,7 @@ def test_compute_is_in_no_settings() -> None:
         "batch_tokens": 99, "gradient_checkpointing": True, "gpu_model": "a100", "fsdp": True,
         "disk_mb": 99, "checkpoint_minutes": 9.0, "attention": "eager",
     }  # fmt: skip
-    assert set(compute) == set(module.Compute.model_fields)
+    assert set(compute) == set(Compute.model_fields)
     assert changed(defaults={"compute": compute}) == set()
     for settings in all_settings(load(raw())).values():
         assert not set(compute) & set(json.loads(settings.model_dump_json()))
@@ -505,8 +496,8 @@ def test_the_blackpearl_recipe_is_five_equal_terms() -> None:
 
 
 def test_the_schema_is_plain_json_and_closed() -> None:
-    schema = module.schema()
-    assert json.loads(json.dumps(schema)) == schema
-    assert schema["additionalProperties"] is False
-    for name, part in schema["$defs"].items():
+    whole = schema()
+    assert json.loads(json.dumps(whole)) == whole
+    assert whole["additionalProperties"] is False
+    for name, part in whole["$defs"].items():
         assert part["additionalProperties"] is False, name

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_encoding import FRAME, SMALLEST, Turns, lengths, rows_of_turns, split, tokens_of
 
 from arena_distill.artifacts import write_parquet
-from arena_distill.config import Encoding, Head, load
+from arena_distill.config import load
 from arena_distill.encoding import (
     ROOM,
     Sequences,
@@ -28,6 +28,7 @@ from arena_distill.encoding import (
 )
 from arena_distill.errors import InputError
 from arena_distill.heads import encode_views
+from arena_distill.judge import Encoding, Head
 from arena_distill.orders import ORDERS
 from arena_distill.settings import ScoringSettings, TrainingSettings
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from arena_distill.artifacts import write_logits
-from arena_distill.config import Loss
 from arena_distill.distillation import (
     NO_VOTE,
     VOTES,
@@ -26,6 +25,7 @@ from arena_distill.distillation import (
     teacher_weights,
 )
 from arena_distill.errors import InputError
+from arena_distill.judge import Loss
 from arena_distill.probing import fit_weights
 
 SUMMARY = Loss()

@@ -27,7 +27,6 @@ from arena_distill import encoding as module
 from arena_distill.artifacts import read_parquet, write_parquet
 from arena_distill.backbones import load_tokenizer
 from arena_distill.battles import SCHEMA
-from arena_distill.config import Encoding
 from arena_distill.encoding import (
     FIELDS,
     TEMPLATES,
@@ -42,6 +41,7 @@ from arena_distill.encoding import (
     tokenize_battles,
 )
 from arena_distill.errors import InputError
+from arena_distill.judge import Encoding
 from arena_distill.orders import ORDERS
 
 NEWLINE = 10
@@ -412,8 +412,8 @@ def test_a_short_battle_reads_as_the_template_says(
 def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     order: Any, make_run: Callable[..., Any]
 ) -> None:
-    from arena_distill.config import Lora, Training
     from arena_distill.distillation import VOTES
+    from arena_distill.judge import Lora, Training
     from arena_distill.settings import TrainingSettings
     from arena_distill.training import show
 

@@ -42,7 +42,7 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.asking import Alternative, Answers, Completion, Token
-from arena_distill.config import Endpoint, Traffic, load
+from arena_distill.config import load
 from arena_distill.distillation import select_rows, teacher_logits
 from arena_distill.errors import InputError
 from arena_distill.external import (
@@ -56,6 +56,7 @@ from arena_distill.external import (
     verdict_scores,
 )
 from arena_distill.folds import assign_folds
+from arena_distill.judge import Endpoint, Traffic
 from arena_distill.logits import fold_rows
 from arena_distill.settings import AskingSettings, EvaluationSettings, LogitsSettings
 from arena_distill.studies import Family, derive

@@ -20,9 +20,9 @@ from conftest import REAL_TOKENIZERS, battles_table
 from arena_distill.artifacts import write_parquet
 from arena_distill.backbones import load_classifier, load_tokenizer, prepare_backbone
 from arena_distill.batching import pad
-from arena_distill.config import Backbone, Encoding, Head
 from arena_distill.encoding import Tokens, read_tokens, tokenize_battles
 from arena_distill.heads import encode_views
+from arena_distill.judge import Backbone, Encoding, Head
 from arena_distill.logits import score
 from arena_distill.training import _collator
 

@@ -17,11 +17,11 @@ from hypothesis.extra.numpy import arrays
 
 from arena_distill.artifacts import read_json, read_logits, read_parquet, write_parquet
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Encoding, Head, Lora, Loss, Pretraining, Training
 from arena_distill.distillation import VOTES, losses
 from arena_distill.encoding import encode, read_tokens, tokenize_battles
 from arena_distill.folds import training_rows
 from arena_distill.heads import battle_logits, encode_views, verdicts, views
+from arena_distill.judge import Encoding, Head, Lora, Loss, Pretraining, Training
 from arena_distill.keys import key, locate
 from arena_distill.logits import predict_logits
 from arena_distill.merging import merge_folds

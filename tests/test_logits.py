@@ -17,10 +17,10 @@ from arena_distill import logits as module
 from arena_distill.artifacts import read_logits, read_parquet, read_provenance, write_logits
 from arena_distill.backbones import load_classifier
 from arena_distill.batching import pad, token_batches
-from arena_distill.config import Encoding, Lora
 from arena_distill.encoding import Tokens, encode, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
+from arena_distill.judge import Encoding, Lora
 from arena_distill.keys import key
 from arena_distill.logits import fold_rows, gather_logits, predict_logits, score
 from arena_distill.settings import LogitsSettings

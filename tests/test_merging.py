@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arena_distill import merging
-from arena_distill.config import JOINT
 from arena_distill.errors import InputError
+from arena_distill.judge import JOINT
 from arena_distill.merging import merge_folds
 
 torch = pytest.importorskip("torch")

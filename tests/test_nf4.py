@@ -22,9 +22,10 @@ from test_training import LORA, fit, training_settings
 
 from arena_distill.artifacts import read_json, read_logits
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Encoding, Head, load
+from arena_distill.config import load
 from arena_distill.encoding import read_tokens
 from arena_distill.errors import InputError
+from arena_distill.judge import Encoding, Head
 from arena_distill.logits import predict_logits
 from arena_distill.merging import merge_folds
 from arena_distill.settings import LogitsSettings, MergeSettings, ScoringSettings

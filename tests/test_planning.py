@@ -23,17 +23,7 @@ from hypothesis import strategies as st
 from arena_distill import config as configuration
 from arena_distill import planning
 from arena_distill.backbones import TINY, load_classifier
-from arena_distill.config import (
-    JOINT,
-    Accelerator,
-    Backbone,
-    Config,
-    Encoding,
-    Head,
-    Lora,
-    Plan,
-    overlay,
-)
+from arena_distill.config import Accelerator, Config, Plan, overlay
 from arena_distill.costs import (
     DEVICES,
     GIB,
@@ -44,6 +34,7 @@ from arena_distill.costs import (
 )
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned
+from arena_distill.judge import JOINT, Backbone, Encoding, Head, Lora
 from arena_distill.planning import critical_path, simulate
 from arena_distill.sizes import alive, measure, read_config, step_bytes
 from arena_distill.training import new_judge

@@ -26,9 +26,9 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Encoding
 from arena_distill.encoding import Sequences, Tokens, encode, read_tokens, tokenize_battles
 from arena_distill.errors import InputError
+from arena_distill.judge import Encoding
 from arena_distill.keys import key
 from arena_distill.orders import Order, swap_classes
 from arena_distill.prediction import (

@@ -15,11 +15,11 @@ from test_training import LORA, fit, training_settings
 from arena_distill import training
 from arena_distill.artifacts import read_parquet
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Head, Loss, Training
 from arena_distill.distillation import VOTES, losses
 from arena_distill.encoding import read_tokens
 from arena_distill.folds import training_rows
 from arena_distill.heads import battle_logits
+from arena_distill.judge import Head, Loss, Training
 from arena_distill.keys import key, locate
 from arena_distill.probing import RIDGES, cross_validate, fit_head, fit_weights, read_features
 from arena_distill.states import head_layer

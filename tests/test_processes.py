@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from test_training import distance, training_settings
 
 from arena_distill.artifacts import read_json, read_parquet, write_logits, write_parquet
-from arena_distill.config import Loss
 from arena_distill.encoding import tokenize_battles
 from arena_distill.folds import assign_folds
+from arena_distill.judge import Loss
 from arena_distill.logits import fold_rows
 from arena_distill.settings import LogitsSettings, TrainingSettings
 from arena_distill.training import ByLength, Launch, train_fold

@@ -31,18 +31,7 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.battles import read_battles
-from arena_distill.config import (
-    Arena,
-    Config,
-    Encoding,
-    Head,
-    Lora,
-    Loss,
-    Traffic,
-    Training,
-    load,
-    overlay,
-)
+from arena_distill.config import Arena, Config, load, overlay
 from arena_distill.distillation import VOTES, losses, select_rows, teacher_logits
 from arena_distill.encoding import encode, read_tokens, tokenize_battles
 from arena_distill.errors import InputError
@@ -57,6 +46,7 @@ from arena_distill.folds import (
     validation_rows,
     write_folds,
 )
+from arena_distill.judge import Encoding, Head, Lora, Loss, Traffic, Training
 from arena_distill.keys import key, locate
 from arena_distill.logits import fold_rows, predict_logits
 from arena_distill.orders import CLASSES, NO_VOTE, swap_labels

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from arena_distill import quantization
-from arena_distill.config import JOINT
 from arena_distill.encoding import Sequences
 from arena_distill.errors import InputError
+from arena_distill.judge import JOINT
 from arena_distill.quantization import check_drift, check_layers, check_settings, drift
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ from arena_distill.artifacts import read_logits, read_parquet, read_states, writ
 from arena_distill.backbones import load_classifier
 from arena_distill.batching import pad
 from arena_distill.checkpoints import SEAL
-from arena_distill.config import Encoding, Head, Loss, load, overlay
+from arena_distill.config import load, overlay
 from arena_distill.distillation import (
     attention_divergences,
     feature_distances,
@@ -37,6 +37,7 @@ from arena_distill.distillation import (
 from arena_distill.encoding import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.heads import encode_views, verdicts
+from arena_distill.judge import Encoding, Head, Loss
 from arena_distill.keys import key, locate
 from arena_distill.logits import gather_logits, predict_logits
 from arena_distill.settings import LogitsSettings, TrainingSettings

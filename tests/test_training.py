@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from arena_distill import training
 from arena_distill.artifacts import read_json, read_parquet, write_logits
 from arena_distill.backbones import load_classifier
-from arena_distill.config import Encoding, Lora, Loss, Pretraining, Training
 from arena_distill.distillation import VOTES
 from arena_distill.encoding import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, validation_rows
+from arena_distill.judge import Encoding, Lora, Loss, Pretraining, Training
 from arena_distill.keys import key, locate
 from arena_distill.logits import predict_logits
 from arena_distill.settings import LogitsSettings, PretrainingSettings, TrainingSettings

@@ -38,8 +38,8 @@ from tenacity import (
 )
 from tqdm.auto import tqdm
 
-from arena_distill.config import Traffic
 from arena_distill.errors import InputError, Stopped
+from arena_distill.judge import Traffic
 
 PASSING = (408, 409, 425, 429)
 """Statuses that, as those from 500 on, another attempt may not meet."""

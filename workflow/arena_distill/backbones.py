@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json
-from arena_distill.config import JOINT, Attention, Backbone, Head, Precision
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS
 from arena_distill.hub import brief, download
 from arena_distill.jobs import cpu_is_wanted
+from arena_distill.judge import JOINT, Attention, Backbone, Head, Precision
 
 if TYPE_CHECKING:
     import torch

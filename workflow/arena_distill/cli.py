@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NoReturn, get_args
 
 import typer
 
-from arena_distill import config, jobs
+from arena_distill import config, jobs, judge
 from arena_distill import settings as phase
 from arena_distill.errors import InputError, Stopped
 from arena_distill.settings import parse
@@ -38,7 +38,7 @@ Checkpointing = Annotated[
     int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
 ]
 Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
-Attention = Annotated[config.Attention, typer.Option(help="transformers' attention kernel.")]
+Attention = Annotated[judge.Attention, typer.Option(help="transformers' attention kernel.")]
 Fsdp = Annotated[int, typer.Option(help="1: spread the backbone over the GPUs.", min=0, max=1)]
 CheckpointFolder = Annotated[
     Path | None, typer.Option(help="Where this output's checkpoints go; none: none are written.")
@@ -148,7 +148,7 @@ def prepare_backbone(
     """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
     from arena_distill.backbones import prepare_backbone
 
-    prepare_backbone(parse(config.Backbone, settings), output, source=source, version=version)
+    prepare_backbone(parse(judge.Backbone, settings), output, source=source, version=version)
 
 
 @app.command()
@@ -304,7 +304,7 @@ def ask_judge(
     cost: Annotated[Path, typer.Option(help="Where tokens and cost are written.")],
     answers: Annotated[Path, typer.Option(help="Folder in which answers are kept.")],
     settings: Settings,
-    traffic: Annotated[str, typer.Option(help="How to ask, as JSON (see `config.Traffic`).")],
+    traffic: Annotated[str, typer.Option(help="How to ask, as JSON (see `judge.Traffic`).")],
 ) -> None:
     """Ask an OpenAI-compatible endpoint about all labelled battles in both orders."""
     jobs.hold(answers)
@@ -316,7 +316,7 @@ def ask_judge(
         cost,
         answers,
         settings=parse(phase.AskingSettings, settings),
-        traffic=parse(config.Traffic, traffic),
+        traffic=parse(judge.Traffic, traffic),
     )
 
 

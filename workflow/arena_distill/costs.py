@@ -16,17 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from arena_distill.batching import micro_batch_size
-from arena_distill.config import (
-    JOINT,
-    Backbone,
-    Config,
-    Judge,
-    Lora,
-    Optimization,
-    Training,
-)
+from arena_distill.config import Config
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned
+from arena_distill.judge import JOINT, Backbone, Judge, Lora, Optimization, Training
 from arena_distill.settings import LogitsSettings
 from arena_distill.sizes import Sizes, alive, measure, read_config
 from arena_distill.workload import Battles, Work

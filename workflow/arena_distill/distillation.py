@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.artifacts import ids_path, read_logits, read_parquet, read_states
-from arena_distill.config import Loss, State, Targets
 from arena_distill.errors import InputError
+from arena_distill.judge import Loss, State, Targets
 from arena_distill.keys import key, locate
 from arena_distill.orders import NO_VOTE, swap_classes
 

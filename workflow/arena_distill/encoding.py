@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.artifacts import provenance, read_parquet, write_parquet
-from arena_distill.config import Encoding
 from arena_distill.errors import InputError
+from arena_distill.judge import Encoding
 from arena_distill.keys import key
 from arena_distill.orders import Order
 

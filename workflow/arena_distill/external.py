@@ -32,8 +32,8 @@ from arena_distill.artifacts import (
     write_logits,
 )
 from arena_distill.battles import column_texts
-from arena_distill.config import Asking, Traffic
 from arena_distill.errors import InputError
+from arena_distill.judge import Asking, Traffic
 from arena_distill.keys import key, locate
 from arena_distill.logits import fold_rows
 from arena_distill.orders import CLASSES, ORDERS, Order, swap_classes

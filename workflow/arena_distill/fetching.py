@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 
 from arena_distill.artifacts import provenance, write_parquet
 from arena_distill.battles import read_battles
-from arena_distill.config import Backbone, Fetch
+from arena_distill.config import Fetch
 from arena_distill.errors import InputError
 from arena_distill.hub import access_problem, brief, download
+from arena_distill.judge import Backbone
 
 _TURNS = pa.list_(pa.string())
 SCHEMA = pa.schema(

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arena_distill.config import Encoding, Head
 from arena_distill.encoding import Sequences, Tokens, View, encode
+from arena_distill.judge import Encoding, Head
 from arena_distill.orders import CLASSES, ORDERS, Order, swap_classes
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from arena_distill.artifacts import (
     write_logits,
 )
 from arena_distill.batching import pad, token_batches
-from arena_distill.config import Attention, State
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows, unlabelled_rows, validation_rows
 from arena_distill.heads import encode_views, verdicts
+from arena_distill.judge import Attention, State
 from arena_distill.keys import key, locate
 from arena_distill.orders import CLASSES, ORDERS
 from arena_distill.settings import LogitsSettings

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arena_distill.artifacts import atomic_directory, provenance, write_json, write_text
-from arena_distill.config import Head
 from arena_distill.errors import InputError
+from arena_distill.judge import Head
 from arena_distill.orders import CLASSES
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from arena_distill import config as configuration
-from arena_distill.config import Config, Judge, Plan
+from arena_distill.config import Config, Plan
 from arena_distill.costs import DEVICES, GIB, USABLE, Cost, Costs, Device
 from arena_distill.errors import InputError
 from arena_distill.graph import Planned, read_graph
+from arena_distill.judge import Judge
 from arena_distill.studies import Family, derive
 from arena_distill.workload import Battles
 

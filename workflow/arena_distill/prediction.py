@@ -34,10 +34,10 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.calibration import read_calibration
-from arena_distill.config import Attention
 from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS, encode_views, verdicts, views
+from arena_distill.judge import Attention
 from arena_distill.keys import key, locate
 from arena_distill.metrics import softmax
 from arena_distill.orders import CLASSES, Order

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from arena_distill.batching import token_batches
-from arena_distill.config import Head, Loss, State
 from arena_distill.distillation import losses
 from arena_distill.encoding import Sequences
 from arena_distill.errors import InputError
 from arena_distill.heads import battle_logits
+from arena_distill.judge import Head, Loss, State
 from arena_distill.logits import score_batches
 from arena_distill.states import head_layer, watch
 

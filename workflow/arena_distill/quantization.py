@@ -35,10 +35,10 @@ from arena_distill.artifacts import (
     write_text,
 )
 from arena_distill.battles import read_votes
-from arena_distill.config import Attention, Head
 from arena_distill.encoding import Sequences, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.heads import encode_views, verdicts
+from arena_distill.judge import Attention, Head
 from arena_distill.settings import QuantizationSettings
 
 if TYPE_CHECKING:

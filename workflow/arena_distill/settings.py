@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from arena_distill.config import (
+from arena_distill.config import Audit, Cascade, Config, Folds, Prediction, explain
+from arena_distill.errors import InputError
+from arena_distill.judge import (
     JOINT,
     Asking,
-    Audit,
-    Cascade,
-    Config,
     Encoding,
-    Folds,
     Head,
     Lora,
     Loss,
@@ -27,17 +25,14 @@ from arena_distill.config import (
     Name,
     Order,
     Precision,
-    Prediction,
     Pretraining,
     Quantization,
     Section,
     State,
     Targets,
     Training,
-    explain,
     is_off,
 )
-from arena_distill.errors import InputError
 from arena_distill.phases import VERSIONS
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from arena_distill.backbones import HEADS, TINY, keep_layers
-from arena_distill.config import Backbone, Head, Lora, Precision
 from arena_distill.errors import InputError
 from arena_distill.heads import OUTPUTS
+from arena_distill.judge import Backbone, Head, Lora, Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

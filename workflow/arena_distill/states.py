@@ -28,8 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from arena_distill.backbones import HEADS
-from arena_distill.config import State
 from arena_distill.errors import InputError
+from arena_distill.judge import State
 from arena_distill.settings import LogitsSettings
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from arena_distill import config as configuration
-from arena_distill.config import Config, Head, Judge, Prediction, overlay
+from arena_distill.config import Config, Prediction, overlay
 from arena_distill.errors import InputError
+from arena_distill.judge import Head, Judge
 
 RECIPES = Path(__file__).resolve().parents[2] / "config" / "recipes"
 

@@ -54,16 +54,6 @@ from arena_distill.backbones import HEADS, check_length, load_classifier
 from arena_distill.batching import micro_batch_size, pad
 from arena_distill.battles import read_votes
 from arena_distill.checkpoints import Checkpoints, digest, file_identities
-from arena_distill.config import (
-    Attention,
-    Head,
-    Lora,
-    Loss,
-    Optimization,
-    Precision,
-    State,
-    Training,
-)
 from arena_distill.distillation import (
     VOTES,
     as_seen,
@@ -79,6 +69,16 @@ from arena_distill.encoding import Sequences, Tokens, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.folds import training_rows
 from arena_distill.heads import battle_logits, encode_views
+from arena_distill.judge import (
+    Attention,
+    Head,
+    Lora,
+    Loss,
+    Optimization,
+    Precision,
+    State,
+    Training,
+)
 from arena_distill.keys import key, locate
 from arena_distill.orders import ORDERS, swap_labels
 from arena_distill.probing import fit_head

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.artifacts import read_parquet
-from arena_distill.config import Config, Encoding, Head, Plan
+from arena_distill.config import Config, Plan
 from arena_distill.encoding import Tokens, encode, read_tokens
 from arena_distill.folds import training_rows
 from arena_distill.heads import views
+from arena_distill.judge import Encoding, Head
 from arena_distill.logits import fold_rows
 from arena_distill.settings import LogitsSettings
 
