@@ -15,7 +15,7 @@ from sklearn.metrics import log_loss
 
 from arena_distill.artifacts import read_logits
 from arena_distill.comparison import compare
-from arena_distill.comparison_report import gains
+from arena_distill.comparison_report import gains, render_comparison
 from arena_distill.config import Prediction
 from arena_distill.settings import CompareSettings, Entry
 
@@ -75,3 +75,7 @@ def test_on_test_battles_a_judge_stands_beside_itself_calibrated(tmp_path: Path)
         ("small", "big", "out_of_fold"),
         ("small, style", "big, style", "out_of_fold"),
     }, "the teacher has no merged model"
+    render_comparison(tmp_path / "style.json", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert '<th scope="row">small, style</th><td class="text">big, style</td>' in page
+    assert "A name that ends in <code>, style</code>" in page

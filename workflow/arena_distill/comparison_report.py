@@ -37,6 +37,7 @@ def render_comparison(path: Path, output: Path) -> None:
         parts=parts,
         names=PARTS,
         entries={entry["label"]: entry for entry in figures["entries"]},
+        methods=sorted({entry["calibration"] for entry in figures["entries"]} - {"none"}),
         gains=gains(figures),
         drawing=inline(drawing, _alt(figures)),
         difference=difference,
@@ -124,17 +125,22 @@ def _drawing(figures: Figures) -> Figure:
     labels = list(figures["out_of_fold"]["judges"])
     figure = Figure(figsize=(7.6, 0.9 + 0.34 * len(labels)))
     panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-    students = {entry["label"] for entry in figures["entries"] if entry["teachers"]}
-    own = {entry["label"] for entry in figures["entries"]}
+    shown = [(e, calibrated_label(e["label"], e["calibration"])) for e in figures["entries"]]
+    colours = {
+        label: SECOND if entry["teachers"] else ACCENT
+        for entry, calibrated in shown
+        for label in (entry["label"], calibrated)
+    }
+    raw = {entry["label"] for entry in figures["entries"]}
     for axes, part in zip(panels, parts, strict=True):
         for y, label in enumerate(labels):
             judge: dict[str, Any] | None = figures[part]["judges"].get(label)
             if judge is None:
                 continue
-            colour = SECOND if label in students else ACCENT if label in own else MUTED
+            colour = colours.get(label, MUTED)
             axes.plot([judge["low"], judge["high"]], [y, y], color=colour, lw=1.4, alpha=0.7)
             axes.plot(
-                judge["log_loss"], y, "o" if label in own else "D", color=colour, mec=PAPER, ms=7
+                judge["log_loss"], y, "o" if label in raw else "D", color=colour, mec=PAPER, ms=7
             )
         rows_axis(axes, labels)
         axes.set_xlabel(f"log loss {PARTS[part]}", fontsize=9)
