@@ -604,7 +604,7 @@ def test_what_snakemake_refuses_is_told_in_its_words(
     refused = subprocess.CompletedProcess([], 1, stdout, stderr)
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: refused)
     with pytest.raises(InputError) as caught:
-        status.plan([])
+        status.read_graph([])
     assert str(caught.value) == message
 
 

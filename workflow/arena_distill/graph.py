@@ -83,16 +83,6 @@ def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Gra
     return Graph(Path(graph["folder"]), graph["config"], jobs)
 
 
-def plan(arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
-    """Return the folder Snakemake works in for `arguments`, and the graph's jobs in their order.
-
-    Raises:
-        InputError: Snakemake refuses; the message is its own.
-    """
-    graph = read_graph(arguments)
-    return graph.folder, graph.jobs
-
-
 def _print_graph(without_inputs: bool) -> None:
     """Be Snakemake, and print its summary with a line of JSON in place of the table.
 

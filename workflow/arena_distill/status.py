@@ -25,7 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from arena_distill.graph import Planned, plain, plan
+from arena_distill.graph import Planned, plain, read_graph
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,10 +128,10 @@ def read_status(arguments: Sequence[str]) -> Status:
     Raises:
         InputError: Snakemake cannot plan the graph; the message is its own.
     """
-    folder, planned = plan(arguments)
-    at_work = snakemake_at_work(folder)
-    evidence = Evidence.of(folder, planned)
-    return Status(folder, at_work, [evidence.judge(job, at_work) for job in planned])
+    graph = read_graph(arguments)
+    at_work = snakemake_at_work(graph.folder)
+    evidence = Evidence.of(graph.folder, graph.jobs)
+    return Status(graph.folder, at_work, [evidence.judge(job, at_work) for job in graph.jobs])
 
 
 # --- what lies in .snakemake ------------------------------------------------------------------------
