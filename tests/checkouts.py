@@ -39,7 +39,7 @@ class Checkout:
     def would_run(self, *arguments: str) -> dict[str, int]:
         """Jobs per rule that a dry run announces; aggregate targets left out."""
         done = self.snakemake("-n", *arguments)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE))
         return {rule: int(n) for rule, n in jobs.items() if rule not in ("all", "total")}
 

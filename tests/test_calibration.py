@@ -482,6 +482,7 @@ def test_calibrating_takes_a_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_calibration_is_a_job_where_it_is_asked_for_alone(tmp_path: Path) -> None:
     checkout: Checkout = make_checkout(tmp_path / "checkout")
+    checkout.edit("mini.yaml", "  precision: fp32", "  precision: fp32\n  targets: in_sample")
     plain = checkout.would_run()
     checkout.edit("mini.yaml", "average: logits", "average: logits\n  calibration: vector")
     assert checkout.would_run() == {**plain, "fit_calibration": 1}

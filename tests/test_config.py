@@ -147,6 +147,15 @@ def test_who_is_flattered_out_of_fold() -> None:
     )
 
 
+def test_no_calibration_is_fitted_to_scores_that_flatter() -> None:
+    calibrated = {"calibration": "temperature"}
+    (line,) = lines(raw(prediction=calibrated))
+    assert line.startswith("config: prediction.calibration: temperature is fitted to scores out of")
+    assert "set targets: in_sample" in line
+    load(raw(prediction=calibrated, defaults={"targets": "in_sample"}))
+    load(raw(prediction=calibrated, final="l"))
+
+
 def test_unknown_teachers_cycles_and_finals() -> None:
     (line,) = lines(judged(s={"teachers": ["l", "p"]}))
     assert line == "config: judges.s.teachers: unknown judge 'p'; known judges: l, q, s"
@@ -366,9 +375,10 @@ def all_settings(config: Config) -> dict[tuple[str, str], Any]:
     return found
 
 
-def changed(**changes: Any) -> set[tuple[str, str]]:
+def changed(base: dict[str, Any] | None = None, **changes: Any) -> set[tuple[str, str]]:
     """The phases, and their judges, whose settings differ where the configuration does."""
-    before, after = all_settings(load(raw())), all_settings(load(overlay(raw(), changes)))
+    base = base or raw()
+    before, after = all_settings(load(base)), all_settings(load(overlay(base, changes)))
     return {k for k in before if before[k].model_dump_json() != after[k].model_dump_json()}
 
 
@@ -405,7 +415,8 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(judges={"s": {"quantization": {"max_kl": 1.0}}}) == {("drift", "s")}
     assert changed(judges={"s": {"merge": {"head": "average"}}}) == {("merge", "s")}
     assert {p for p, _ in changed(prediction={"average": "probabilities"})} == {"prediction"}
-    assert {p for p, _ in changed(prediction={"calibration": "vector"})} == {"prediction"}
+    honest = raw(defaults={"targets": "in_sample"})
+    assert {p for p, _ in changed(honest, prediction={"calibration": "vector"})} == {"prediction"}
     assert changed(judges={"l": {"encoding": {"max_length": 64}}}) == {
         (phase, "l")
         for phase in (

@@ -147,6 +147,22 @@ def test_folds_drift_from_one_start_or_from_their_own() -> None:
             assert not judge.teachers
 
 
+def test_whom_its_score_flatters_is_compared_uncalibrated() -> None:
+    """The recipe's targets out of fold do not keep a calibrated run from being compared with it."""
+    _, found, graph = derived(
+        compare={"recipes": ["summary", "blackpearl"]},
+        prediction={"max_lengths": [128], "calibration": "vector"},
+        defaults={"targets": "in_sample"},
+    )
+    assert not found.problem
+    methods = {
+        e.label: (e.flattered, e.prediction.calibration)
+        for e in CompareSettings.of(graph, found).entries
+    }
+    assert methods["summary"] == (True, "none")
+    assert methods["summary, votes"] == methods["blackpearl"] == (False, "vector")
+
+
 def test_settings_of_the_comparison_survive_json() -> None:
     _, found, graph = derived()
     told = CompareSettings.of(graph, found)

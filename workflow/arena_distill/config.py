@@ -232,7 +232,7 @@ class Prediction(Section):
     model: Literal["gptq", "merged"] = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
     calibration: Literal["none", "temperature", "vector", "style"] = "none"
-    """Mends the probabilities, fitted to out-of-fold logits; `style` also knows how answers look."""
+    """Fitted to logits out of fold, so they may not flatter; `style` also knows how answers look."""
     cascade: Cascade | None = Field(None, exclude_if=is_off)
     """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
 
@@ -410,6 +410,12 @@ class Config(Section):
             raise ValueError(
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
                 "set `prediction: {model: merged}`"
+            )
+        if self.prediction.calibration != "none" and self.is_flattered(self.final):
+            raise ValueError(
+                f"prediction.calibration: {self.prediction.calibration} is fitted to scores out of "
+                f"fold, and those of {self.final} are better than it is, as its targets out of fold "
+                "come from teachers that learned these votes; set targets: in_sample, or calibration: none"
             )
         return self
 

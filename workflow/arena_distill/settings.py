@@ -350,6 +350,7 @@ class CompareSettings(Settings):
 
     @classmethod
     def of(cls, config: Config, studies: Studies) -> CompareSettings:
+        """A judge whose scores out of fold flatter it stands uncalibrated: the fit would be too sharp."""
         return cls(
             version=VERSIONS["comparison"],
             run=config.run,
@@ -362,7 +363,9 @@ class CompareSettings(Settings):
                     against=entry.against,
                     tested=entry.tested,
                     flattered=config.is_flattered(entry.judge),
-                    prediction=entry.prediction,
+                    prediction=entry.prediction.model_copy(
+                        update={"calibration": "none"} if config.is_flattered(entry.judge) else {}
+                    ),
                 )
                 for entry in studies.compared
             ),
