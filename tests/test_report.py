@@ -160,6 +160,7 @@ def test_students_that_are_flattered_are_named(run: MadeUpRun, page: str, tmp_pa
     render_report(tmp_path / "metrics.json", tmp_path / "report.html")
     shown = " ".join((tmp_path / "report.html").read_text().split())
     assert "Out of fold, small is flattered" in shown
+    assert "would make it too sure" in shown
 
 
 def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:

@@ -31,5 +31,5 @@ VERSIONS = {
     "comparison": 3,
     "curves": 1,
     "drift_study": 1,
-    "report": 2,
+    "report": 3,
 }
