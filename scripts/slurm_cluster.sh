@@ -133,7 +133,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=4
-MinJobAge=600
+MinJobAge=7200
 SlurmdTimeout=20
 ReturnToService=2
 NodeName=${nodes[0]} Port=$((port + 1)) $node
