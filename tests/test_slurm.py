@@ -59,11 +59,12 @@ def wait_for(what: Callable[[], object], seconds: float = 600) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def slurm() -> Iterator[None]:
     """The cluster, and an environment in which jobs with make-believe GPUs train on the CPU."""
-    if not is_up():
+    (conf,) = re.findall(r"SLURM_CONF=(\S+)", cluster("env"))
+    if not Path(conf).exists():
         pytest.skip(
             "no test cluster: `make test-slurm` starts one (scripts/slurm_cluster.sh start)"
         )
-    (conf,) = re.findall(r"SLURM_CONF=(\S+)", cluster("env"))
+    wait_for(is_up)  # a test in another process may have lost a node for a while
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", conf)
         patch.setenv("ACCELERATE_USE_CPU", "true")
