@@ -31,7 +31,8 @@ from arena_distill.artifacts import (
     write_parquet,
 )
 from arena_distill.battles import read_battles
-from arena_distill.config import Arena, Config, load, overlay
+from arena_distill.comparison import compare
+from arena_distill.config import Arena, Config, Prediction, load, overlay
 from arena_distill.distillation import VOTES, losses, select_rows, teacher_logits
 from arena_distill.encoding import encode, read_tokens, tokenize_battles
 from arena_distill.errors import InputError
@@ -50,7 +51,13 @@ from arena_distill.judge import Encoding, Head, Lora, Loss, Traffic, Training
 from arena_distill.keys import key, locate
 from arena_distill.logits import fold_rows, predict_logits
 from arena_distill.orders import CLASSES, NO_VOTE, swap_labels
-from arena_distill.settings import AskingSettings, LogitsSettings, TrainingSettings
+from arena_distill.settings import (
+    AskingSettings,
+    CompareSettings,
+    Entry,
+    LogitsSettings,
+    TrainingSettings,
+)
 from arena_distill.simulation import WINNERS, write_arena
 from arena_distill.studies import Family
 from arena_distill.training import Examples, Launch, train_fold
@@ -619,7 +626,7 @@ def test_an_endpoint_is_asked_about_those_that_students_learn(
 
 def test_every_figure_but_the_count_of_battles_stays(tmp_path: Path) -> None:
     run = made_up_run(tmp_path)
-    before = read_json(run.evaluate())
+    before, tables = read_json(run.evaluate()), compared(tmp_path)
     more = with_unlabelled(run.battles.replace_schema_metadata(None), 12)
     write_parquet(more, tmp_path / "battles.parquet", {})
     folds = assign_folds(more, method="stratified_group", n=3, seed=1)
@@ -629,6 +636,20 @@ def test_every_figure_but_the_count_of_battles_stays(tmp_path: Path) -> None:
     assert after["battles"] == before["battles"] | {"unlabelled": 12}
     for name in set(before) - {"battles", "provenance"}:
         assert after[name] == before[name], name
+    assert compared(tmp_path) == tables
+
+
+def compared(run: Path) -> list[Any]:
+    """What `snakemake compare` says of a made-up run's student, out of fold and on the test battles."""
+    entry = Entry(
+        label="small", judge="small", folds="small", teachers=(), against=None, tested=True,
+        prediction=Prediction(),
+    )  # fmt: skip
+    settings = CompareSettings(version=1, run="x", entries=(entry,), runs=(), resamples=100)
+    output, solution = run / "compare.json", run / "solution.csv"
+    compare(run, output, settings=settings, solution=solution, truth=run / "truth.parquet")
+    figures = read_json(output)
+    return [figures["out_of_fold"], figures["test"]]
 
 
 # --- the configuration ------------------------------------------------------------------------------

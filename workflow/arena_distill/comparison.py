@@ -241,9 +241,8 @@ def _test(
             average = tested[row.label].prediction.average
             probabilities[name] = mean_of_views(calibration(views[row.label], styles), average)
     lengths = styles[:, :LENGTHS]
-    everything = data.votes(np.arange(len(data.folds)))
     for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
-        probabilities[name] = yardstick(data.lengths, everything, lengths)
+        probabilities[name] = yardstick(*data.voted(), lengths)
     true = None if truth is None else true_probabilities(truth, keys)
     if true is not None:
         probabilities["Bayes limit"] = true

@@ -256,6 +256,11 @@ class Run:
         labels = self.folds["label"].to_numpy().astype(np.int64)
         return labels[self.validation if rows is None else rows]
 
+    def voted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows that have a vote: their `lengths`, and the votes, int64."""
+        rows = np.flatnonzero(self.folds["label"].to_numpy() != NO_VOTE)
+        return self.lengths[rows], self.votes(rows)
+
     def groups(self) -> np.ndarray:
         """Prompts of the out-of-fold rows, as numbers: int64."""
         return self.folds["group"].to_numpy()[self.validation]
@@ -385,8 +390,7 @@ def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Fi
             submitted = {"model": model, "variant": variant}
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     lengths = run.styles_of(keys)[:, :LENGTHS]
-    voted = np.flatnonzero(run.folds["label"].to_numpy() != NO_VOTE)
-    everything = run.lengths[voted], run.votes(voted)
+    everything = run.voted()
     baselines = {
         "class_prior": scores(class_prior(*everything, lengths), votes),
         "length": scores(length_regression(*everything, lengths), votes),
