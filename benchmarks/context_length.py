@@ -11,16 +11,14 @@ the same share of every battle.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tokenized import tokenized
 
-from arena_distill.artifacts import provenance, write_parquet
-from arena_distill.battles import read_battles
-from arena_distill.encoding import encode, read_tokens, tokenize_battles, waterline
+from arena_distill.encoding import encode, waterline
 from arena_distill.judge import Encoding
 
 WHOLE = 10**7
@@ -52,12 +50,7 @@ def main() -> None:
     parser.add_argument("--view", choices=["AB", "A"], default="AB")
     arguments = parser.parse_args()
     view: Literal["AB", "A"] = arguments.view
-    battles, _ = read_battles({"train": [arguments.battles]})
-    with tempfile.TemporaryDirectory() as folder:
-        path, scratch = Path(folder) / "battles.parquet", Path(folder) / "tokens.parquet"
-        write_parquet(battles, path, provenance("battles", {}))
-        tokenize_battles(path, arguments.tokenizer, scratch, version=0)
-        tokens = read_tokens(scratch)
+    tokens = tokenized(arguments.tokenizer, arguments.battles)
     whole = Encoding(truncation=arguments.truncation)
     size = encode(tokens, whole, view, WHOLE).lengths
     print(f"sizes: mean {size.mean():.0f}, median {np.median(size):.0f}, longest {size.max()}")

@@ -14,7 +14,6 @@ A line per length: the tokens of both, their ratio, the seconds of both, and the
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,24 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenized import tokenized
 
-from arena_distill.artifacts import provenance, write_parquet
 from arena_distill.batching import pad, token_batches
-from arena_distill.battles import read_battles
-from arena_distill.encoding import Sequences, Tokens, read_tokens, tokenize_battles
+from arena_distill.encoding import Sequences
 from arena_distill.heads import encode_views
 from arena_distill.judge import Encoding, Head
 
 BATCH_TOKENS = 4096
-
-
-def tokenized(tokenizer: Path, file: Path, rows: int) -> Tokens:
-    battles, _ = read_battles({"train": [file]})
-    with tempfile.TemporaryDirectory() as folder:
-        path, tokens = Path(folder) / "battles.parquet", Path(folder) / "tokens.parquet"
-        write_parquet(battles.slice(0, rows), path, provenance("battles", {}))
-        tokenize_battles(path, tokenizer, tokens, version=0)
-        return read_tokens(tokens)
 
 
 def apart(model: Any, views: list[Sequences]) -> torch.Tensor:
@@ -111,7 +100,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     tokens = tokenized(arguments.backbone, arguments.battles, arguments.rows)
-    model = AutoModel.from_pretrained(arguments.backbone, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(
+        arguments.backbone, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).eval()
     print(f"{'length':>7}{'apart':>10}{'shared':>10}{'ratio':>8}{'s':>9}{'s':>9}{'ratio':>8}")
     for length in arguments.max_length:
         views = encode_views(tokens, Encoding(max_length=length), Head(kind="pointwise"))

@@ -50,8 +50,8 @@ STYLE_ALONE = "style alone"
 class _Calibrated(NamedTuple):
     """A row of the tables: a judge with a method of calibration, and the logits that fit it."""
 
-    label: str | None
-    """The judge's; None: a judge that knows nothing."""
+    label: str
+    """The judge's; `STYLE_ALONE`: a judge that knows nothing."""
     method: Method
     known: np.ndarray
     """Float64 (rows, 3), out of fold."""
@@ -142,7 +142,7 @@ def _calibrated(
         if (method := entry.prediction.calibration) != "none"
     }
     if by_style := next((row for row in found.values() if row.method == "style"), None):
-        found[STYLE_ALONE] = _Calibrated(None, "style", np.zeros_like(by_style.known))
+        found[STYLE_ALONE] = _Calibrated(STYLE_ALONE, "style", np.zeros_like(by_style.known))
     return found
 
 
@@ -226,23 +226,20 @@ def _test(
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
     groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
-    tested = {entry.label: entry for entry in settings.entries if entry.tested}
-    views = {label: _test_views(run, entry.judge, keys) for label, entry in tested.items()}
-    probabilities = {
-        label: mean_of_views(views[label], entry.prediction.average)
-        for label, entry in tested.items()
-    }
+    tested = [entry for entry in settings.entries if entry.tested]
+    views = {entry.label: _test_views(run, entry.judge, keys) for entry in tested}
+    averages = {entry.label: entry.prediction.average for entry in tested}
+    probabilities = {label: mean_of_views(views[label], averages[label]) for label in views}
+    views[STYLE_ALONE], averages[STYLE_ALONE] = np.zeros((len(keys), 1, len(CLASSES))), "logits"
     known, styles = data.styles[data.validation], data.styles_of(keys)
     for name, row in calibrated.items():
-        calibration = fit(row.method, row.known, data.votes(), known)
-        if row.label is None:
-            probabilities[name] = softmax(calibration(np.zeros((len(keys), len(CLASSES))), styles))
-        elif row.label in tested:
-            average = tested[row.label].prediction.average
-            probabilities[name] = mean_of_views(calibration(views[row.label], styles), average)
-    lengths = styles[:, :LENGTHS]
+        if row.label in views:
+            calibration = fit(row.method, row.known, data.votes(), known)
+            mended = calibration(views[row.label], styles)
+            probabilities[name] = mean_of_views(mended, averages[row.label])
+    voted, lengths = data.voted(), styles[:, :LENGTHS]
     for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
-        probabilities[name] = yardstick(*data.voted(), lengths)
+        probabilities[name] = yardstick(*voted, lengths)
     true = None if truth is None else true_probabilities(truth, keys)
     if true is not None:
         probabilities["Bayes limit"] = true

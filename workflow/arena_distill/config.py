@@ -47,6 +47,7 @@ from arena_distill.judge import (
     is_off,
 )
 
+Calibration = Literal["none", "temperature", "vector", "style"]
 Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4090"]
 
 
@@ -231,7 +232,7 @@ class Prediction(Section):
     """What is averaged."""
     model: Literal["gptq", "merged"] = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
-    calibration: Literal["none", "temperature", "vector", "style"] = "none"
+    calibration: Calibration = "none"
     """Fitted to logits out of fold, so they may not flatter; `style` also knows how answers look."""
     cascade: Cascade | None = Field(None, exclude_if=is_off)
     """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
@@ -411,7 +412,7 @@ class Config(Section):
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
                 "set `prediction: {model: merged}`"
             )
-        if self.prediction.calibration != "none" and self.is_flattered(self.final):
+        if self.prediction.calibration != self.calibration_of(self.final):
             raise ValueError(
                 f"prediction.calibration: {self.prediction.calibration} is fitted to scores out of "
                 f"fold, and those of {self.final} are better than it is, as its targets out of fold "
@@ -484,6 +485,10 @@ class Config(Section):
             or (node.targets == "out_of_fold" and self.judges[teacher].external is None)
             for teacher in node.teachers
         )
+
+    def calibration_of(self, judge: str) -> Calibration:
+        """What may mend a judge's probabilities: fitted to a flattered score, it makes them too sure."""
+        return "none" if self.is_flattered(judge) else self.prediction.calibration
 
     def backbone_of(self, judge: str) -> Backbone:
         """A judge's backbone.

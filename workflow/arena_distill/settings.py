@@ -350,7 +350,6 @@ class CompareSettings(Settings):
 
     @classmethod
     def of(cls, config: Config, studies: Studies) -> CompareSettings:
-        """A judge whose scores out of fold flatter it stands uncalibrated: the fit would be too sharp."""
         return cls(
             version=VERSIONS["comparison"],
             run=config.run,
@@ -364,7 +363,7 @@ class CompareSettings(Settings):
                     tested=entry.tested,
                     flattered=config.is_flattered(entry.judge),
                     prediction=entry.prediction.model_copy(
-                        update={"calibration": "none"} if config.is_flattered(entry.judge) else {}
+                        update={"calibration": config.calibration_of(entry.judge)}
                     ),
                 )
                 for entry in studies.compared

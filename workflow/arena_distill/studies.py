@@ -120,7 +120,7 @@ def derive(config: Config, raw: Mapping[str, Any], family: Family) -> Studies:
 def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Compared]:
     """The final judge under every recipe, and on votes alone; and the run's judges as they are.
 
-    Calibration is the run's own: recipes say nothing of it.
+    Their calibration is not a recipe's: see ``Config.calibration_of``.
 
     Args:
         raw: the configuration as it was read: a recipe lies between its `defaults` and its judges.
@@ -136,9 +136,6 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
         parts = {part: text[part] for part in ("defaults", "prediction") if part in text}
         parts = overlay(parts, {"prediction": {"calibration": "none"}})
         under = configuration.load(overlay(raw, parts))
-        prediction = under.prediction.model_copy(
-            update={"calibration": config.prediction.calibration}
-        )
         names: dict[str, str] = {}
         for judge in _teachers_first(under, under.final):
             node = under.judges[judge]
@@ -152,10 +149,10 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
             against = f"{recipe}, {VOTES}"
             name = family.add(f"{under.final}.{recipe}.{VOTES}", alone, merged=True)
             if name not in {entry.judge for entry in entries}:
-                entries.append(Compared(against, name, family.trained_as(name), prediction))
+                entries.append(Compared(against, name, family.trained_as(name), under.prediction))
             else:
                 against = next(entry.label for entry in entries if entry.judge == name)
-        entries.append(Compared(recipe, final, family.trained_as(final), prediction, against))
+        entries.append(Compared(recipe, final, family.trained_as(final), under.prediction, against))
     repeated = []
     for seed, entry in itertools.product(config.compare.seeds, entries):
         seeded = _trained(family.judges[entry.judge], seed=seed)

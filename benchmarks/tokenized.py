@@ -1,0 +1,20 @@
+"""What several benchmarks begin with: battles out of a file, tokenised."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from arena_distill.artifacts import provenance, write_parquet
+from arena_distill.battles import read_battles
+from arena_distill.encoding import Tokens, read_tokens, tokenize_battles
+
+
+def tokenized(tokenizer: Path, file: Path, rows: int | None = None) -> Tokens:
+    """The first `rows` battles of a file (None: all) in tokens of the tokenizer in a folder."""
+    battles, _ = read_battles({"train": [file]})
+    with tempfile.TemporaryDirectory() as folder:
+        path, tokens = Path(folder) / "battles.parquet", Path(folder) / "tokens.parquet"
+        write_parquet(battles.slice(0, rows), path, provenance("battles", {}))
+        tokenize_battles(path, tokenizer, tokens, version=0)
+        return read_tokens(tokens)
