@@ -18,8 +18,8 @@ battle to battle, the logits of (model_a, model_b, tie) are
 
 Either gives a tie a third where the strengths are equal and ν = 1, which is where a fresh head starts.
 
-Both sequences of a pointwise judge read the prompt. To share it would spare some sixth of the tokens of real
-battles (17 to 19 % between 192 and 2,000 tokens), which on a CPU is worth having; but flash attention has no
+Both sequences of a pointwise judge read the prompt. To share it would spare some sixth of the tokens of
+real battles (17 to 19 % between 192 and 2,000 tokens), which a CPU gains from; but flash attention has no
 kernel for a tree of answers. ``benchmarks/shared_prompt.py`` runs both sides on battles of one's own.
 
 Every later phase sees three logits per battle and order, whatever the head.
