@@ -27,6 +27,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 	.venv/bin/snakefmt --check Snakefile rules examples
 	$(SNAKEMAKE) --lint
 

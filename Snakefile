@@ -47,8 +47,8 @@ include: "rules/targets.smk"
 onstart:
     check_downloads()
     if workflow.executor_plugin.name == "slurm":
-        jobs.wait_for_orphans(map(slurm_comment, workflow.dag.needrun_jobs()))
+        cleanup.wait_for_orphans(map(slurm_comment, workflow.dag.needrun_jobs()))
 
 
 onsuccess:
-    jobs.sweep(Path(rules.read_battles.output.battles).parent)  # R, with a module's prefix
+    cleanup.sweep(Path(rules.read_battles.output.battles).parent)  # R, with a module's prefix

@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 from tokenized import tokenized
 
-from arena_distill.encoding import encode, waterline
-from arena_distill.judge import Encoding
+from arena_distill.config.judge import Encoding
+from arena_distill.encoding.truncation import waterline
+from arena_distill.encoding.views import encode
 
 WHOLE = 10**7
 """Longer than any battle."""

@@ -28,12 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from arena_distill.artifacts import read_json, read_logits
-from arena_distill.backbones import TINY
-from arena_distill.config import Arena, Config, load
-from arena_distill.encoding import encode, read_tokens
-from arena_distill.jobs import CPU_ALLOWED
-from arena_distill.settings import (
+from arena_distill.config.judge import TINY
+from arena_distill.config.phases import (
     FoldsSettings,
     LogitsSettings,
     MergeSettings,
@@ -42,6 +38,12 @@ from arena_distill.settings import (
     Settings,
     TrainingSettings,
 )
+from arena_distill.config.run import Arena, Config, load
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode
+from arena_distill.files.artifacts import read_json
+from arena_distill.files.logits import read_logits
+from arena_distill.runtime.launch import CPU_ALLOWED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -323,7 +325,7 @@ def make_backbone(family: str, folder: Path, size: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from arena_distill.backbones import load_tokenizer
+    from arena_distill.encoding.tokenization import load_tokenizer
 
     if size == "tiny":
         folder.symlink_to(TINY / family)

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
-from arena_distill.backbones import TINY, load_classifier, prepare_backbone  # noqa: E402
-from arena_distill.judge import JOINT, Backbone, Lora  # noqa: E402
-from arena_distill.sizes import alive, measure, read_config  # noqa: E402
-from arena_distill.training import new_judge  # noqa: E402
+from arena_distill.config.judge import JOINT, TINY, Backbone, Lora  # noqa: E402
+from arena_distill.models.adapters import new_judge  # noqa: E402
+from arena_distill.models.loading import load_classifier  # noqa: E402
+from arena_distill.models.preparation import prepare_backbone  # noqa: E402
+from arena_distill.planning.sizes import alive, measure, read_config  # noqa: E402
 
 KERNELS: Any = {  # the counter knows those of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (

@@ -17,17 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from arena_distill.backbones import load_tokenizer
-from arena_distill.battles import read_battles
-from arena_distill.encoding import (
-    PROMPT_TOKENS,
-    TEMPLATES,
-    WORD_CAPS,
-    encode,
-    read_tokens,
-    tokenize_battles,
-)
-from arena_distill.judge import Encoding
+from arena_distill.battles.reading import read_battles
+from arena_distill.config.judge import Encoding
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.templates import TEMPLATES
+from arena_distill.encoding.tokenization import WORD_CAPS, load_tokenizer, tokenize_battles
+from arena_distill.encoding.truncation import PROMPT_TOKENS
+from arena_distill.encoding.views import encode
 
 
 def row_wise(battles: pa.Table, tokenizer: Any, max_length: int) -> int:
@@ -74,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import tempfile
 
-    from arena_distill.artifacts import provenance, write_parquet
+    from arena_distill.files.artifacts import provenance, write_parquet
 
     battles, _ = read_battles({"train": [arguments.battles]})
     tokenizer = load_tokenizer(arguments.tokenizer)

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from tokenized import tokenized
 
-from arena_distill.batching import pad, token_batches
-from arena_distill.encoding import Sequences
-from arena_distill.heads import encode_views
-from arena_distill.judge import Encoding, Head
+from arena_distill.config.judge import Encoding, Head
+from arena_distill.encoding.batching import pad, token_batches
+from arena_distill.encoding.sequences import Sequences
+from arena_distill.encoding.views import encode_views
 
 BATCH_TOKENS = 4096
 

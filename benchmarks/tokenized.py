@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from arena_distill.artifacts import provenance, write_parquet
-from arena_distill.battles import read_battles
-from arena_distill.encoding import Tokens, read_tokens, tokenize_battles
+from arena_distill.battles.reading import read_battles
+from arena_distill.encoding.sequences import Tokens, read_tokens
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.files.artifacts import provenance, write_parquet
 
 
 def tokenized(tokenizer: Path, file: Path, rows: int | None = None) -> Tokens:

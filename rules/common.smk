@@ -16,21 +16,21 @@ CHECKOUT = Path(HERE).parent if isinstance(HERE, os.PathLike) else None
 if CHECKOUT:
     sys.path.insert(0, str(CHECKOUT / "workflow"))
 
-from arena_distill import config as configuration
-from arena_distill import jobs, studies
-from arena_distill import settings as phase
+from arena_distill.config import derived, run
+from arena_distill.config import phases as phase
+from arena_distill.config.judge import TINY, Traffic
+from arena_distill.config.phases import VERSIONS
 from arena_distill.errors import InputError
-from arena_distill.judge import Traffic
-from arena_distill.phases import VERSIONS
+from arena_distill.runs import cleanup
 
 try:
-    CONFIG = configuration.load(config)
+    CONFIG = run.load(config)
 except InputError as error:
     raise WorkflowError(str(error))
 
 # Judges that studies derive from the run's own are nodes of the same graph; `all` asks for none of them.
-FAMILY = studies.Family(dict(CONFIG.judges))
-STUDIES = studies.derive(CONFIG, config, FAMILY)
+FAMILY = derived.Family(dict(CONFIG.judges))
+STUDIES = derived.derive(CONFIG, config, FAMILY)
 GRAPH = CONFIG.with_judges(FAMILY.judges)
 
 R = f"{CONFIG.results}/{CONFIG.run}"
@@ -224,8 +224,7 @@ def backbone_folder(judge):
     if not backbone.is_ready_folder():
         return f"{R}/backbones/{GRAPH.backbone_name(judge)}"
     if backbone.tiny:
-        tiny = Path(configuration.__file__).parent / "tiny_backbones" / backbone.tiny
-        return local(f"{os.path.relpath(tiny)}/config.json")
+        return local(f"{os.path.relpath(TINY / backbone.tiny)}/config.json")
     return local(f"{backbone.path}/config.json")
 
 
@@ -245,7 +244,7 @@ def check_downloads():
     """Before anything is spent: can be fetched what this run needs and has not?"""
     needed = [job.wildcards for job in workflow.dag.needrun_jobs() if job.resources.get("download")]
     if needed:
-        from arena_distill import fetching
+        from arena_distill.battles import fetching
 
         origins = [FETCHED[w.file] for w in needed if w.get("file")]
         backbones = [DOWNLOADS[w.backbone] for w in needed if w.get("backbone")]

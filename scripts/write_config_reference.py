@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
-from arena_distill.config import Config, schema  # noqa: E402
-from arena_distill.judge import Judge  # noqa: E402
+from arena_distill.config.judge import Judge  # noqa: E402
+from arena_distill.config.run import Config, schema  # noqa: E402
 
 INTRO = """\
 # Configuration

@@ -159,7 +159,7 @@ def backbone(family: str, backbones: Callable[[str], Path]) -> Path:
 
 def battles_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Canonical battles; a text stands for one turn, what is not given is filled in."""
-    from arena_distill.battles import SCHEMA
+    from arena_distill.battles.reading import SCHEMA
 
     filled = []
     for number, row in enumerate(rows):
@@ -215,9 +215,9 @@ def make_run(
     backbones: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
     """Battles, tokens and folds for a family, as the workflow's earlier phases write them."""
-    from arena_distill.artifacts import write_parquet
-    from arena_distill.encoding import tokenize_battles
-    from arena_distill.folds import assign_folds
+    from arena_distill.battles.folds import assign_folds
+    from arena_distill.encoding.tokenization import tokenize_battles
+    from arena_distill.files.artifacts import write_parquet
 
     made: dict[tuple[str, str], Run] = {}
 

@@ -10,14 +10,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from arena_distill import battles as raw
-from arena_distill.artifacts import provenance as origin
-from arena_distill.artifacts import write_json, write_logits, write_parquet, write_text
-from arena_distill.evaluation import evaluate
-from arena_distill.folds import assign_folds
-from arena_distill.keys import key, locate
-from arena_distill.prediction import WINNERS, Costs, Model, predict_test, softmax
-from arena_distill.settings import EvaluationSettings, PredictionSettings
+from arena_distill.battles import reading as raw
+from arena_distill.battles.folds import assign_folds
+from arena_distill.config.phases import EvaluationSettings, PredictionSettings
+from arena_distill.evaluation.evaluate import evaluate
+from arena_distill.files.artifacts import provenance as origin
+from arena_distill.files.artifacts import write_json, write_parquet, write_text
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import write_logits
+from arena_distill.prediction.submission import WINNERS
+from arena_distill.prediction.test_time import Costs, Model, predict_test, softmax
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from arena_distill.encoding import Sequences
+from arena_distill.config.judge import JOINT
+from arena_distill.deployment.gptq import load_quantized, quantize_model
+from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
-from arena_distill.judge import JOINT
-from arena_distill.logits import score
-from arena_distill.quantization import load_quantized, quantize_model
+from arena_distill.models.scoring import score
 
 
 def main(folder: Path) -> None:

@@ -20,21 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arena_distill.artifacts import (
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import (
     atomic_directory,
     full_disk_told,
-    ids_path,
     provenance,
     read_json,
-    read_logits,
     read_parquet,
     read_provenance,
     write_json,
-    write_logits,
     write_parquet,
     write_text,
 )
-from arena_distill.errors import InputError
+from arena_distill.files.logits import ids_path, read_logits, write_logits
 
 TABLE = pa.table({"id": ["a", "b"], "fold": pa.array([0, 1], pa.int8())})
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import FAMILIES, Run, make_config
 
-from arena_distill.backbones import choose_attention, load_classifier, placement
-from arena_distill.config import load
-from arena_distill.encoding import read_tokens
+from arena_distill.config.run import load
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
-from arena_distill.heads import encode_views
-from arena_distill.jobs import CPU_ALLOWED
-from arena_distill.logits import score
+from arena_distill.models.loading import choose_attention, load_classifier, placement
+from arena_distill.models.scoring import score
+from arena_distill.runtime.launch import CPU_ALLOWED
 
 
 @pytest.fixture

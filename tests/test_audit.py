@@ -19,12 +19,9 @@ from conftest import DATA, ROOT, battles_table, made_up_battles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill import battles as raw
-from arena_distill.artifacts import write_parquet
-from arena_distill.audit import COLUMNS, EXAMPLES, EXCERPT, audit, write_audit
-from arena_distill.config import Audit, Config, load
-from arena_distill.errors import InputError
-from arena_distill.folds import (
+from arena_distill.battles import reading as raw
+from arena_distill.battles.audit import COLUMNS, EXAMPLES, EXCERPT, audit, write_audit
+from arena_distill.battles.folds import (
     assign_folds,
     distinct_prompts,
     dropped_extra,
@@ -35,8 +32,7 @@ from arena_distill.folds import (
     validation_rows,
     write_folds,
 )
-from arena_distill.settings import AuditSettings, FoldsSettings, parse
-from arena_distill.similarity import (
+from arena_distill.battles.similarity import (
     RECALL,
     SHINGLE,
     banding,
@@ -45,6 +41,10 @@ from arena_distill.similarity import (
     near_pairs,
     recall,
 )
+from arena_distill.config.phases import AuditSettings, FoldsSettings, parse
+from arena_distill.config.run import Audit, Config, load
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import write_parquet
 
 HOW: dict[str, Any] = {"threshold": 0.8, "permutations": 128, "seed": 2025}
 

@@ -14,17 +14,12 @@ import pytest
 import torch
 from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone
 
-from arena_distill.artifacts import read_json
-from arena_distill.backbones import (
-    HEADS,
-    check_length,
-    load_classifier,
-    load_tokenizer,
-    prepare_backbone,
-)
-from arena_distill.encoding import safe_pad_id
+from arena_distill.config.judge import Backbone, Head
+from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
-from arena_distill.judge import Backbone, Head
+from arena_distill.files.artifacts import read_json
+from arena_distill.models.loading import HEADS, check_length, load_classifier
+from arena_distill.models.preparation import prepare_backbone
 
 GGUF = ROOT / "models" / "smollm2-135m-instruct.gguf"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena_distill.batching import pad, token_batches
+from arena_distill.encoding.batching import pad, token_batches
 
 
 @given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 600))

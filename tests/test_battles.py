@@ -18,8 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from arena_distill.artifacts import read_parquet, read_provenance
-from arena_distill.battles import (
+from arena_distill.battles.reading import (
     REJECTED_SCHEMA,
     SCHEMA,
     SOURCES,
@@ -28,7 +27,8 @@ from arena_distill.battles import (
     write_battles,
 )
 from arena_distill.errors import InputError
-from arena_distill.keys import key
+from arena_distill.files.artifacts import read_parquet, read_provenance
+from arena_distill.files.keys import key
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real battles in {DATA}")

@@ -16,14 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import FOLDS, MadeUpRun, made_up_run
 
-from arena_distill.artifacts import (
-    provenance,
-    read_parquet,
-    read_provenance,
-    write_logits,
-    write_parquet,
-)
-from arena_distill.calibration import (
+from arena_distill.battles.folds import assign_folds
+from arena_distill.battles.style_features import read_styles, style_features
+from arena_distill.config.phases import PredictionSettings
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
+from arena_distill.files.keys import key
+from arena_distill.files.logits import write_logits
+from arena_distill.metrics import losses, softmax
+from arena_distill.prediction.calibration import (
     COLDEST,
     HOTTEST,
     METHODS,
@@ -35,14 +36,9 @@ from arena_distill.calibration import (
     parts_of,
     read_calibration,
 )
-from arena_distill.errors import InputError
-from arena_distill.folds import assign_folds
-from arena_distill.keys import key
-from arena_distill.metrics import losses, softmax
-from arena_distill.orders import Order, swap_classes, swap_labels
-from arena_distill.prediction import WINNERS, predict_test
-from arena_distill.settings import PredictionSettings
-from arena_distill.style import read_styles, style_features
+from arena_distill.prediction.submission import WINNERS
+from arena_distill.prediction.test_time import predict_test
+from arena_distill.verdicts import Order, swap_classes, swap_labels
 
 seeds = st.integers(0, 2**32 - 1)
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -334,7 +330,7 @@ def test_the_file_and_the_evaluation_tell_the_same(run: MadeUpRun, calibration: 
 def test_the_file_is_cross_fitted_by_the_folds_and_fitted_to_all(
     run: MadeUpRun, calibration: Path
 ) -> None:
-    from arena_distill.logits import read_out_of_fold
+    from arena_distill.scoring.logits import read_out_of_fold
 
     seen = read_out_of_fold(run.folds, run.logits["small"], "small").mean(axis=1, dtype=np.float64)
     fold = run.folds["fold"].to_numpy()

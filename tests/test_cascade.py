@@ -16,23 +16,18 @@ from hypothesis import strategies as st
 from made_up_run import LENGTHS, MadeUpRun, made_up_run
 from test_encoding import tokens_of
 
-from arena_distill.artifacts import (
-    ids_path,
-    provenance,
-    read_logits,
-    read_parquet,
-    read_provenance,
-    write_logits,
-    write_parquet,
-)
-from arena_distill.backbones import load_classifier
-from arena_distill.config import Cascade, load
-from arena_distill.encoding import Sequences, encode, read_tokens, tokenize_battles
+from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.phases import PredictionSettings, ScoringSettings
+from arena_distill.config.run import Cascade, load
+from arena_distill.encoding.sequences import Sequences, read_tokens
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
-from arena_distill.evaluation import THRESHOLDS, cascade_curve
-from arena_distill.judge import Encoding, Head
-from arena_distill.orders import Order
-from arena_distill.prediction import (
+from arena_distill.evaluation.cascade import THRESHOLDS, cascade_curve
+from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
+from arena_distill.files.logits import ids_path, read_logits, write_logits
+from arena_distill.models.loading import load_classifier
+from arena_distill.prediction.test_time import (
     Costs,
     averages,
     confidence,
@@ -41,7 +36,7 @@ from arena_distill.prediction import (
     score_variants,
     softmax,
 )
-from arena_distill.settings import PredictionSettings, ScoringSettings
+from arena_distill.verdicts import Order
 
 ORDERS: tuple[Order, ...] = ("AB", "BA")
 HEADS = [Head(kind="joint"), Head(kind="pointwise")]
@@ -373,7 +368,7 @@ def test_scores_that_say_nothing_of_costs_give_no_curve(run: MadeUpRun) -> None:
 
 
 def test_the_report_of_a_run_with_a_cascade_says_so(run: MadeUpRun) -> None:
-    from arena_distill.report import render_report
+    from arena_distill.evaluation.report import render_report
 
     path = run.folder / "logits" / "small" / "gptq_test.npy"
     logits, ids = read_logits(path)

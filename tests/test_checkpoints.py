@@ -14,12 +14,12 @@ import pytest
 from conftest import Run
 from test_training import training_settings
 
-from arena_distill import training
-from arena_distill.artifacts import read_json, read_parquet
-from arena_distill.checkpoints import SEAL, digest
+from arena_distill.config.judge import Lora
 from arena_distill.errors import Stopped
-from arena_distill.judge import Lora
-from arena_distill.training import Launch, train_fold
+from arena_distill.files.artifacts import read_json, read_parquet
+from arena_distill.training import trainer
+from arena_distill.training.checkpoints import SEAL, digest
+from arena_distill.training.trainer import Launch, train_fold
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "lora": Lora(r=4, alpha=8, dropout=0.2), "warmup_steps": 2}
 WEIGHTS = "adapter_model.safetensors"
@@ -59,7 +59,7 @@ class Interruption(BaseException):
 @pytest.fixture
 def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Do something in the middle of a training: at its n-th micro batch."""
-    genuine = training.losses
+    genuine = trainer.losses
 
     def arrange(batch: int, action: Callable[[], None]) -> None:
         seen = 0
@@ -71,7 +71,7 @@ def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Non
                 action()
             return genuine(*arguments)
 
-        monkeypatch.setattr(training, "losses", spy)
+        monkeypatch.setattr(trainer, "losses", spy)
 
     return arrange
 

@@ -13,11 +13,11 @@ from made_up_run import JUDGES, made_up_run
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from arena_distill.artifacts import read_logits
-from arena_distill.comparison import compare
-from arena_distill.comparison_report import gains, render_comparison
-from arena_distill.config import Prediction
-from arena_distill.settings import CompareSettings, Entry
+from arena_distill.config.phases import CompareSettings, Entry
+from arena_distill.config.run import Prediction
+from arena_distill.files.logits import read_logits
+from arena_distill.studies.comparison import compare
+from arena_distill.studies.comparison_report import gains, render_comparison
 
 
 def settings_of(*tested: str, method: Literal["none", "style"] = "style") -> CompareSettings:

@@ -12,11 +12,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from arena_distill.config import Config, Data, Folds, Prediction, load, overlay, schema
-from arena_distill.errors import InputError
-from arena_distill.judge import Backbone, Compute, JudgeDefaults, Loss
-from arena_distill.phases import VERSIONS
-from arena_distill.settings import (
+from arena_distill.config.judge import Backbone, Compute, JudgeDefaults, Loss
+from arena_distill.config.phases import (
+    VERSIONS,
     AskingSettings,
     DriftSettings,
     LogitsSettings,
@@ -26,6 +24,8 @@ from arena_distill.settings import (
     TrainingSettings,
     parse,
 )
+from arena_distill.config.run import Config, Data, Folds, Prediction, load, overlay, schema
+from arena_distill.errors import InputError
 
 FILES = {"train": "train.csv", "test": "test.csv"}
 

@@ -14,23 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_encoding import FRAME, SMALLEST, Turns, lengths, rows_of_turns, split, tokens_of
 
-from arena_distill.artifacts import write_parquet
-from arena_distill.config import load
-from arena_distill.encoding import (
-    ROOM,
-    Sequences,
-    Tokens,
-    View,
-    encode,
-    read_tokens,
-    tokenize_battles,
-    waterline,
-)
+from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.phases import ScoringSettings, TrainingSettings
+from arena_distill.config.run import load
+from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
+from arena_distill.encoding.templates import ROOM, View
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.encoding.truncation import waterline
+from arena_distill.encoding.views import encode, encode_views
 from arena_distill.errors import InputError
-from arena_distill.heads import encode_views
-from arena_distill.judge import Encoding, Head
-from arena_distill.orders import ORDERS
-from arena_distill.settings import ScoringSettings, TrainingSettings
+from arena_distill.files.artifacts import write_parquet
+from arena_distill.verdicts import ORDERS
 
 TRUNCATIONS = ("rounds", "winners")
 VIEWS: tuple[View, ...] = ("AB", "BA", "A", "B")

@@ -14,19 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arena_distill.artifacts import write_logits
-from arena_distill.distillation import (
+from arena_distill.config.judge import Loss
+from arena_distill.errors import InputError
+from arena_distill.files.logits import write_logits
+from arena_distill.training.linear_probe import fit_weights
+from arena_distill.training.losses import losses
+from arena_distill.training.targets import (
     NO_VOTE,
     VOTES,
     as_seen,
-    losses,
     select_rows,
     teacher_logits,
     teacher_weights,
 )
-from arena_distill.errors import InputError
-from arena_distill.judge import Loss
-from arena_distill.probing import fit_weights
 
 SUMMARY = Loss()
 BLACKPEARL = Loss(

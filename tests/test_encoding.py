@@ -23,26 +23,30 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill import encoding as module
-from arena_distill.artifacts import read_parquet, write_parquet
-from arena_distill.backbones import load_tokenizer
-from arena_distill.battles import SCHEMA
-from arena_distill.encoding import (
+from arena_distill.battles import style_features
+from arena_distill.battles.reading import SCHEMA
+from arena_distill.config.judge import Encoding
+from arena_distill.encoding import templates as module
+from arena_distill.encoding import tokenization
+from arena_distill.encoding.sequences import (
     FIELDS,
-    TEMPLATES,
     Field,
     Sequences,
     Tokens,
     Vocabulary,
-    encode,
     read_tokens,
+)
+from arena_distill.encoding.templates import TEMPLATES
+from arena_distill.encoding.tokenization import (
+    load_tokenizer,
     safe_pad_id,
     tokenize,
     tokenize_battles,
 )
+from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
-from arena_distill.judge import Encoding
-from arena_distill.orders import ORDERS
+from arena_distill.files.artifacts import read_parquet, write_parquet
+from arena_distill.verdicts import ORDERS
 
 NEWLINE = 10
 FRAME = ((1, 101), (102, 102), (103,), (104, 2))  # begin and end of sequence are 1 and 2
@@ -412,10 +416,10 @@ def test_a_short_battle_reads_as_the_template_says(
 def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     order: Any, make_run: Callable[..., Any]
 ) -> None:
-    from arena_distill.distillation import VOTES
-    from arena_distill.judge import Lora, Training
-    from arena_distill.settings import TrainingSettings
-    from arena_distill.training import show
+    from arena_distill.config.judge import Lora, Training
+    from arena_distill.config.phases import TrainingSettings
+    from arena_distill.training.examples import show
+    from arena_distill.training.targets import VOTES
 
     tokens = read_tokens(make_run("gemma2").tokens)
     tokens = tokens.take(pc.equal(tokens.sources, "train").to_numpy(zero_copy_only=False))
@@ -481,7 +485,7 @@ def test_words_are_counted_as_python_splits_them() -> None:
     """Every character that separates words for Python does so for the counter."""
     characters = [chr(i) for i in range(0x3100) if not 0xD800 <= i < 0xE000]
     spaced = pa.array([f"a{c}b" for c in characters])
-    counted = pc.count_substring_regex(spaced, module.WORD).to_pylist()
+    counted = pc.count_substring_regex(spaced, style_features.WORD).to_pylist()
     expected = [len(re.findall(r"\S+", value)) for value in spaced.to_pylist()]
     wrong = [
         unicodedata.name(c, repr(c))
@@ -519,12 +523,12 @@ def test_word_cap_is_the_first_words_of_all_turns(
     tokenizers: dict[str, Any], turns: list[str], cap: int
 ) -> None:
     tokenizer = tokenizers["llama"]
-    before = dict(module.WORD_CAPS)
-    module.WORD_CAPS.update(dict.fromkeys(FIELDS, cap))
+    before = dict(tokenization.WORD_CAPS)
+    tokenization.WORD_CAPS.update(dict.fromkeys(FIELDS, cap))
     try:
         table, _ = tokenize(battles_table([{"prompt": turns}]), tokenizer)
     finally:
-        module.WORD_CAPS.update(before)
+        tokenization.WORD_CAPS.update(before)
     ids = table["prompt"][0].as_py()
     head = decode(tokenizer, ids[: table["prompt_cap"][0].as_py()])
     whole = "\n".join(turns)
@@ -627,7 +631,7 @@ def test_the_fast_way_gives_the_ids_of_the_plain_one(
     real_tokenizer: Any,
 ) -> None:
     texts = [*ODD_TEXTS, *CORPUS, HOSTILE, HOSTILE * 9]
-    fast = module._tokenize_texts(real_tokenizer, texts)
+    fast = tokenization._tokenize_texts(real_tokenizer, texts)
     plain = real_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert [ids.tolist() for ids in fast] == plain
 
@@ -638,7 +642,7 @@ def test_real_battles_fit_and_keep_their_template(
 ) -> None:
     from conftest import DATA
 
-    from arena_distill.battles import read_battles
+    from arena_distill.battles.reading import read_battles
 
     if not DATA.is_dir():
         pytest.skip(f"no real battles in {DATA}")

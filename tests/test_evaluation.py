@@ -20,20 +20,14 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from arena_distill.artifacts import (
-    ids_path,
-    provenance,
-    read_logits,
-    read_parquet,
-    write_logits,
-    write_parquet,
-)
-from arena_distill.calibration import METHODS
+from arena_distill.battles.style_features import length_features
 from arena_distill.errors import InputError
+from arena_distill.evaluation.baselines import class_prior, length_regression
+from arena_distill.evaluation.terminal import print_table
+from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.metrics import softmax
-from arena_distill.results import print_table
-from arena_distill.style import length_features
-from arena_distill.yardsticks import class_prior, length_regression
+from arena_distill.prediction.calibration import METHODS
 
 Edit = Callable[[np.ndarray, pa.Table], tuple[np.ndarray, pa.Table]]
 

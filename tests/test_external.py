@@ -34,18 +34,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from made_up_run import JUDGES, MadeUpRun, made_up_run
 
-from arena_distill.artifacts import (
-    read_json,
-    read_logits,
-    read_parquet,
-    read_provenance,
-    write_parquet,
-)
-from arena_distill.asking import Alternative, Answers, Completion, Token
-from arena_distill.config import load
-from arena_distill.distillation import select_rows, teacher_logits
+from arena_distill.battles.folds import assign_folds, fold_rows
+from arena_distill.config.derived import Family, derive
+from arena_distill.config.judge import Endpoint, Traffic
+from arena_distill.config.phases import AskingSettings, EvaluationSettings, LogitsSettings
+from arena_distill.config.run import load
 from arena_distill.errors import InputError
-from arena_distill.external import (
+from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet
+from arena_distill.files.logits import read_logits
+from arena_distill.scoring.endpoint import Alternative, Answers, Completion, Token
+from arena_distill.scoring.external import (
     COLUMNS,
     LEAST,
     LEFT_OUT,
@@ -55,11 +53,7 @@ from arena_distill.external import (
     read_judged,
     verdict_scores,
 )
-from arena_distill.folds import assign_folds
-from arena_distill.judge import Endpoint, Traffic
-from arena_distill.logits import fold_rows
-from arena_distill.settings import AskingSettings, EvaluationSettings, LogitsSettings
-from arena_distill.studies import Family, derive
+from arena_distill.training.targets import select_rows, teacher_logits
 
 ABC = ("A", "B", "C")
 LABELLED = 23  # of `made_up_battles`: 18 train, 5 extra
@@ -844,8 +838,8 @@ def test_an_external_judge_is_evaluated_like_the_others(tmp_path: Path) -> None:
     bayes = metrics["baselines"]["bayes"]["log_loss"]
     assert metrics["judges"]["other-big"]["oof"]["log_loss"] == pytest.approx(bayes, abs=1e-6)
 
-    from arena_distill.report import render_report
-    from arena_distill.results import print_table
+    from arena_distill.evaluation.report import render_report
+    from arena_distill.evaluation.terminal import print_table
 
     (tmp_path / "config.yaml").write_text("run: made-up\n")
     page = tmp_path / "report.html"
@@ -1065,7 +1059,7 @@ def llama_server() -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real battles in {DATA}")
 def test_a_real_model_judges_real_battles(llama_server: str, tmp_path: Path) -> None:
-    from arena_distill.battles import read_battles
+    from arena_distill.battles.reading import read_battles
 
     battles, _ = read_battles({"train": [DATA / "train.csv"]})
     write_parquet(battles.slice(0, 3), tmp_path / "battles.parquet", {})

@@ -17,14 +17,16 @@ import pytest
 import torch
 from conftest import REAL_TOKENIZERS, battles_table
 
-from arena_distill.artifacts import write_parquet
-from arena_distill.backbones import load_classifier, load_tokenizer, prepare_backbone
-from arena_distill.batching import pad
-from arena_distill.encoding import Tokens, read_tokens, tokenize_battles
-from arena_distill.heads import encode_views
-from arena_distill.judge import Backbone, Encoding, Head
-from arena_distill.logits import score
-from arena_distill.training import _collator
+from arena_distill.config.judge import Backbone, Encoding, Head
+from arena_distill.encoding.batching import pad
+from arena_distill.encoding.sequences import Tokens, read_tokens
+from arena_distill.encoding.tokenization import load_tokenizer, tokenize_battles
+from arena_distill.encoding.views import encode_views
+from arena_distill.files.artifacts import write_parquet
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.preparation import prepare_backbone
+from arena_distill.models.scoring import score
+from arena_distill.training.examples import _collator
 
 pytestmark = pytest.mark.slow
 

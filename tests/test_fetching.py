@@ -18,12 +18,18 @@ import pytest
 import yaml
 from checkouts import make_checkout
 
-from arena_distill import fetching, hub
-from arena_distill.artifacts import read_provenance
-from arena_distill.battles import read_battles
-from arena_distill.config import Fetch, load
+from arena_distill.battles import fetching
+from arena_distill.battles.fetching import (
+    arena_battles,
+    check_access,
+    fetch_battles,
+    ultrafeedback_battles,
+)
+from arena_distill.battles.reading import read_battles
+from arena_distill.config.run import Fetch, load
 from arena_distill.errors import InputError
-from arena_distill.fetching import arena_battles, check_access, fetch_battles, ultrafeedback_battles
+from arena_distill.files import hub
+from arena_distill.files.artifacts import read_provenance
 
 COMMIT = "a" * 40
 

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill import battles as raw
-from arena_distill.artifacts import read_parquet, read_provenance, write_parquet
-from arena_distill.errors import InputError
-from arena_distill.folds import (
+from arena_distill.battles import reading as raw
+from arena_distill.battles.folds import (
     SCHEMA,
     Method,
     assign_folds,
@@ -27,6 +25,8 @@ from arena_distill.folds import (
     validation_rows,
     write_folds,
 )
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_parquet, read_provenance, write_parquet
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real battles in {DATA}")

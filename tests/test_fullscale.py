@@ -12,7 +12,7 @@ import pytest
 import yaml
 from checkouts import ROOT, Checkout, make_checkout
 
-from arena_distill.config import Config, load, overlay
+from arena_distill.config.run import Config, load, overlay
 
 CONFIG = "config/lmsys.yaml"
 RECIPES: dict[str, list[str]] = {

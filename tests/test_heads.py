@@ -15,25 +15,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from arena_distill.artifacts import read_json, read_logits, read_parquet, write_parquet
-from arena_distill.backbones import load_classifier
-from arena_distill.distillation import VOTES, losses
-from arena_distill.encoding import encode, read_tokens, tokenize_battles
-from arena_distill.folds import training_rows
-from arena_distill.heads import battle_logits, encode_views, verdicts, views
-from arena_distill.judge import Encoding, Head, Lora, Loss, Pretraining, Training
-from arena_distill.keys import key, locate
-from arena_distill.logits import predict_logits
-from arena_distill.merging import merge_folds
-from arena_distill.orders import swap_classes
-from arena_distill.prediction import score_variants
-from arena_distill.settings import (
+from arena_distill.battles.folds import training_rows
+from arena_distill.config.judge import Encoding, Head, Lora, Loss, Pretraining, Training
+from arena_distill.config.phases import (
     LogitsSettings,
     PretrainingSettings,
     ScoringSettings,
     TrainingSettings,
 )
-from arena_distill.training import Launch, load_adapter, pretrain_adapter, show, train_fold
+from arena_distill.deployment.merging import merge_folds
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.encoding.views import encode, encode_views, views
+from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits
+from arena_distill.models.adapters import load_adapter
+from arena_distill.models.heads import battle_logits, verdicts
+from arena_distill.models.loading import load_classifier
+from arena_distill.prediction.test_time import score_variants
+from arena_distill.scoring.logits import predict_logits
+from arena_distill.training.examples import show
+from arena_distill.training.losses import losses
+from arena_distill.training.targets import VOTES
+from arena_distill.training.trainer import Launch, pretrain_adapter, train_fold
+from arena_distill.verdicts import swap_classes
 
 JOINT = Head(kind="joint")
 DAVIDSON = Head(kind="pointwise")
@@ -243,7 +249,7 @@ def test_pretrained_trained_scored_merged_asked(
         version=1, encoding=ENCODING, head=head, precision="fp32", max_lengths=(96, 1500),
         orders=("AB", "BA"),
     )  # fmt: skip
-    from arena_distill.logits import score
+    from arena_distill.models.scoring import score
 
     merged = load_classifier(tmp_path / "m", head=head, pad_token_id=tokens.vocabulary.pad)
     unmerged = load_adapter(

@@ -21,7 +21,8 @@ import torch
 from conftest import ROOT
 
 from arena_distill.errors import InputError
-from arena_distill.jobs import claim_gpus, sweep, wait_for_orphans
+from arena_distill.runs.cleanup import sweep, wait_for_orphans
+from arena_distill.runtime.launch import claim_gpus
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use GPUs here")
 

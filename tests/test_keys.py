@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arena_distill.errors import InputError
-from arena_distill.keys import key, locate
+from arena_distill.files.keys import key, locate
 
 
 @given(st.permutations([str(i) for i in range(12)]), st.integers(0, 12))

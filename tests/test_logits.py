@@ -13,18 +13,22 @@ import pytest
 import torch
 from conftest import FAMILIES, Run
 
-from arena_distill import logits as module
-from arena_distill.artifacts import read_logits, read_parquet, read_provenance, write_logits
-from arena_distill.backbones import load_classifier
-from arena_distill.batching import pad, token_batches
-from arena_distill.encoding import Tokens, encode, read_tokens
+from arena_distill.battles.folds import fold_rows, training_rows, validation_rows
+from arena_distill.config.judge import Encoding, Lora
+from arena_distill.config.phases import LogitsSettings
+from arena_distill.encoding.batching import pad, token_batches
+from arena_distill.encoding.sequences import Tokens, read_tokens
+from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
-from arena_distill.folds import training_rows, validation_rows
-from arena_distill.judge import Encoding, Lora
-from arena_distill.keys import key
-from arena_distill.logits import fold_rows, gather_logits, predict_logits, score
-from arena_distill.settings import LogitsSettings
-from arena_distill.training import new_judge
+from arena_distill.files.artifacts import read_parquet, read_provenance
+from arena_distill.files.keys import key
+from arena_distill.files.logits import read_logits, write_logits
+from arena_distill.models import scoring
+from arena_distill.models.adapters import new_judge
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
+from arena_distill.scoring import logits as module
+from arena_distill.scoring.logits import gather_logits, predict_logits
 
 ENCODING = Encoding(max_length=96)
 LORA = Lora(r=4, alpha=8, dropout=0.0)
@@ -190,14 +194,14 @@ def test_the_file_holds_both_orders_in_the_canonical_frame(
 
 
 def of_rows(run: Run, ids: Any) -> Tokens:
-    from arena_distill.keys import locate
+    from arena_distill.files.keys import locate
 
     tokens = read_tokens(run.tokens)
     return tokens.take(locate(key(ids), tokens.keys(), "tokens"))
 
 
 def module_judge(run: Run, adapter: Path, tokens: Tokens) -> Any:
-    from arena_distill.training import load_adapter
+    from arena_distill.models.adapters import load_adapter
 
     model = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad)
     return load_adapter(model, adapter).eval()
@@ -250,12 +254,12 @@ def test_the_longer_answer_wins_in_both_orders(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if the verdict on the exchanged battle were not exchanged back."""
-    from arena_distill import training
+    from arena_distill.models import adapters
 
     run = make_run("llama")
     tokens = read_tokens(run.tokens)
     judge = LongerWins(tokens.vocabulary.frames["markers"], tokens.vocabulary.pad)
-    monkeypatch.setattr(training, "load_adapter", lambda *_: judge)
+    monkeypatch.setattr(adapters, "load_adapter", lambda *_: judge)
     settings = LogitsSettings(
         version=1, encoding=Encoding(max_length=2000), precision="fp32", rows=("validation",)
     )
@@ -294,7 +298,7 @@ def test_logits_that_are_not_finite_are_an_error(
     judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.setattr(
-        module, "score_batches", lambda _, rows, *__: np.full((len(rows), 3), np.nan, np.float32)
+        scoring, "score_batches", lambda _, rows, *__: np.full((len(rows), 3), np.nan, np.float32)
     )
     with pytest.raises(InputError, match="adapter: its logits are not finite"):
         predict(run, tmp_path / "adapter", tmp_path / "x.npy", logits_settings())

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill import merging
+from arena_distill.config.judge import JOINT
+from arena_distill.deployment import merging
+from arena_distill.deployment.merging import merge_folds
 from arena_distill.errors import InputError
-from arena_distill.judge import JOINT
-from arena_distill.merging import merge_folds
 
 torch = pytest.importorskip("torch")
 
@@ -71,7 +71,7 @@ def save_adapter(folder: Path, backbone: Path, seed: int, **options: Any) -> Pat
     """A LoRA adapter and head that look trained: nothing in them is zero."""
     from peft import LoraConfig, get_peft_model
 
-    from arena_distill.backbones import load_classifier
+    from arena_distill.models.loading import load_classifier
 
     choices = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "SEQ_CLS"} | options
     model = get_peft_model(load_classifier(backbone), LoraConfig(**choices))
@@ -97,7 +97,7 @@ def merge(backbone: Path, adapters: list[Path], output: Path, **options: Any) ->
 def judge(backbone: Path, adapter: Path) -> Any:
     from peft import PeftModel
 
-    from arena_distill.backbones import load_classifier
+    from arena_distill.models.loading import load_classifier
 
     return PeftModel.from_pretrained(load_classifier(backbone, pad_token_id=0), adapter)
 

@@ -24,7 +24,7 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
-from arena_distill.orders import swap_classes
+from arena_distill.verdicts import swap_classes
 
 seeds = st.integers(0, 2**32 - 1)
 

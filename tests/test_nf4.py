@@ -20,16 +20,18 @@ import torch
 from conftest import ROOT, Run
 from test_training import LORA, fit, training_settings
 
-from arena_distill.artifacts import read_json, read_logits
-from arena_distill.backbones import load_classifier
-from arena_distill.config import load
-from arena_distill.encoding import read_tokens
+from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.phases import LogitsSettings, MergeSettings, ScoringSettings
+from arena_distill.config.run import load
+from arena_distill.deployment.merging import merge_folds
+from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
-from arena_distill.judge import Encoding, Head
-from arena_distill.logits import predict_logits
-from arena_distill.merging import merge_folds
-from arena_distill.settings import LogitsSettings, MergeSettings, ScoringSettings
-from arena_distill.training import Launch, load_adapter, new_judge
+from arena_distill.files.artifacts import read_json
+from arena_distill.files.logits import read_logits
+from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.models.loading import load_classifier
+from arena_distill.scoring.logits import predict_logits
+from arena_distill.training.trainer import Launch
 
 QLORA = Path(os.environ.get("ARENA_QLORA", ROOT / ".venv/qlora"))
 HERE = importlib.util.find_spec("bitsandbytes") is not None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arena_distill.orders import CLASSES, ORDERS, swap_classes, swap_labels
+from arena_distill.verdicts import CLASSES, ORDERS, swap_classes, swap_labels
 
 
 @given(

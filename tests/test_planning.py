@@ -20,25 +20,18 @@ from conftest import FAMILIES, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena_distill import config as configuration
-from arena_distill import planning
-from arena_distill.backbones import TINY, load_classifier
-from arena_distill.config import Accelerator, Config, Plan, overlay
-from arena_distill.costs import (
-    DEVICES,
-    GIB,
-    NF4_BYTES,
-    USABLE,
-    Cost,
-    Costs,
-)
+from arena_distill.config import run as configuration
+from arena_distill.config.judge import JOINT, TINY, Backbone, Encoding, Head, Lora
+from arena_distill.config.run import Accelerator, Config, Plan, overlay
 from arena_distill.errors import InputError
-from arena_distill.graph import Planned
-from arena_distill.judge import JOINT, Backbone, Encoding, Head, Lora
-from arena_distill.planning import critical_path, simulate
-from arena_distill.sizes import alive, measure, read_config, step_bytes
-from arena_distill.training import new_judge
-from arena_distill.workload import Battles, assumed_sequence
+from arena_distill.models.adapters import new_judge
+from arena_distill.models.loading import load_classifier
+from arena_distill.planning import forecast
+from arena_distill.planning.costs import DEVICES, GIB, NF4_BYTES, USABLE, Cost, Costs
+from arena_distill.planning.forecast import critical_path, simulate
+from arena_distill.planning.sizes import alive, measure, read_config, step_bytes
+from arena_distill.planning.workload import Battles, assumed_sequence
+from arena_distill.runs.graph import Planned
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_against_reality import KERNELS
@@ -343,7 +336,7 @@ def refusal(raw: dict[str, Any], rule: str = "train_teacher", judge: str = "llam
     costs = costs_of(raw)
     job = planned(rule, costs.config, judge=judge, fold="0")
     with pytest.raises(InputError) as raised:
-        planning._refuse_what_does_not_fit([job], [costs.of(job)], costs)
+        forecast._refuse_what_does_not_fit([job], [costs.of(job)], costs)
     return str(raised.value)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import arena_distill.logits
+import arena_distill.quantization
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -14,25 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import SIZES, MadeUpRun, made_up_run
 
-import arena_distill.logits
-import arena_distill.quantization
-from arena_distill.artifacts import (
-    ids_path,
-    provenance,
-    read_logits,
-    read_parquet,
-    read_provenance,
-    write_logits,
-    write_parquet,
-)
-from arena_distill.backbones import load_classifier
-from arena_distill.encoding import Sequences, Tokens, encode, read_tokens, tokenize_battles
+from arena_distill.config.judge import Encoding
+from arena_distill.config.phases import PredictionSettings, ScoringSettings
+from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
-from arena_distill.judge import Encoding
-from arena_distill.keys import key
-from arena_distill.orders import Order, swap_classes
-from arena_distill.prediction import (
-    WINNERS,
+from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
+from arena_distill.files.keys import key
+from arena_distill.files.logits import ids_path, read_logits, write_logits
+from arena_distill.models.loading import load_classifier
+from arena_distill.prediction.submission import WINNERS, write_submission
+from arena_distill.prediction.test_time import (
     Model,
     averages,
     identical,
@@ -41,9 +36,8 @@ from arena_distill.prediction import (
     score_variants,
     softmax,
     submitted_variant,
-    write_submission,
 )
-from arena_distill.settings import PredictionSettings, ScoringSettings
+from arena_distill.verdicts import Order, swap_classes
 
 ORDERS: tuple[Order, ...] = ("AB", "BA")
 LENGTHS = (40, 64)

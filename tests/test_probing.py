@@ -12,18 +12,27 @@ import torch
 from conftest import Run
 from test_training import LORA, fit, training_settings
 
-from arena_distill import training
-from arena_distill.artifacts import read_parquet
-from arena_distill.backbones import load_classifier
-from arena_distill.distillation import VOTES, losses
-from arena_distill.encoding import read_tokens
-from arena_distill.folds import training_rows
-from arena_distill.heads import battle_logits
-from arena_distill.judge import Head, Loss, Training
-from arena_distill.keys import key, locate
-from arena_distill.probing import RIDGES, cross_validate, fit_head, fit_weights, read_features
-from arena_distill.states import head_layer
-from arena_distill.training import Launch, new_judge, show
+from arena_distill.battles.folds import training_rows
+from arena_distill.config.judge import Head, Loss, Training
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.models.adapters import new_judge
+from arena_distill.models.heads import battle_logits
+from arena_distill.models.hidden_states import head_layer
+from arena_distill.models.loading import load_classifier
+from arena_distill.training import trainer
+from arena_distill.training.examples import show
+from arena_distill.training.linear_probe import (
+    RIDGES,
+    cross_validate,
+    fit_head,
+    fit_weights,
+    read_features,
+)
+from arena_distill.training.losses import losses
+from arena_distill.training.targets import VOTES
+from arena_distill.training.trainer import Launch
 
 JOINT, MEAN = Head(kind="joint"), Head(kind="pointwise", pooling="mean")
 
@@ -170,7 +179,7 @@ def test_an_interrupted_training_keeps_its_checkpoints_key(
     """Another machine's kernels may fit a slightly other head: a checkpoint is still found, and used."""
     run, launch = make_run("llama"), Launch(4, checkpoints=tmp_path / "kept", checkpoint_minutes=0)
     whole = fit(run, tmp_path / "whole", head=MEAN, fit_head=True, epochs=2)
-    genuine, steps = training.losses, []
+    genuine, steps = trainer.losses, []
 
     def stop(*arguments: object) -> torch.Tensor:
         steps.append(1)
@@ -178,11 +187,11 @@ def test_an_interrupted_training_keeps_its_checkpoints_key(
             raise KeyboardInterrupt
         return genuine(*arguments)
 
-    monkeypatch.setattr(training, "losses", stop)
+    monkeypatch.setattr(trainer, "losses", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
-    monkeypatch.setattr(training, "losses", genuine)
-    monkeypatch.setattr(training, "fit_head", lambda *_, **__: pytest.fail("fitted twice"))
+    monkeypatch.setattr(trainer, "losses", genuine)
+    monkeypatch.setattr(trainer, "fit_head", lambda *_, **__: pytest.fail("fitted twice"))
     again = fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
     for name, weight in whole.items():
         torch.testing.assert_close(again[name], weight, atol=1e-6, rtol=1e-5)

@@ -26,15 +26,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_training import distance, training_settings
 
-from arena_distill.artifacts import read_json, read_parquet, write_logits, write_parquet
-from arena_distill.encoding import tokenize_battles
-from arena_distill.folds import assign_folds
-from arena_distill.judge import Loss
-from arena_distill.logits import fold_rows
-from arena_distill.settings import LogitsSettings, TrainingSettings
-from arena_distill.training import ByLength, Launch, train_fold
+from arena_distill.battles.folds import assign_folds, fold_rows
+from arena_distill.config.judge import Loss
+from arena_distill.config.phases import LogitsSettings, TrainingSettings
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
+from arena_distill.files.logits import write_logits
+from arena_distill.training.examples import ByLength
+from arena_distill.training.trainer import Launch, train_fold
 
-TINY = ROOT / "workflow/arena_distill/tiny_backbones"
+TINY = ROOT / "workflow/arena_distill/models/tiny"
 WEIGHTS = "adapter_model.safetensors"
 MOST = 5e-6  # 1.7e-6 was seen, where training moved weights by 3.5e-3
 BATCH, MICRO = 16, 4  # two processes: two rounds of 2 × 4 rows make a batch

@@ -22,45 +22,46 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import made_up_run
 
-from arena_distill import cli, training
-from arena_distill.artifacts import (
-    read_json,
-    read_logits,
-    read_parquet,
-    write_logits,
-    write_parquet,
-)
-from arena_distill.battles import read_battles
-from arena_distill.comparison import compare
-from arena_distill.config import Arena, Config, Prediction, load, overlay
-from arena_distill.distillation import VOTES, losses, select_rows, teacher_logits
-from arena_distill.encoding import encode, read_tokens, tokenize_battles
-from arena_distill.errors import InputError
-from arena_distill.external import ask_judge, deal_logits, read_judged
-from arena_distill.folds import (
+from arena_distill import cli
+from arena_distill.battles.folds import (
     UNLABELLED,
     assign_folds,
     dropped_extra,
+    fold_rows,
     held_out_rows,
     training_rows,
     unlabelled_rows,
     validation_rows,
     write_folds,
 )
-from arena_distill.judge import Encoding, Head, Lora, Loss, Traffic, Training
-from arena_distill.keys import key, locate
-from arena_distill.logits import fold_rows, predict_logits
-from arena_distill.orders import CLASSES, NO_VOTE, swap_labels
-from arena_distill.settings import (
+from arena_distill.battles.reading import read_battles
+from arena_distill.battles.simulation import WINNERS, write_arena
+from arena_distill.config.derived import Family
+from arena_distill.config.judge import Encoding, Head, Lora, Loss, Traffic, Training
+from arena_distill.config.phases import (
     AskingSettings,
     CompareSettings,
     Entry,
     LogitsSettings,
     TrainingSettings,
 )
-from arena_distill.simulation import WINNERS, write_arena
-from arena_distill.studies import Family
-from arena_distill.training import Examples, Launch, train_fold
+from arena_distill.config.run import Arena, Config, Prediction, load, overlay
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.encoding.views import encode
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits, write_logits
+from arena_distill.scoring.external import ask_judge, deal_logits, read_judged
+from arena_distill.scoring.logits import predict_logits
+from arena_distill.studies.comparison import compare
+from arena_distill.training import trainer
+from arena_distill.training.examples import Examples
+from arena_distill.training.losses import losses
+from arena_distill.training.targets import VOTES, select_rows, teacher_logits
+from arena_distill.training.trainer import Launch, train_fold
+from arena_distill.verdicts import CLASSES, NO_VOTE, swap_labels
 
 ENCODING = Encoding(max_length=96)
 BARE, SHARING = 16, 12
@@ -383,7 +384,7 @@ def fit(
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Examples]:
     """The Examples that reach the Trainer; nothing is trained."""
     examples: list[Examples] = []
-    monkeypatch.setattr(training, "_fit", lambda _, given, *rest: examples.append(given))
+    monkeypatch.setattr(trainer, "_fit", lambda _, given, *rest: examples.append(given))
     return examples
 
 

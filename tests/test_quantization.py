@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from arena_distill import quantization
-from arena_distill.encoding import Sequences
+from arena_distill.config.judge import JOINT
+from arena_distill.deployment import gptq
+from arena_distill.deployment.gptq import check_layers, check_settings
+from arena_distill.deployment.quantization_error import check_drift, drift
+from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
-from arena_distill.judge import JOINT
-from arena_distill.quantization import check_drift, check_layers, check_settings, drift
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("llama", "qwen2", "gemma2")
@@ -158,18 +159,16 @@ def test_layers_that_do_not_divide(
 
 
 def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gptq.importlib.util, "find_spec", lambda name: None)
     rows = Sequences(np.zeros(0, np.int32), np.zeros(65, np.int64))
     options: dict[str, Any] = {
         "bits": 8, "group_size": 32, "seed": 0, "batch_tokens": 64, "settings": {},
     }  # fmt: skip
     options |= {"head": JOINT, "validation": [rows]}
     with pytest.raises(InputError, match=r"gptqmodel is not installed .*environments\.gptq"):
-        quantization.quantize_model(
-            tmp_path, tmp_path / "o", calibration=rows, samples=64, **options
-        )
+        gptq.quantize_model(tmp_path, tmp_path / "o", calibration=rows, samples=64, **options)
     with pytest.raises(InputError, match="gptqmodel is not installed"):
-        quantization.load_quantized(tmp_path)
+        gptq.load_quantized(tmp_path)
 
 
 # --- GPTQ -----------------------------------------------------------------------------------------
@@ -275,11 +274,11 @@ def tensors(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
 
-gptq = [pytest.mark.gptq, pytest.mark.slow]
+needs_gptq = [pytest.mark.gptq, pytest.mark.slow]
 
 
 class TestGPTQ:
-    pytestmark = gptq
+    pytestmark = needs_gptq
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_eight_bits_barely_drift(self, work: Path, family: str) -> None:

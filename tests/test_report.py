@@ -16,12 +16,19 @@ from xml.etree import ElementTree
 import pytest
 from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
 
-from arena_distill.artifacts import write_json
-from arena_distill.audit import write_audit
-from arena_distill.calibration import METHODS
+from arena_distill.battles.audit import write_audit
+from arena_distill.config.phases import AuditSettings
 from arena_distill.errors import InputError
-from arena_distill.report import FIGURES, TABLES, TEMPLATES, percent, render_report, signed
-from arena_distill.settings import AuditSettings
+from arena_distill.evaluation.report import (
+    FIGURES,
+    TABLES,
+    TEMPLATES,
+    percent,
+    render_report,
+    signed,
+)
+from arena_distill.files.artifacts import write_json
+from arena_distill.prediction.calibration import METHODS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

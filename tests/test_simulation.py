@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import cross_val_predict
 
-from arena_distill.simulation import (
+from arena_distill.battles.simulation import (
     CATEGORIES,
     IDENTICAL_TIE,
     NUMBERS,

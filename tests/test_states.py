@@ -21,28 +21,28 @@ from test_config import judged, lines, raw
 from test_training import LORA, training_settings
 from transformers import AutoModelForSequenceClassification
 
-from arena_distill import training
-from arena_distill.artifacts import read_logits, read_parquet, read_states, write_logits
-from arena_distill.backbones import load_classifier
-from arena_distill.batching import pad
-from arena_distill.checkpoints import SEAL
-from arena_distill.config import load, overlay
-from arena_distill.distillation import (
-    attention_divergences,
-    feature_distances,
-    losses,
-    select_rows,
-    teacher_states,
-)
-from arena_distill.encoding import read_tokens
+from arena_distill.config.judge import Encoding, Head, Loss
+from arena_distill.config.phases import LogitsSettings, TrainingSettings
+from arena_distill.config.run import load, overlay
+from arena_distill.encoding.batching import pad
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
-from arena_distill.heads import encode_views, verdicts
-from arena_distill.judge import Encoding, Head, Loss
-from arena_distill.keys import key, locate
-from arena_distill.logits import gather_logits, predict_logits
-from arena_distill.settings import LogitsSettings, TrainingSettings
-from arena_distill.states import Projections, watch
-from arena_distill.training import Launch, load_adapter, new_judge, show, train_fold
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits, read_states, write_logits
+from arena_distill.models import adapters
+from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.models.heads import verdicts
+from arena_distill.models.hidden_states import Projections, watch
+from arena_distill.models.loading import load_classifier
+from arena_distill.scoring.logits import gather_logits, predict_logits
+from arena_distill.training import examples, trainer
+from arena_distill.training.checkpoints import SEAL
+from arena_distill.training.examples import show
+from arena_distill.training.losses import attention_divergences, feature_distances, losses
+from arena_distill.training.targets import select_rows, teacher_states
+from arena_distill.training.trainer import Launch, train_fold
 
 ENCODING = Encoding(max_length=96)
 BOTH = ("features", "attention")
@@ -240,7 +240,7 @@ def test_what_float16_cannot_hold_is_an_error(
             judge.base_model.model.model.norm.weight *= 1e5
         return judge
 
-    monkeypatch.setattr(training, "load_adapter", loud)
+    monkeypatch.setattr(adapters, "load_adapter", loud)
     with pytest.raises(InputError, match=r"adapter: its features reach beyond 65,504.*features: 0"):
         score(run, adapter, tmp_path / "x.npy", logits_settings("features"))
     assert not list(tmp_path.glob("x*"))
@@ -503,7 +503,7 @@ def test_a_student_is_shown_the_states_of_what_it_is_shown(
     np.testing.assert_array_equal(pointwise[2]["features"][1], states["features"][1][2])
     assert pointwise[2]["attention"][0].shape == (2, ENCODING.max_length)
     # What stands behind a sequence's end is padding, of the batch or of the file.
-    batch = training._collator(tokens.vocabulary.pad)([pointwise[1], pointwise[2]])
+    batch = examples._collator(tokens.vocabulary.pad)([pointwise[1], pointwise[2]])
     assert batch["attention"][0].shape == batch["input_ids"].shape
 
 
@@ -533,8 +533,8 @@ def test_without_states_a_student_is_not_watched(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training, "watch", lambda *_: pytest.fail("watched"))
-    monkeypatch.setattr(training, "project", lambda *_, **__: pytest.fail("projected"))
+    monkeypatch.setattr(trainer, "watch", lambda *_: pytest.fail("watched"))
+    monkeypatch.setattr(trainer, "project", lambda *_, **__: pytest.fail("projected"))
     for path in (file for files in teachers.values() for file in files):
         assert path.with_suffix(".states").is_dir()
     distil(make_run("llama"), teachers, tmp_path / "x", Loss())
@@ -617,12 +617,12 @@ def test_a_killed_student_goes_on_to_the_same_bytes(
         distil(run, teachers, tmp_path / "x", loss, launch, **options)
     at_batch(-1, interrupt)
     latest = checkpoints_of(tmp_path / "kept")[-1]
-    assert training.PROJECTIONS in (latest / SEAL).read_text()  # damage to it would be seen
+    assert trainer.PROJECTIONS in (latest / SEAL).read_text()  # damage to it would be seen
     distil(run, teachers, tmp_path / "x", loss, launch, **options)
     assert (tmp_path / "x" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     histories = [read_parquet(tmp_path / name / "history.parquet") for name in ("x", "whole")]
     assert histories[0].equals(histories[1])
-    assert not (tmp_path / "x" / training.PROJECTIONS).exists()
+    assert not (tmp_path / "x" / trainer.PROJECTIONS).exists()
 
 
 @pytest.mark.slow

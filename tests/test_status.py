@@ -19,9 +19,9 @@ import psutil
 import pytest
 from rich.console import Console
 
-from arena_distill import status
 from arena_distill.errors import InputError
-from arena_distill.status import (
+from arena_distill.runs import status
+from arena_distill.runs.status import (
     Evidence,
     Job,
     Planned,

@@ -13,18 +13,18 @@ from checkouts import make_checkout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill import soups, studies
-from arena_distill.comparison import bootstrap
-from arena_distill.config import Config, load
+from arena_distill.config.derived import Family, Studies, derive
+from arena_distill.config.phases import CompareSettings, LogitsSettings, TrainingSettings
+from arena_distill.config.run import Config, load
+from arena_distill.deployment import fold_weights
 from arena_distill.errors import InputError
-from arena_distill.settings import CompareSettings, LogitsSettings, TrainingSettings
-from arena_distill.studies import Family, derive
+from arena_distill.metrics import bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "config" / "recipes").glob("*.yaml"))
 
 
-def derived(**changes: Any) -> tuple[Config, studies.Studies, Config]:
+def derived(**changes: Any) -> tuple[Config, Studies, Config]:
     raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text()) | changes
     config = load(raw)
     family = Family(dict(config.judges))
@@ -267,7 +267,7 @@ def test_the_greedy_soup_takes_what_helps() -> None:
         loss[tuple(some)] = abs(np.mean([models[k] for k in some]) - 1)
         return loss[tuple(some)]
 
-    chosen = soups.greedy(log_loss, len(models))
+    chosen = fold_weights.greedy(log_loss, len(models))
     assert chosen == [2, 1]
     assert loss[(2, 1)] < loss[(2,)] < loss[(2, 1, 0)]
 
@@ -280,7 +280,7 @@ def test_the_greedy_soup_is_never_worse_than_its_best_fold(
     def log_loss(some: list[int]) -> float:
         return float(abs(np.mean([models[k] for k in some]) - target))
 
-    chosen = soups.greedy(log_loss, len(models))
+    chosen = fold_weights.greedy(log_loss, len(models))
     assert log_loss(chosen) <= min(log_loss([k]) for k in range(len(models)))
 
 

@@ -8,7 +8,7 @@ from conftest import battles_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena_distill.style import LENGTHS, length_features, style_features
+from arena_distill.battles.style_features import LENGTHS, length_features, style_features
 
 texts = st.text(st.sampled_from(["a", " ", "\n", "*", "#", "-", "1", ".", "é", "😀"]), max_size=40)
 

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from arena_distill.backbones import TINY
-from arena_distill.encoding import TEMPLATES
-from arena_distill.simulation import WINNERS, SimulatedBattles, simulate
-from arena_distill.tiny import pretrain_tiny
+from arena_distill.battles.simulation import WINNERS, SimulatedBattles, simulate
+from arena_distill.config.judge import TINY
+from arena_distill.encoding.templates import TEMPLATES
+from arena_distill.models.tiny_backbones import pretrain_tiny
 
 FAMILIES = ("llama", "qwen2", "gemma2")
 WEIRD = (

@@ -13,26 +13,22 @@ import torch
 from conftest import FAMILIES, Run, make_backbone
 from safetensors.torch import load_file
 
-from arena_distill import training
-from arena_distill.artifacts import read_json, read_parquet, write_logits
-from arena_distill.backbones import load_classifier
-from arena_distill.distillation import VOTES
-from arena_distill.encoding import read_tokens
+from arena_distill.battles.folds import training_rows, validation_rows
+from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Training
+from arena_distill.config.phases import LogitsSettings, PretrainingSettings, TrainingSettings
+from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
-from arena_distill.folds import training_rows, validation_rows
-from arena_distill.judge import Encoding, Lora, Loss, Pretraining, Training
-from arena_distill.keys import key, locate
-from arena_distill.logits import predict_logits
-from arena_distill.settings import LogitsSettings, PretrainingSettings, TrainingSettings
-from arena_distill.training import (
-    Examples,
-    Launch,
-    load_adapter,
-    new_judge,
-    pretrain_adapter,
-    show,
-    train_fold,
-)
+from arena_distill.files.artifacts import read_json, read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import write_logits
+from arena_distill.models import adapters
+from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.models.loading import load_classifier
+from arena_distill.scoring.logits import predict_logits
+from arena_distill.training import trainer
+from arena_distill.training.examples import Examples, show
+from arena_distill.training.targets import VOTES
+from arena_distill.training.trainer import Launch, pretrain_adapter, train_fold
 
 LORA = Lora(r=4, alpha=8, dropout=0.0)
 ENCODING = Encoding(max_length=96)
@@ -115,7 +111,7 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
-    monkeypatch.setattr(training, "_fit", spy.fit)
+    monkeypatch.setattr(trainer, "_fit", spy.fit)
     return spy
 
 
@@ -200,7 +196,7 @@ def test_without_ut_battles_post_pretraining_says_so(
 ) -> None:
     tokens = read_tokens(llama.tokens)
     train = tokens.take(pc.equal(tokens.sources, "train").to_numpy(zero_copy_only=False))
-    monkeypatch.setattr(training, "read_tokens", lambda path: train)
+    monkeypatch.setattr(trainer, "read_tokens", lambda path: train)
     with pytest.raises(InputError, match="no battle to train on"):
         pretrain_adapter(
             llama.backbone, llama.tokens, llama.battles, tmp_path / "x",
@@ -417,14 +413,14 @@ def test_the_backbone_stays_as_it_is(
     llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges = []
-    original = training.new_judge
+    original = adapters.new_judge
 
     def keep(*args: Any) -> Any:
         judges.append(original(*args))
         return judges[-1]
 
     before = (llama.backbone / "model.safetensors").read_bytes()
-    monkeypatch.setattr(training, "new_judge", keep)
+    monkeypatch.setattr(adapters, "new_judge", keep)
     fit(llama, tmp_path / "x", epochs=2, lr=0.05)
     assert (llama.backbone / "model.safetensors").read_bytes() == before
     seed = training_settings().training.seed
@@ -437,14 +433,14 @@ def test_the_backbone_stays_as_it_is(
 def test_a_loss_that_is_not_a_number_is_an_error(
     llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.losses
+    original = trainer.losses
     calls = []
 
     def broken(*args: Any) -> torch.Tensor:
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "losses", broken)
+    monkeypatch.setattr(trainer, "losses", broken)
     with pytest.raises(InputError, match="lower the learning rate"):
         fit(llama, tmp_path / "x", epochs=50)
     assert not (tmp_path / "x").exists()
@@ -463,9 +459,9 @@ def test_half_precision_learns_like_full_precision(run: Run, tmp_path: Path) -> 
 def test_too_many_devices_for_a_batch_are_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(training.TrainingArguments, "world_size", property(lambda self: 3))
+    monkeypatch.setattr(trainer.TrainingArguments, "world_size", property(lambda self: 3))
     with pytest.raises(InputError, match="batch_size 8 cannot be shared by 3 devices"):
-        training._arguments(tmp_path, training_settings().training, "fp32", Launch())
+        trainer._arguments(tmp_path, training_settings().training, "fp32", Launch())
 
 
 @pytest.mark.parametrize(
@@ -477,7 +473,7 @@ def test_micro_batches_make_the_batch_exactly(
 ) -> None:
     optimization = training_settings(batch_size=batch).training
     launch = Launch(micro_batch_size=bound)
-    arguments = training._arguments(tmp_path, optimization, "fp32", launch)
+    arguments = trainer._arguments(tmp_path, optimization, "fp32", launch)
     assert arguments.per_device_train_batch_size == micro
     assert arguments.gradient_accumulation_steps == accumulated
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from checkouts import GPTQ, ROOT, Checkout
 
-from arena_distill.phases import VERSIONS
+from arena_distill.config.phases import VERSIONS
 
 pytestmark = [
     pytest.mark.slow,

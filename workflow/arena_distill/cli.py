@@ -13,10 +13,11 @@ from typing import Annotated, Literal, NoReturn, get_args
 
 import typer
 
-from arena_distill import config, jobs, judge
-from arena_distill import settings as phase
+from arena_distill.config import judge, run
+from arena_distill.config import phases as phase
+from arena_distill.config.phases import parse
 from arena_distill.errors import InputError, Stopped
-from arena_distill.settings import parse
+from arena_distill.runtime import launch
 
 app = typer.Typer(
     help="Distil big preference judges into a small one you can deploy.",
@@ -49,14 +50,14 @@ Version = Annotated[int, typer.Option(help="The phase's version (see `phases`)."
 
 def main() -> NoReturn:
     """Run a command; bad input ends in one line on stderr and exit status 1."""
-    jobs.mind_signals()
+    launch.mind_signals()
     try:
         app(prog_name="arena-distill")
     except InputError as error:
-        jobs.tell("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        launch.tell("\n".join(f"error: {line}" for line in str(error).splitlines()))
         sys.exit(1)
     except Stopped as stopped:
-        jobs.tell(f"stopped: {stopped}")
+        launch.tell(f"stopped: {stopped}")
         sys.exit(128 + stopped.received)
     sys.exit(0)
 
@@ -74,18 +75,18 @@ def fetch_battles(
     ] = None,
 ) -> None:
     """Fetch a file of battles from Kaggle or the Hugging Face hub."""
-    from arena_distill.fetching import fetch_battles
+    from arena_distill.battles.fetching import fetch_battles
 
-    origin = parse(config.Fetch, settings)
+    origin = parse(run.Fetch, settings)
     fetch_battles(origin, output, without=without or [], version=version)
 
 
 @app.command()
 def simulate_arena(output: Output, settings: Settings) -> None:
     """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
-    from arena_distill.simulation import write_arena
+    from arena_distill.battles.simulation import write_arena
 
-    arena = parse(config.Arena, settings)
+    arena = parse(run.Arena, settings)
     write_arena(output, **arena.model_dump())
 
 
@@ -103,7 +104,7 @@ def read_battles(
     ] = None,
 ) -> None:
     """Read CSV, JSONL or parquet in the Kaggle schema into canonical battles."""
-    from arena_distill.battles import write_battles
+    from arena_distill.battles.reading import write_battles
 
     files = {"train": train, "extra": extra or [], "ut": ut or [], "test": test}
     files |= {"unlabelled": unlabelled or []}
@@ -113,7 +114,7 @@ def read_battles(
 @app.command()
 def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
     """Deal the training battles into folds."""
-    from arena_distill.folds import write_folds
+    from arena_distill.battles.folds import write_folds
 
     parsed = parse(phase.FoldsSettings, settings)
     write_folds(battles, output, settings=parsed.model_dump())
@@ -128,7 +129,7 @@ def audit_leaks(
     settings: Settings,
 ) -> None:
     """Count battles whose prompt also stands where a judge has learned from it."""
-    from arena_distill.audit import write_audit
+    from arena_distill.battles.audit import write_audit
 
     write_audit(battles, folds, output, table, settings=parse(phase.AuditSettings, settings))
 
@@ -146,7 +147,7 @@ def prepare_backbone(
     ] = None,
 ) -> None:
     """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
-    from arena_distill.backbones import prepare_backbone
+    from arena_distill.models.preparation import prepare_backbone
 
     prepare_backbone(parse(judge.Backbone, settings), output, source=source, version=version)
 
@@ -156,7 +157,7 @@ def tokenize_battles(
     battles: Battles, backbone: Backbone, output: Output, version: Version
 ) -> None:
     """Tokenise every field of every battle, once per tokenizer."""
-    from arena_distill.encoding import tokenize_battles
+    from arena_distill.encoding.tokenization import tokenize_battles
 
     tokenize_battles(battles, _folder(backbone), output, version=version)
 
@@ -180,8 +181,8 @@ def pretrain_adapter(
     attention: Attention = "auto",
 ) -> None:
     """Post-pretrain a judge's adapter on UT battles."""
-    jobs.start(gpus=gpus, lock=checkpoints)
-    from arena_distill.training import Launch, pretrain_adapter
+    launch.start(gpus=gpus, lock=checkpoints)
+    from arena_distill.training.trainer import Launch, pretrain_adapter
 
     pretrain_adapter(
         _folder(backbone),
@@ -221,8 +222,8 @@ def train_fold(
     ] = None,
 ) -> None:
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
-    jobs.start(gpus=gpus, lock=checkpoints)
-    from arena_distill.training import Launch, train_fold
+    launch.start(gpus=gpus, lock=checkpoints)
+    from arena_distill.training.trainer import Launch, train_fold
 
     parsed = parse(phase.TrainingSettings, settings)
     files = teacher_logits or []
@@ -262,8 +263,8 @@ def predict_logits(
     attention: Attention = "auto",
 ) -> None:
     """Score a fold's battles in both orders; or one shard of them."""
-    jobs.claim_gpus(gpus)
-    from arena_distill.logits import predict_logits
+    launch.claim_gpus(gpus)
+    from arena_distill.scoring.logits import predict_logits
 
     predict_logits(
         _folder(backbone),
@@ -289,7 +290,7 @@ def gather_logits(
     shards: Annotated[list[Path], typer.Argument(help="The shards' .npy files.")],
 ) -> None:
     """Put the shards of a fold together."""
-    from arena_distill.logits import gather_logits
+    from arena_distill.scoring.logits import gather_logits
 
     gather_logits(shards, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
 
@@ -307,8 +308,8 @@ def ask_judge(
     traffic: Annotated[str, typer.Option(help="How to ask, as JSON (see `judge.Traffic`).")],
 ) -> None:
     """Ask an OpenAI-compatible endpoint about all labelled battles in both orders."""
-    jobs.hold(answers)
-    from arena_distill.external import ask_judge
+    launch.hold(answers)
+    from arena_distill.scoring.external import ask_judge
 
     ask_judge(
         battles,
@@ -328,7 +329,7 @@ def read_judged(
     version: Version,
 ) -> None:
     """Read the logits of all labelled battles from a file."""
-    from arena_distill.external import read_judged
+    from arena_distill.scoring.external import read_judged
 
     read_judged(file, battles, output, version=version)
 
@@ -342,7 +343,7 @@ def deal_logits(
     settings: Settings,
 ) -> None:
     """Write a fold's rows out of an external judge's logits."""
-    from arena_distill.external import deal_logits
+    from arena_distill.scoring.external import deal_logits
 
     deal_logits(logits, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
 
@@ -365,18 +366,18 @@ def merge_folds(
     gpus: Gpus = 0,
 ) -> None:
     """Average the folds' adapters and heads and merge them into the backbone."""
-    jobs.claim_gpus(gpus)
-    from arena_distill import soups
-    from arena_distill.merging import merge_folds
+    launch.claim_gpus(gpus)
+    from arena_distill.deployment import fold_weights
+    from arena_distill.deployment.merging import merge_folds
 
     parsed = parse(phase.MergeSettings, settings)
     weights = None
     if parsed.weights == "validation":
         assert folds and logits
-        weights = soups.validation_weights(logits, folds)
+        weights = fold_weights.validation_weights(logits, folds)
     elif parsed.weights == "greedy":
         assert folds and tokens
-        weights = soups.greedy_weights(
+        weights = fold_weights.greedy_weights(
             _folder(backbone), adapters, tokens, folds, settings=parsed, batch_tokens=batch_tokens
         )
     merge_folds(
@@ -403,8 +404,8 @@ def quantize_model(
     gpus: Gpus = 0,
 ) -> None:
     """Quantise the merged model with GPTQ and measure its drift."""
-    jobs.claim_gpus(gpus)
-    from arena_distill.quantization import quantize_judge
+    launch.claim_gpus(gpus)
+    from arena_distill.deployment.gptq import quantize_judge
 
     quantize_judge(
         model,
@@ -423,7 +424,7 @@ def check_drift(
     settings: Settings,
 ) -> None:
     """Fail where quantisation changed the model by more than the configured bound."""
-    from arena_distill.quantization import DRIFT, check_drift
+    from arena_distill.deployment.quantization_error import DRIFT, check_drift
 
     parsed = parse(phase.DriftSettings, settings)
     check_drift(model / DRIFT, output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate)
@@ -444,8 +445,8 @@ def score_test(
     attention: Attention = "auto",
 ) -> None:
     """Score the test battles at every length and in every order."""
-    jobs.claim_gpus(gpus)
-    from arena_distill.prediction import score_test
+    launch.claim_gpus(gpus)
+    from arena_distill.prediction.test_time import score_test
 
     parsed = parse(phase.ScoringSettings, settings)
     score_test(
@@ -469,7 +470,7 @@ def fit_calibration(
     logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
 ) -> None:
     """Fit every calibration to a judge's out-of-fold logits."""
-    from arena_distill.calibration import fit_calibration
+    from arena_distill.prediction.calibration import fit_calibration
 
     fit_calibration(folds, battles, logits, output, judge=judge, version=version)
 
@@ -483,7 +484,7 @@ def predict_test(
     battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
 ) -> None:
     """Average the test logits over lengths and orders, every variant of it; calibrate them."""
-    from arena_distill.prediction import Model, predict_test
+    from arena_distill.prediction.test_time import Model, predict_test
 
     parsed = parse(phase.PredictionSettings, settings)
     named = {model: f for f in logits for model in get_args(Model) if f.stem == f"{model}_test"}
@@ -497,7 +498,7 @@ def write_submission(
     output: Output,
 ) -> None:
     """Write the submission, validated against the test battles."""
-    from arena_distill.prediction import write_submission
+    from arena_distill.prediction.submission import write_submission
 
     write_submission(predictions, battles, output)
 
@@ -521,8 +522,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compute every figure of the run."""
-    from arena_distill.evaluation import evaluate
-    from arena_distill.quantization import DRIFT
+    from arena_distill.deployment.quantization_error import DRIFT
+    from arena_distill.evaluation.evaluate import evaluate
 
     parsed = parse(phase.EvaluationSettings, settings)
     evaluate(
@@ -545,7 +546,7 @@ def evaluate(
 @app.command()
 def write_config(output: Output, settings: Settings) -> None:
     """Write down the configuration that made a run."""
-    from arena_distill.artifacts import write_text
+    from arena_distill.files.artifacts import write_text
 
     write_text(settings, output)
 
@@ -558,7 +559,7 @@ def render_report(
     parts: Annotated[Path, typer.Option(help="Folder of the separate figures.")],
 ) -> None:
     """Write the report, one HTML file."""
-    from arena_distill.report import render_report
+    from arena_distill.evaluation.report import render_report
 
     render_report(metrics, output, parts=parts, configuration=config)
 
@@ -568,8 +569,8 @@ def show_results(
     metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
 ) -> None:
     """Print the result table."""
-    from arena_distill.artifacts import read_json
-    from arena_distill.results import print_table
+    from arena_distill.evaluation.terminal import print_table
+    from arena_distill.files.artifacts import read_json
 
     print_table(read_json(metrics))
 
@@ -585,7 +586,7 @@ def status(
     """
     import json
 
-    from arena_distill.status import print_status, read_status
+    from arena_distill.runs.status import print_status, read_status
 
     found = read_status(context.args)
     if as_json:
@@ -611,8 +612,8 @@ def plan(
     import json
     import tempfile
 
-    from arena_distill.artifacts import write_json
-    from arena_distill.planning import forecast, print_forecast
+    from arena_distill.files.artifacts import write_json
+    from arena_distill.planning.forecast import forecast, print_forecast
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = context.args
@@ -647,8 +648,8 @@ def compare_soups(
     gpus: Gpus = 0,
 ) -> None:
     """Score every way of making one model of a judge's folds."""
-    jobs.claim_gpus(gpus)
-    from arena_distill.soups import compare_soups
+    launch.claim_gpus(gpus)
+    from arena_distill.studies.averaging import compare_soups
 
     compare_soups(
         _folder(backbone),
@@ -671,7 +672,7 @@ def draw_drift(
     soups: Annotated[list[Path], typer.Argument(help="soups/<judge>.json")],
 ) -> None:
     """Show how the means of factors and of products part as the folds drift apart."""
-    from arena_distill.drift import draw_drift
+    from arena_distill.studies.averaging import draw_drift
 
     draw_drift(soups, output, settings=parse(phase.DriftStudySettings, settings))
 
@@ -684,7 +685,7 @@ def draw_curves(
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
 ) -> None:
     """Show how judges get better with more training battles."""
-    from arena_distill.curves import draw_curves
+    from arena_distill.studies.learning_curves import draw_curves
 
     draw_curves(run, output, settings=parse(phase.CurveSettings, settings), truth=truth)
 
@@ -698,8 +699,8 @@ def compare(
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
 ) -> None:
     """Compare judges on the same battles, with an interval for every difference."""
-    from arena_distill.comparison import compare
-    from arena_distill.comparison_report import render_comparison
+    from arena_distill.studies.comparison import compare
+    from arena_distill.studies.comparison_report import render_comparison
 
     figures = output / "compare.json"
     compare(
@@ -717,8 +718,8 @@ def show_comparison(
     figures: Annotated[Path, typer.Argument(help="results/<run>/compare/compare.json")],
 ) -> None:
     """Print the table of a comparison."""
-    from arena_distill.artifacts import read_json
-    from arena_distill.results import print_comparison
+    from arena_distill.files.artifacts import read_json
+    from arena_distill.studies.terminal import print_comparison
 
     print_comparison(read_json(figures))
 
@@ -737,7 +738,7 @@ def pretrain_tiny(
     """Pretrain one of the tiny backbones that ship with the workflow, tokenizer included."""
     import logging
 
-    from arena_distill.tiny import pretrain_tiny
+    from arena_distill.models.tiny_backbones import pretrain_tiny
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pretrain_tiny(family, output, battles=battles, epochs=epochs, seed=seed)

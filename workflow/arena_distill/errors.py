@@ -1,5 +1,7 @@
 """The exceptions that are meant for a person."""
 
+from __future__ import annotations
+
 from signal import Signals
 
 

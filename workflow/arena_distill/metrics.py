@@ -15,7 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from arena_distill.orders import CLASSES, ORDERS
+from arena_distill.verdicts import CLASSES, ORDERS
+
+RESAMPLES_AT_ONCE = 64
+"""Bounds memory: so many resamples' counts of all prompts are held at a time."""
+
 
 ECE_BINS = 15
 
@@ -240,3 +244,27 @@ def position_bias(logits: np.ndarray, votes: np.ndarray) -> Figures:
         "first_place_preference": float((verdicts == first).mean() - (verdicts == second).mean()),
         "log_loss": {name: float(losses(p, votes).mean()) for name, p in seen.items()},
     }
+
+
+def bootstrap(
+    losses: np.ndarray, groups: np.ndarray, *, resamples: int, seed: int = 0
+) -> np.ndarray:
+    """Mean losses on resampled battles: whole groups are drawn, with replacement.
+
+    Args:
+        losses: float (judges, rows).
+        groups: int (rows,), the battle's prompt.
+
+    Returns:
+        float64 (resamples, judges): in each row all judges are scored on the same battles.
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(group).astype(np.float64)
+    sums = np.stack([np.bincount(group, loss) for loss in losses], axis=1)
+    dice = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        draws = min(RESAMPLES_AT_ONCE, resamples - start)
+        counts = dice.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), draws)
+        means.append((counts @ sums) / (counts @ sizes)[:, None])
+    return np.concatenate(means)

@@ -1,0 +1,358 @@
+"""Leaks: battles whose prompt, or prompt and answer, also stand where a judge has learned from them.
+
+A log loss out of fold is as honest as the battles that validate a fold differ from those that train its
+model, and test battles tell as much as ``train``, ``extra`` and ``ut`` do not hold them. The same goes for
+battles that are held out for choices. For each such relation, of some battles among others, are counted
+
+- ``same``: the prompt is among the others' (as in :func:`arena_distill.folds.distinct_prompts`);
+- ``near``: it is not, but one nearly the same is (see :mod:`arena_distill.similarity`);
+- ``answers``: it is, the same or nearly so, and there an answer is the same, too: nearly the same battle.
+
+Prompts are compared once each however many battles have them, and only where a relation asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import (
+    distinct_prompts,
+    fold_settings,
+    held_out_rows,
+    normalised,
+    training_rows,
+    validation_rows,
+)
+from arena_distill.battles.similarity import banding, near_pairs, recall, within
+from arena_distill.config.phases import AuditSettings
+from arena_distill.files.artifacts import provenance, read_parquet, write_json, write_text
+from arena_distill.files.keys import key, locate
+from arena_distill.metrics import Figures
+
+EXAMPLES = 5
+"""Pairs shown of each relation and kind, the worst."""
+
+EXCERPT = 160
+"""Characters of a prompt that are shown."""
+
+SLICE = 20_000  # answers that are read at a time
+
+KINDS = SAME, NEAR = "same", "near"
+
+COUNTS = ("of", "among", "battles", "same", "near", "answers")
+COLUMNS = (
+    *("of", "among", "kind", "similarity", "answer"),
+    *("source", "id", "other_source", "other_id", "prompt", "other_prompt"),
+)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Some battles that should not be found among others.
+
+    of, among: their names.
+    left, right: bool (rows of battles,), which they are.
+    """
+
+    of: str
+    among: str
+    left: np.ndarray
+    right: np.ndarray
+
+
+def write_audit(
+    battles: Path, folds: Path, output: Path, table: Path, *, settings: AuditSettings
+) -> None:
+    """Audit a run's battles → `audit.json` and, of the worst examples, `leaks.csv`.
+
+    Args:
+        battles: `battles.parquet`.
+        folds: `folds.parquet`.
+        output: where the figures go, as of :func:`audit`, with their provenance.
+        table: where the table of examples goes.
+
+    Raises:
+        InputError: a file is missing or broken, or a row of `folds` is not among the battles.
+    """
+    columns = ["id", "source", "prompt", "response_a", "response_b"]
+    chosen = settings.model_dump()
+    about = provenance("audit", chosen)
+    del chosen["version"]
+    figures = audit(read_parquet(battles, columns), read_parquet(folds), **chosen)
+    write_json(figures | {"provenance": about}, output)
+    write_text(_csv(figures["examples"]), table)
+    for counts in figures["relations"]:
+        print(
+            "{of} among {among}: of {battles:,} battles, {same:,} have the same prompt and {near:,}"
+            " nearly the same; {answers:,} share an answer too".format(**counts)
+        )
+
+
+def audit(
+    battles: pa.Table, folds: pa.Table, *, threshold: float, permutations: int, seed: int
+) -> Figures:
+    """Count the battles of each relation that leak, and show the worst.
+
+    Args:
+        battles: columns `id`, `source`, `prompt`, `response_a` and `response_b`.
+        folds: table of `assign_folds`.
+        threshold, permutations, seed: of :func:`arena_distill.similarity.near_pairs`.
+
+    Returns:
+        `prompts`: how many there are; `recall`: the least share of the nearly same ones that is found;
+        `relations`: a record of `COUNTS` each; `examples`: at most `EXAMPLES` records of `COLUMNS` for
+        each relation and kind. The order of the battles changes nothing.
+    """
+    groups, texts = distinct_prompts(battles)
+    texts, groups = _sorted(texts, groups)
+    related = relations(battles, folds)
+    given = _answers(battles)
+    several = int(given.max(initial=0)) + 1
+    nodes, of_row = np.unique(groups[:, None] * several + given, return_inverse=True)
+    prompts = _Items.of(groups[:, None], np.arange(len(texts)), related)
+    answers = _Items.of(of_row.reshape(given.shape), nodes // several, related)
+    for items in (prompts, answers):
+        each = np.arange(len(items.prompt))
+        items.remember(SAME, each, each, np.ones(len(each)))
+    pairs = near_pairs(
+        texts,
+        threshold=threshold,
+        permutations=permutations,
+        seed=seed,
+        wanted=prompts.are_related,
+    )
+    for first, second, similarity in pairs:
+        prompts.meet(first, second, similarity)
+        one, other, pair = _common(nodes, several, first, second)
+        answers.meet(one, other, similarity[pair])
+    return {
+        "threshold": threshold,
+        "prompts": len(texts),
+        "recall": float(recall(threshold, *banding(threshold, permutations))),
+        "relations": [_counts(r, i, prompts, answers) for i, r in enumerate(related)],
+        "examples": _examples(battles, related, prompts, answers),
+    }
+
+
+def relations(battles: pa.Table, folds: pa.Table) -> list[Relation]:
+    """What the audit looks at: each fold's validation, what is held out for choices, then the sources."""
+    rows = locate(key(folds), key(battles), "battles")
+    found = []
+    for fold in range(fold_settings(folds)["n"]):
+        left, right = np.zeros((2, len(battles)), np.bool_)
+        left[rows[validation_rows(folds, fold)]] = True
+        right[rows[training_rows(folds, fold)]] = True
+        found.append(Relation(f"fold {fold}", "its training", left, right))
+    held_out = np.zeros(len(battles), np.bool_)
+    held_out[rows[held_out_rows(folds)]] = True
+    if held_out.any():
+        training = np.any([relation.right for relation in found], axis=0)
+        found.append(Relation("held out", "any training", held_out, training))
+    source = battles["source"].cast(pa.string()).to_numpy()
+    for of, among in (
+        *(("test", "train"), ("test", "extra"), ("test", "ut")),
+        *(("train", "extra"), ("train", "ut")),
+    ):
+        left, right = source == of, source == among
+        if left.any() and right.any():
+            found.append(Relation(of, among, left, right))
+    return found
+
+
+# --- prompts, and answers to them -------------------------------------------------------------------
+
+
+@dataclass
+class _Items:
+    """What battles share: prompts, or answers to a prompt; and on which sides of the relations it is.
+
+    of_row: int64 (rows, 1 or 2), the items of each battle.
+    prompt: int64 (items,), the prompt an item is, or belongs to.
+    battles: int64 (items,), how many have it.
+    left, right: bool (items, relations).
+    near: bool (items, relations), whether one nearly the same is on the right.
+    worst: the worst pairs of a relation and kind: first and second item, similarity.
+    """
+
+    of_row: np.ndarray
+    prompt: np.ndarray
+    battles: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    near: np.ndarray
+    worst: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = field(
+        default_factory=dict
+    )
+
+    @classmethod
+    def of(cls, of_row: np.ndarray, prompt: np.ndarray, related: Sequence[Relation]) -> _Items:
+        left, right, near = np.zeros((3, len(prompt), len(related)), np.bool_)
+        for i, relation in enumerate(related):
+            left[of_row[relation.left], i] = True
+            right[of_row[relation.right], i] = True
+        battles = np.bincount(of_row.ravel(), minlength=len(prompt))
+        return cls(of_row, prompt, battles, left, right, near)
+
+    def are_related(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Whether any relation has one item on its left and the other on its right: bool (pairs,)."""
+        related = self.left[first] & self.right[second] | self.left[second] & self.right[first]
+        answer: np.ndarray = related.any(axis=1)
+        return answer
+
+    def meet(self, first: np.ndarray, second: np.ndarray, similarity: np.ndarray) -> None:
+        """Take note of items that are nearly the same."""
+        for a, b in ((first, second), (second, first)):
+            for i in range(self.near.shape[1]):
+                self.near[a[self.right[b, i]], i] = True
+            self.remember(NEAR, a, b, similarity)
+
+    def remember(self, kind: str, a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
+        """Keep the worst pairs: the most similar, then those of most battles; of two prompts one."""
+        for i in range(self.near.shape[1]):
+            hit = self.left[a, i] & self.right[b, i]
+            known = self.worst.get((i, kind), (a[:0], b[:0], similarity[:0]))
+            u, v, s = (
+                np.concatenate([k, new[hit]])
+                for k, new in zip(known, (a, b, similarity), strict=True)
+            )
+            order = np.lexsort((v, u, -self.battles[u], -s))
+            between = self.prompt[u[order]] * len(self.prompt) + self.prompt[v[order]]
+            order = order[np.sort(np.unique(between, return_index=True)[1])][:EXAMPLES]
+            self.worst[i, kind] = u[order], v[order], s[order]
+
+
+def _counts(relation: Relation, i: int, prompts: _Items, answers: _Items) -> Figures:
+    prompt = prompts.of_row[relation.left, 0]
+    same = prompts.right[prompt, i]
+    both = answers.of_row[relation.left]
+    shared = (answers.right[both, i] | answers.near[both, i]).any(axis=1)
+    return {
+        "of": relation.of,
+        "among": relation.among,
+        "battles": len(prompt),
+        "same": int(same.sum()),
+        "near": int((prompts.near[prompt, i] & ~same).sum()),
+        "answers": int(shared.sum()),
+    }
+
+
+def _sorted(texts: pa.StringArray, groups: np.ndarray) -> tuple[pa.StringArray, np.ndarray]:
+    """Number prompts by their text instead of by their first battle: the battles' order is chance."""
+    order = pc.sort_indices(texts)
+    place = np.empty(len(texts), np.int64)
+    place[order.to_numpy()] = np.arange(len(texts))
+    return texts.take(order), place[groups]
+
+
+def _answers(battles: pa.Table) -> np.ndarray:
+    """Number the answers, the same ones alike: int64 (rows, 2). They are compared by a 64-bit hash."""
+    from pandas.util import hash_array
+
+    hashes = np.empty((len(battles), 2), np.uint64)
+    for column, name in enumerate(("response_a", "response_b")):
+        for start in range(0, len(battles), SLICE):
+            texts = pc.binary_join(battles[name].slice(start, SLICE), " ").to_pylist()
+            forms = np.array([normalised(text) for text in texts], object)
+            hashes[start : start + SLICE, column] = hash_array(forms, categorize=False)
+    numbers: np.ndarray = np.unique(hashes, return_inverse=True)[1]
+    return numbers.reshape(hashes.shape).astype(np.int64)
+
+
+def _common(
+    nodes: np.ndarray, several: int, first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The answers that two prompts have in common, for each pair of prompts.
+
+    Args:
+        nodes: prompt * `several` + answer, of each answer to a prompt, ascending.
+
+    Returns:
+        Positions in `nodes` of the answer to the one prompt and to the other, and those of the pairs.
+    """
+    sides = np.stack((first, second))
+    begin = np.searchsorted(nodes, sides * several)
+    count = np.searchsorted(nodes, (sides + 1) * several) - begin
+    fewer, each = count.argmin(axis=0), np.arange(len(first))
+    counts = count[fewer, each]
+    pair = np.repeat(each, counts)
+    one = np.repeat(begin[fewer, each], counts) + within(counts)
+    wanted = sides[1 - fewer, each][pair] * several + nodes[one] % several
+    other = np.searchsorted(nodes, wanted)
+    found = nodes[np.minimum(other, len(nodes) - 1)] == wanted
+    return one[found], other[found], pair[found]
+
+
+# --- examples ---------------------------------------------------------------------------------------
+
+
+def _examples(
+    battles: pa.Table, related: Sequence[Relation], prompts: _Items, answers: _Items
+) -> list[Figures]:
+    """The worst pairs of each relation: those that share an answer first."""
+    place = pc.sort_indices(key(battles)).to_numpy().argsort()
+    found = []
+    for i, relation in enumerate(related):
+        for kind in KINDS:
+            shown: dict[tuple[int, int], Figures] = {}
+            for items, answer in ((answers, True), (prompts, False)):
+                worst = items.worst.get((i, kind), ((), (), ()))
+                for u, v, similarity in zip(*worst, strict=True):
+                    rows = (
+                        _first(items.of_row, u, relation.left, place),
+                        _first(items.of_row, v, relation.right, place),
+                    )
+                    record = {
+                        "of": relation.of,
+                        "among": relation.among,
+                        "kind": kind,
+                        "similarity": round(float(similarity), 4),
+                        "answer": answer,
+                        **_pair(battles, *rows),
+                    }
+                    shown.setdefault((items.prompt[u], items.prompt[v]), record)
+            found += list(shown.values())[:EXAMPLES]
+    return found
+
+
+def _first(of_row: np.ndarray, item: int, side: np.ndarray, place: np.ndarray) -> int:
+    """The row of a side that has an item, the first by its key."""
+    rows = np.flatnonzero(side & (of_row == item).any(axis=1))
+    return int(rows[place[rows].argmin()])
+
+
+def _pair(battles: pa.Table, row: int, other: int) -> Figures:
+    pair = battles.select(["source", "id", "prompt"]).take([row, other]).to_pylist()
+    one, two = (_printable(" ".join(battle["prompt"])) for battle in pair)
+    # Prompts that begin alike are shown from where they begin to differ.
+    alike = len(commonprefix([one, two]))
+    start = max(alike - EXCERPT // 4, 0) if EXCERPT // 2 < alike < max(len(one), len(two)) else 0
+    return {
+        "source": pair[0]["source"],
+        "id": pair[0]["id"],
+        "other_source": pair[1]["source"],
+        "other_id": pair[1]["id"],
+        "prompt": _excerpt(one, start),
+        "other_prompt": _excerpt(two, start),
+    }
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _excerpt(text: str, start: int) -> str:
+    before, after = "…" * (start > 0), "…" * (start + EXCERPT < len(text))
+    return f"{before}{text[start : start + EXCERPT]}{after}"
+
+
+def _csv(examples: Sequence[Figures]) -> str:
+    import pandas as pd
+
+    return pd.DataFrame(examples, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")

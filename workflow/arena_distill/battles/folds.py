@@ -1,0 +1,367 @@
+"""Battles → folds: which labelled battles validate which model.
+
+The folds' table has one row per battle of ``train``, with its fold, and of ``extra``, with fold
+`EVERY_FOLD`: extra battles join the training rows of all folds and validate none. Battles of
+``unlabelled`` have the fold `UNLABELLED` and the label `NO_VOTE`: only students that ask for them
+learn from them. Its metadata remember the method, so that whoever reads the file selects the right rows.
+
+Many people ask the same question: battles share prompts. ``kfold`` and ``stratified`` deal rows, so
+that the same prompt is trained on and validated with, as the historical recipes did; the
+count of such rows is printed. ``stratified_group`` deals prompts, and drops from a fold's training
+the extra (and unlabelled) battles whose prompt validates it; on request it takes prompts that are nearly
+the same for one.
+
+Where something is chosen by its score (a soup's ingredients), it is chosen on battles held out from all
+folds, whole prompts whatever the method: what a choice saw is never what is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.similarity import near_groups
+from arena_distill.config.phases import LogitsSettings
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
+from arena_distill.verdicts import NO_VOTE
+
+Method = Literal["kfold", "stratified", "stratified_group"]
+
+EVERY_FOLD = -1
+"""The "fold" of extra battles: they train every model and validate none."""
+
+HELD_OUT = -2
+"""The "fold" of held-out battles: they train nothing and are reported of nothing; choices see them."""
+
+UNLABELLED = -3
+"""The "fold" of battles without votes: they validate none, and train only who asks for them."""
+
+MOST_FOLDS = 127  # what int8 holds
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("fold", pa.int8(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),
+        pa.field("group", pa.int64(), nullable=False),
+    ]
+)
+_SPLIT = b"arena_distill.split"
+
+
+def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping[str, Any]) -> None:
+    """Deal the battles of a file into folds, write them, and print what each fold holds.
+
+    Args:
+        battles_path: file of `arena_distill.battles.write_battles`.
+        folds_path: where the table of `assign_folds` goes.
+        settings: JSON values: ``method``, ``n`` and ``seed`` of `assign_folds`, and as ``audit`` its
+            ``near``; more are allowed, and all of them go into the file's provenance.
+    """
+    battles = read_parquet(battles_path, ["id", "source", "prompt", "label"])
+    method, n, seed = (settings[name] for name in ("method", "n", "seed"))
+    folds = assign_folds(
+        battles,
+        method=method,
+        n=n,
+        seed=seed,
+        holdout=settings.get("holdout", 0.0),
+        near=settings.get("audit"),
+    )
+    write_parquet(folds, folds_path, provenance("folds", settings))
+    print(f"{n} folds, {method}, seed {seed}: {_prompts(folds)} prompts")
+    for fold in range(n):
+        training, validation = training_rows(folds, fold), validation_rows(folds, fold)
+        dropped, shared = dropped_extra(folds, fold), shared_prompts(folds, fold)
+        without_votes = len(training_rows(folds, fold, unlabelled=True)) - len(training)
+        print(
+            f"fold {fold}: {len(training)} rows to train, {len(validation)} to validate"
+            + (f"; {dropped} extra rows dropped, their prompts validate" if dropped else "")
+            + (f"; {shared} validation rows share a prompt with training rows" if shared else "")
+            + (f"; {without_votes} unlabelled rows for students" if without_votes else "")
+        )
+
+
+def assign_folds(
+    battles: pa.Table,
+    *,
+    method: Method,
+    n: int,
+    seed: int,
+    holdout: float = 0.0,
+    near: Mapping[str, Any] | None = None,
+) -> pa.Table:
+    """Deal the battles of ``train`` into `n` folds, shuffled by `seed`.
+
+    Args:
+        battles: columns ``id``, ``source``, ``prompt`` (list<string>) and ``label``.
+        method: scikit-learn's ``kfold`` (rows at random), ``stratified`` (equal shares of each
+            vote) or ``stratified_group`` (as equal as possible, prompts kept whole).
+        n: number of folds, 2 to 127.
+        seed: same battles and seed, same folds.
+        holdout: share of the prompts of ``train`` whose battles stay out of all folds.
+        near: ``threshold``, ``permutations`` and ``seed`` of `arena_distill.similarity.near_groups`:
+            prompts of these rows that are nearly the same, or linked by such, are one.
+
+    Returns:
+        Table of `SCHEMA`: the rows of ``train``, ``extra`` and ``unlabelled``, in the order of `battles`.
+        ``group`` numbers prompts over all sources, see `prompt_groups`; with `near`, those that
+        are taken for one have the number of the first.
+
+    Raises:
+        ValueError: an unknown method.
+        InputError: too few rows, votes of a kind, or prompts for `n` folds.
+    """
+    if method not in get_args(Method):
+        raise ValueError(
+            f"unknown method {method!r}: one of {', '.join(get_args(Method))} expected"
+        )
+    if not 2 <= n <= MOST_FOLDS:
+        raise InputError(f"folds: n is {n}, 2 to {MOST_FOLDS} expected")
+    source = battles["source"].cast(pa.string()).to_numpy()
+    rows = np.flatnonzero(np.isin(source, ["train", "extra", "unlabelled"]))
+    is_train, is_unlabelled = source[rows] == "train", source[rows] == "unlabelled"
+    labelled = battles.select(["id", "source", "label"]).take(pa.array(rows))
+    voted = pc.if_else(pa.array(is_unlabelled), pa.scalar(NO_VOTE, pa.int8()), labelled["label"])
+    groups, prompts = distinct_prompts(battles)
+    groups = groups[rows]
+    if near is not None:
+        groups = _joined(groups, prompts, near)
+    fold = np.full(len(rows), EVERY_FOLD, np.int8)
+    fold[is_unlabelled] = UNLABELLED
+    labels = voted.to_numpy()
+    dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
+    fold[is_train] = HELD_OUT
+    fold[dealt] = _deal(labels[dealt], groups[dealt], method, n, seed)
+    table = pa.table(
+        {
+            "id": labelled["id"],
+            "source": labelled["source"],
+            "fold": fold,
+            "label": voted,
+            "group": groups,
+        }
+    ).cast(SCHEMA)
+    split: dict[str, Any] = {"method": method, "n": n, "seed": seed}
+    split |= {} if near is None else {"near_duplicates": dict(near)}
+    return table.replace_schema_metadata({_SPLIT: json.dumps(split).encode()})
+
+
+def _hold_out(groups: np.ndarray, is_train: np.ndarray, holdout: float, seed: int) -> np.ndarray:
+    """Mask the rows of ``train`` that are held out: whole prompts."""
+    mask = np.zeros(len(groups), bool)
+    if holdout:
+        from sklearn.model_selection import GroupShuffleSplit
+
+        rows = np.flatnonzero(is_train)
+        splitter = GroupShuffleSplit(1, test_size=holdout, random_state=seed)
+        try:
+            _, held = next(splitter.split(rows, groups=groups[rows]))
+        except ValueError as error:
+            raise InputError(f"folds: holdout {holdout}: {error}") from None
+        mask[rows[held]] = True
+    return mask
+
+
+def prompt_groups(battles: pa.Table) -> np.ndarray:
+    """Number the prompts: battles with the same prompt, of whatever source, share a number.
+
+    Returns:
+        int64 (rows,), in the order of first appearance, as of `distinct_prompts`.
+    """
+    return distinct_prompts(battles)[0]
+
+
+def distinct_prompts(battles: pa.Table) -> tuple[np.ndarray, pa.StringArray]:
+    """Number the prompts, and return them as they are compared.
+
+    Prompts are the same if they are so in Unicode's NFKC form, case folded, with each run of white
+    space (ends of turns included) taken for one space.
+
+    Returns:
+        groups: int64 (rows,), the number of each row's prompt, in the order of first appearance.
+        prompts: the prompts in that form, by their number.
+    """
+    texts = pc.binary_join(battles["prompt"], " ").combine_chunks().dictionary_encode()
+    # Once per distinct text; what differs may still become the same.
+    same = pa.array([normalised(text) for text in texts.dictionary.to_pylist()], pa.string())
+    prompts = same.dictionary_encode()
+    groups = prompts.indices.to_numpy()[texts.indices.to_numpy()].astype(np.int64)
+    return groups, prompts.dictionary
+
+
+def normalised(text: str) -> str:
+    """The form in which texts are the same: NFKC, case folded, each run of white space one space."""
+    # Folding case can undo the normal form, so it is restored.
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
+
+
+def training_rows(
+    folds: pa.Table,
+    fold: int,
+    *,
+    drop_shared_groups: bool | None = None,
+    unlabelled: bool = False,
+) -> np.ndarray:
+    """Select the rows that train the model of `fold`: other folds' and the extra battles.
+
+    Args:
+        folds: table of `assign_folds`, or read from its file.
+        fold: 0 to n - 1.
+        drop_shared_groups: leave out extra battles whose prompt is in the validation rows; by
+            default, whether the folds were dealt by ``stratified_group``.
+        unlabelled: also those without votes; the same prompts are left out of them.
+
+    Returns:
+        int64 positions in `folds`, ascending.
+
+    Raises:
+        InputError: `folds` has no such fold, or does not say how it was dealt.
+    """
+    column, groups = _fold_column(folds, fold), folds["group"].to_numpy()
+    held_out = column == HELD_OUT
+    keep = (column != fold) & ~held_out
+    # Nobody trains on the prompts by which something is chosen.
+    beside = np.isin(column, (EVERY_FOLD, UNLABELLED))
+    keep &= ~(beside & np.isin(groups, groups[held_out]))
+    if drop_shared_groups is None:
+        drop_shared_groups = fold_settings(folds)["method"] == "stratified_group"
+    if drop_shared_groups:
+        keep &= ~_shared_extra(folds, fold)
+    if not unlabelled:
+        keep &= column != UNLABELLED
+    return np.flatnonzero(keep).astype(np.int64)
+
+
+def validation_rows(folds: pa.Table, fold: int) -> np.ndarray:
+    """Select the rows that validate the model of `fold`: int64 positions in `folds`, ascending."""
+    return np.flatnonzero(_fold_column(folds, fold) == fold).astype(np.int64)
+
+
+def dropped_extra(folds: pa.Table, fold: int) -> int:
+    """Count the extra battles that `training_rows` leaves out of `fold`."""
+    column = _fold_column(folds, fold)
+    return int(
+        (column == EVERY_FOLD).sum() - (column[training_rows(folds, fold)] == EVERY_FOLD).sum()
+    )
+
+
+def held_out_rows(folds: pa.Table) -> np.ndarray:
+    """Select the rows by which choices are made: int64 positions in `folds`, ascending."""
+    return np.flatnonzero(folds["fold"].to_numpy() == HELD_OUT).astype(np.int64)
+
+
+def unlabelled_rows(folds: pa.Table) -> np.ndarray:
+    """Select the rows without votes: int64 positions in `folds`, ascending."""
+    return np.flatnonzero(folds["fold"].to_numpy() == UNLABELLED).astype(np.int64)
+
+
+def shared_prompts(folds: pa.Table, fold: int) -> int:
+    """Count the validation rows of `fold` whose prompt is also in its training rows: a leak."""
+    groups = folds["group"].to_numpy()
+    seen = groups[training_rows(folds, fold)]
+    return int(np.isin(groups[validation_rows(folds, fold)], seen).sum())
+
+
+def fold_settings(folds: pa.Table) -> dict[str, Any]:
+    """Return what `folds` was dealt with: ``method``, ``n``, ``seed``, and ``near_duplicates`` if so."""
+    try:
+        return dict(json.loads(folds.schema.metadata[_SPLIT]))
+    except (KeyError, TypeError):
+        raise InputError(
+            "the table of folds does not say how it was dealt: write it again"
+        ) from None
+
+
+def _deal(labels: np.ndarray, groups: np.ndarray, method: Method, n: int, seed: int) -> np.ndarray:
+    """Return the fold (int8) of each train row."""
+    _check_enough(labels, groups, method, n)
+    # Imported here: the module also serves jobs that only read folds.
+    from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
+
+    splitters = {
+        "kfold": KFold,
+        "stratified": StratifiedKFold,
+        "stratified_group": StratifiedGroupKFold,
+    }
+    splitter = splitters[method](n, shuffle=True, random_state=seed)
+    by = groups if method == "stratified_group" else None
+    fold = np.full(len(labels), EVERY_FOLD, np.int8)
+    for number, (_, validation) in enumerate(splitter.split(labels, labels, by)):
+        if not len(validation):
+            raise InputError(
+                f"folds: fold {number} of {n} would be empty, as few prompts hold most battles; "
+                "lower n or choose another method"
+            )
+        fold[validation] = number
+    return fold
+
+
+def _joined(groups: np.ndarray, prompts: pa.StringArray, near: Mapping[str, Any]) -> np.ndarray:
+    """Give prompts that are nearly the same the number of the first of them."""
+    present, position = np.unique(groups, return_inverse=True)
+    linked = near_groups(prompts.take(pa.array(present)), **near)
+    first = np.unique(linked, return_index=True)[1]
+    joined: np.ndarray = present[first[linked]][position]
+    return joined
+
+
+def _check_enough(labels: np.ndarray, groups: np.ndarray, method: Method, n: int) -> None:
+    """Raise InputError where a fold would lack rows, prompts, or votes of a kind."""
+    advice = f"for {n} folds; lower n, give more battles or choose another method"
+    if len(labels) < n:
+        raise InputError(f"folds: {len(labels)} train battles {advice}")
+    if method == "kfold":
+        return
+    for label in np.unique(labels):
+        vote = ("A", "B", "tie")[label]
+        mine = labels == label
+        if mine.sum() < n:
+            raise InputError(f"folds: {mine.sum()} train battles with the vote {vote} {advice}")
+        prompts = len(np.unique(groups[mine]))
+        if method == "stratified_group" and prompts < n:
+            raise InputError(f"folds: {prompts} prompts of battles with the vote {vote} {advice}")
+
+
+def _fold_column(folds: pa.Table, fold: int) -> np.ndarray:
+    column: np.ndarray = folds["fold"].to_numpy()
+    if fold < 0 or not (column == fold).any():
+        raise InputError(f"no fold {fold}: the folds are 0 to {column.max(initial=-1)}")
+    return column
+
+
+def _shared_extra(folds: pa.Table, fold: int) -> np.ndarray:
+    """Mask the extra and unlabelled battles whose prompt is among the validation rows of `fold`."""
+    groups = folds["group"].to_numpy()
+    extra = np.isin(folds["fold"].to_numpy(), (EVERY_FOLD, UNLABELLED))
+    mask: np.ndarray = extra & np.isin(groups, groups[validation_rows(folds, fold)])
+    return mask
+
+
+def _prompts(folds: pa.Table) -> int:
+    return len(np.unique(folds["group"].to_numpy()))
+
+
+def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
+    """The rows a fold's judge has to score: columns `id`, `source`, `validation` (bool)."""
+    validation = validation_rows(folds, fold)
+    wanted = [validation]
+    if "training" in settings.rows:
+        wanted.append(training_rows(folds, fold))
+    if "extra" in settings.rows:
+        sources = folds["source"].cast(pa.string()).to_numpy(zero_copy_only=False)
+        wanted.append(np.flatnonzero(sources == "extra"))
+    if "unlabelled" in settings.rows:
+        wanted.append(unlabelled_rows(folds))
+    rows = np.unique(np.concatenate(wanted))
+    flags = pa.array(np.isin(rows, validation))
+    return folds.select(["id", "source"]).take(pa.array(rows)).append_column("validation", flags)

@@ -1,0 +1,458 @@
+"""What a phase is told: its version, and the part of the configuration that it computes by.
+
+A phase's settings are its rule's ``params``: changing them rebuilds that phase and what follows, and
+nothing else does. So they hold no more than the phase reads, and never `compute`, which decides only
+how a job runs. Rules hand them over as JSON; the command line reads them back with :func:`parse`.
+"""
+
+from __future__ import annotations
+
+from operator import not_
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from arena_distill.config.judge import (
+    JOINT,
+    Asking,
+    Encoding,
+    Head,
+    Lora,
+    Loss,
+    Merge,
+    Name,
+    Order,
+    Precision,
+    Pretraining,
+    Quantization,
+    Section,
+    State,
+    Targets,
+    Training,
+    is_off,
+)
+from arena_distill.config.run import Audit, Cascade, Config, Folds, Prediction, explain
+from arena_distill.errors import InputError
+
+if TYPE_CHECKING:
+    from arena_distill.config.derived import Studies
+
+VERSIONS = {
+    "simulate": 1,
+    "fetch": 1,
+    "battles": 1,
+    "folds": 1,
+    "audit": 1,
+    "backbone": 1,
+    "tokens": 3,
+    "pretraining": 3,
+    "training": 3,
+    "distillation": 4,
+    "logits": 1,
+    "asking": 1,
+    "judged": 1,
+    "merging": 2,
+    "soups": 1,
+    "quantization": 1,
+    "drift": 1,
+    "scoring": 1,
+    "calibration": 2,
+    "prediction": 1,
+    "submission": 1,
+    "evaluation": 3,
+    "comparison": 3,
+    "curves": 1,
+    "drift_study": 1,
+    "report": 3,
+}
+
+
+Rows = Literal["validation", "training", "extra", "unlabelled"]
+
+
+class Settings(Section):
+    """Settings of one phase: its version and the part of the configuration that it computes by."""
+
+    version: int
+
+
+class FoldsSettings(Settings, Folds):
+    """How battles are dealt."""
+
+    # Left out where they are not used: folds that were dealt without them stay as they are.
+    near_duplicates: bool = Field(False, exclude_if=lambda used: not used)
+    audit: Audit | None = Field(None, exclude_if=lambda used: used is None)
+    """What nearly the same prompts are, where these are kept together."""
+
+    @classmethod
+    def of(cls, config: Config) -> FoldsSettings:
+        folds = config.folds
+        audit = config.audit if folds.near_duplicates else None
+        return cls(version=VERSIONS["folds"], audit=audit, **folds.model_dump())
+
+
+class AuditSettings(Settings, Audit):
+    """How leaks are looked for."""
+
+    @classmethod
+    def of(cls, config: Config) -> AuditSettings:
+        return cls(version=VERSIONS["audit"], **config.audit.model_dump())
+
+
+class PretrainingSettings(Settings):
+    """Post-pretraining of a judge's adapter."""
+
+    encoding: Encoding
+    head: Head = JOINT
+    lora: Lora
+    precision: Precision
+    pretraining: Pretraining
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> PretrainingSettings:
+        node = config.judges[judge]
+        if node.pretraining is None:
+            raise InputError(f"judges.{judge}.pretraining is null: there is no adapter to pretrain")
+        return cls(
+            version=VERSIONS["pretraining"],
+            encoding=node.encoding,
+            head=node.head,
+            lora=node.lora,
+            precision=node.precision,
+            # What becomes of the head is for the folds to say: it changes nothing here.
+            pretraining=node.pretraining.model_copy(update={"keep_head": False}),
+        )
+
+
+class TrainingSettings(Settings):
+    """Training of a judge's folds, on votes or on teachers."""
+
+    encoding: Encoding
+    head: Head = JOINT
+    lora: Lora
+    precision: Precision
+    training: Training
+    keep_head: bool
+    """Start from the post-pretrained head."""
+    teachers: tuple[Name, ...] = ()
+    targets: Targets | None = None
+    loss: Loss
+    # Left out where there are none: what was trained without them stays as it is.
+    pseudo_labels: bool = Field(False, exclude_if=not_)
+    """Learn the unlabelled battles too, from the teachers alone."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> TrainingSettings:
+        node = config.judges[judge]
+        student = bool(node.teachers)
+        owner = config.pretraining_owner(judge)
+        return cls(
+            version=VERSIONS["distillation" if student else "training"],
+            encoding=node.encoding,
+            head=node.head,
+            lora=node.lora,
+            precision=node.precision,
+            training=node.training,
+            keep_head=bool(owner and node.pretraining and node.pretraining.keep_head),
+            teachers=node.teachers,
+            targets=node.targets if student else None,
+            loss=node.loss if student else node.loss.on_votes(),
+            pseudo_labels=config.learns_unlabelled(judge),
+        )
+
+
+class LogitsSettings(Settings):
+    """What a fold's judge scores."""
+
+    encoding: Encoding
+    head: Head = JOINT
+    precision: Precision
+    rows: tuple[Rows, ...]
+    """Validation rows always; training (with extra), extra or unlabelled rows where a student learns
+    from them."""
+    states: tuple[State, ...] = ()
+    """What students want of it beside logits (see ``states``)."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> LogitsSettings:
+        node = config.judges[judge]
+        students = config.students_of(judge)
+        needed = {config.judges[student].targets for student in students}
+        rows: tuple[Rows, ...] = ("validation",)
+        if "in_sample" in needed:
+            rows += ("training",)
+        if "out_of_fold" in needed and "extra" in config.data.sources():
+            rows += ("extra",)
+        if any(map(config.learns_unlabelled, students)):
+            rows += ("unlabelled",)
+        return cls(
+            version=VERSIONS["logits"],
+            encoding=node.encoding,
+            head=node.head,
+            precision=node.precision,
+            rows=rows,
+            states=config.states_of(judge),
+        )
+
+
+class AskingSettings(Settings, Asking):
+    """What an endpoint is asked."""
+
+    # Left out where there are none: what was asked without them stays as it is.
+    unlabelled: bool = Field(False, exclude_if=not_)
+    """Ask about battles without votes too: a student learns them."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> AskingSettings:
+        external = config.judges[judge].external
+        if external is None or external.endpoint is None:
+            raise InputError(f"judges.{judge} has no external endpoint: there is nobody to ask")
+        asking = external.endpoint.model_dump(include=set(Asking.model_fields))
+        unlabelled = any(map(config.learns_unlabelled, config.students_of(judge)))
+        return cls(version=VERSIONS["asking"], unlabelled=unlabelled, **asking)
+
+
+class MergeSettings(Settings, Merge):
+    """How a judge's folds become one model."""
+
+    judge: Name
+    encoding: Encoding
+    outputs: Head
+    """What the model says of a sequence. (`head` is what becomes of the folds' heads.)"""
+    precision: Precision
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> MergeSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["merging"],
+            judge=judge,
+            encoding=node.encoding,
+            outputs=node.head,
+            precision=node.dense_precision(),
+            **node.merge.model_dump(),
+        )
+
+
+class SoupSettings(Settings):
+    """What every way of merging a judge's folds is worth."""
+
+    encoding: Encoding
+    outputs: Head
+    precision: Precision
+    average: Literal["factors", "products"] = "products"
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> SoupSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["soups"],
+            encoding=node.encoding,
+            outputs=node.head,
+            precision=node.dense_precision(),
+        )
+
+
+class QuantizationSettings(Settings):
+    """GPTQ of the merged judge."""
+
+    encoding: Encoding
+    head: Head = JOINT
+    bits: int
+    group_size: int
+    samples: int
+    seed: int
+    validation_rows: int
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> QuantizationSettings:
+        return cls(
+            version=VERSIONS["quantization"],
+            encoding=config.judges[judge].encoding,
+            head=config.judges[judge].head,
+            **_quantization(config, judge).model_dump(exclude={"max_kl", "max_flip_rate"}),
+        )
+
+
+class DriftSettings(Settings):
+    """The bounds of the drift gate."""
+
+    max_kl: float
+    max_flip_rate: float
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> DriftSettings:
+        bounds = _quantization(config, judge).model_dump(include={"max_kl", "max_flip_rate"})
+        return cls(version=VERSIONS["drift"], **bounds)
+
+
+class ScoringSettings(Settings):
+    """How test battles are scored."""
+
+    encoding: Encoding
+    head: Head = JOINT
+    precision: Precision
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    cascade: Cascade | None = Field(None, exclude_if=is_off)
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> ScoringSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["scoring"],
+            encoding=node.encoding,
+            head=node.head,
+            precision=node.dense_precision(),
+            max_lengths=config.prediction.max_lengths,
+            orders=config.prediction.orders,
+            cascade=config.prediction.cascade,
+        )
+
+
+class PredictionSettings(Settings):
+    """How test scores are averaged."""
+
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    average: Literal["logits", "probabilities"]
+    model: Literal["gptq", "merged"]
+    # Left out where nothing is calibrated: such predictions are what they were before it was a key.
+    calibration: Literal["none", "temperature", "vector", "style"] = Field(
+        "none", exclude_if=lambda method: method == "none"
+    )
+    cascade: Cascade | None = Field(None, exclude_if=is_off)
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> PredictionSettings:
+        return cls(version=VERSIONS["prediction"], **config.prediction.model_dump())
+
+
+class EvaluationSettings(Settings):
+    """What is evaluated."""
+
+    run: str
+    judges: dict[str, tuple[str, ...]]
+    """Teachers by judge."""
+    external: tuple[str, ...] = Field((), exclude_if=not_)
+    """Judges that are not trained here."""
+    flattered: tuple[str, ...] = Field((), exclude_if=not_)
+    """Students whose teachers have learned from the very votes that they are scored by out of fold."""
+    final: str
+
+    @classmethod
+    def of(cls, config: Config) -> EvaluationSettings:
+        return cls(
+            version=VERSIONS["evaluation"],
+            run=config.run,
+            judges={name: config.judges[name].teachers for name in config.ordered()},
+            external=tuple(name for name, judge in config.judges.items() if judge.external),
+            flattered=tuple(filter(config.is_flattered, config.judges)),
+            final=config.final,
+        )
+
+
+class Entry(Section):
+    """A judge of the comparison."""
+
+    label: str
+    judge: Name
+    folds: Name
+    """The judge whose folds it has: another one, where the two differ in merging alone."""
+    teachers: tuple[Name, ...]
+    against: str | None
+    """The label of the same judge on votes alone."""
+    tested: bool
+    """Whether its merged model is scored on the test battles."""
+    flattered: bool = False
+    """Whether its teachers have learned from the very votes that it is scored by out of fold."""
+    prediction: Prediction
+
+
+class CompareSettings(Settings):
+    """What is compared."""
+
+    run: str
+    entries: tuple[Entry, ...]
+    runs: tuple[str, ...]
+    resamples: int
+
+    @classmethod
+    def of(cls, config: Config, studies: Studies) -> CompareSettings:
+        return cls(
+            version=VERSIONS["comparison"],
+            run=config.run,
+            entries=tuple(
+                Entry(
+                    label=entry.label,
+                    judge=entry.judge,
+                    folds=entry.folds,
+                    teachers=config.judges[entry.judge].teachers,
+                    against=entry.against,
+                    tested=entry.tested,
+                    flattered=config.is_flattered(entry.judge),
+                    prediction=entry.prediction.model_copy(
+                        update={"calibration": config.calibration_of(entry.judge)}
+                    ),
+                )
+                for entry in studies.compared
+            ),
+            runs=config.compare.runs,
+            resamples=config.compare.resamples,
+        )
+
+
+class CurveSettings(Settings):
+    """Learning curves: label → share of the training battles, as text → judge."""
+
+    curves: dict[str, dict[str, Name]]
+    folds: int
+
+    @classmethod
+    def of(cls, config: Config, studies: Studies) -> CurveSettings:
+        return cls(
+            version=VERSIONS["curves"],
+            curves={
+                label: {f"{share:g}": judge for share, judge in points.items()}
+                for label, points in studies.curves.items()
+            },
+            folds=config.studies.curve_folds,
+        )
+
+
+class DriftStudySettings(Settings):
+    """Folds that drift apart: start → epochs, as text → judge."""
+
+    drifts: dict[str, dict[str, Name]]
+
+    @classmethod
+    def of(cls, config: Config, studies: Studies) -> DriftStudySettings:
+        return cls(
+            version=VERSIONS["drift_study"],
+            drifts={
+                start: {f"{epochs:g}": judge for epochs, judge in points.items()}
+                for start, points in studies.drifts.items()
+            },
+        )
+
+
+T = TypeVar("T", bound=Section)
+
+
+def parse(model: type[T], text: str) -> T:
+    """Read settings back from JSON.
+
+    Raises:
+        InputError: one line per mistake.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError("\n".join(explain(error, of=model))) from None
+
+
+def _quantization(config: Config, judge: str) -> Quantization:
+    quantization = config.judges[judge].quantization
+    if quantization is None:
+        raise InputError(f"judges.{judge}.quantization is null: there is nothing to quantise")
+    return quantization

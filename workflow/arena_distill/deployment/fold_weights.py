@@ -1,0 +1,153 @@
+"""How much each fold counts in the merged model, and what every way of merging is worth.
+
+A mean of models that started alike is called a soup (Wortsman et al. 2022, Model soups,
+arXiv:2203.05482). Equal weights need no evidence. Others do, and what they are chosen by must be battles
+that the fold did not train on:
+
+``validation``  fold k weighs exp(−(L_k − L̄) / s), L_k its log loss on its own validation rows and s the
+                mean standard error of the L_k: a fold that is worse by one standard error weighs e times
+                less. The folds validate on different rows, so differences within noise should not count.
+``greedy``      the greedy soup of the paper: folds join in the order of their log loss on the held-out
+                battles (``folds.HELD_OUT``), each only if the soup's log loss does not rise by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arena_distill.battles.folds import held_out_rows
+from arena_distill.config.phases import MergeSettings, SoupSettings
+from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
+from arena_distill.encoding.views import encode_views
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits
+from arena_distill.models.heads import verdicts
+
+if TYPE_CHECKING:
+    from arena_distill.deployment.merging import Adapter
+
+
+def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
+    """Weights by each fold's log loss on its own validation rows; they sum to 1.
+
+    Args:
+        logits: `fold_<k>.npy` of the folds, in their order.
+    """
+    from arena_distill.metrics import losses, softmax
+
+    table = read_parquet(folds, ["id", "source", "label"])
+    means, errors = [], []
+    for path in logits:
+        scores, ids = read_logits(path)
+        rows = np.flatnonzero(ids["validation"].to_numpy())
+        votes = (
+            table["label"]
+            .to_numpy()
+            .astype(np.int64)[locate(key(ids.take(rows)), key(table), str(folds))]
+        )
+        loss = losses(softmax(scores[rows].mean(axis=1, dtype=np.float64)), votes)
+        means.append(loss.mean())
+        errors.append(loss.std() / np.sqrt(len(loss)))
+    weights = np.exp(-(np.array(means) - np.mean(means)) / max(float(np.mean(errors)), 1e-12))
+    return [float(w) for w in weights / weights.sum()]
+
+
+def greedy(log_loss: Callable[[list[int]], float], folds: int) -> list[int]:
+    """The ingredients of the greedy soup, best first.
+
+    Args:
+        log_loss: that of the equal soup of some folds, on battles none of them saw.
+    """
+    alone = {fold: log_loss([fold]) for fold in range(folds)}
+    ranked = sorted(alone, key=alone.__getitem__)
+    chosen, best = ranked[:1], alone[ranked[0]]
+    for fold in ranked[1:]:
+        with_it = log_loss([*chosen, fold])
+        if with_it <= best:
+            chosen, best = [*chosen, fold], with_it
+    return chosen
+
+
+def greedy_weights(
+    backbone: Path,
+    adapters: Sequence[Path],
+    tokens: Path,
+    folds: Path,
+    *,
+    settings: MergeSettings,
+    batch_tokens: int,
+) -> list[float]:
+    """Weights of the greedy soup, chosen on the held-out battles: equal for those in it, else 0.
+
+    Raises:
+        InputError: no battle is held out.
+    """
+    table = read_parquet(folds)
+    rows = table.take(held_out_rows(table))
+    if not len(rows):
+        raise InputError(f"{folds}: no battle is held out to choose folds by; set folds.holdout")
+    read = read_tokens(tokens)
+    read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
+    pot = Pot(backbone, adapters, read, settings, batch_tokens)
+    votes = rows["label"].to_numpy().astype(np.int64)
+    chosen = greedy(lambda some: pot.log_loss(some, votes), len(adapters))
+    print(f"greedy soup of folds {', '.join(map(str, chosen))}, on {len(rows):,} held-out battles")
+    return [1 / len(chosen) if fold in chosen else 0.0 for fold in range(len(adapters))]
+
+
+class Pot:
+    """Merges folds in memory and asks the result about battles.
+
+    Every soup starts from the backbone's file: nothing of the one before is left in it.
+    """
+
+    def __init__(
+        self,
+        backbone: Path,
+        adapters: Sequence[Path],
+        tokens: Tokens,
+        settings: MergeSettings | SoupSettings,
+        batch_tokens: int,
+    ) -> None:
+        from arena_distill.deployment.merging import read_adapters
+
+        self.backbone = backbone
+        self.folds: list[Adapter] = read_adapters(adapters)
+        self.settings = settings
+        self.batch_tokens = batch_tokens
+        self.pad = tokens.vocabulary.pad
+        self.views: list[Sequences] = encode_views(tokens, settings.encoding, settings.outputs)
+
+    def logits(
+        self, weights: Sequence[float], average: str = "products"
+    ) -> tuple[np.ndarray, float | None]:
+        """What the soup says: float32 (rows, orders, 3), and the gap between its two averages."""
+        from arena_distill.deployment.merging import merge_into
+        from arena_distill.models.loading import load_classifier
+        from arena_distill.models.scoring import score
+
+        model: Any = load_classifier(
+            self.backbone,
+            head=self.settings.outputs,
+            precision=self.settings.precision,
+            pad_token_id=self.pad,
+        )
+        used = [(fold, w) for fold, w in zip(self.folds, weights, strict=True) if w]
+        folds, shares = [fold for fold, _ in used], [w for _, w in used]
+        gap = merge_into(model, folds, shares, average, "average", model.dtype)  # type: ignore[arg-type]
+        outputs = [score(model, view, batch_tokens=self.batch_tokens) for view in self.views]
+        return verdicts(np.stack(outputs, axis=1), self.settings.outputs), gap
+
+    def log_loss(self, some: Sequence[int], votes: np.ndarray) -> float:
+        """That of the equal soup of some folds, by the mean of both orders' logits."""
+        from arena_distill.metrics import losses, softmax
+
+        weights = [1 / len(some) if fold in some else 0.0 for fold in range(len(self.folds))]
+        logits, _ = self.logits(weights, self.settings.average)
+        return float(losses(softmax(logits.mean(axis=1, dtype=np.float64)), votes).mean())

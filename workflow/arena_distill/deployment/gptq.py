@@ -1,0 +1,488 @@
+"""A dense judge → its GPTQ twin of 2, 3, 4 or 8 bits, and how far the two drifted apart.
+
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a layer's weights one column at a time and lets
+the columns not yet rounded make up for the error, measured on inputs the layer really gets. The
+arithmetic and the packing are GPTQModel's, as transformers' own quantiser uses them. The walk over
+the blocks is ours, because classifiers need three things: sequences as the judge is asked them,
+each block's own mask and rotation (Gemma's blocks differ), and no compiler at run time.
+
+The folder is loaded by plain transformers wherever gptqmodel and optimum are installed.
+:func:`check_drift` is a phase of its own, so that a bound that is exceeded stops the graph but
+never discards what took hours to quantise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow.compute as pc
+
+from arena_distill.battles.reading import read_votes
+from arena_distill.config.judge import Attention, Head
+from arena_distill.config.phases import QuantizationSettings
+from arena_distill.deployment.quantization_error import DRIFT, drift
+from arena_distill.encoding.sequences import Sequences, read_tokens
+from arena_distill.encoding.views import encode_views
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.models.heads import verdicts
+
+if TYPE_CHECKING:
+    import torch
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+FEWEST_SAMPLES = 16
+"""With fewer sequences the second moments of a layer's inputs mean nothing."""
+
+
+def quantize_judge(
+    model: Path,
+    tokens: Path,
+    battles: Path,
+    output: Path,
+    *,
+    settings: QuantizationSettings,
+    batch_tokens: int,
+) -> None:
+    """Quantise a merged judge on training battles, and measure the drift on other training battles.
+
+    Raises:
+        InputError: there are too few training battles, or as for :func:`quantize_model`.
+    """
+    read = read_tokens(tokens)
+    train = np.flatnonzero(pc.equal(read.sources, "train").to_numpy(zero_copy_only=False))
+    if len(train) < settings.samples + settings.validation_rows:
+        raise InputError(
+            f"config: judges.*.quantization: samples {settings.samples} and validation_rows "
+            f"{settings.validation_rows}, but there are only {len(train)} training battles; lower them"
+        )
+    shuffled = np.random.default_rng(settings.seed).permutation(train)
+    held_out = read.take(np.sort(shuffled[: settings.validation_rows]))
+    pool = read.take(np.sort(shuffled[settings.validation_rows :]))
+    quantize_model(
+        model,
+        output,
+        head=settings.head,
+        calibration=encode_views(pool, settings.encoding, settings.head, ("AB",))[0],
+        validation=encode_views(held_out, settings.encoding, settings.head, ("AB",)),
+        samples=settings.samples,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        seed=settings.seed,
+        batch_tokens=batch_tokens,
+        settings=settings.model_dump(mode="json"),
+        labels=read_votes(battles, held_out.keys()),
+    )
+
+
+def quantize_model(
+    model: Path,
+    output: Path,
+    *,
+    head: Head,
+    calibration: Sequences,
+    validation: Sequence[Sequences],
+    samples: int,
+    bits: int,
+    group_size: int,
+    seed: int,
+    batch_tokens: int,
+    settings: Mapping[str, Any],
+    labels: np.ndarray | None = None,
+) -> None:
+    """Quantise a dense judge → a folder with the model, its tokenizer and card, and ``drift.json``.
+
+    Every linear layer of the blocks is quantised; embeddings, norms and head stay as they are, bit
+    for bit. The same model, sequences and seed give the same bytes on the same kind of machine.
+
+    Args:
+        model: a dense folder, such as ``merging`` writes.
+        head: what the judge says of a sequence.
+        calibration: sequences to draw from, as the judge is asked them.
+        validation: the views of other battles, on which the drift is measured.
+        samples: how many sequences calibrate.
+        bits: per weight.
+        group_size: so many weights of a row share one scale.
+        seed: decides which sequences calibrate.
+        batch_tokens: per forward pass while the drift is measured; calibration goes row by row.
+        settings: JSON values for the provenance.
+        labels: int (validation rows,), the votes as shown: adds the log loss before and after.
+
+    Raises:
+        InputError: before any heavy work, where the settings do not fit the model, there are too
+            few sequences, or gptqmodel is not installed.
+    """
+    check_settings(bits, group_size, samples, len(calibration))
+    if not len(validation[0]):
+        raise InputError("quantisation: there is no validation row to measure the drift on")
+    _prepare_gptqmodel()
+    import torch
+
+    from arena_distill.encoding.tokenization import load_tokenizer
+    from arena_distill.models.loading import load_classifier
+    from arena_distill.models.scoring import score
+
+    check_layers(_layer_sizes(model), bits, group_size)
+    rows = np.random.default_rng(seed).choice(len(calibration), samples, replace=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def verdict(judge: Any) -> np.ndarray:
+        outputs = [score(judge, view, batch_tokens=batch_tokens) for view in validation]
+        return verdicts(np.stack(outputs, axis=1), head, ("AB",))[:, 0]
+
+    judge: Any = load_classifier(model, head=head, dtype="auto")
+    judge.to(device)
+    before = verdict(judge)
+    _quantize(judge, calibration.take(np.sort(rows)), bits, group_size)
+
+    with atomic_directory(output) as folder:
+        judge.save_pretrained(folder)
+        # A second home of the same facts: loaders older than transformers' integration look here.
+        write_json(judge.config.quantization_config, folder / "quantize_config.json")
+        load_tokenizer(model).save_pretrained(folder)
+        write_text(_card(model, bits, group_size, samples), folder / "README.md")
+        del judge
+        after = verdict(load_quantized(folder))
+        report = {
+            **drift(before, after, labels),
+            "bits": bits,
+            "group_size": group_size,
+            "samples": samples,
+            "bytes_before": _bytes(model),
+            "bytes": _bytes(folder),
+            "provenance": provenance("quantization", settings),
+        }
+        write_json(report, folder / DRIFT)
+    print(
+        f"{output}: {bits} bits, {report['bytes_before']:,} → {report['bytes']:,} bytes; "
+        f"KL {report['kl']:.2g} nats, {report['flip_rate']:.2%} of verdicts changed"
+    )
+
+
+def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
+    """Load a GPTQ folder for scoring, on the GPU where there is one, in the dtype of its config.
+
+    It is transformers' ``from_pretrained`` with two choices made: GPTQModel's reference kernel
+    where the fast ones do not serve (no GPU, or float32), and no compiler, which costs that kernel
+    half a minute per job and gains it nothing. On a CPU the weights are unpacked once and kept.
+
+    Args:
+        attention: the kernel (see ``backbones.choose_attention``); None leaves it to transformers.
+
+    Raises:
+        InputError: gptqmodel is not installed, the folder holds no GPTQ model, or the kernel is not to
+            be had.
+    """
+    _prepare_gptqmodel()
+    import torch
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from arena_distill.models.loading import choose_attention, pool_mean
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        quantization = config.quantization_config
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: no GPTQ model can be read from there: {error}") from None
+    dtype = config.dtype or torch.float32
+    kernel = choose_attention(config, attention, dtype) if attention else None
+    cuda = torch.cuda.is_available()
+    if not cuda or dtype == torch.float32:
+        quantization["backend"] = "gptq_torch"
+    with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            attn_implementation=kernel,
+            device_map={"": "cuda:0" if cuda else "cpu"},
+            local_files_only=True,
+        )
+    if getattr(config, "head_pooling", "last") == "mean":
+        pool_mean(model)
+    return model
+
+
+def check_settings(bits: int, group_size: int, samples: int, available: int) -> None:
+    """Refuse what no model can be quantised with; raises `InputError`."""
+    where = "config: judges.*.quantization"
+    if bits not in BITS:
+        raise InputError(f"{where}.bits: {bits}; supported are {', '.join(map(str, BITS))}")
+    if group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise InputError(f"{where}.group_size: {group_size}; supported are {sizes}")
+    if samples < FEWEST_SAMPLES:
+        raise InputError(f"{where}.samples: {samples}; at least {FEWEST_SAMPLES} are needed")
+    if samples > available:
+        raise InputError(
+            f"{where}.samples: {samples}, but only {available} rows are there to calibrate on; "
+            "lower samples or give more training battles"
+        )
+
+
+def check_layers(sizes: Mapping[str, tuple[int, int]], bits: int, group_size: int) -> None:
+    """Refuse layers that do not divide into groups and packed words.
+
+    Args:
+        sizes: (in_features, out_features) by layer.
+
+    Raises:
+        InputError: names the layer and a group size that fits all layers.
+    """
+    word = 32 if bits == 3 else 32 // bits
+    for name, size in sizes.items():
+        if uneven := [n for n in size if n % word]:
+            raise InputError(
+                f"{name}: weights of {bits} bits are packed by {word}, which does not divide "
+                f"{uneven[0]}; choose other bits (config: judges.*.quantization.bits)"
+            )
+    for name, (features, _) in sizes.items():
+        if features % group_size:
+            fitting = [g for g in GROUP_SIZES if not any(n % g for n, _ in sizes.values())]
+            advice = f"use {max(fitting)}" if fitting else "no supported size fits this model"
+            raise InputError(
+                f"config: judges.*.quantization.group_size: {group_size} does not divide the "
+                f"{features} inputs of {name}; {advice}"
+            )
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------
+
+
+def _quantize(model: Any, calibration: Sequences, bits: int, group_size: int) -> None:
+    """Replace the linear layers of all blocks by quantised ones, in place.
+
+    Every block sees what the blocks before it, already quantised, make of the calibration rows.
+    """
+    import torch
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.version import __version__
+    from tqdm.auto import tqdm
+
+    config = QuantizeConfig(bits=bits, group_size=group_size, offload_to_disk=False)
+    path, modules = _blocks(model)
+    model.eval()
+    groups: list[list[str]] | None = None
+    with torch.inference_mode():
+        blocks = _record_calls(model, modules, calibration)
+        hidden = blocks[0].hidden
+        for block in tqdm(blocks, desc="quantising", unit="block"):
+            block.hidden = hidden
+            found = _layers_by_input(block)
+            if set(sum(found, [])) != set(block.layers) or groups not in (None, found):
+                raise InputError(
+                    f"{type(model).__name__}: its blocks differ, or leave layers out for some "
+                    "sequences (mixture of experts); such models are not quantised here"
+                )
+            groups = found
+            packed = {name: q for group in found for name, q in _round(block, group, config)}
+            hidden = block.forward()
+            block.hidden = []
+            for name, layer in packed.items():
+                block.module.set_submodule(name, layer)
+    model.config.quantization_config = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": config.sym,
+        "desc_act": config.desc_act,
+        "damp_percent": config.damp_percent,
+        "true_sequential": True,
+        "block_name_to_quantize": path,
+        "modules_in_block_to_quantize": groups,
+        "meta": {"quantizer": [f"gptqmodel:{__version__}"]},
+    }
+
+
+@dataclass
+class _Block:
+    """A block, and what it is called with for every calibration row.
+
+    hidden: float (1, tokens, width) per row.
+    calls: per row the arguments beside the hidden states: mask, rotation, ...
+    """
+
+    module: torch.nn.Module
+    hidden: list[torch.Tensor]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        return _linear_layers(self.module)
+
+    def forward(self, rows: int | None = None) -> list[torch.Tensor]:
+        """The hidden states after the block, of the first `rows` rows."""
+        outputs = (
+            self.module(hidden, *args, **kwargs)
+            for hidden, (args, kwargs) in zip(self.hidden[:rows], self.calls[:rows], strict=True)
+        )
+        return [out[0] if isinstance(out, tuple) else out for out in outputs]
+
+
+def _record_calls(
+    model: Any, modules: Sequence[torch.nn.Module], calibration: Sequences
+) -> list[_Block]:
+    """Run the model on the calibration rows; only the first block's hidden states are kept."""
+    import torch
+
+    blocks = [_Block(module, [], []) for module in modules]
+
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, block: _Block) -> None:
+        if block is blocks[0]:
+            block.hidden.append(args[0])
+        block.calls.append((args[1:], kwargs))
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hook = block.module.register_forward_pre_hook(
+                partial(record, block=block), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        # No cache: a block that runs again must not find its own keys and values there.
+        options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+        for sequence in calibration:
+            # One row at a time, so that no padding enters the statistics.
+            ids = torch.from_numpy(sequence.astype(np.int64))[None].to(model.device)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    return blocks
+
+
+def _layers_by_input(block: _Block) -> list[list[str]]:
+    """Names of a block's layers, those that read the same tensor together, in the order of use."""
+    inputs: list[Any] = []  # kept alive: identity stands for "the same tensor"
+    groups: dict[int, list[str]] = {}
+
+    def note(_: Any, args: tuple[Any, ...], *, name: str) -> None:
+        inputs.append(args[0])
+        groups.setdefault(id(args[0]), []).append(name)
+
+    with ExitStack() as hooks:
+        for name, layer in block.layers.items():
+            hook = layer.register_forward_pre_hook(partial(note, name=name))
+            hooks.callback(hook.remove)
+        block.forward(rows=1)
+    return list(groups.values())
+
+
+def _round(block: _Block, group: Sequence[str], config: Any) -> Iterator[tuple[str, Any]]:
+    """Round the weights of layers that share their input, in place; yield the packed layers."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization import GPTQ
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    solvers = {name: GPTQ(block.layers[name], config) for name in group}
+
+    def add(_: Any, args: tuple[Any, ...], output: Any, *, name: str) -> None:
+        solvers[name].add_batch(args[0], output)
+
+    with ExitStack() as hooks:
+        for name in group:
+            hook = block.layers[name].register_forward_hook(partial(add, name=name))
+            hooks.callback(hook.remove)
+        block.forward()
+    for name, solver in solvers.items():
+        layer = block.layers[name]
+        solver.quantizer.configure(perchannel=True)
+        rounded, *parameters = solver.quantize()[:4]
+        solver.free()
+        device = layer.weight.device
+        layer.weight.data = rounded.cpu()
+        packed = TorchLinear(
+            bits=config.bits,
+            group_size=config.group_size,
+            sym=config.sym,
+            desc_act=config.desc_act,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bias=layer.bias is not None,
+            register_buffers=False,
+        )
+        # The usual way to pack builds a C++ extension first; this one is numpy.
+        packed.pack_original(layer.cpu(), *(parameter.cpu() for parameter in parameters))
+        convert_gptq_v2_to_v1_format_module(packed, config)
+        layer.to(device)
+        yield name, packed
+
+
+def _blocks(model: Any) -> tuple[str, Any]:
+    """The path of the list of a model's blocks, and the list."""
+    import torch
+
+    count = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return path, module
+    raise InputError(f"{type(model).__name__}: no list of {count} blocks to quantise was found")
+
+
+def _linear_layers(block: torch.nn.Module) -> dict[str, Any]:
+    import torch
+
+    return {n: x for n, x in block.named_modules() if type(x) is torch.nn.Linear}
+
+
+def _layer_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every layer that will be quantised; no weight is read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            auto: Any = AutoModelForSequenceClassification
+            model = auto.from_config(config)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be loaded as a judge: {error}") from None
+    path, blocks = _blocks(model)
+    return {
+        f"{path}.{i}.{name}": (layer.in_features, layer.out_features)
+        for i, block in enumerate(blocks)
+        for name, layer in _linear_layers(block).items()
+    }
+
+
+def _prepare_gptqmodel() -> None:
+    """Settle what gptqmodel reads from the environment, before anything imports it."""
+    if importlib.util.find_spec("gptqmodel") is None:
+        raise InputError(
+            f"gptqmodel is not installed beside {sys.executable}; quantised models are made and "
+            "loaded by the interpreter of the second environment (config: environments.gptq)"
+        )
+    # Its thread pool starts more workers than a small machine bears, and dies of it.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("GPTQ_TORCH_CACHE_WEIGHTS", "1")
+
+
+def _card(model: Path, bits: int, group_size: int, samples: int) -> str:
+    """The dense model's card, with a word on quantisation before it."""
+    card = model / "README.md"
+    dense = card.read_text(encoding="utf-8") if card.exists() else ""
+    front, separator, text = dense.rpartition("\n---\n") if dense.startswith("---") else ("",) * 3
+    note = (
+        f"> Quantised by GPTQ: {bits} bits, groups of {group_size}, calibrated on {samples}\n"
+        "> training battles; the head is not quantised. Loading it needs `gptqmodel` and\n"
+        f"> `optimum`. The text below describes the dense model; `{DRIFT}` says how far this one\n"
+        "> is from it.\n"
+    )
+    return f"{front}{separator}{note}\n{text or dense}"
+
+
+def _bytes(folder: Path) -> int:
+    """Size of a model's weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

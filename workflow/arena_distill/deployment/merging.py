@@ -1,0 +1,408 @@
+"""A judge's folds → one dense model: adapters are averaged and added to the backbone's weights.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685) trains W + s·B·A. Two means over the folds are offered:
+
+``products``  the mean of s·B·A. It is what averaging the folds' dense models would give: exact, of
+              any rank, and folds may differ in rank and scaling.
+``factors``   mean B times mean A, as the documents describe it. That is another matrix: B₁·A₂ and
+              all other mixed products enter it. It is close to the exact mean only where the folds
+              started from the same adapter and stayed near it; ``merge.json`` says how close.
+
+Either is computed in float32, one matrix at a time, added to the backbone as it was before anybody
+quantised it, and rounded to the target dtype once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from arena_distill.config.judge import Head
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.verdicts import CLASSES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Average = Literal["factors", "products"]
+HeadOf = Literal["average", "first"]
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Short names of dtypes; torch's own names are understood too."""
+
+_PREFIX = "base_model.model."
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+# Other starts change the backbone's own weights: the adapter alone is not all that was learned.
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def merge_folds(
+    backbone: Path,
+    adapters: Sequence[Path],
+    output: Path,
+    *,
+    outputs: Head,
+    average: Average,
+    head: HeadOf,
+    dtype: str,
+    settings: Mapping[str, Any],
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Merge the folds' adapters and heads into the backbone → an ordinary Hugging Face folder.
+
+    The backbone (in the dtype of its file, or of the result) is in memory, and one matrix more.
+
+    Args:
+        backbone: the folder the folds were trained from, not quantised.
+        adapters: one PEFT folder per fold, in the order of the folds.
+        output: the folder to write: model, tokenizer, model card, ``merge.json``.
+        outputs: what the judge says of a sequence.
+        average: see the module.
+        head: the mean of the folds' heads, or the head of the first.
+        dtype: of the result: fp32, bf16, fp16.
+        weights: of the folds, summing to 1 (see ``soups``); None: equal.
+        settings: JSON values for the provenance; the model card names `judge` and `template`.
+
+    Raises:
+        InputError: there is no adapter, one is not plain LoRA with a head, they do not fit each
+            other or the backbone, or their factors cannot be averaged.
+    """
+    import torch
+
+    from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
+    from arena_distill.models.loading import load_classifier
+
+    if not adapters:
+        raise InputError(f"{output}: there is no adapter to merge")
+    target = getattr(torch, DTYPES.get(dtype, dtype), None)
+    if not isinstance(target, torch.dtype) or not target.is_floating_point:
+        raise InputError(f"config: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    folds = read_adapters(adapters)
+    weights = weights or [1 / len(folds)] * len(folds)
+
+    tokenizer = load_tokenizer(backbone)
+    pad = safe_pad_id(tokenizer)
+    # Padding is recognised by its id alone: give whoever loads the folder the same one.
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    wide = torch.float32 if target == torch.float32 else "auto"
+    model: Any = load_classifier(backbone, head=outputs, dtype=wide, pad_token_id=pad)
+    gap = merge_into(model, folds, weights, average, head, target)
+    model.to(target)
+
+    with atomic_directory(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        about = {
+            "backbone": backbone.name,
+            "folds": len(folds),
+            "average": average,
+            "head": head,
+            "weights": list(weights),
+            "dtype": str(target).removeprefix("torch."),
+            "targets": len(folds[0].targets),
+            "ranks": [fold.rank for fold in folds],
+            "factors_gap": gap,
+            "provenance": provenance("merging", settings),
+        }
+        write_json(about, folder / "merge.json")
+        write_text(_card(about, tokenizer, outputs, settings), folder / "README.md")
+    distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
+    print(f"{output}: {len(folds)} folds merged by their {average}{distance}")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter; its tensors stay in the file until they are asked for.
+
+    targets: names of the adapted linear layers, as in the backbone.
+    head: names of the head's tensors, as in the classifier.
+    """
+
+    folder: Path
+    file: Any
+    config: Any
+    targets: tuple[str, ...]
+    head: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        return max(self.factors(target)[0].shape[0] for target in self.targets)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.file.get_tensor(_PREFIX + name)
+        return tensor.float()
+
+    def factors(self, target: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (r, in), B (out, r), both float32, and the scaling of their product."""
+        from peft.utils.other import get_pattern_key
+
+        a, b = (self.tensor(target + suffix) for suffix in _FACTORS)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            raise InputError(f"{self.folder}: {target}: {shapes} are no factors of a linear layer")
+        patterns = self.config.alpha_pattern
+        alpha = patterns.get(get_pattern_key(patterns.keys(), target), self.config.lora_alpha)
+        return a, b, alpha / (math.sqrt(len(a)) if self.config.use_rslora else len(a))
+
+
+def _read(folder: Path) -> Adapter:
+    """Open a PEFT folder.
+
+    Raises:
+        InputError: it is missing, damaged, or not low-rank factors of linear layers and a head.
+    """
+    from peft import LoraConfig
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if options.get("peft_type") != "LORA":
+            raise InputError(f"{folder}: a {options.get('peft_type')} adapter; only LoRA is merged")
+        config = LoraConfig.from_pretrained(str(folder))
+        file: Any = safe_open(folder / "adapter_model.safetensors", "pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: no adapter can be read from there: {error}") from None
+    if config.init_lora_weights not in _HARMLESS_STARTS:
+        raise InputError(
+            f"{folder}: its start ({config.init_lora_weights}) changed the backbone too; save it "
+            "with PEFT's path_initial_model_for_weight_conversion and merge that"
+        )
+    names = [key.removeprefix(_PREFIX) for key in file.keys()]  # noqa: SIM118 (it is no dict)
+    targets = {name.removesuffix(s) for name in names for s in _FACTORS if name.endswith(s)}
+    head = [name for name in names if not name.endswith(_FACTORS)]
+    # Whatever else is in the file would be lost: magnitudes of DoRA, biases, embeddings.
+    saved = set(config.modules_to_save or ())
+    strange = [name for name in head if ".lora_" in name or saved.isdisjoint(name.split("."))]
+    if config.use_dora or strange:
+        what = "DoRA" if config.use_dora else strange[0]
+        raise InputError(f"{folder}: it holds {what}; plain LoRA with bias: none is merged")
+    if not targets or not head:
+        what = "head (train with task_type SEQ_CLS)" if targets else "low-rank factors"
+        raise InputError(f"{folder}: it holds no {what}")
+    return Adapter(folder, file, config, tuple(sorted(targets)), tuple(sorted(head)))
+
+
+def read_adapters(folders: Sequence[Path]) -> list[Adapter]:
+    """Open the folds' PEFT folders.
+
+    Raises:
+        InputError: one is not plain LoRA with a head, or they do not fit each other.
+    """
+    folds = [_read(folder) for folder in folders]
+    _check_alike(folds)
+    return folds
+
+
+def _check_alike(folds: Sequence[Adapter]) -> None:
+    first = folds[0]
+    for fold in folds[1:]:
+        for names, expected in ((fold.targets, first.targets), (fold.head, first.head)):
+            if differing := sorted(set(names) ^ set(expected)):
+                raise InputError(
+                    f"{fold.folder} and {first.folder} differ: {differing[0]} is in one of them "
+                    "only; the folds of a judge share their targets and head"
+                )
+
+
+def merge_into(
+    model: torch.nn.Module,
+    folds: Sequence[Adapter],
+    weights: Sequence[float],
+    average: Average,
+    head: HeadOf,
+    dtype: torch.dtype,
+) -> float | None:
+    """Merge folds into `model` in place, by their weights (which sum to 1).
+
+    Returns:
+        ‖factors − products‖ / ‖products‖ over all targets (Frobenius), None where the factors have
+        no mean because ranks or scalings differ.
+    """
+    import torch
+
+    layers = dict(model.named_modules())
+    gap: float | None = 0.0
+    size = 0.0
+    for target in folds[0].targets:
+        layer = layers.get(target)
+        if not isinstance(layer, torch.nn.Linear):
+            found = "no such layer" if layer is None else f"a {type(layer).__name__}"
+            raise InputError(
+                f"{folds[0].folder}: adapts {target}, but the backbone has {found} there; "
+                "give the backbone that the adapters were trained from, not quantised"
+            )
+        parts = [fold.factors(target) for fold in folds]
+        for fold, (a, b, _) in zip(folds, parts, strict=True):
+            if (len(b), a.shape[1]) != tuple(layer.weight.shape):
+                raise InputError(
+                    f"{fold.folder}: {target} is {len(b)} × {a.shape[1]}, in the backbone "
+                    f"{' × '.join(map(str, layer.weight.shape))}; it was trained from another one"
+                )
+        exact = _mean_of_products(parts, weights)
+        rough = _product_of_means(parts, weights)
+        size += float(exact.square().sum(dtype=torch.float64))
+        if rough is None and average == "factors":
+            raise InputError(
+                f"{target}: the folds differ in rank or scaling, so their factors have no mean; "
+                "set merge: {average: products}"
+            )
+        if rough is None or gap is None:
+            gap = None
+        else:
+            gap += float((rough - exact).square().sum(dtype=torch.float64))
+        delta = exact if average == "products" or rough is None else rough
+        before = layer.weight.detach().float()
+        layer.weight.data = (before + delta.to(before.device)).to(dtype)
+    parameters = dict(model.named_parameters())
+    for name in folds[0].head:
+        heads = [fold.tensor(name) for fold in folds]
+        if name not in parameters or any(h.shape != parameters[name].shape for h in heads):
+            shape = " × ".join(map(str, heads[0].shape))
+            raise InputError(
+                f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
+            )
+        merged = heads[0] if head == "first" else _mean(heads, weights)
+        parameters[name].data = merged.to(parameters[name].device, dtype)
+    if gap is None:
+        return None
+    return math.sqrt(gap / size) if size else 0.0
+
+
+_Factors = Sequence[tuple["torch.Tensor", "torch.Tensor", float]]
+
+
+def _mean_of_products(parts: _Factors, weights: Sequence[float]) -> torch.Tensor:
+    """Mean over folds of s·B·A: (out, in). One product, of the factors laid side by side."""
+    import torch
+
+    scaled = [b * (scaling * w) for (_, b, scaling), w in zip(parts, weights, strict=True)]
+    return torch.cat(scaled, dim=1) @ torch.cat([a for a, _, _ in parts])
+
+
+def _product_of_means(parts: _Factors, weights: Sequence[float]) -> torch.Tensor | None:
+    """s · mean B · mean A: (out, in); None where ranks or scalings differ."""
+    if len({(a.shape, scaling) for a, _, scaling in parts}) > 1:
+        return None
+    mean_a, mean_b = (_mean([part[i] for part in parts], weights) for i in (0, 1))  # type: ignore[misc]
+    return parts[0][2] * mean_b @ mean_a
+
+
+def _mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    import torch
+
+    return torch.stack([t * w for t, w in zip(tensors, weights, strict=True)]).sum(0)
+
+
+def _card(
+    about: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    outputs: Head,
+    settings: Mapping[str, Any],
+) -> str:
+    """The model card: what the model is, where it is from, how to ask it."""
+    from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
+
+    template = str(settings.get("template", "markers"))
+    joint = outputs.kind == "joint"
+    literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
+    fields = ("prompt", "answer_a", "answer_b", "") if joint else ("prompt", "answer", "")
+    sizes = bool(settings.get("sizes"))
+    pieces = []
+    for literal, name in zip(literals, fields, strict=True):
+        stated = [f"size({name})"] if sizes and name.startswith("answer") else []
+        pieces += [piece for piece in (repr(literal), name, *stated) if piece not in ("", "''")]
+    size = _SIZE.format(size=SIZE.format("{count}")) if sizes else ""
+    frame = (
+        (tokenizer.bos_token_id, tokenizer.cls_token_id),
+        (tokenizer.eos_token_id, tokenizer.sep_token_id),
+    )
+    begin, end = ([str(i) for i in ids if i is not None][:1] for ids in frame)
+    ids = ", ".join([*begin, "*tokens", *end])
+    how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
+    heads = {"average": "the mean of the folds' heads", "first": "the head of the first fold"}
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [preference-judge, arena-distill]
+---
+# {settings.get("judge", "judge")}: which of two answers do people prefer?
+
+{_JOINT if joint else _POINTWISE}
+
+- Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
+- Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["head"]]}.
+- Weights: {about["dtype"]}.
+- Prompt layout `{template}`: {" + ".join(pieces)}
+- Written by Arena Distill; `merge.json` holds settings, versions, and how far the two ways of
+  averaging are apart.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+
+def ids(text):  # text is data: a special token spelled out in it means nothing
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+{size}
+def ask({", ".join(fields[:-1])}):
+    pieces = [{", ".join(pieces)}]
+    tokens = [i for piece in pieces for i in ids(piece)]  # each for itself, as in training
+    {_READ[outputs.pooling].format(ids=ids)}
+
+{_ASK_JOINT if joint else _ASK_POINTWISE[outputs.ties]}
+```
+
+Pad on the right, with the tokenizer's pad token and an attention mask.\
+{_JOINT_ORDERS if joint else ""}
+"""
+
+
+_READ = {
+    "last": "return model(torch.tensor([[{ids}]])).logits[0]",
+    "mean": """\
+states = model.base_model(torch.tensor([[{ids}]])).last_hidden_state
+    return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one's""",
+}
+
+_SIZE = """
+def size(answer):  # of the whole answer, also where it has to be cut
+    count = len(ids(answer))
+    return f"{size}"
+"""
+
+_JOINT = f"""\
+A sequence classifier over a prompt and two answers. Its three classes, in this order, are
+{", ".join(f"{i} = {name}" for i, name in enumerate(CLASSES))}: which answer a person prefers."""
+
+_POINTWISE = """\
+A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
+pull towards ties; those of two answers give the probabilities that a person prefers either, or neither.
+The order of the answers plays no part."""
+
+_ASK_JOINT = """\
+probabilities = ask(prompt, answer_a, answer_b).softmax(-1)  # model_a, model_b, tie"""
+
+_ASK_POINTWISE = {
+    "davidson": """\
+(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
+logits = torch.stack([a, b, tie_a + tie_b + (a + b) / 2])  # Davidson 1970
+probabilities = logits.softmax(-1)  # model_a, model_b, tie""",
+    "rao_kupper": """\
+(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
+threshold = torch.nn.functional.softplus(tie_a + tie_b)  # Rao and Kupper 1967
+p_a, p_b = (a - b - threshold).sigmoid(), (b - a - threshold).sigmoid()
+probabilities = torch.stack([p_a, p_b, 1 - p_a - p_b])  # model_a, model_b, tie""",
+}
+
+_JOINT_ORDERS = """ A judge may favour the
+answer it sees first: average over both orders, exchanging the first two classes of the second."""

@@ -1,0 +1,84 @@
+"""How much quantisation changed a judge, and the gate that refuses too much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_json, write_json
+
+DRIFT = "drift.json"
+
+
+def drift(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray | None = None
+) -> dict[str, Any]:
+    """How far logits moved.
+
+    Args:
+        before: float32 (rows, 3), the dense model's.
+        after: float32 (rows, 3), the quantised model's.
+        labels: int (rows,), or None.
+
+    Returns:
+        Mean `kl` and `kl_max` over rows, KL(before ‖ after) in nats; `flip_rate`, the share of rows
+        whose likeliest class changed; `logit_change`, the mean absolute one; `log_loss_before`,
+        `log_loss` and `log_loss_change`, None without labels.
+    """
+    old, new = _log_softmax(before), _log_softmax(after)
+    kl = np.maximum((np.exp(old) * (old - new)).sum(-1), 0)
+    losses: list[float | None] = [None, None, None]
+    if labels is not None:
+        own = np.arange(len(labels)), labels
+        losses = [-float(old[own].mean()), -float(new[own].mean())]
+        losses.append(-float((new[own] - old[own]).mean()))
+    return {
+        "rows": len(before),
+        "kl": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "flip_rate": float((before.argmax(-1) != after.argmax(-1)).mean()),
+        "logit_change": float(np.abs(after - before).mean(dtype=np.float64)),
+        **dict(zip(("log_loss_before", "log_loss", "log_loss_change"), losses, strict=True)),
+    }
+
+
+def check_drift(drift: Path, output: Path, *, max_kl: float, max_flip_rate: float) -> None:
+    """Write a small file that says the drift is within bounds, or refuse.
+
+    Args:
+        drift: the ``drift.json`` inside the folder of a quantised model.
+        max_kl: bound of the mean KL, in nats.
+        max_flip_rate: bound of the share of changed verdicts.
+
+    Raises:
+        InputError: a bound is exceeded. The quantised model stays where it is.
+    """
+    report = read_json(drift)
+    bounds = {
+        "kl": ("mean KL", "max_kl", max_kl),
+        "flip_rate": ("share of changed verdicts", "max_flip_rate", max_flip_rate),
+    }
+    beyond = [
+        f"{what} {report[name]:.3g} > {bound:g} (config: judges.*.quantization.{option})"
+        for name, (what, option, bound) in bounds.items()
+        if not report[name] <= bound
+    ]
+    if beyond:
+        raise InputError(
+            f"quantisation drift on {report['rows']} rows: {'; '.join(beyond)}. Raise the bound, "
+            f"use more bits (now {report['bits']}), smaller groups (now {report['group_size']}) "
+            f"or more samples (now {report['samples']}). "
+            f"The quantised model is kept in {drift.parent}"
+        )
+    within = {name: {"value": report[name], "bound": bound} for name, (*_, bound) in bounds.items()}
+    write_json({"within_bounds": within}, output)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 from here on: a KL of 1e-8 drowns in float32."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

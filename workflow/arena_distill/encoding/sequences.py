@@ -1,0 +1,177 @@
+"""Token ids of many battles as flat arrays: what tokenisation writes and encoding reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key
+
+FIELDS = ("prompt", "response_a", "response_b")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Ragged token sequences: `ids` int32 (tokens,), `offsets` int64 (rows + 1,)."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row: int64 (rows,)."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        """The given rows (int positions, or a bool mask), in that order."""
+        rows = np.arange(len(self))[rows]
+        return _gather(self.ids, self.offsets[rows], self.lengths[rows])
+
+    @staticmethod
+    def concatenate(parts: list[Sequences]) -> Sequences:
+        lengths = np.concatenate([part.lengths for part in parts])
+        return Sequences(np.concatenate([part.ids for part in parts]), _offsets(lengths))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of every battle.
+
+    tokens: all turns of a row joined by a newline.
+    turns: where each turn starts within its row.
+    cap: int64 (rows,), how many tokens the winners' word cap leaves.
+    size: of an answer, its :data:`SIZE`.
+    """
+
+    tokens: Sequences
+    turns: Sequences
+    cap: np.ndarray
+    size: Sequences | None = None
+
+    def take(self, rows: np.ndarray) -> Field:
+        """The given rows, in that order."""
+        size = self.size.take(rows) if self.size is not None else None
+        return Field(self.tokens.take(rows), self.turns.take(rows), self.cap[rows], size)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the templates need of a tokenizer: ids only."""
+
+    pad: int
+    newline: tuple[int, ...]
+    frames: Mapping[str, tuple[tuple[int, ...], ...]]
+    """Per template its four literals, with begin and end of sequence where the tokenizer has them."""
+    one_answer: Mapping[str, tuple[tuple[int, ...], ...]]
+    """As `frames`, the three literals of sequences that show one answer."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised set of battles: ids and sources (rows,), three fields, and the vocabulary.
+
+    training: the fields of the file's training battles, without their ids: whichever rows are taken,
+        they say how long battles are (see :func:`waterline`).
+    """
+
+    ids: pa.Array
+    sources: pa.Array
+    fields: Mapping[str, Field]
+    vocabulary: Vocabulary
+    training: Mapping[str, Field] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def keys(self) -> pa.Array:
+        """Every row's name, to join other files by (see ``keys``)."""
+        return key(pa.table({"id": self.ids, "source": self.sources}))
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The given rows (int positions, or a bool mask), in that order."""
+        rows = np.arange(len(self))[rows]
+        fields = {name: field.take(rows) for name, field in self.fields.items()}
+        ids, sources = self.ids.take(rows), self.sources.take(rows)
+        return Tokens(ids, sources, fields, self.vocabulary, self.training)
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Read `tokens.parquet`.
+
+    Raises:
+        InputError: the file is missing, damaged or not written by :func:`tokenize_battles`.
+    """
+    table = read_parquet(path).combine_chunks()
+    about = json.loads((table.schema.metadata or {}).get(b"arena_distill", b"{}"))
+    if "vocabulary" not in about:
+        raise InputError(f"{path}: not a file of tokens; delete it and the workflow rebuilds it")
+    stored = about["vocabulary"]
+    frames, one_answer = (
+        {t: tuple(tuple(ids) for ids in frame) for t, frame in stored[name].items()}
+        for name in ("frames", "one_answer")
+    )
+    fields = {
+        name: Field(
+            _sequences(table[name]),
+            _sequences(table[f"{name}_turns"]),
+            table[f"{name}_cap"].to_numpy().astype(np.int64),
+            None if name == "prompt" else _sequences(table[f"{name}_size"]),
+        )
+        for name in FIELDS
+    }
+    sources = table["source"].combine_chunks().cast(pa.string())
+    rows = np.flatnonzero(pc.equal(sources, "train").to_numpy(zero_copy_only=False))
+    return Tokens(
+        table["id"].combine_chunks(),
+        sources,
+        fields,
+        Vocabulary(stored["pad"], tuple(stored["newline"]), frames, one_answer),
+        {name: _extent(field, rows) for name, field in fields.items()},
+    )
+
+
+def _extent(field: Field, rows: np.ndarray) -> Field:
+    """What truncation asks of a field: how long it is, where its turns start; but not its ids."""
+    empty = Sequences(np.zeros(0, np.int32), _offsets(field.tokens.lengths[rows]))
+    size = field.size.take(rows) if field.size is not None else None
+    return Field(empty, field.turns.take(rows), field.cap[rows], size)
+
+
+def _gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+    """Concatenate stretches of a pool."""
+    offsets = _offsets(lengths)
+    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return Sequences(pool[index], offsets)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _list_array(sequences: Sequences) -> pa.LargeListArray:
+    return pa.LargeListArray.from_arrays(sequences.offsets, pa.array(sequences.ids, pa.int32()))
+
+
+def _sequences(column: pa.ChunkedArray) -> Sequences:
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):  # an empty table has no chunk to combine into
+        lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    return Sequences(lists.flatten().to_numpy(), _offsets(lengths))

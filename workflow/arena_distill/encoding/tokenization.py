@@ -1,0 +1,236 @@
+"""Text to token ids: every field of every battle, once per tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.style_features import WORD
+from arena_distill.encoding.sequences import FIELDS, Sequences, _gather, _list_array, _offsets
+from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.files.hub import brief
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: no tokenizer can be loaded from there: {brief(error)}"
+        ) from None
+
+
+WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
+"""The winners cut fields to so many words before they tokenise."""
+
+
+def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, version: int) -> None:
+    """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
+    from arena_distill.encoding.tokenization import load_tokenizer
+
+    table = read_parquet(battles, columns=["id", "source", *FIELDS])
+    tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer))
+    about = provenance("tokens", {"version": version, "tokenizer": tokenizer.name})
+    write_parquet(tokens, output, about | {"vocabulary": vocabulary})
+    counts = pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0
+    print(f"{len(tokens):,} battles tokenised by {tokenizer.name}; prompts: {counts:,} tokens")
+
+
+def tokenize(
+    battles: pa.Table, tokenizer: PreTrainedTokenizerBase
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Token ids of every field of every battle.
+
+    Text is data: a special token written out in it is spelled in ordinary tokens and means nothing.
+
+    Returns:
+        A table with `id`, `source` and per field `f` (list<int32>: turns joined by a newline),
+        `f_turns` (list<int32>: where each turn starts), `f_cap` (int32: tokens within the word cap) and,
+        of an answer, `f_size` (list<int32>: its :data:`SIZE`); and the vocabulary of the templates as
+        plain JSON.
+
+    Raises:
+        InputError: the tokenizer has no token that is safe to pad with.
+    """
+    vocabulary = _vocabulary(tokenizer)
+    newline = np.array(vocabulary["newline"], np.int32)
+    columns: dict[str, Any] = {"id": battles["id"], "source": battles["source"]}
+    for name in FIELDS:
+        column = battles[name].combine_chunks()
+        texts, rows = column.flatten(), _offsets(pc.list_value_length(column).to_numpy())
+        turns = _tokenize_texts(tokenizer, texts.to_pylist())
+        tokens, starts = _join_turns(turns, rows, newline)
+        columns[name] = _list_array(tokens)
+        columns[f"{name}_turns"] = _list_array(starts)
+        cap = _word_cap(tokenizer, texts, rows, starts, WORD_CAPS[name])
+        columns[f"{name}_cap"] = pa.array(np.minimum(cap, tokens.lengths).astype(np.int32))
+        if name != "prompt":
+            counts, which = np.unique(tokens.lengths, return_inverse=True)
+            sizes = _tokenize_texts(tokenizer, [SIZE.format(n) for n in counts.tolist()])
+            columns[f"{name}_size"] = _list_array(sizes.take(which))
+    _forbid_special(columns, vocabulary, tokenizer)
+    return pa.table(columns), vocabulary
+
+
+def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id that pads and never stands in a sequence.
+
+    Classifiers of the Hugging Face kind read the hidden state of the last token that is not padding.
+    Where padding is also the end of sequence (or there is none), they read the wrong one. So: the
+    tokenizer's own pad token unless it doubles as another, else a special token nobody uses.
+
+    Raises:
+        InputError: there is no such token.
+    """
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    used |= {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in used:
+        return int(tokenizer.pad_token_id)
+    added = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    spare = {i: text for i, text in added.items() if i not in used}
+    if not spare:
+        raise InputError(
+            f"{tokenizer.name_or_path}: no token to pad with: the pad token is missing or doubles as "
+            "another, and there is no unused special token; add a pad token to the tokenizer and model"
+        )
+    telling = [
+        i for i, text in spare.items() if re.search("pad|reserved|unused|extra", text.lower())
+    ]
+    return min(telling or spare)
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    begin = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
+    end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+
+    def framed(literals: tuple[str, ...]) -> list[list[int]]:
+        frame = [ids.tolist() for ids in _tokenize_texts(tokenizer, list(literals))]
+        return [begin + frame[0], *frame[1:-1], frame[-1] + end]
+
+    newline = _tokenize_texts(tokenizer, ["\n"])[0].tolist()
+    return {
+        "pad": safe_pad_id(tokenizer),
+        "special": sorted({*begin, *end, safe_pad_id(tokenizer)}),
+        "newline": newline,
+        "frames": {name: framed(literals) for name, literals in TEMPLATES.items()},
+        "one_answer": {name: framed(literals) for name, literals in ONE_ANSWER.items()},
+    }
+
+
+def _first(*ids: int | None) -> list[int]:
+    return next(([i] for i in ids if i is not None), [])
+
+
+def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequences:
+    """Ids of each text, in batches that bound the memory of the tokenizer's own objects."""
+    parts: list[np.ndarray] = []
+    lengths: list[int] = []
+    for start in range(0, len(texts), 8192):
+        rows = _ids(tokenizer, texts[start : start + 8192])
+        lengths += map(len, rows)
+        parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
+    return Sequences(np.concatenate([np.zeros(0, np.int32), *parts]), _offsets(np.array(lengths)))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, special tokens in it spelled out and none added."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # The same ids two to three times as fast: offsets into the text are left out.
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(  # a tokenizer without a fast backend
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _join_turns(
+    turns: Sequences, rows: np.ndarray, newline: np.ndarray
+) -> tuple[Sequences, Sequences]:
+    """Join the turns of each row by a newline; also where each turn starts within its row."""
+    pool = np.concatenate([newline, turns.ids])
+    count = len(turns)
+    separator = np.full(count, len(newline))
+    last = rows[1:][np.diff(rows) > 0] - 1
+    separator[last] = 0
+    starts = np.stack(
+        [turns.offsets[:-1] + len(newline), np.zeros(count, np.int64)], axis=1
+    ).ravel()
+    lengths = np.stack([turns.lengths, separator], axis=1).ravel()
+    ids = _gather(pool, starts, lengths).ids
+    ends = _offsets(turns.lengths + separator)
+    joined = Sequences(ids, ends[rows])
+    within = ends[:-1] - np.repeat(joined.offsets[:-1], np.diff(rows))
+    return joined, Sequences(within.astype(np.int32), rows)
+
+
+def _word_cap(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: pa.Array,
+    rows: np.ndarray,
+    starts: Sequences,
+    cap: int,
+) -> np.ndarray:
+    """How many tokens of each row's joined turns its first `cap` words make: int64 (rows,).
+
+    Rows within the cap get a bound no row reaches. Of the others only the turn in which the cap falls
+    is tokenised again, up to it.
+    """
+    words = pc.count_substring_regex(texts, WORD).to_numpy(zero_copy_only=False)
+    before = _offsets(words)
+    total = before[rows[1:]] - before[rows[:-1]]
+    kept = np.full(len(rows) - 1, np.iinfo(np.int64).max)
+    over = np.flatnonzero(total > cap)
+    if len(over):
+        target = before[rows[over]] + cap
+        turn = np.searchsorted(before, target, side="left") - 1
+        heads = [
+            _first_words(text, int(n))
+            for text, n in zip(texts.take(turn).to_pylist(), target - before[turn], strict=True)
+        ]
+        kept[over] = starts.ids[turn] + _tokenize_texts(tokenizer, heads).lengths
+    return kept
+
+
+def _first_words(text: str, count: int) -> str:
+    words = re.finditer(r"\S+", text)
+    end = [match.end() for match, _ in zip(words, range(count), strict=False)]
+    return text[: end[-1]] if end else ""
+
+
+def _forbid_special(
+    columns: Mapping[str, Any], vocabulary: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Assert what everything later relies on: the text holds none of the tokens that frame it."""
+    for name in FIELDS:
+        found = np.isin(np.asarray(columns[name].flatten()), vocabulary["special"])
+        if found.any():
+            raise InputError(
+                f"{tokenizer.name_or_path}: the text of {name} encodes to a special token "
+                f"({int(found.sum())} times); this tokenizer cannot keep special tokens inert"
+            )

@@ -1,0 +1,70 @@
+"""Battles as the sequences that a judge reads: one view per order, or per answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from arena_distill.config.judge import Encoding, Head
+from arena_distill.encoding.sequences import Sequences, Tokens
+from arena_distill.encoding.templates import ROOM, View, _frame, _framing, _shown
+from arena_distill.encoding.truncation import TRUNCATIONS, _fill, waterline
+from arena_distill.errors import InputError
+from arena_distill.verdicts import ORDERS, Order
+
+ANSWERS: tuple[View, ...] = ("A", "B")
+
+
+def views(head: Head, orders: Sequence[Order] = ORDERS) -> tuple[View, ...]:
+    """What a judge has to be shown of a battle for its verdict in the given orders."""
+    return ANSWERS if head.kind == "pointwise" else tuple(orders)
+
+
+def encode_views(
+    tokens: Tokens,
+    encoding: Encoding,
+    head: Head,
+    orders: Sequence[Order] = ORDERS,
+    max_length: int | None = None,
+) -> list[Sequences]:
+    """The sequences of each view, rows as in `tokens`."""
+    return [encode(tokens, encoding, view, max_length) for view in views(head, orders)]
+
+
+def encode(
+    tokens: Tokens,
+    encoding: Encoding,
+    view: View,
+    max_length: int | np.ndarray | None = None,
+) -> Sequences:
+    """Assemble every battle's sequence.
+
+    Args:
+        encoding: template, truncation, the most tokens a sequence may have, template included
+            (unless `max_length` says otherwise), and how many it may have on average.
+        view: `BA` shows answer B in the place of answer A; `A` and `B` show one answer alone.
+        max_length: the same for all rows, or int (rows,).
+
+    Returns:
+        Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole; with
+        `encoding.tokens_per_battle`, none is longer than the :func:`waterline`.
+
+    Raises:
+        InputError: `max_length` leaves no room beside the template, or as for :func:`waterline`.
+    """
+    lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
+    frame = _frame(tokens.vocabulary, encoding, view)
+    fields = _shown(tokens.fields, encoding, view)
+    framing = _framing(frame, fields)
+    shortest, most = lengths.min(initial=np.iinfo(np.int64).max), framing.max(initial=0)
+    if shortest < most + ROOM:
+        raise InputError(
+            f"max_length {shortest}: template {encoding.template!r} takes {most} tokens, "
+            f"which leaves {shortest - most} for the battle; at least {ROOM} needed"
+        )
+    if encoding.tokens_per_battle is not None:
+        longest = int(lengths.max(initial=shortest))
+        lengths = np.minimum(lengths, waterline(tokens, encoding, view, longest))
+    budget = np.broadcast_to(lengths, len(tokens)) - framing
+    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))

@@ -1,0 +1,50 @@
+"""What a judge is held against, on the very battles it is scored on.
+
+`class_prior` predicts the shares of the votes, `length_regression` looks at which answer is longer, and
+the true probabilities, where they are known, are the Bayes limit. The first two are fitted on training
+rows and asked about others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.verdicts import CLASSES
+
+Yardstick = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""(features of the training rows, their votes, features of the rows to predict) → probabilities."""
+
+
+def class_prior(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Predict the shares of the training votes: float64 (rows, 3)."""
+    shares = np.bincount(votes, minlength=len(CLASSES)) / len(votes)
+    return np.tile(shares, (len(rows), 1))
+
+
+def length_regression(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Predict by multinomial logistic regression on lengths (``style``): float64 (rows, 3)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if len(np.unique(votes)) < 2:
+        return class_prior(training, votes, rows)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model.fit(training, votes)
+    probabilities = np.zeros((len(rows), len(CLASSES)))
+    probabilities[:, model.classes_] = model.predict_proba(rows)
+    return probabilities
+
+
+def true_probabilities(truth: Path, keys: pa.Array) -> np.ndarray:
+    """The true vote probabilities of the given rows, from `truth.parquet`: float64 (rows, 3)."""
+    names = [f"p_{name}" for name in CLASSES]
+    table = read_parquet(truth, ["id", "source", *names])
+    probabilities = np.column_stack([table[name].to_numpy() for name in names]).astype(np.float64)
+    return probabilities[locate(keys, key(table), str(truth))]

@@ -1,0 +1,120 @@
+"""What a cascade over lengths spares, and what it costs in log loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import prompt_groups
+from arena_distill.battles.reading import read_solution
+from arena_distill.files.artifacts import read_parquet, read_provenance
+from arena_distill.files.keys import locate
+from arena_distill.files.logits import ids_path, read_logits
+from arena_distill.metrics import Figures, losses, paired_difference, scores
+from arena_distill.prediction.test_time import Costs, averages, confidence
+
+CASCADE_COLUMNS = (
+    *("threshold", "battles", "sequences", "tokens", "all_tokens"),
+    *("log_loss", "accuracy", "difference", "low", "high"),
+)
+
+
+THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
+"""Of the cascade's curve; the likeliest of three verdicts has a third at least."""
+
+
+def _cascade(
+    test_logits: Path, battles: Path, solution: Path, average: Literal["logits", "probabilities"]
+) -> list[Figures] | None:
+    """The :func:`cascade_curve` of a file of `score_test`; None where it says nothing of costs."""
+    logits, scored = read_logits(test_logits)
+    about = _settings(ids_path(test_logits))
+    lengths, orders = (about.get(name, ()) for name in ("max_lengths", "orders"))
+    costs = Costs.read(scored, lengths)
+    if costs is None:
+        return None
+    solved, text = read_solution(solution), read_parquet(battles, ["id", "source", "prompt"])
+    text = text.filter(pc.equal(text["source"].cast(pa.string()), "test"))
+    ids = solved["id"].combine_chunks()
+    rows = locate(ids, scored["id"].combine_chunks(), str(ids_path(test_logits)))
+    prompts = prompt_groups(text)[locate(ids, text["id"].combine_chunks(), str(battles))]
+    votes = solved["label"].to_numpy().astype(np.int64)
+    fixed = (about.get("cascade") or {}).get("threshold")
+
+    def predict(scores: np.ndarray) -> np.ndarray:
+        *_, everything = averages(scores, lengths, orders, average).values()
+        return everything
+
+    return cascade_curve(logits[rows], lengths, predict, costs.take(rows), votes, prompts, fixed)
+
+
+def cascade_curve(
+    logits: np.ndarray,
+    lengths: Sequence[int],
+    predict: Callable[[np.ndarray], np.ndarray],
+    costs: Costs,
+    votes: np.ndarray,
+    groups: np.ndarray,
+    threshold: float | None = None,
+) -> list[Figures] | None:
+    """What a cascade takes, and what it costs in log loss, at each of `THRESHOLDS` that changes it.
+
+    Every point has the shares of `battles` that are scored at the longer lengths, of the `sequences`
+    and the `tokens` that all battles have there, and of the tokens of all lengths (`all_tokens`); the
+    scores of the prediction; and `versus_all`, the paired difference from scoring everything.
+
+    Args:
+        logits: float32 (rows, lengths, orders, 3), in the canonical frame.
+        predict: logits → float64 (rows, 3), each row by itself.
+        votes, groups: int64 (rows,), the battles' votes and prompts.
+        threshold: of the cascade that the logits were scored with. What everything would score is
+            not known then: there is one point, that of this cascade, and its `versus_all` is None.
+
+    Returns:
+        None where no battle has more to show at a longer length.
+    """
+    short = int(np.argmin(lengths))
+    longer = np.arange(len(lengths)) != short
+    if not costs.sequences[:, longer].any():
+        return None
+    everything, brief = predict(logits), predict(np.repeat(logits[:, [short]], len(lengths), 1))
+    reference = losses(everything, votes)
+    sure, more = confidence(logits[:, short]), costs.sequences[:, longer].any(axis=1)
+    sequences, tokens = (c[:, longer].sum(axis=1) for c in (costs.sequences, costs.tokens))
+    always = costs.tokens[:, short].sum()
+    # A threshold above which no further battle goes on says nothing new.
+    told = {int((more & (sure < p)).sum()): p for p in reversed(THRESHOLDS)}
+    points = []
+    for p in sorted(told.values()) if threshold is None else [threshold]:
+        goes_on = more & (sure < p)
+        probabilities = np.where(goes_on[:, None], everything, brief)
+        points.append(
+            {
+                "threshold": p,
+                "battles": float(goes_on.mean()),
+                "sequences": float(sequences[goes_on].sum() / sequences.sum()),
+                "tokens": float(tokens[goes_on].sum() / tokens.sum()),
+                "all_tokens": float((always + tokens[goes_on].sum()) / costs.tokens.sum()),
+                **scores(probabilities, votes),
+                "versus_all": paired_difference(losses(probabilities, votes), reference, groups)
+                if threshold is None
+                else None,
+            }
+        )
+    return points
+
+
+def _settings(path: Path) -> Figures:
+    return dict(read_provenance(path).get("settings", {}))
+
+
+def cascade_records(metrics: Figures) -> list[Figures]:
+    """One record per point of the cascade's curve."""
+    points = (metrics["test"] or {}).get("cascade") or []
+    flat = [point | (point["versus_all"] or {}) for point in points]
+    return [{column: point.get(column) for column in CASCADE_COLUMNS} for point in flat]

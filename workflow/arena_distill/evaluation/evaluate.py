@@ -1,0 +1,350 @@
+"""Every figure of a run: judges, yardsticks on the same rows, test variants, quantisation.
+
+Log loss is in nats, the mean over battles of -log p(vote); lower is better. A figure means little
+alone, so every judge stands between three yardsticks scored on the very rows it is scored on:
+
+- `class_prior`: the shares of the votes among the rows that train a fold;
+- `length`: a logistic regression on how much longer one answer is than the other;
+- `bayes`: the true vote probabilities, known for synthetic battles only: nobody does better, but
+  for luck. There each judge is also compared with the truth itself.
+
+Beside its scores stand a judge's calibration, as it is and as temperature and vector scaling would
+mend it, and its position bias. How figures are computed is in ``metrics``.
+
+What is fitted is fitted on the rows that train a fold and scored on those that validate it. Files
+are joined by key: a row that is missing, or there twice, ends the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import fold_settings
+from arena_distill.battles.reading import read_solution
+from arena_distill.battles.style_features import LENGTHS
+from arena_distill.config.phases import EvaluationSettings
+from arena_distill.errors import InputError
+from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
+from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
+from arena_distill.evaluation.out_of_fold import Run, _fold
+from arena_distill.files.artifacts import (
+    provenance,
+    read_json,
+    read_parquet,
+    write_json,
+    write_text,
+)
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import ids_path
+from arena_distill.metrics import (
+    Figures,
+    calibration_scores,
+    class_reliability,
+    gap_closed,
+    losses,
+    paired_difference,
+    position_bias,
+    reliability,
+    scores,
+    softmax,
+    truth_scores,
+)
+from arena_distill.prediction.calibration import METHODS, cross_fit, fit
+from arena_distill.prediction.submission import WINNERS
+from arena_distill.scoring.logits import read_out_of_fold
+from arena_distill.verdicts import ORDERS
+
+JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
+VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
+
+
+def evaluate(
+    folds: Path,
+    battles: Path,
+    logits: Mapping[str, Sequence[Path]],
+    output: Path,
+    tables: Path,
+    *,
+    settings: EvaluationSettings,
+    rejected: Path | None = None,
+    predictions: Path | None = None,
+    solution: Path | None = None,
+    drift: Path | None = None,
+    truth: Path | None = None,
+    audit: Path | None = None,
+    test_logits: Path | None = None,
+) -> None:
+    """Compute every figure of a run → `metrics.json`, and `judges`, `variants` and `cascade.csv`.
+
+    Args:
+        folds: `folds.parquet`.
+        battles: `battles.parquet`.
+        logits: judge → its files `fold_<k>.npy`, one per fold, in any order.
+        output: where `metrics.json` goes.
+        tables: folder of the flat tables.
+        rejected: `rejected.parquet`, to count the refused rows by reason.
+        predictions: the final judge's `test.parquet`, scored where `solution` is given.
+        solution: the test battles' votes.
+        drift: what quantising the final judge changed, as JSON.
+        truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
+            `p_model_b`, `p_tie`).
+        audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
+        test_logits: the submitted model's scores of the test battles, for the cascade's curve.
+
+    Raises:
+        InputError: a judge or fold has no logits, or a row is missing, there twice, or unknown.
+    """
+    run = Run.read(folds, battles)
+    votes = run.votes()
+    seen = {
+        name: read_out_of_fold(run.folds, logits.get(name, ()), name) for name in settings.judges
+    }
+    yardsticks = {
+        "class_prior": run.out_of_fold(class_prior),
+        "length": run.out_of_fold(length_regression),
+    }
+    if truth is not None:
+        yardsticks["bayes"] = true_probabilities(truth, run.keys())
+    parts = run.parts()
+    judges = {
+        name: {
+            "teachers": list(teachers),
+            **_judge(run, seen[name]),
+            **_calibrations(
+                seen[name], votes, parts, run.styles[run.validation], yardsticks.get("bayes")
+            ),
+        }
+        for name, teachers in settings.judges.items()
+    }
+    for name in settings.external:
+        judges[name]["external"] = True
+    for name in settings.flattered:
+        judges[name]["flattered"] = True
+    baselines: dict[str, Figures | None] = {
+        name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in yardsticks.items()
+    }
+    baselines.setdefault("bayes", None)
+    reference = losses(both_orders(seen[settings.final]), votes)
+    compared = [(judges[name], both_orders(logits)) for name, logits in seen.items()]
+    compared += [(baselines[name] or {}, p) for name, p in yardsticks.items()]
+    for figures, probabilities in compared:
+        loss = losses(probabilities, votes)
+        assert len(loss) == len(reference), "all are scored on the same battles"
+        figures["gap_closed"] = gap_closed(float(loss.mean()), baselines)
+        figures["versus_final"] = paired_difference(loss, reference, run.groups())
+    test = None
+    if predictions is not None and solution is not None:
+        test = _test(run, predictions, solution, truth)
+        test["cascade"] = None
+        if test_logits is not None:
+            average = _settings(predictions).get("average", "logits")
+            test["cascade"] = _cascade(test_logits, battles, solution, average)
+    prediction = None if predictions is None else _settings(predictions)
+    sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
+    metrics = {
+        "run": settings.run,
+        "rows": len(votes),
+        "battles": {count["values"]: count["counts"] for count in sources},
+        "rejected": _rejections(rejected),
+        "folding": fold_settings(run.folds),
+        "folds": [_fold(run, fold) for fold in run.fold_numbers()],
+        "baselines": baselines,
+        "judges": judges,
+        "final": _final(settings.final, test, drift, prediction),
+        "test": test,
+        "audit": None if audit is None else read_json(audit),
+        "provenance": {
+            "evaluation": provenance("evaluation", settings.model_dump(mode="json")),
+            "logits": {n: _settings(ids_path(paths[0])) for n, paths in logits.items()},
+            "prediction": prediction,
+        },
+    }
+    write_json(metrics, output)
+    write_text(_csv(judge_records(metrics), JUDGE_COLUMNS), tables / "judges.csv")
+    write_text(_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
+    write_text(_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
+    final = judges[settings.final]["oof"]
+    print(
+        f"{output}: {settings.final} {final['log_loss']:.4f} on {len(votes):,} battles out of fold"
+    )
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def _rejections(path: Path | None) -> list[Figures]:
+    """How many rows of each source were refused, by column and kind of reason."""
+    if path is None:
+        return []
+    table = read_parquet(path, ["source", "column", "reason"])
+    reason = table["reason"]
+    for pattern, kind in (
+        (r"^id .* is taken by .*", "id is taken by another row"),
+        (r"""^is ['"].*['"], (.*) expected""", r"is something else than \1"),
+        (r"(not a JSON list|not a battle): .*", r"\1"),
+    ):
+        reason = pc.replace_substring_regex(reason, f"(?s){pattern}", kind)
+    kinds = pa.table({"source": table["source"], "column": table["column"], "reason": reason})
+    counts = kinds.append_column("rows", pa.array(np.ones(len(kinds), np.int64)))
+    by = kinds.column_names
+    counted = counts.group_by(by, use_threads=False).aggregate([("rows", "sum")])
+    return counted.rename_columns([*by, "rows"]).to_pylist()
+
+
+# --- one judge ------------------------------------------------------------------------------------
+
+
+def _judge(run: Run, logits: np.ndarray) -> Figures:
+    """The figures of one judge: the mean of both orders' logits, and each order alone."""
+    votes = run.votes()
+    probabilities = both_orders(logits)
+    position = position_bias(logits, votes)
+    return {
+        "folds": run.by_fold(probabilities),
+        "oof": scores(probabilities, votes) | calibration_scores(probabilities, votes),
+        "orders": {order: scores(softmax(logits[:, i]), votes) for i, order in enumerate(ORDERS)},
+        "order_flip_rate": position["flip_rate"],
+        "position": position,
+        "reliability": reliability(probabilities, votes),
+        "class_reliability": class_reliability(probabilities, votes),
+    }
+
+
+def _calibrations(
+    logits: np.ndarray,
+    votes: np.ndarray,
+    parts: np.ndarray,
+    styles: np.ndarray,
+    truth: np.ndarray | None,
+) -> Figures:
+    """What calibrating a judge would give, cross-fitted; and how far from the truth it is then."""
+    mean = logits.mean(axis=1, dtype=np.float64)
+    figures = {}
+    seen = {"raw": both_orders(logits)}
+    for method in METHODS:
+        seen[method] = p = softmax(cross_fit(method, mean, votes, parts, styles))
+        figures[method] = {
+            "parameters": fit(method, mean, votes, styles).parameters,
+            **scores(p, votes),
+            **calibration_scores(p, votes),
+            "reliability": reliability(p, votes),
+            "class_reliability": class_reliability(p, votes),
+        }
+    if truth is None:
+        return {"calibration": figures, "truth": None}
+    distances = {name: truth_scores(truth, p, votes) for name, p in seen.items()}
+    return {"calibration": figures, "truth": distances}
+
+
+def both_orders(logits: np.ndarray) -> np.ndarray:
+    """Probabilities by the mean of both orders' logits (rows, orders, 3): float64 (rows, 3)."""
+    return softmax(logits.mean(axis=1, dtype=np.float64))
+
+
+# --- test battles and quantisation ----------------------------------------------------------------
+
+
+def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Figures:
+    """Scores of every variant on the test battles with a known vote, and of the yardsticks."""
+    solved = read_solution(solution)
+    votes = solved["label"].to_numpy().astype(np.int64)
+    ids = solved["id"].combine_chunks()
+    table = read_parquet(predictions, ["id", "model", "variant", *WINNERS, "submitted"])
+    models: dict[str, dict[str, Figures]] = {}
+    submitted = {}
+    views = table.group_by(["model", "variant", "submitted"], use_threads=False).aggregate([])
+    for view in views.to_pylist():
+        model, variant = view["model"], view["variant"]
+        part = table.filter((pc.field("model") == model) & (pc.field("variant") == variant))
+        rows = locate(ids, part["id"].combine_chunks(), f"{predictions}, {model} {variant}")
+        probabilities = np.column_stack([part[name].to_numpy() for name in WINNERS])
+        models.setdefault(model, {})[variant] = scores(probabilities[rows], votes)
+        if view["submitted"]:
+            submitted = {"model": model, "variant": variant}
+    keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
+    lengths = run.styles_of(keys)[:, :LENGTHS]
+    everything = run.voted()
+    baselines = {
+        "class_prior": scores(class_prior(*everything, lengths), votes),
+        "length": scores(length_regression(*everything, lengths), votes),
+        "bayes": None if truth is None else scores(true_probabilities(truth, keys), votes),
+    }
+    if not submitted:
+        raise InputError(f"{predictions}: no variant is marked as submitted")
+    best = models[submitted["model"]][submitted["variant"]]
+    return {
+        "rows": len(votes),
+        "submitted": submitted,
+        "baselines": baselines,
+        "models": models,
+        "gap_closed": gap_closed(best["log_loss"], baselines),
+    }
+
+
+def _final(
+    judge: str, test: Figures | None, drift: Path | None, prediction: Figures | None
+) -> Figures:
+    """The final judge: the submitted model's variants, their calibration, what quantising changed."""
+    submitted = test["submitted"] if test else None
+    variants = test["models"][submitted["model"]] if test and submitted else {}
+    return {
+        "judge": judge,
+        "submitted": submitted,
+        "variants": variants,
+        "calibration": prediction.get("calibration") if prediction else None,
+        "gptq": _gptq(test, drift),
+    }
+
+
+def _gptq(test: Figures | None, drift: Path | None) -> Figures | None:
+    if drift is None:
+        return None
+    figures = read_json(drift)
+    names = ("kl", "flip_rate", "bytes", "bytes_before")
+    absent = [name for name in names if name not in figures]
+    if absent:
+        raise InputError(f"{drift}: no {', '.join(absent)}; delete it and run the workflow again")
+    change = None
+    if test and {"gptq", "merged"} <= set(test["models"]):
+        variant = test["submitted"]["variant"]
+        after, before = (test["models"][m][variant]["log_loss"] for m in ("gptq", "merged"))
+        change = after - before
+    return {**figures, "log_loss_change": change}
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def judge_records(metrics: Figures) -> list[Figures]:
+    """One record per judge or baseline and fold, and one (`fold` "all") over all folds' rows."""
+    records = []
+    baselines = {n: (f, f) for n, f in metrics["baselines"].items() if f}
+    judges = {n: (f, f["oof"]) for n, f in metrics["judges"].items()}
+    for kind, group in (("judge", judges), ("baseline", baselines)):
+        for name, (figures, overall) in group.items():
+            for part in (*figures["folds"], {"fold": "all", **overall}):
+                record = {"name": name, "kind": kind, **part}
+                records.append({column: record[column] for column in JUDGE_COLUMNS})
+    return records
+
+
+def variant_records(metrics: Figures) -> list[Figures]:
+    """One record per model and variant scored on the test battles."""
+    test = metrics["test"] or {"models": {}, "submitted": None}
+    return [
+        {"model": model, "variant": variant, **figures}
+        | {"submitted": test["submitted"] == {"model": model, "variant": variant}}
+        for model, variants in test["models"].items()
+        for variant, figures in variants.items()
+    ]
+
+
+def _csv(records: Sequence[Figures], columns: Sequence[str]) -> str:
+    import pandas as pd
+
+    return pd.DataFrame(records, columns=list(columns)).to_csv(index=False, lineterminator="\n")

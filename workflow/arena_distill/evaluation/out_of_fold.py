@@ -1,0 +1,126 @@
+"""A run as evaluation reads it: battles, votes and out-of-fold logits, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from arena_distill.battles.folds import (
+    dropped_extra,
+    shared_prompts,
+    training_rows,
+    validation_rows,
+)
+from arena_distill.battles.style_features import LENGTHS, style_features
+from arena_distill.evaluation.baselines import Yardstick
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.metrics import Figures, scores
+from arena_distill.prediction.calibration import parts_of
+from arena_distill.scoring.logits import read_out_of_fold
+from arena_distill.verdicts import CLASSES, NO_VOTE
+
+
+@dataclass(frozen=True)
+class Run:
+    """The battles of a run, and which of them validate.
+
+    folds: `folds.parquet`.
+    battles: `battles.parquet` without its prompts.
+    styles: float64 (rows of `folds`, 8), :func:`style_features`.
+    validation: positions in `folds` of the out-of-fold rows: what every score is computed on.
+    """
+
+    folds: pa.Table
+    battles: pa.Table
+    styles: np.ndarray
+    validation: np.ndarray
+
+    @classmethod
+    def read(cls, folds_path: Path, battles_path: Path) -> Run:
+        folds = read_parquet(folds_path)
+        battles = read_parquet(battles_path, ["id", "source", "response_a", "response_b"])
+        keys = key(folds)
+        locate(keys, keys, str(folds_path))  # no row is there twice
+        rows = locate(keys, key(battles), str(battles_path))
+        validation = np.flatnonzero(folds["fold"].to_numpy() >= 0)
+        styles = style_features(battles.take(pa.array(rows)))
+        return cls(folds, battles, styles, validation)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """What the length baseline sees of the rows of `folds`: float64 (rows, 4)."""
+        return self.styles[:, :LENGTHS]
+
+    def of_folds(self, n: int) -> Run:
+        """The same run, of whose battles only those of the first folds are scored."""
+        fold = self.folds["fold"].to_numpy()
+        return replace(self, validation=np.flatnonzero((fold >= 0) & (fold < n)))
+
+    def judge_logits(self, judge: str, paths: Sequence[Path]) -> np.ndarray:
+        """A judge's out-of-fold logits: float32 (out-of-fold rows, orders, 3)."""
+        scored = self.folds.take(pa.array(self.validation))
+        return read_out_of_fold(scored, paths, judge)
+
+    def styles_of(self, keys: pa.Array) -> np.ndarray:
+        """Features of any battles of the run: float64 (rows, 8), :func:`style_features`."""
+        rows = locate(keys, key(self.battles), "battles")
+        return style_features(self.battles.take(pa.array(rows)))
+
+    def keys(self) -> pa.Array:
+        """Keys of the out-of-fold rows."""
+        return key(self.folds.select(["id", "source"]).take(pa.array(self.validation)))
+
+    def fold_numbers(self) -> list[int]:
+        return np.unique(self.folds["fold"].to_numpy()[self.validation]).tolist()
+
+    def votes(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Votes of the given rows of `folds`, by default of the out-of-fold rows: int64."""
+        labels = self.folds["label"].to_numpy().astype(np.int64)
+        return labels[self.validation if rows is None else rows]
+
+    def voted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows that have a vote: their `lengths`, and the votes, int64."""
+        rows = np.flatnonzero(self.folds["label"].to_numpy() != NO_VOTE)
+        return self.lengths[rows], self.votes(rows)
+
+    def groups(self) -> np.ndarray:
+        """Prompts of the out-of-fold rows, as numbers: int64."""
+        return self.folds["group"].to_numpy()[self.validation]
+
+    def parts(self) -> np.ndarray:
+        """Parts of the out-of-fold rows for cross-fitting (``calibration.parts_of``): int64."""
+        parts = np.full(len(self.folds), -1)
+        parts[self.folds["fold"].to_numpy() >= 0] = parts_of(self.folds)
+        return parts[self.validation]
+
+    def out_of_fold(self, yardstick: Yardstick) -> np.ndarray:
+        """Probabilities of the out-of-fold rows, each from the rows that train its fold."""
+        probabilities = np.empty((len(self.folds), len(CLASSES)))
+        for fold in self.fold_numbers():
+            training, rows = training_rows(self.folds, fold), validation_rows(self.folds, fold)
+            seen = self.lengths[training], self.votes(training)
+            probabilities[rows] = yardstick(*seen, self.lengths[rows])
+        return probabilities[self.validation]
+
+    def by_fold(self, probabilities: np.ndarray) -> list[Figures]:
+        """Scores per fold of the out-of-fold rows' probabilities."""
+        fold, votes = self.folds["fold"].to_numpy()[self.validation], self.votes()
+        return [
+            {"fold": k, **scores(probabilities[fold == k], votes[fold == k])}
+            for k in self.fold_numbers()
+        ]
+
+
+def _fold(run: Run, fold: int) -> Figures:
+    return {
+        "fold": fold,
+        "training_rows": len(training_rows(run.folds, fold)),
+        "validation_rows": len(validation_rows(run.folds, fold)),
+        "dropped_extra": dropped_extra(run.folds, fold),
+        "shared_prompts": shared_prompts(run.folds, fold),
+    }

@@ -1,0 +1,116 @@
+"""The result table on the terminal: what `metrics.json` says, in eighty columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from arena_distill.evaluation.evaluate import variant_records
+from arena_distill.metrics import Figures
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def print_table(metrics: Figures, console: Console | None = None) -> None:
+    """Print the results of `metrics.json`: judges and baselines, test variants, quantisation."""
+    from rich.console import Console
+
+    console = console or Console()
+    final, test = metrics["final"], metrics["test"]
+    console.print(
+        f"\n[bold]{metrics['run']}[/bold]: log loss by fold and over all, "
+        f"{metrics['rows']:,} battles out of fold (lower is better)\n"
+    )
+    console.print(_judges_table(metrics))
+    legend = "* final judge"
+    if metrics["baselines"]["bayes"]:
+        legend += "; gap: the way from the class prior (0%) to Bayes (100%)"
+    console.print(legend, style="dim")
+    flattered = [name for name, judge in metrics["judges"].items() if judge.get("flattered")]
+    if flattered:
+        console.print(
+            f"flattered out of fold: {', '.join(flattered)}, whose teachers have learned from these "
+            "votes (the test battles are free of that)",
+            style="dim",
+        )
+    if test:
+        console.print(
+            f"\n[bold]{final['judge']}[/bold]: log loss (accuracy) on {test['rows']:,} "
+            "test battles\n"
+        )
+        console.print(_variants_table(metrics))
+        console.print("* submitted", style="dim")
+    if final["gptq"]:
+        console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
+
+
+def describe_drift(gptq: Figures) -> str:
+    """One line: size before and after, drift, and the change in log loss where it is known."""
+    before, after = gptq["bytes_before"], gptq["bytes"]
+    line = (
+        f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB ({before / after:.1f}× smaller), "
+        f"KL {gptq['kl']:.1e} nats, {gptq['flip_rate']:.2%} of verdicts change"
+    )
+    change = gptq["log_loss_change"]
+    return line if change is None else f"{line}, test log loss {change:+.5f}"
+
+
+def _judges_table(metrics: Figures) -> Table:
+    folds = [str(fold["fold"]) for fold in metrics["folds"]]
+    table = _table(["judge", "taught by"], [*folds, "all", "acc.", "ECE", "gap"])
+    final = metrics["final"]["judge"]
+    rows = [(name, "–", f, f) for name, f in metrics["baselines"].items() if f]
+    for name, figures in metrics["judges"].items():
+        teachers = figures["teachers"]
+        learned = "external" if figures.get("external") else "votes"
+        taught_by = f"{len(teachers)} judges" if len(teachers) > 1 else (*teachers, learned)[0]
+        rows.append((name, taught_by, figures, figures["oof"]))
+    for name, teachers, figures, overall in rows:
+        closed = figures["gap_closed"]
+        judged = figures is not overall
+        chosen = judged and name == final
+        table.add_row(
+            f"{name} *" if chosen else name,
+            teachers,
+            *(f"{part['log_loss']:.3f}" for part in figures["folds"]),
+            f"{overall['log_loss']:.4f}",
+            f"{overall['accuracy']:.1%}",
+            f"{overall['ece']:.3f}" if "ece" in overall else "–",
+            "–" if closed is None else f"{closed:.0%}",
+            style="bold" if chosen else None if judged else "dim",
+        )
+    return table
+
+
+def _variants_table(metrics: Figures) -> Table:
+    test = metrics["test"]
+    table = _table(["lengths/orders"], list(test["models"]))
+    for name, figures in test["baselines"].items():
+        if figures:
+            table.add_row(name, *[_cell(figures)] * len(test["models"]), style="dim")
+    for variant in dict.fromkeys(record["variant"] for record in variant_records(metrics)):
+        cells = []
+        for model, variants in test["models"].items():
+            submitted = test["submitted"] == {"model": model, "variant": variant}
+            cell = _cell(variants[variant])
+            cells.append(f"[bold]* {cell}[/bold]" if submitted else cell)
+        table.add_row(variant, *cells)
+    return table
+
+
+def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table, lean enough for five folds in a terminal of 80 columns."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
+    for i, name in enumerate(names):
+        table.add_column(name, no_wrap=i == 0, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _cell(figures: Figures) -> str:
+    return f"{figures['log_loss']:.4f} ({figures['accuracy']:.1%})"

@@ -1,0 +1,213 @@
+"""Files between phases: written beside and renamed, with their origin inside, never pickled.
+
+A reader of this module either returns what was written, whole, or raises an `InputError` that
+names the file: no phase ever works on half a file that an interrupted job left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from arena_distill.errors import InputError
+
+StrPath = str | os.PathLike[str]
+
+LIBRARIES = (
+    *("torch", "transformers", "peft", "numpy", "pyarrow", "scikit-learn", "gptqmodel", "rensa"),
+)
+
+_PROVENANCE = b"arena_distill"
+_DIGEST = b"arena_distill.npy_sha256"
+_REBUILD = "delete it and run the workflow again: it will be rebuilt"
+
+
+def provenance(phase: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What made an artifact: its phase, the settings it was given, the versions it ran with.
+
+    `settings` holds JSON values only. There is no time stamp, so that the same seed gives the
+    same bytes. Libraries that are not installed are left out; none is imported.
+    """
+    versions = {"python": platform.python_version(), "arena_distill": _own_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"phase": phase, "settings": dict(settings), "versions": versions}
+
+
+def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any]) -> None:
+    """Write `table` to `path` with its provenance in the schema's metadata.
+
+    Other metadata of the table is kept. Pages carry checksums, which `read_parquet` verifies.
+    """
+    origin = {_PROVENANCE: _dumps(provenance).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **origin})
+    with _replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a file of `write_parquet`: all of it, or `columns` in the order asked for.
+
+    Raises:
+        InputError: the file is missing, damaged or no parquet file, or lacks a column.
+    """
+    path = Path(path)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            present = file.schema_arrow.names
+            absent = [name for name in columns or () if name not in present]
+            if absent:
+                raise InputError(
+                    f"{path}: no column {', '.join(absent)}; the file has {', '.join(present)}; "
+                    f"{_REBUILD}"
+                )
+            table = file.read(columns=None if columns is None else list(columns))
+            return table if columns is None else table.select(list(columns))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a whole parquet file ({error}); {_REBUILD}") from error
+
+
+def read_provenance(path: StrPath) -> dict[str, Any]:
+    """Return the provenance inside a parquet file; raises `InputError` where it has none."""
+    try:
+        origin = (pq.read_schema(path).metadata or {})[_PROVENANCE]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        raise InputError(f"{path}: not written by Arena Distill ({error}); {_REBUILD}") from error
+    return dict(json.loads(origin))
+
+
+def file_sha256(path: StrPath) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(obj: Any, path: StrPath) -> None:
+    """Write `obj` as JSON, keys in their order; NaN and infinity raise ValueError."""
+    write_text(_dumps(obj, indent=2) + "\n", path)
+
+
+def read_json(path: StrPath) -> Any:
+    """Read a JSON file; raises `InputError` where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a JSON file ({error}); {_REBUILD}") from error
+
+
+def write_text(text: str, path: StrPath) -> None:
+    """Write `text` as UTF-8."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+@contextmanager
+def atomic_directory(path: StrPath) -> Iterator[Path]:
+    """Yield an empty directory that becomes `path` if the block succeeds, else is removed.
+
+    A directory already at `path` stays as it is until then, and is replaced as a whole.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        with full_disk_told(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if path.exists():
+                # A directory cannot be renamed onto a full one: step the old one aside first.
+                old = _beside(path)
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def full_disk_told(path: StrPath) -> Iterator[None]:
+    """Say of what is written below `path` that the disk was full, whichever library met it.
+
+    Raises:
+        InputError: no space was left.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch.save raise errors of their own, torch.save without a reason.
+        signs = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(sign in str(error) for sign in signs):
+            raise InputError(
+                f"{path}: no space left on its disk: free some and run again; what was finished is kept"
+            ) from error
+        raise
+
+
+@contextmanager
+def _replacing(path: StrPath) -> Iterator[Path]:
+    """Yield a name beside `path`; what is written there becomes `path` if the block succeeds."""
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        with full_disk_told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    # tempfile would make it private to its owner; results are often shared within a group.
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _dumps(obj: Any, indent: int | None = None) -> str:
+    return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _own_version() -> str:
+    import arena_distill
+
+    version = getattr(arena_distill, "__version__", None)
+    if version is None:
+        try:
+            version = metadata.version("arena-distill")
+        except metadata.PackageNotFoundError:
+            version = "unknown"
+    return str(version)

@@ -1,0 +1,159 @@
+"""Logits as files: `.npy` beside the ids of its rows, and the hidden states that students ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import (
+    _DIGEST,
+    _REBUILD,
+    StrPath,
+    _dumps,
+    _replacing,
+    atomic_directory,
+    file_sha256,
+    read_parquet,
+    write_parquet,
+)
+
+_STATES = b"arena_distill.states_sha256"
+
+
+def ids_path(path: StrPath) -> Path:
+    """Return where the ids of a logits file lie: ``fold_0.npy`` → ``fold_0.ids.parquet``."""
+    return Path(path).with_suffix(".ids.parquet")
+
+
+def states_path(path: StrPath) -> Path:
+    """Return where the states of a logits file's rows lie: ``fold_0.npy`` → ``fold_0.states``."""
+    return Path(path).with_suffix(".states")
+
+
+def write_logits(
+    path: StrPath,
+    logits: np.ndarray,
+    ids: pa.Table,
+    provenance: Mapping[str, Any],
+    states: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write logits as ``.npy`` and, beside it, the ids of their rows.
+
+    Args:
+        path: ends in ``.npy``.
+        logits: float32 (rows, orders, 3), further axes between the first and the last allowed.
+        ids: one row per row of `logits`, in the same order.
+        provenance: goes into the ids' file.
+        states: float16 (rows, views, width) by name, a file each in the folder `states_path(path)`
+            (see ``states``); None writes no folder.
+
+    The ids are written before the logits and carry the digests of the other files: whatever
+    interrupts the renames, files that do not belong together are never read.
+
+    Raises:
+        ValueError: shape, dtype or row counts are wrong, or a number is not finite.
+    """
+    path = Path(path)
+    if path.suffix != ".npy":
+        raise ValueError(f"logits are written as .npy, got {path}")
+    if fault := _logits_fault(logits, ids.num_rows):
+        raise ValueError(f"{path}: {fault}")
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(logits), allow_pickle=False)
+    content = buffer.getvalue()
+    digests = {_DIGEST: hashlib.sha256(content).hexdigest().encode()}
+    if states is not None:
+        digests[_STATES] = _dumps(_write_states(states_path(path), states, ids.num_rows)).encode()
+    ids = ids.replace_schema_metadata({**(ids.schema.metadata or {}), **digests})
+    write_parquet(ids, ids_path(path), provenance)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_logits(path: StrPath) -> tuple[np.ndarray, pa.Table]:
+    """Read a pair of files of `write_logits`.
+
+    Returns:
+        logits: float32 (rows, orders, 3).
+        ids: table of as many rows.
+
+    Raises:
+        InputError: one of the files is missing, damaged, or does not belong to the other.
+    """
+    path = Path(path)
+    ids = read_parquet(ids_path(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    digest = (ids.schema.metadata or {}).get(_DIGEST)
+    if digest != hashlib.sha256(content).hexdigest().encode():
+        raise InputError(f"{path}: damaged, or not the logits of {ids_path(path)}; {_REBUILD}")
+    try:
+        logits = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a .npy file of numbers ({error}); {_REBUILD}") from error
+    if fault := _logits_fault(logits, ids.num_rows):
+        raise InputError(f"{path}: {fault}; {_REBUILD}")
+    return logits, ids
+
+
+def read_states(path: StrPath, name: str) -> np.ndarray:
+    """Read states that `write_logits` wrote with the logits at `path`.
+
+    Returns:
+        float16 (rows, views, width), rows as in the logits' ids.
+
+    Raises:
+        InputError: the file is missing, damaged, or not of these logits.
+    """
+    file = states_path(path) / f"{name}.npy"
+    ids = ids_path(path)
+    try:
+        digest = file_sha256(file)
+        states: np.ndarray = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); {_REBUILD}") from error
+    written = (read_parquet(ids).schema.metadata or {}).get(_STATES, b"{}")
+    if json.loads(written).get(name) != digest:
+        raise InputError(f"{file}: damaged, or not of the rows of {ids}; {_REBUILD}")
+    return states
+
+
+def _logits_fault(logits: np.ndarray, rows: int) -> str | None:
+    """Say what keeps `logits` from being the float32 logits of `rows` battles, if anything."""
+    if logits.dtype != np.float32:
+        return f"logits are {logits.dtype}, float32 expected"
+    if logits.ndim < 3 or logits.shape[-1] != 3:
+        return f"logits have shape {logits.shape}, (rows, orders, 3) expected"
+    if logits.shape[0] != rows:
+        return f"{logits.shape[0]} rows of logits for {rows} ids"
+    if not np.isfinite(logits).all():
+        bad = np.flatnonzero(~np.isfinite(logits).reshape(rows, -1).all(axis=1))
+        return f"{len(bad)} rows of logits are not finite, the first at position {bad[0]}"
+    return None
+
+
+def _write_states(folder: Path, states: Mapping[str, np.ndarray], rows: int) -> dict[str, str]:
+    """Write a file per name; their digests."""
+    for name, values in states.items():
+        if values.dtype != np.float16 or values.ndim != 3 or len(values) != rows:
+            raise ValueError(
+                f"{folder}: {name} is {values.dtype} {values.shape}, float16 ({rows}, views, width) "
+                "expected"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{folder}: {name} is not finite")
+    with atomic_directory(folder) as temporary:
+        files = {name: temporary / f"{name}.npy" for name in states}
+        for name, file in files.items():
+            np.save(file, np.ascontiguousarray(states[name]), allow_pickle=False)
+        return {name: file_sha256(file) for name, file in files.items()}

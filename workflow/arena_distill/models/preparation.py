@@ -1,0 +1,110 @@
+"""Make an ordinary Hugging Face folder of a hub model, a GGUF file or the first layers of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arena_distill.config.judge import TINY, Backbone
+from arena_distill.encoding.tokenization import load_tokenizer
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import atomic_directory, provenance, write_json
+from arena_distill.files.hub import brief, download
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def prepare_backbone(
+    backbone: Backbone, output: Path, *, source: Path | None = None, version: int
+) -> None:
+    """Make the ordinary folder of a backbone that is not one yet.
+
+    Args:
+        source: of a part of a model on the hub, the folder of that model.
+
+    Raises:
+        InputError: the source is missing or no model, or has fewer layers than asked for.
+    """
+    settings = {"version": version} | backbone.model_dump(exclude_none=True)
+    with atomic_directory(output) as folder:
+        if backbone == backbone.download():
+            settings["commit"] = _download(backbone, folder)
+        elif backbone.hub and source is None:
+            raise InputError(
+                f"{backbone.stem()}: download {backbone.hub} first, and give its folder"
+            )
+        else:
+            source = source or Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
+            if not source.exists():
+                raise InputError(f"{source}: no such backbone (config: judges.*.backbone)")
+            try:
+                _rebuild(backbone, source, folder)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InputError(f"{source}: cannot be made a backbone: {brief(error)}") from error
+        write_json(provenance("backbone", settings), folder / "provenance.json")
+    print(f"{output}: {backbone.stem()} is ready")
+
+
+def _download(backbone: Backbone, folder: Path) -> str:
+    """Download a backbone; the commit that it is."""
+    assert backbone.hub and backbone.revision
+    # Weights as safetensors only: nothing that is unpickled ever reaches the disk.
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    advice = "download it elsewhere and set backbone.path"
+    return download(backbone.hub, backbone.revision, folder, patterns=patterns, advice=advice)
+
+
+def keep_layers(config: PretrainedConfig, layers: int) -> None:
+    """Let a model's configuration have its first layers alone (or more of the same kinds)."""
+    config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = (kinds * layers)[:layers]
+
+
+def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
+    """Convert from GGUF, cut to the first layers, fit another tokenizer: load, change, save."""
+    import torch
+    from transformers import AutoConfig, AutoModel, logging
+
+    logging.set_verbosity_error()
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": source.parent if backbone.gguf else source
+    }
+    if backbone.gguf:
+        where["gguf_file"] = source.name
+    config = AutoConfig.from_pretrained(**where, local_files_only=True)
+    if backbone.layers:
+        if backbone.layers > config.num_hidden_layers:
+            raise InputError(
+                f"config: backbone.layers: {backbone.layers}, but {source} has only "
+                f"{config.num_hidden_layers}"
+            )
+        keep_layers(config, backbone.layers)
+    dtype = torch.float32 if backbone.gguf else "auto"
+    model = AutoModel.from_pretrained(**where, config=config, dtype=dtype, local_files_only=True)
+    if backbone.gguf:  # the weights are plain tensors now, whatever the file packed them as
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model = model.to(torch.bfloat16)
+    if backbone.tokenizer:
+        # AutoTokenizer goes by the model's type too, and may add tokens: load it as all will do.
+        load_tokenizer(Path(backbone.tokenizer)).save_pretrained(folder)
+        config.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        torch.nn.init.normal_(
+            model.get_input_embeddings().weight, std=getattr(config, "initializer_range", 0.02)
+        )
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, token, getattr(tokenizer, token))
+    elif backbone.gguf:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+    else:
+        tokenizer = load_tokenizer(source)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,69 @@
+"""Run a judge on encoded battles: one row of logits per battle and order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arena_distill.config.judge import State
+from arena_distill.encoding.batching import pad, token_batches
+from arena_distill.encoding.sequences import Sequences
+
+
+def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
+    """What a model says of every sequence.
+
+    Args:
+        model: a classifier whose `config.pad_token_id` stands in no sequence.
+        batch_tokens: tokens per forward pass, padding included.
+
+    Returns:
+        float32 (rows, outputs of its head).
+
+    Raises:
+        InputError: a sequence is longer than the model has positions for.
+    """
+    return score_batches(model, sequences, list(token_batches(sequences.lengths, batch_tokens)))
+
+
+def score_batches(
+    model: Any,
+    sequences: Sequences,
+    batches: Sequence[np.ndarray],
+    states: Mapping[State, np.ndarray] | None = None,
+) -> np.ndarray:
+    """As :func:`score`, for the rows of the batches alone; the others stay NaN.
+
+    Args:
+        states: arrays (rows, width) by name, filled with what a watched judge says beside logits.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    from arena_distill.models.loading import check_length
+
+    check_length(model, int(sequences.lengths.max(initial=0)))
+    model.eval()
+    weight = next(model.parameters())
+    scores = np.full((len(sequences), model.config.num_labels), np.nan, np.float32)
+    # A model in half precision has its head and adapters in float32: autocast lets them meet.
+    half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
+    with (
+        torch.no_grad(),  # inference_mode would leave FSDP buffers that training cannot write to
+        torch.autocast(weight.device.type, dtype=half, enabled=half is not None),
+        tqdm(total=sum(map(len, batches)), desc="scoring", unit="seq", mininterval=5) as progress,
+    ):
+        for rows in batches:
+            ids, mask = pad([sequences[row] for row in rows], model.config.pad_token_id)
+            outputs = model(
+                input_ids=torch.from_numpy(ids).to(weight.device),
+                attention_mask=torch.from_numpy(mask).to(weight.device),
+            )
+            scores[rows] = outputs.logits.float().cpu().numpy()
+            for name, room in (states or {}).items():
+                values = getattr(outputs, name).cpu()
+                room[rows, : values.shape[1]] = values.half().numpy()
+            progress.update(len(rows))
+    return scores

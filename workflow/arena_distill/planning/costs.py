@@ -1,0 +1,478 @@
+"""What a job costs: memory on its GPUs and on the host, disk, floating-point operations, time.
+
+A model of the jobs, not a measurement. What it counts exactly: parameters, and so weights, gradients and
+optimizer states; the battles of folds, once these are there. What it derives: operations, from the shapes
+of the matrices and the lengths of the sequences; memory beside the weights, from a traced step (``sizes``).
+What it assumes stands in the configuration's section ``plan``: above all one utilisation, which takes in
+padding, NF4's unpacking, communication and whatever else keeps a GPU from its peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arena_distill.config.judge import JOINT, Backbone, Judge, Lora, Optimization, Training
+from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.run import Config
+from arena_distill.encoding.batching import micro_batch_size
+from arena_distill.errors import InputError
+from arena_distill.planning.sizes import Sizes, alive, measure, read_config
+from arena_distill.planning.workload import Battles, Work
+from arena_distill.runs.graph import Planned
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes: a GPU, or a CPU core.
+
+    memory: bytes.
+    bf16, fp32: peak FLOP/s of dense matrix products, of those without TF32.
+    bandwidth: bytes per second of its memory.
+    source: where the figures are from.
+    """
+
+    name: str
+    memory: float
+    bf16: float
+    fp32: float
+    bandwidth: float
+    source: str
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100-80g", 80 * GIB, 312e12, 19.5e12, 2039e9, "NVIDIA A100 datasheet (SXM)"),
+        Device("a100-40g", 40 * GIB, 312e12, 19.5e12, 1555e9, "NVIDIA A100 datasheet (SXM)"),
+        Device("h100-80g", 80 * GIB, 989e12, 67e12, 3350e9, "NVIDIA H100 datasheet (SXM)"),
+        Device("h200", 140 * GIB, 989e12, 67e12, 4800e9, "NVIDIA H200 datasheet (SXM)"),
+        Device("l40s", 45 * GIB, 362e12, 91.6e12, 864e9, "NVIDIA L40S datasheet"),
+        Device(
+            "rtx-4090", 24 * GIB, 165e12, 82.6e12, 1008e9, "NVIDIA Ada architecture, appendix A"
+        ),
+    )
+}
+"""GPUs, with the memory that is left where error correction takes some."""
+
+CORE = Device("cpu-core", math.inf, 192e9, 192e9, 10e9, "two AVX-512 units at 3 GHz")
+"""One CPU core; its memory is the host's."""
+
+USABLE = 0.94
+"""Of a GPU's memory: the rest is the driver's, and lost between blocks of PyTorch's allocator."""
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight in NF4: four bits, a byte of scale per 64 weights, and four per 256 of those scales
+(double quantisation; Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
+
+PROCESS = 3 * GIB
+"""Host memory of a process that has imported PyTorch and holds a CUDA context."""
+
+# Rates of the host's phases, battles per second on one core, and weights that GPTQ packs per second.
+_READ, _TOKENIZED, _PACKED = 5_000.0, 1_900.0, 5e7
+_TEXT_BYTES = 4.0  # per token, as text, ids or both: files are compressed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job costs.
+
+    gpus: devices it holds; 0 is the CPU.
+    cores: CPU cores it holds.
+    flops: floating-point operations.
+    seconds: how long it runs.
+    memory: bytes at most on each of its devices, by what for; on the host where it has none.
+    host: bytes at most in the host's memory.
+    stored: bytes of its outputs.
+    fee: what an endpoint charges for its answers.
+    """
+
+    gpus: int = 0
+    cores: int = 1
+    flops: float = 0.0
+    seconds: float = 0.0
+    memory: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    stored: float = 0.0
+    fee: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+
+# --- jobs -------------------------------------------------------------------------------------------
+
+
+class Costs:
+    """What the jobs of a run cost.
+
+    Args:
+        config: with the judges of studies.
+        battles: of the run.
+        run: its folder.
+    """
+
+    def __init__(self, config: Config, battles: Battles, run: Path) -> None:
+        self.config = config
+        self.battles = battles
+        self.run = run
+        self._models: dict[str, Any] = {}
+        self._sizes: dict[str, Sizes] = {}
+        train, score = self._train, self._score_fold
+        self._by_rule: dict[str, Callable[[Planned, Judge, Device], Cost]] = {
+            "pretrain_adapter": train,
+            "train_teacher": train,
+            "distill_student": train,
+            "predict_logits": score,
+            "predict_logits_states": score,
+            "predict_shard": score,
+            "predict_shard_states": score,
+            "merge_folds": self._merge,
+            "quantize_model": self._quantize,
+            "score_test_merged": self._score_test,
+            "score_test_gptq": self._score_test,
+            "compare_soups": self._compare_soups,
+            "ask_judge": self._ask,
+        }
+
+    def of(self, job: Planned, *, judge: Judge | None = None, device: Device | None = None) -> Cost:
+        """What a job costs; with another judge, or on another kind of GPU, what it would cost.
+
+        Raises:
+            InputError: how big its backbone is cannot be told.
+        """
+        node = judge or self.config.judges.get(job.wildcards.get("judge", ""))
+        device = device or DEVICES[self.config.plan.accelerator]
+        if node is None or job.rule not in self._by_rule:
+            return self._host(job)
+        return self._by_rule[job.rule](job, node, device)
+
+    def sizes(self, judge: str) -> Sizes:
+        """How big a judge is."""
+        if judge not in self._sizes:
+            node = self.config.judges[judge]
+            self._sizes[judge] = measure(self.model_config(judge), node.head, node.lora)
+        return self._sizes[judge]
+
+    def model_config(self, judge: str) -> Any:
+        """The configuration of its backbone's model."""
+        if judge not in self._models:
+            prepared = self.run / "backbones" / self.config.backbone_name(judge)
+            self._models[judge] = read_config(self.config.backbone_of(judge), prepared)
+        return self._models[judge]
+
+    # What computes
+
+    def _train(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
+        how: Optimization
+        if job.rule == "pretrain_adapter":
+            assert judge.pretraining
+            how, battles = judge.pretraining, {"ut": float(self.battles.counts["ut"])}
+        else:
+            how = judge.training
+            battles = self.battles.training(name, int(job.wildcards["fold"]))
+        pointwise = judge.head.kind == "pointwise"
+        per_battle = 2 if pointwise else 1
+        shown = 2 if pointwise or how.swap else 1
+        work = self.battles.work(name, battles, shown) * how.epochs
+        gpus, micro = _asked(job, "gpu", 0), _asked(job, "micro_batch_size", 8)
+        again, fsdp = bool(_asked(job, "gradient_checkpointing", 0)), _asked(job, "fsdp", 0)
+        micro = micro_batch_size(max(1, how.batch_size // max(1, gpus)), micro)
+        learned = sizes.lora + sizes.head
+        memory = self._weights(sizes, judge, spread=gpus if fsdp else 1)
+        memory |= {
+            "adapter": 4.0 * learned,
+            "gradients": 4.0 * learned * (2 if gpus > 1 else 1),  # buckets that are exchanged
+            "optimizer": 8.0 * learned,
+            "activations": self._alive(
+                job, judge, work.longest, micro * per_battle, training=True, again=again
+            ),
+        }
+        flops = sizes.training_flops(work.tokens, work.squares, checkpointing=again)
+        if isinstance(how, Training) and how.fit_head:  # every process reads all features
+            once = work * (1 / how.epochs)
+            flops += max(1, gpus) * sizes.forward_flops(once.tokens, once.squares)
+        passes = work.sequences / (micro * per_battle) * (3 if again else 2)
+        seconds = self._seconds(job, judge, device, flops, passes, sum(memory.values()), gpus)
+        return self._computed(job, sizes, judge, memory, flops, seconds, stored=4.0 * learned)
+
+    def _score_fold(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        name = job.wildcards["judge"]
+        battles = self.battles.scored(name, int(job.wildcards["fold"]))
+        part = judge.logits.shards if "shard" in job.wildcards else 1
+        work = self.battles.work(name, battles, shown=2) * (1 / part)
+        sizes = self.sizes(name)
+        stored = sum(battles.values()) / part * 2 * 3 * 4.0
+        for state in LogitsSettings.of(self.config, name).states:
+            width = sizes.hidden if state == "features" else judge.encoding.max_length
+            stored += sum(battles.values()) / part * 2 * width * 2
+        return self._score(job, judge, device, work, stored)
+
+    def _score_test(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        prediction, test = self.config.prediction, {"test": float(self.battles.counts["test"])}
+        orders = 2 if judge.head.kind == "pointwise" else len(prediction.orders)
+        work = Work()
+        for length in prediction.max_lengths:
+            work += self.battles.work(job.wildcards["judge"], test, orders, length)
+        stored = test["test"] * len(prediction.max_lengths) * len(prediction.orders) * 3 * 4.0
+        return self._score(job, judge, device, work, stored, dense=True)
+
+    def _compare_soups(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        test = {"test": float(self.battles.counts["test"])}
+        soups = self.config.folds.n + 3
+        work = self.battles.work(job.wildcards["judge"], test, shown=2) * soups
+        return self._score(job, judge, device, work, 0.0, dense=True)
+
+    def _score(
+        self,
+        job: Planned,
+        judge: Judge,
+        device: Device,
+        work: Work,
+        stored: float,
+        *,
+        dense: bool = False,
+    ) -> Cost:
+        sizes, gpus = self.sizes(job.wildcards["judge"]), _asked(job, "gpu", 0)
+        together = max(1, _asked(job, "batch_tokens", 16384) // max(1, work.longest))
+        memory = self._merged(job, sizes, judge) if dense else self._weights(sizes, judge)
+        if not dense:
+            memory["adapter"] = 4.0 * (sizes.lora + sizes.head)
+        for part in ("weights", "adapter"):  # several GPUs share the layers
+            memory[part] = memory.get(part, 0.0) / max(1, gpus)
+        memory["activations"] = self._alive(job, judge, work.longest, together, training=False)
+        flops = sizes.forward_flops(work.tokens, work.squares, lora=not dense)
+        passes = work.sequences / together
+        # Layers follow each other: however many GPUs share them, one works at a time.
+        seconds = self._seconds(
+            job, judge, device, flops, passes, sum(memory.values()), min(1, gpus)
+        )
+        return self._computed(job, sizes, judge, memory, flops, seconds, stored=stored)
+
+    def _merge(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
+        size = _dense_bytes(judge)
+        written = size * (sizes.base + sizes.head)
+        largest = 3 * 4.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
+        # A fold's factors are multiplied out, one matrix after the other.
+        rank = judge.lora.r
+        flops = 2.0 * rank * sizes.linear * self.config.folds.n
+        if judge.merge.weights == "greedy":
+            soups = self.config.folds.n * (self.config.folds.n + 1) / 2
+            work = self.battles.work(name, self.battles.held_out(), shown=2) * soups
+            return self._score(job, judge, device, work, written, dense=True)
+        plan = self.config.plan
+        seconds = plan.startup + 2 * written / (plan.disk_gb_per_s * 1e9)
+        seconds += flops / (CORE.fp32 * plan.utilisation)
+        return Cost(
+            cores=job.threads,
+            flops=flops,
+            seconds=seconds,
+            memory={"weights": written, "adapters": 4.0 * sizes.lora * self.config.folds.n},
+            host=1.0 * GIB + written + largest + 4.0 * sizes.lora * self.config.folds.n,
+            stored=written,
+        )
+
+    def _quantize(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
+        assert judge.quantization
+        gpus, how = _asked(job, "gpu", 0), judge.quantization
+        rows = self.battles.work(name, {"train": float(how.samples)}, shown=1)
+        drift = self.battles.work(
+            name, {"train": float(how.validation_rows)}, 2 if judge.head.kind == "pointwise" else 1
+        )
+        # Blocks see the rows when they are recorded, once per group of layers, and once more after.
+        flops = 6 * sizes.forward_flops(rows.tokens, rows.squares, lora=False)
+        flops += 2 * sizes.forward_flops(drift.tokens, drift.squares, lora=False)
+        # Each layer's Hessian, its inverse, and the errors that are passed on.
+        flops += sum(2 * rows.tokens * i**2 + i**3 + o * i**2 for i, o in sizes.matrices)
+        size = _dense_bytes(judge)
+        widest = max(inputs for inputs, _ in sizes.matrices)
+        together = max(1, _asked(job, "batch_tokens", 16384) // max(1, drift.longest))
+        memory = {
+            "weights": size * (sizes.base + sizes.head),
+            "calibration": 2 * size * rows.tokens * sizes.hidden + 3 * 4.0 * widest**2,
+            "activations": self._alive(job, judge, drift.longest, together, training=False),
+        }
+        seconds = self._seconds(job, judge, device, flops, 0.0, 0.0, min(1, gpus))
+        seconds += sizes.linear / _PACKED
+        stored = self._quantized_bytes(sizes, judge)
+        return self._computed(job, sizes, judge, memory, flops, seconds, stored=stored)
+
+    # What is the host's alone
+
+    def _host(self, job: Planned) -> Cost:
+        tokens = self.config.plan.tokens_per_battle
+        battles = sum(self.battles.counts.values())
+        seconds, stored, host = self.config.plan.startup, 0.0, 1.0 * GIB
+        if job.rule in ("read_battles", "simulate_arena"):
+            seconds += battles / _READ
+            stored = battles * tokens * _TEXT_BYTES
+        elif job.rule == "tokenize_battles":
+            seconds += battles / _TOKENIZED
+            stored = battles * tokens * _TEXT_BYTES
+            host += 2 * battles * tokens * _TEXT_BYTES
+        elif backbone := self._backbones().get(job.wildcards.get("backbone", "")):
+            config = read_config(backbone, self.run / "backbones" / job.wildcards["backbone"])
+            stored = 2.0 * measure(config, JOINT, Lora()).base
+            rebuilt = backbone.gguf or backbone.layers or backbone.tokenizer
+            host += 2 * stored if rebuilt else 0.0
+            seconds += 2 * stored / (self.config.plan.disk_gb_per_s * 1e9)
+        return Cost(cores=job.threads, seconds=seconds, host=host, stored=stored)
+
+    def _backbones(self) -> dict[str, Backbone]:
+        """The backbones of all judges, and these with all their layers, by name."""
+        config, found = self.config, {}
+        for name, judge in config.judges.items():
+            if judge.backbone:
+                found[config.tokenizer_name(name)] = judge.backbone.whole()
+                found[config.backbone_name(name)] = judge.backbone
+        return found
+
+    def _ask(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        endpoint = judge.external.endpoint if judge.external else None
+        assert endpoint
+        sources = {"train", "extra"}
+        if any(map(self.config.learns_unlabelled, self.config.students_of(job.wildcards["judge"]))):
+            sources.add("unlabelled")
+        requests = 2.0 * sum(self.battles.counts.get(source, 0) for source in sources)
+        per_second = endpoint.concurrency / 1.0  # a second each
+        if endpoint.requests_per_minute:
+            per_second = min(per_second, endpoint.requests_per_minute / 60)
+        prompt = self.config.plan.tokens_per_battle + len(endpoint.instructions) / _TEXT_BYTES
+        fee = prompt * (endpoint.prompt_price or 0)
+        fee += endpoint.max_tokens * (endpoint.completion_price or 0)
+        return Cost(
+            seconds=self.config.plan.startup + requests / per_second,
+            host=1.0 * GIB,
+            stored=requests * 3 * 4.0,
+            fee=requests * fee / 1e6,
+        )
+
+    # What they share
+
+    def _weights(self, sizes: Sizes, judge: Judge, spread: int = 1) -> dict[str, float]:
+        """A judge's own weights; the head is held twice, PEFT keeps the one it started from."""
+        size = 4.0 if judge.precision == "fp32" else 2.0
+        nf4 = judge.precision == "nf4"
+        matrices = (NF4_BYTES if nf4 else size) * sizes.linear
+        memory = {"weights": (matrices + size * (sizes.embedding + sizes.other)) / spread}
+        memory["head"] = 4.0 * sizes.head
+        if nf4:  # unpacked for its product
+            memory["unpacked"] = 2.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
+        if spread > 1:  # a layer and the next one are whole
+            memory["gathered"] = 2 * matrices / sizes.layers
+        return memory
+
+    def _merged(self, job: Planned, sizes: Sizes, judge: Judge) -> dict[str, float]:
+        if job.rule == "score_test_gptq":
+            return {"weights": self._quantized_bytes(sizes, judge)}
+        return {"weights": _dense_bytes(judge) * (sizes.base + sizes.head)}
+
+    def _quantized_bytes(self, sizes: Sizes, judge: Judge) -> float:
+        how = judge.quantization
+        assert how
+        # Of each group a scale of 16 bits and a packed zero; of each input the number of its group.
+        packed = sizes.linear * (how.bits / 8 + (2 + how.bits / 8) / how.group_size)
+        index = 4.0 * sum(inputs for inputs, _ in sizes.matrices)
+        size = _dense_bytes(judge)
+        return packed + index + size * (sizes.embedding + sizes.other + sizes.head)
+
+    def _alive(
+        self,
+        job: Planned,
+        judge: Judge,
+        length: int,
+        sequences: int,
+        *,
+        training: bool,
+        again: bool = False,
+    ) -> float:
+        """Bytes beside the weights at a step of `sequences` of `length` tokens."""
+        if not length:
+            return 0.0
+        name = job.wildcards["judge"]
+        sizes = self.sizes(name)
+        if sizes.longest and length > sizes.longest:
+            raise InputError(
+                f"judges.{name}: sequences of {length} tokens, but its model has positions for "
+                f"{sizes.longest}; lower max_length (config: encoding.max_length, "
+                "prediction.max_lengths)"
+            )
+        traced = alive(
+            self.model_config(name),
+            judge.head,
+            judge.lora,
+            length=length,
+            precision=judge.precision,
+            training=training,
+            checkpointing=again,
+            eager=job.resources.get("attention") == "eager",
+        ).at(sizes.layers, sequences)
+        if training and _asked(job, "gpu", 0) and judge.lora.dropout:
+            # The trace is a CPU's, whose dropout keeps a number of four bytes where a GPU's keeps one.
+            held = 1 if again else sizes.layers
+            traced -= 3.0 * sizes.adapted / sizes.layers * held * length * sequences
+        return traced
+
+    def _seconds(
+        self,
+        job: Planned,
+        judge: Judge,
+        device: Device,
+        flops: float,
+        passes: float,
+        held: float,
+        gpus: int,
+    ) -> float:
+        """Time of a job that computes: to start and load, then as slow as arithmetic or memory is.
+
+        Args:
+            passes: over all devices, of which each moves the bytes that are `held` once.
+        """
+        plan = self.config.plan
+        unit, count = (device, gpus) if gpus else (CORE, job.threads)
+        peak = unit.fp32 if judge.precision == "fp32" else unit.bf16
+        sizes = self.sizes(job.wildcards["judge"])
+        loading = 2.0 * sizes.base / (plan.disk_gb_per_s * 1e9)
+        computing = flops / (peak * plan.utilisation * count)
+        moving = passes / count * held / unit.bandwidth
+        return plan.startup + loading + max(computing, moving)
+
+    def _computed(
+        self,
+        job: Planned,
+        sizes: Sizes,
+        judge: Judge,
+        memory: dict[str, float],
+        flops: float,
+        seconds: float,
+        *,
+        stored: float,
+    ) -> Cost:
+        gpus = _asked(job, "gpu", 0)
+        if gpus:
+            # Weights pass through the host's memory one by one on their way to the GPU.
+            largest = max(sizes.embedding, *(i * o for i, o in sizes.matrices))
+            processes = gpus if "micro_batch_size" in job.resources else 1
+            host = processes * (PROCESS + 2 * 2.0 * largest)
+        else:
+            host = 1.0 * GIB + sum(memory.values())
+        return Cost(gpus, job.threads, flops, seconds, memory, host, stored)
+
+
+def _dense_bytes(judge: Judge) -> float:
+    """Per weight of the merged model."""
+    return 4.0 if judge.dense_precision() == "fp32" else 2.0
+
+
+def _asked(job: Planned, key: str, default: int) -> int:
+    """A resource of the job."""
+    return int(job.resources.get(key, default) or 0)

@@ -1,0 +1,308 @@
+"""Calibration: a map of the final logits that makes probabilities mean what they say.
+
+A judge may be right about who wins and wrong about how surely. These maps mend that, fitted by maximum
+likelihood to votes on battles that the judge was not trained on:
+
+- `temperature`: softmax(z / T), one parameter. No verdict changes.
+- `vector`: softmax(W z + b) with a diagonal W. Exchanging the answers has to exchange the verdict, so
+  A and B share their scale and bias: three parameters are left, the scale of the answers, the scale
+  of the tie and its bias (the answers' bias is 0: a constant more on all logits changes nothing).
+- `style`: `vector`, and how the answers differ at first sight (:mod:`arena_distill.style`) as
+  covariates: a judge that saw long answers cut cannot know how long they are. Each difference moves
+  the lead of A over B, and its size the tie.
+
+Logits are centred first (their mean over the classes is taken off), as softmax does not see a constant
+but W would. With the three classes of a battle, `vector` is as general as a matrix could be: the
+maps that respect the exchange scale the lead of A over B, and scale and shift that of the tie.
+
+All are logistic regressions on the logits, so the likelihood has one optimum. A ridge of `RIDGE` to
+the identity decides where votes do not: where a judge says the same of every battle, or a kind of vote
+is absent. Covariates, of which there are more, have a stronger one. Either is zero for the identity, so
+a fit never has a worse likelihood than the raw logits.
+
+What a calibration is judged by is cross-fitted: each part of the battles is calibrated by what was
+fitted to the other parts (:func:`parts_of`). The votes of a part reach its parameters only by way of
+the other parts' logits, whose models were trained on them, as with all stacking.
+
+References:
+    Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import fold_settings
+from arena_distill.battles.style_features import read_styles
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
+from arena_distill.files.keys import key
+from arena_distill.metrics import Figures, calibration_scores, scores, softmax
+from arena_distill.scoring.logits import read_out_of_fold
+
+Method = Literal["temperature", "vector", "style"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+COLDEST, HOTTEST = 0.01, 100.0
+"""The bounds of a temperature: of T, and of the inverse of each scale of `vector`."""
+
+RIDGE = 1e-6
+"""Weight of half the squared distance from the identity, beside the mean log loss in nats."""
+
+STYLE_RIDGE = 10.0
+"""The same for what covariates weigh, on their standardised scale, beside the log loss of all battles."""
+
+# Each parameter is a scale or a bias of these classes (A, B, tie).
+_ALL, _APART = np.array([[1.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+_NONE, _TIE = np.empty((0, 3)), np.array([[0.0, 0.0, 1.0]])
+_SCALES: dict[Method, np.ndarray] = {"temperature": _ALL, "vector": _APART, "style": _APART}
+_BIASES: dict[Method, np.ndarray] = {"temperature": _NONE, "vector": _TIE, "style": _TIE}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A map of logits: centred, times `scale`, plus `bias`, plus what the style of the answers adds.
+
+    It is affine in the logits, so it may be applied before they are averaged or after.
+
+    scale, bias: float64 (3,).
+    lead: float64 (features,), by how much each unit of a difference moves A's logit from B's; empty
+        where style plays no part.
+    tie: float64 (features,), by how much each unit of a difference's size moves the tie's logit.
+    """
+
+    scale: np.ndarray
+    bias: np.ndarray
+    lead: np.ndarray = field(default_factory=lambda: np.empty(0))
+    tie: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def __call__(self, logits: np.ndarray, styles: np.ndarray | None = None) -> np.ndarray:
+        """Calibrated logits.
+
+        Args:
+            logits: float (rows, ..., 3).
+            styles: float (rows, features), of the battles; needed where style plays a part.
+
+        Returns:
+            float64, of the shape of `logits`.
+        """
+        calibrated = _centred(logits) * self.scale + self.bias
+        if not len(self.lead):
+            return calibrated
+        if styles is None:
+            raise ValueError("this calibration needs the style of the answers")
+        added = _by_style(styles) @ np.concatenate([self.lead, self.tie])
+        return calibrated + added.reshape(len(logits), *[1] * (logits.ndim - 2), 3)
+
+    @property
+    def parameters(self) -> Figures:
+        """As JSON: the fields that are not empty, and the `temperature` where it is but that."""
+        found: Figures = {"scale": self.scale.tolist(), "bias": self.bias.tolist()}
+        if len(self.lead):
+            return {**found, "lead": self.lead.tolist(), "tie": self.tie.tolist()}
+        if len(set(found["scale"])) == 1 and not any(found["bias"]):
+            found = {"temperature": 1 / found["scale"][0], **found}
+        return found
+
+
+def _by_style(styles: np.ndarray) -> np.ndarray:
+    """What leads and ties multiply: float64 (rows, 3, 2 · features)."""
+    zero, size = np.zeros_like(styles), np.abs(styles)
+    lead = np.stack([styles / 2, -styles / 2, zero], axis=1)
+    return np.concatenate([lead, np.stack([zero, zero, size], axis=1)], axis=2)
+
+
+# --- fitting --------------------------------------------------------------------------------------
+
+
+def fit(
+    method: Method, logits: np.ndarray, votes: np.ndarray, styles: np.ndarray | None = None
+) -> Calibration:
+    """Fit a calibration by maximum likelihood; with no rows, it is the identity.
+
+    Args:
+        logits: float (rows, 3).
+        votes: int (rows,) of 0, 1, 2.
+        styles: float (rows, features), of the battles; without them `style` is `vector`.
+    """
+    from scipy.optimize import minimize
+
+    scales, biases = _SCALES[method], _BIASES[method]
+    rows = len(votes)
+    if method != "style" or styles is None:
+        styles = np.empty((rows, 0))
+    # Differences have no mean that could be taken off: it would favour one side.
+    spread = np.sqrt(np.square(styles).mean(axis=0)) if rows else np.ones(styles.shape[1])
+    spread[spread == 0] = 1
+    by_style = _by_style(styles / spread)
+    # The calibrated logits are linear in the parameters: (rows, 3, parameters) @ (parameters,).
+    scaled = _centred(logits)[:, :, None] * scales.T
+    shifted = np.broadcast_to(biases.T, (rows, *biases.T.shape))
+    features = np.concatenate([scaled, shifted, by_style], axis=2)
+    of_vote = np.take_along_axis(features, votes.astype(np.int64)[:, None, None], axis=1)[:, 0]
+    counts = len(scales), len(biases), by_style.shape[2]
+    identity = np.repeat([1.0, 0.0, 0.0], counts)
+    ridge = np.repeat([RIDGE, RIDGE, STYLE_RIDGE / max(rows, 1)], counts)
+
+    def objective(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """Mean log loss with the ridge, and its gradient."""
+        z = features @ parameters
+        top = z.max(axis=1, keepdims=True)
+        odds = np.exp(z - top)
+        total = odds.sum(axis=1, keepdims=True)
+        loss = (top + np.log(total))[:, 0] - of_vote @ parameters
+        slope = np.einsum("rc,rcp->rp", odds / total, features) - of_vote
+        away = parameters - identity
+        n = max(rows, 1)
+        value = loss.sum() / n + ridge / 2 @ away**2
+        return float(value), slope.sum(axis=0) / n + ridge * away
+
+    free = counts[1] + counts[2]
+    bounds = [(1 / HOTTEST, 1 / COLDEST)] * counts[0] + [(None, None)] * free
+    found = minimize(
+        objective,
+        identity,
+        jac=True,
+        bounds=bounds,
+        method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
+    ).x
+    of_scales, of_biases, of_styles = np.split(found, np.cumsum(counts)[:2])
+    lead, tie = np.split(of_styles, 2)
+    return Calibration(of_scales @ scales, of_biases @ biases, lead / spread, tie / spread)
+
+
+def cross_fit(
+    method: Method,
+    logits: np.ndarray,
+    votes: np.ndarray,
+    parts: np.ndarray,
+    styles: np.ndarray | None = None,
+) -> np.ndarray:
+    """Calibrate each part by what is fitted to the other parts: float64 (rows, 3), logits.
+
+    Args:
+        logits: float (rows, 3).
+        votes: int (rows,).
+        parts: int (rows,), of :func:`parts_of`.
+        styles: float (rows, features), or None.
+    """
+    calibrated = np.empty(logits.shape, np.float64)
+    for part in np.unique(parts):
+        mine = parts == part
+        known, asked = (None, None) if styles is None else (styles[~mine], styles[mine])
+        calibrated[mine] = fit(method, logits[~mine], votes[~mine], known)(logits[mine], asked)
+    return calibrated
+
+
+def parts_of(folds: pa.Table) -> np.ndarray:
+    """Deal the out-of-fold rows into parts for cross-fitting that share no prompt.
+
+    The folds themselves where they keep prompts together (``stratified_group``), else as many parts
+    of whole prompts, dealt by scikit-learn's GroupKFold: a vote on the same prompt would tell of the
+    rows that are judged. Where all rows share one prompt there is one part, and nothing to fit to.
+
+    Args:
+        folds: `folds.parquet`.
+
+    Returns:
+        int64 (out-of-fold rows,), in their order in `folds`.
+    """
+    dealt = fold_settings(folds)
+    fold = folds["fold"].to_numpy()
+    validation = fold >= 0
+    if dealt["method"] == "stratified_group":
+        return fold[validation].astype(np.int64)
+    from sklearn.model_selection import GroupKFold
+
+    groups = folds["group"].to_numpy()[validation]
+    parts = np.zeros(len(groups), np.int64)
+    n = min(dealt["n"], len(np.unique(groups)))
+    if n > 1:
+        for number, (_, rows) in enumerate(GroupKFold(n).split(groups, groups=groups)):
+            parts[rows] = number
+    return parts
+
+
+def _centred(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    return logits - logits.mean(axis=-1, keepdims=True)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def fit_calibration(
+    folds: Path, battles: Path, logits: Sequence[Path], output: Path, *, judge: str, version: int
+) -> None:
+    """Fit every method to a judge's out-of-fold logits, both orders averaged → JSON.
+
+    It holds `judge`, `rows`, the scores as they are (`raw`), and per method the `parameters`,
+    fitted to all rows, and the scores, cross-fitted.
+
+    Args:
+        folds: `folds.parquet`.
+        battles: `battles.parquet`.
+        logits: the judge's files `fold_<k>.npy`.
+
+    Raises:
+        InputError: a fold has no logits, or a row is missing, there twice, or unknown.
+    """
+    table = read_parquet(folds)
+    seen = read_out_of_fold(table, logits, judge).mean(axis=1, dtype=np.float64)
+    validation = table.filter(pc.greater_equal(table["fold"], 0))
+    votes = validation["label"].to_numpy().astype(np.int64)
+    parts, styles = parts_of(table), read_styles(battles, key(validation))
+
+    def scored(logits: np.ndarray) -> Figures:
+        probabilities = softmax(logits)
+        return scores(probabilities, votes) | calibration_scores(probabilities, votes)
+
+    figures: Figures = {"judge": judge, "rows": len(votes), "raw": scored(seen)}
+    for method in METHODS:
+        parameters = fit(method, seen, votes, styles).parameters
+        after = scored(cross_fit(method, seen, votes, parts, styles))
+        figures[method] = {"parameters": parameters, **after}
+    figures["provenance"] = provenance("calibration", {"version": version})
+    write_json(figures, output)
+    told = (
+        f"{name} {figures[name]['log_loss']:.4f} (ECE {figures[name]['ece']:.3f})"
+        for name in ("raw", *METHODS)
+    )
+    print(f"{output}: log loss on {len(votes):,} battles out of fold: {', '.join(told)}")
+
+
+def read_calibration(path: Path, method: Method) -> Calibration:
+    """Read what :func:`fit_calibration` found by one of its methods.
+
+    Raises:
+        InputError: the file is missing, broken, or holds something else.
+    """
+    figures = read_json(path)
+    try:
+        parameters = figures[method]["parameters"]
+        found = Calibration(
+            **{
+                name: np.array(parameters[name], np.float64)
+                for name in ("scale", "bias", *(("lead", "tie") if method == "style" else ()))
+            }
+        )
+        sizes = [array.shape for array in (found.scale, found.bias, found.lead, found.tie)]
+        whole = sizes == [(3,), (3,), (len(found.lead),), (len(found.lead),)]
+        whole = whole and bool((found.scale > 0).all())
+        whole = whole and all(bool(np.isfinite(array).all()) for array in vars(found).values())
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{path}: holds no calibration by {method}; delete it and run the workflow again: it "
+            "will be rebuilt"
+        )
+    return found

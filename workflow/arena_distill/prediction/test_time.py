@@ -1,0 +1,360 @@
+"""The final judge on the test battles: logits of every length and order, averages, submission.
+
+Test-time augmentation (TTA) shows a battle several times: cut to several lengths, and with the
+answers in both orders. The forward passes are done once and kept as logits; every average of them
+that may be asked about is then a variant, and one of the variants is submitted: the configured
+model's, averaged over all lengths and all orders, and calibrated where the configuration says so.
+
+A cascade spares forward passes: a battle that the judge is sure of at the shortest length is not
+scored at the longer ones, where it counts as saying the same. So the prediction of a sure battle is
+that of the shortest length, of any other the average over all lengths, and in either case what
+:func:`averages` makes of the logits on file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.style_features import read_styles
+from arena_distill.config.judge import Attention
+from arena_distill.config.phases import PredictionSettings, ScoringSettings
+from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
+from arena_distill.encoding.views import encode_views, views
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import provenance, read_provenance, write_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import ids_path, read_logits, write_logits
+from arena_distill.metrics import softmax
+from arena_distill.models.heads import OUTPUTS, verdicts
+from arena_distill.prediction.calibration import read_calibration
+from arena_distill.prediction.submission import WINNERS
+from arena_distill.verdicts import CLASSES, Order
+
+Model = Literal["merged", "gptq"]
+"""The deployed forms of a judge that are scored."""
+
+
+# --- forward passes -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What it takes to score each battle at each length, and whether it was done.
+
+    A sequence that a battle has already had, at a shorter length or in another order, takes nothing.
+
+    sequences, tokens: int32 (rows, lengths); tokens without padding, all views of a battle together.
+    scored: bool (rows, lengths), False where it takes nothing, and where a cascade stopped before.
+    """
+
+    sequences: np.ndarray
+    tokens: np.ndarray
+    scored: np.ndarray
+
+    def columns(self, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+        """As columns ``sequences_<length>``, ``tokens_<length>`` and ``scored_<length>``."""
+        return {f"{k}_{n}": v[:, i] for i, n in enumerate(lengths) for k, v in vars(self).items()}
+
+    @staticmethod
+    def read(ids: pa.Table, lengths: Sequence[int]) -> Costs | None:
+        """From those columns; None where a file has none."""
+        names = [[f"{k}_{n}" for n in lengths] for k in ("sequences", "tokens", "scored")]
+        if not lengths or not {*chain(*names)} <= {*ids.column_names}:
+            return None
+        return Costs(*(np.column_stack([ids[name].to_numpy() for name in of]) for of in names))
+
+    def take(self, rows: np.ndarray) -> Costs:
+        """The given rows, in that order."""
+        return Costs(self.sequences[rows], self.tokens[rows], self.scored[rows])
+
+
+def score_test(
+    model: Path,
+    tokens: Path,
+    output: Path,
+    *,
+    quantized: bool,
+    settings: ScoringSettings,
+    batch_tokens: int,
+    attention: Attention = "auto",
+) -> None:
+    """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
+
+    The file holds float32 (rows, lengths, orders, 3) in the canonical frame; lengths and orders are
+    those of `settings`, which the ids' provenance repeats. The ids say what each battle took at each
+    length, and whether it was scored there (see :class:`Costs`).
+
+    Args:
+        model: a dense folder, or a GPTQ one where `quantized`.
+        batch_tokens: tokens per forward pass, padding included.
+        attention: the kernel (see ``backbones.choose_attention``).
+
+    Raises:
+        InputError: there is no test battle, or a file or the model cannot be read.
+    """
+    from arena_distill.models.scoring import score
+
+    read = read_tokens(tokens)
+    test = read.take(np.asarray(pc.equal(read.sources, "test")))
+    if not len(test):
+        raise InputError(f"{tokens}: holds no test battle; give `test` files in the configuration")
+    if quantized:
+        from arena_distill.deployment.gptq import load_quantized
+
+        judge = load_quantized(model, attention=attention)
+    else:
+        from arena_distill.models.loading import load_classifier
+
+        judge = load_classifier(
+            model,
+            head=settings.head,
+            precision=settings.precision,
+            attention=attention,
+            pad_token_id=test.vocabulary.pad,
+        )
+    logits, costs = score_variants(
+        test, settings, lambda sequences: score(judge, sequences, batch_tokens=batch_tokens)
+    )
+    ids = pa.table({"id": test.ids, "source": test.sources, **costs.columns(settings.max_lengths)})
+    about = settings.model_dump(mode="json") | {"quantized": quantized}
+    write_logits(output, logits, ids, provenance("scoring", about))
+    lengths = len(settings.max_lengths)
+    total = len(test) * lengths * len(views(settings.head, settings.orders))
+    scored, needed = int(costs.sequences[costs.scored].sum()), int(costs.sequences.sum())
+    spared = f" and {needed - scored:,} by the cascade" if settings.cascade else ""
+    print(
+        f"{output}: {len(test):,} battles, lengths {_joined(settings.max_lengths)}, orders "
+        f"{_joined(settings.orders)}; {scored:,} sequences scored, {total - needed:,} of {total:,} "
+        f"saved as repetitions{spared}"
+    )
+
+
+def score_variants(
+    tokens: Tokens, settings: ScoringSettings, forward: Callable[[Sequences], np.ndarray]
+) -> tuple[np.ndarray, Costs]:
+    """Score every battle at every length and in every order, the same sequence only once.
+
+    A battle that fits into the shorter length reads the same at the longer one, and one with two
+    equal answers reads the same in both orders: such repetitions are copied. A pointwise judge is
+    shown each answer once, whatever the orders. With a cascade, a battle whose :func:`confidence` at
+    the shortest length is not below the threshold has that length's logits at every length.
+
+    Args:
+        forward: sequences → float32 (rows, outputs of the head).
+
+    Returns:
+        logits: float32 (rows, lengths, orders, 3), in the canonical frame.
+        costs: what went through `forward`.
+    """
+    lengths, orders, head = settings.max_lengths, settings.orders, settings.head
+    ascending = np.argsort(lengths, kind="stable")
+    shown = [
+        view
+        for i in ascending
+        for view in encode_views(tokens, settings.encoding, head, orders, lengths[i])
+    ]
+    original = np.tile(np.arange(len(shown))[:, None], len(tokens))  # what each view repeats
+    for later in range(1, len(shown)):
+        for earlier in reversed(range(later)):
+            original[later, identical(shown[later], shown[earlier])] = earlier
+    own = original == np.arange(len(shown))[:, None]
+    outputs = np.zeros((*own.shape, len(OUTPUTS[head.kind])), np.float32)
+
+    def run(wanted: np.ndarray) -> None:
+        # One call for all: batches of like length are easier to fill.
+        parts = [part.take(mask) for part, mask in zip(shown, wanted, strict=True)]
+        outputs[wanted] = forward(Sequences.concatenate(parts))
+
+    def seen(views: slice) -> np.ndarray:
+        """Verdicts of all battles on views of one length: (rows, orders, 3)."""
+        said = np.take_along_axis(outputs, original[views, :, None], axis=0)
+        return verdicts(said.swapaxes(0, 1), head, orders)
+
+    size = len(shown) // len(lengths)
+    scored = own
+    if settings.cascade is None:
+        run(own)
+    else:
+        first = own & (np.arange(len(shown)) < size)[:, None]
+        run(first)
+        sure = confidence(seen(slice(size))) >= settings.cascade.threshold
+        # From here on, a sure battle repeats at every length what it showed at the shortest.
+        original[:, sure] = np.tile(original[:size, sure], (len(lengths), 1))
+        scored = original == np.arange(len(shown))[:, None]
+        run(scored & ~first)
+    place = np.argsort(ascending)  # from the shortest first to the order of the settings
+    logits = np.stack([seen(slice(i * size, (i + 1) * size)) for i in place], axis=1)
+    taken = own * np.stack([part.lengths for part in shown])
+    # Of (lengths, views of each, rows), what all views of a battle take together.
+    own, taken, scored = (x.reshape(len(lengths), size, -1)[place] for x in (own, taken, scored))
+    sequences, taken = (x.sum(axis=1, dtype=np.int32).T for x in (own, taken))
+    return logits, Costs(sequences, taken, scored.any(axis=1).T)
+
+
+def confidence(logits: np.ndarray) -> np.ndarray:
+    """How sure a judge is: the probability of the likeliest verdict, by the mean logits of all orders.
+
+    Args:
+        logits: float (rows, orders, 3), in the canonical frame.
+
+    Returns:
+        float64 (rows,), at least a third.
+    """
+    certain: np.ndarray = softmax(logits.mean(axis=1, dtype=np.float64)).max(axis=-1)
+    return certain
+
+
+def identical(first: Sequences, second: Sequences) -> np.ndarray:
+    """Which rows of two sets hold the same tokens: bool (rows,)."""
+    same = first.lengths == second.lengths
+    candidates = np.flatnonzero(same)
+    one, other = first.take(candidates), second.take(candidates)
+    differing = np.concatenate([[0], np.cumsum(one.ids != other.ids)])
+    same[candidates] = differing[one.offsets[1:]] == differing[one.offsets[:-1]]
+    return same
+
+
+# --- averages -------------------------------------------------------------------------------------
+
+
+def predict_test(
+    logits: Mapping[Model, Path],
+    output: Path,
+    *,
+    settings: PredictionSettings,
+    calibration: Path | None = None,
+    battles: Path | None = None,
+) -> None:
+    """Average the test logits in every way → `test.parquet`.
+
+    Its columns are `id`, `model`, `variant` (such as ``256+512/AB+BA``), the probabilities
+    `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the
+    configured model's variant of all lengths and all orders.
+
+    With `settings.calibration` every variant is there twice: as it is, and calibrated, named after
+    the method as well (``256+512/AB+BA/temperature``), and a calibrated one is submitted. The
+    parameters were fitted to the folds' models at their own length, with the logits of both orders
+    averaged, and are taken for the merged models and all variants alike.
+
+    Args:
+        logits: model → file of :func:`score_test`.
+        calibration: the judge's file of :func:`arena_distill.calibration.fit_calibration`.
+        battles: `battles.parquet`, where they are calibrated.
+
+    Raises:
+        InputError: the model to submit is missing, a file was made with other lengths or orders,
+            the files are not of the same battles, or there is no calibration.
+    """
+    if settings.model not in logits:
+        raise InputError(
+            f"prediction.model: {settings.model}, but there are only {_joined(logits)}"
+        )
+    calibrate = None
+    if settings.calibration != "none":
+        if calibration is None or battles is None:
+            raise InputError(
+                f"prediction.calibration: {settings.calibration}, but no file is given"
+            )
+        calibrate = read_calibration(calibration, settings.calibration)
+    lengths, orders = settings.max_lengths, settings.orders
+    submitted = submitted_variant(settings)
+    ids: pa.Table | None = None
+    styles: np.ndarray | None = None
+    parts = []
+    for model, path in logits.items():
+        scores, rows = _read_test_logits(path, settings)
+        if ids is None:
+            ids = rows
+            styles = read_styles(battles, key(ids)) if battles and calibrate else None
+        if len(rows) != len(ids):
+            raise InputError(f"{path}: {len(rows)} battles, the other model's file has {len(ids)}")
+        scores = scores[locate(key(ids), key(rows), str(path))]
+        variants = averages(scores, lengths, orders, settings.average)
+        if calibrate:
+            # Each view, before any average; of logits, it is the same after: the map is affine.
+            mended = averages(calibrate(scores, styles), lengths, orders, settings.average)
+            variants |= {f"{name}/{settings.calibration}": p for name, p in mended.items()}
+        for name, probabilities in variants.items():
+            part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
+            part["variant"] = pa.repeat(name, len(ids))
+            part |= {w: probabilities[:, i] for i, w in enumerate(WINNERS)}
+            part["submitted"] = pa.repeat(model == settings.model and name == submitted, len(ids))
+            parts.append(pa.table(part))
+    about = provenance("prediction", settings.model_dump(mode="json"))
+    write_parquet(pa.concat_tables(parts), output, about)
+    print(f"{output}: {len(parts)} variants; submitted: {settings.model}, {submitted}")
+
+
+def averages(
+    logits: np.ndarray,
+    lengths: Sequence[int],
+    orders: Sequence[Order],
+    average: Literal["logits", "probabilities"],
+) -> dict[str, np.ndarray]:
+    """Probabilities of every variant: each length and all of them × each order and all of them.
+
+    Args:
+        logits: float (rows, lengths, orders, 3), in the canonical frame.
+        average: what is averaged; both are the same where a variant is a single view.
+
+    Returns:
+        Name, as ``256+512/AB+BA``, → float64 (rows, 3), every row of which sums to 1.
+    """
+    variants = {}
+    for length_name, i in _choices(lengths):
+        for order_name, j in _choices(orders):
+            chosen = logits[:, i][:, :, j].reshape(len(logits), len(i) * len(j), len(CLASSES))
+            variants[f"{length_name}/{order_name}"] = mean_of_views(chosen, average)
+    return variants
+
+
+def mean_of_views(logits: np.ndarray, average: Literal["logits", "probabilities"]) -> np.ndarray:
+    """Average the views of each battle: logits (rows, views, 3) → probabilities, float64 (rows, 3)."""
+    if average == "logits":
+        return softmax(logits.mean(axis=1, dtype=np.float64))
+    return np.asarray(softmax(logits).mean(axis=1))
+
+
+def submitted_variant(settings: PredictionSettings) -> str:
+    """The name of the variant of all lengths and all orders, calibrated where it is to be."""
+    name = f"{_joined(settings.max_lengths)}/{_joined(settings.orders)}"
+    return name if settings.calibration == "none" else f"{name}/{settings.calibration}"
+
+
+def _choices(values: Sequence[object]) -> list[tuple[str, list[int]]]:
+    """Each value alone, then all of them: (name, positions)."""
+    single = [(str(value), [i]) for i, value in enumerate(values)]
+    return single if len(values) == 1 else [*single, (_joined(values), list(range(len(values))))]
+
+
+def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndarray, pa.Table]:
+    """Read a file of `score_test`, sure that its lengths, orders and cascade are those of `settings`."""
+    scores, rows = read_logits(path)
+    made_with = read_provenance(ids_path(path)).get("settings", {})
+    asked = settings.model_dump(mode="json")
+    for name in ("max_lengths", "orders", "cascade"):
+        wanted, found = asked.get(name), made_with.get(name)
+        if wanted != found:
+            raise InputError(
+                f"{path}: made with prediction.{name} {found}, the configuration says {wanted}; "
+                "delete the file and run the workflow again: it will be rebuilt"
+            )
+    expected = (len(rows), len(settings.max_lengths), len(settings.orders), len(CLASSES))
+    if scores.shape != expected:
+        raise InputError(f"{path}: logits have shape {scores.shape}, {expected} expected")
+    return scores, rows
+
+
+def _joined(values: object) -> str:
+    return "+".join(map(str, values))  # type: ignore[call-overload]
+
+
+# --- submission -----------------------------------------------------------------------------------

@@ -1,0 +1,512 @@
+"""Where a run stands: which jobs are done, running, queued, failed or waiting, and why they failed.
+
+Four witnesses are heard. Snakemake itself says which jobs the graph has and which of them are still
+to be made. Its folder ``.snakemake`` says which were started and have not ended (a marker per output)
+and, in its logs, which it saw fail. Slurm's ``squeue`` says which submitted jobs are alive. The jobs'
+own logs, and those that Slurm keeps of them, say what went wrong. Nothing is changed and no lock is
+taken, so that a run can be looked at while Snakemake works and after it died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from base64 import urlsafe_b64decode
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from arena_distill.runs.graph import Planned, plain, read_graph
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+State = Literal["done", "running", "queued", "failed", "interrupted", "waiting"]
+STATES: tuple[State, ...] = get_args(State)
+
+# States in which `squeue` shows a job that has not begun, or that has just ended; all others run.
+_QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
+_ENDED |= {"OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+
+# Two files written at the same moment differ by less, clocks of a shared file system included.
+_SLACK = 5.0
+# An error stands at the end of its log; a log of many megabytes is not read as a whole.
+_TAIL = 1 << 18
+# What tells that somebody, or Slurm in favour of others, ended a job: that is no failure of the job.
+_STOPPED = re.compile(
+    r"^stopped: |CANCELLED AT \S+( DUE TO (PREEMPTION|JOB REQUEUE|SIGNAL.*))? \*", re.I
+)
+# How Snakemake writes down a failure. A message may have many lines.
+_FAILURE = re.compile(
+    r"^\[(?P<time>\w{3} \w{3} [ \d]\d [\d:]{8} \d{4})\]\nError in rule (?P<rule>\w+):\n"
+    r"    message: (?P<message>(?s:.*?))\n    jobid: .*\n(?P<fields>(?:    .*\n)*)",
+    re.MULTILINE,
+)
+# What follows an executor's message and tells a person nothing.
+_CHATTER = r" Detailed failure reason unavailable|For further error details|\n    sbatch call:"
+# Snakemake's logs, newest first, that are searched for failures: each start of it leaves one.
+_RUNS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Planned):
+    """A job and its state; what `failed` and `interrupted` ones left behind."""
+
+    state: State
+    slurm_job: str | None = None
+    slurm_log: str | None = None
+    error: list[str] = field(default_factory=list)
+    """The lines that tell why: Slurm's word first, then the last ones of the job's log."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Snakemake's note that an output's job was started and has not ended."""
+
+    time: float
+    slurm_job: str | None
+    """Only until the job begins: then the node writes a marker of its own, without it."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file below the folder Snakemake works in, and when it was last written."""
+
+    path: str
+    time: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure that Snakemake saw and wrote into its log."""
+
+    time: float
+    message: str | None
+    """Of the executor; a local job has none."""
+    slurm_job: str | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """The jobs of a graph in the order of its rules, and whether a Snakemake works on them."""
+
+    folder: Path
+    at_work: bool
+    jobs: list[Job]
+
+    @property
+    def counts(self) -> dict[State, int]:
+        counts = Counter(job.state for job in self.jobs)
+        return {state: counts[state] for state in STATES}
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values: ``folder``, ``at_work``, ``counts`` by state, ``jobs`` with their fields."""
+        jobs = [{"name": job.name, **asdict(job)} for job in self.jobs]
+        for job in jobs:
+            # `needed` says of a job that runs what Snakemake will think once it has ended.
+            for key in ("needed", "after", "threads", "resources"):
+                del job[key]
+        counts = {str(state): number for state, number in self.counts.items()}
+        return {"folder": str(self.folder), "at_work": self.at_work, "counts": counts, "jobs": jobs}
+
+
+def read_status(arguments: Sequence[str]) -> Status:
+    """Return the state of every job that `arguments`, those of a `snakemake` command, ask for.
+
+    Raises:
+        InputError: Snakemake cannot plan the graph; the message is its own.
+    """
+    graph = read_graph(arguments)
+    at_work = snakemake_at_work(graph.folder)
+    evidence = Evidence.of(graph.folder, graph.jobs)
+    return Status(graph.folder, at_work, [evidence.judge(job, at_work) for job in graph.jobs])
+
+
+# --- what lies in .snakemake ------------------------------------------------------------------------
+
+
+def snakemake_at_work(folder: Path) -> bool:
+    """Whether a Snakemake works in `folder`: it holds locks there, and lives.
+
+    One that was killed leaves its locks. On this host its process is looked for; a Snakemake that
+    was started on another one is believed to live.
+    """
+    import psutil
+
+    owners = set()
+    for lock in (folder / ".snakemake/locks").glob("*.lock"):
+        with suppress(FileNotFoundError):
+            owners.add(lock.stat().st_uid)
+    for process in psutil.process_iter(["cmdline", "cwd", "uids"]):
+        words, place = process.info["cmdline"] or [], process.info["cwd"]
+        # Where another user's process works cannot be seen: that it may be here has to do.
+        here = place == str(folder) or (place is None and process.info["uids"].real in owners)
+        if here and _works(words) and (owners or "--nolock" in words):
+            return True
+    return bool(owners) and _host_of_last_run(folder) not in (None, platform.node())
+
+
+def _works(words: Sequence[str]) -> bool:
+    """Whether a process of these words is a Snakemake that runs a graph, not one job, not a look."""
+    called = any(Path(word).name == "snakemake" for word in words[:4])
+    looks = {"-n", "--dry-run", "--dryrun", "-S", "--summary", "-D", "--detailed-summary", "--mode"}
+    return called and looks.isdisjoint(words)
+
+
+def _host_of_last_run(folder: Path) -> str | None:
+    for log in _snakemake_logs(folder):
+        with suppress(FileNotFoundError), log.open(errors="replace") as file:
+            if found := re.search(r"^  Host: (.+)$", file.read(4096), re.MULTILINE):
+                return found[1]
+    return None
+
+
+def _snakemake_logs(folder: Path) -> list[Path]:
+    """Snakemake's logs, newest first: their names are dates."""
+    return sorted((folder / ".snakemake/log").glob("*.snakemake.log"), reverse=True)[:_RUNS]
+
+
+def read_markers(folder: Path) -> dict[str, Marker]:
+    """Return the markers of started jobs under ``folder/.snakemake``, by output."""
+    root = folder / ".snakemake/incomplete"
+    markers = {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = Path(directory, name)
+            # A name too long for a file goes on in folders, each with an @ before its part.
+            parts = [part.removeprefix("@") for part in path.relative_to(root).parts]
+            try:
+                output = urlsafe_b64decode("".join(parts)).decode()
+                written = path.stat().st_mtime
+                content = path.read_text()
+            except (OSError, ValueError):  # ended meanwhile, or no marker
+                continue
+            try:
+                job = json.loads(content)["external_jobid"]
+            except (ValueError, KeyError):  # being written
+                job = None
+            markers[output] = Marker(written, str(job) if job else None)
+    return markers
+
+
+def read_failures(folder: Path) -> dict[tuple[str, str], Failure]:
+    """Return the last failure of each job in Snakemake's logs, by rule and outputs joined."""
+    failures: dict[tuple[str, str], Failure] = {}
+    for log in reversed(_snakemake_logs(folder)):
+        with suppress(FileNotFoundError):
+            failures.update(parse_failures(log.read_text(errors="replace")))
+    return failures
+
+
+def parse_failures(text: str) -> Iterator[tuple[tuple[str, str], Failure]]:
+    """Yield the failures a log of Snakemake's tells of: rule and outputs joined, what it says."""
+    for found in _FAILURE.finditer(plain(text)):
+        fields = dict(re.findall(r"^    ([\w-]+): (.*)$", found["fields"], re.MULTILINE))
+        message = re.split(_CHATTER, found["message"])[0]
+        yield (
+            (found["rule"], fields.get("output", "")),
+            Failure(
+                time=time.mktime(time.strptime(found["time"])),
+                message=None if message == "None" else message.strip(),
+                slurm_job=fields.get("external_jobid"),
+            ),
+        )
+
+
+# --- Slurm ------------------------------------------------------------------------------------------
+
+
+def ask_squeue(jobs: Iterable[str]) -> dict[str, State] | None:
+    """Return which of these Slurm jobs are alive: running or queued; None where nobody can tell."""
+    ids = sorted(set(jobs))
+    if not ids or not shutil.which("squeue"):
+        return {} if not ids else None
+    command = ["squeue", "--noheader", "--array", f"--jobs={','.join(ids)}", "--format=%i|%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # Slurm forgets a job some minutes after its end; asked for that one alone, squeue fails.
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None
+    return parse_squeue(done.stdout)
+
+
+def parse_squeue(text: str) -> dict[str, State]:
+    """Return the living jobs of lines ``<id>|<state>``."""
+    pairs = [line.strip().split("|") for line in text.splitlines() if "|" in line]
+    return {
+        job: "queued" if state in _QUEUED else "running"
+        for job, state in pairs
+        if state not in _ENDED
+    }
+
+
+def slurm_lines(text: str) -> list[str]:
+    """Return the lines of a job's Slurm log in which Slurm itself tells of its end."""
+    told = re.compile(r"^(?:slurmstepd|slurmd|srun)\S*: (?:error|fatal): .+$", re.MULTILINE)
+    lines = dict.fromkeys(told.findall(plain(text)))
+    # That a task ended is known; why, the other lines and the job's own log tell.
+    return [line for line in lines if not re.search("Exited with exit|task .*Terminated$", line)]
+
+
+def find_slurm_logs(folder: Path) -> dict[str, dict[str, File]]:
+    """Return Slurm's logs under ``folder/.snakemake``: by the folder's name and the job's id.
+
+    The plugin's folders are ``rule_<rule>/<wildcards joined by _>``, those of array jobs without
+    wildcards; it removes the logs of jobs that succeeded. The oldest log of a folder comes first.
+    """
+    root = folder / ".snakemake/slurm_logs"
+    logs: dict[str, dict[str, File]] = {}
+    for directory, _, names in os.walk(root):
+        found = []
+        for path in (Path(directory, name) for name in names):
+            with suppress(FileNotFoundError):
+                found.append(File(str(path.relative_to(folder)), path.stat().st_mtime))
+        found.sort(key=lambda log: log.time)
+        logs[Path(directory).relative_to(root).as_posix()] = {Path(f.path).stem: f for f in found}
+    return logs
+
+
+# --- what logs tell ---------------------------------------------------------------------------------
+
+
+def error_lines(text: str, most: int = 5) -> list[str]:
+    """Return the lines of a job's log that tell its error, at most `most`; none without an error.
+
+    These are the command line's own last words (``error: …``, ``stopped: …``), else the place and
+    the message of the last traceback, else what the shell says of a command that was killed or not
+    found. A keyboard interrupt is no error.
+    """
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in plain(text).split("\n")]
+    for start in ("error: ", "stopped: "):
+        if told := [line for line in lines if line.startswith(start)]:
+            return list(dict.fromkeys(told))[-most:]
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
+    blocks = [lines[i + 1 : end] for i, end in zip(starts, [*starts, None][1:], strict=True)]
+    tracebacks = [found for block in blocks if (found := _end_of_traceback(block, most))]
+    # The launcher of several processes fails last, and only because one of them did.
+    own = [found for found in tracebacks if not any("ChildFailedError" in line for line in found)]
+    if last := (own or tracebacks)[-1:]:
+        return [] if any(line.startswith("KeyboardInterrupt") for line in last[0]) else last[0]
+    shell = [line for line in lines if re.match(r"\S*sh: line \d+: ", line)]
+    return [line for line in shell if not re.search(r"\b(Terminated|Interrupt)\b", line)][-most:]
+
+
+def _end_of_traceback(lines: Sequence[str], most: int) -> list[str]:
+    """Of what follows a traceback's head: the innermost place and the exception's message."""
+    end = next((i for i, line in enumerate(lines) if line[:1].strip()), None)
+    if end is None:  # cut off
+        return []
+    message = list(takewhile(str.strip, lines[end:]))[: most - 2]
+    frames = [i for i, line in enumerate(lines[:end]) if line.startswith('  File "')]
+    place = lines[frames[-1] : end][:2] if frames else []
+    return [*place, *message]
+
+
+# --- the verdict ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What lies in a folder about its jobs."""
+
+    folder: Path
+    markers: dict[str, Marker]
+    failures: dict[tuple[str, str], Failure]
+    slurm_logs: dict[str, dict[str, File]]
+    alive: dict[str, State] | None
+    """The living Slurm jobs among those asked for; None where `squeue` does not answer."""
+
+    @classmethod
+    def of(cls, folder: Path, jobs: Iterable[Planned]) -> Evidence:
+        """Gather what tells of `jobs`; `squeue` is asked once."""
+        found = cls(
+            folder, read_markers(folder), read_failures(folder), find_slurm_logs(folder), None
+        )
+        ids = [slurm_job for job in jobs if (slurm_job := found._slurm(job)[0])]
+        return replace(found, alive=ask_squeue(ids))
+
+    def judge(self, job: Planned, at_work: bool) -> Job:
+        """Return `job` with its state; `at_work`: a Snakemake works in the folder."""
+        marker = self._marker(job)
+        if not marker and not job.needed:
+            return Job(**vars(job), state="done")
+        slurm_job, slurm_log = self._slurm(job)
+        slurm = (slurm_job, slurm_log.path if slurm_log else None)
+        if alive := (self.alive or {}).get(slurm_job or ""):
+            return Job(**vars(job), state=alive, slurm_job=slurm[0], slurm_log=slurm[1])
+        if marker and at_work and (self.alive is None or not slurm_job):
+            state: State = "queued" if marker.slurm_job else "running"
+            return Job(**vars(job), state=state, slurm_job=slurm[0], slurm_log=slurm[1])
+        state, error = self._end(job, slurm_log)
+        if state == "waiting":
+            return Job(**vars(job), state=state)
+        return Job(**vars(job), state=state, slurm_job=slurm[0], slurm_log=slurm[1], error=error)
+
+    def _end(self, job: Planned, slurm_log: File | None) -> tuple[State, list[str]]:
+        """How the last attempt ended that is neither alive nor was successful, and what tells so."""
+        marker, failure, log = self._marker(job), self._failure(job), self._log(job)
+        if log and marker and log.time < marker.time - _SLACK:
+            log = None  # an earlier attempt's
+        own, slurm = error_lines(self._tail(log)), slurm_lines(self._tail(slurm_log))
+        unmade = marker or any(self._time(output) is None for output in job.outputs)
+        # What a cancelled job's processes say of their end tells nothing of its cause.
+        causes = own + ([line for line in slurm if "CANCELLED AT" in line] or slurm)
+        fatal = any(not _STOPPED.search(line) for line in causes)
+        if not (failure or (fatal and unmade)):
+            # Without a trace its input is not there or has changed, or the output was removed.
+            return ("interrupted" if marker or (causes and unmade) else "waiting"), slurm + own
+        said = failure.message.split("\n") if failure and failure.message else []
+        if own + slurm:  # they tell more than that the Slurm job has failed
+            said = [line for line in said if "'FAILED'" not in line]
+        if said + own + slurm:
+            return "failed", said + slurm + own
+        return "failed", [line for line in plain(self._tail(log)).split("\n") if line.strip()][-5:]
+
+    def _marker(self, job: Planned) -> Marker | None:
+        found = [self.markers[output] for output in job.outputs if output in self.markers]
+        return max(found, key=lambda marker: marker.time, default=None)
+
+    def _failure(self, job: Planned) -> Failure | None:
+        """The job's last failure, unless it was started again since, or brought to an end."""
+        failure = self.failures.get((job.rule, ", ".join(job.outputs)))
+        if failure is None or self._marker(job):
+            return None
+        later = [self._time(name) or 0 for name in [*job.outputs, *job.logs]]
+        return failure if max(later) <= failure.time + _SLACK else None
+
+    def _slurm(self, job: Planned) -> tuple[str | None, File | None]:
+        """The Slurm job of the last attempt and its log, where there are any."""
+        task = self.slurm_logs.get(f"rule_{job.rule}", {})  # the tasks of an array; no wildcards
+        wildcards = "_".join(job.wildcards.values()).replace("/", "_")
+        own = self.slurm_logs.get(f"rule_{job.rule}/{wildcards}", {}) if wildcards else task
+        marker, failure = self._marker(job), self._failure(job)
+        known = marker.slurm_job if marker else failure.slurm_job if failure else None
+        if known:
+            return known, own.get(known) or task.get(known)
+        if marker:
+            fitting = [i for i, log in own.items() if log.time >= marker.time - _SLACK][-1:]
+        elif not failure and job.needed and (log := self._log(job)):
+            # The same job of another run has its Slurm logs in the same folder.
+            later = [i for i, slurm in own.items() if slurm.time >= log.time - _SLACK][:1]
+            fitting = [i for i in later if self._may_tell_of(job, own[i])]
+        else:
+            fitting = []
+        return (fitting[0], own[fitting[0]]) if fitting else (None, None)
+
+    def _may_tell_of(self, job: Planned, slurm_log: File) -> bool:
+        outputs = re.findall(r"^    output: (.*)$", self._tail(slurm_log), re.MULTILINE)
+        return not outputs or ", ".join(job.outputs) in outputs
+
+    def _log(self, job: Planned) -> File | None:
+        found = [File(log, time) for log in job.logs if (time := self._time(log)) is not None]
+        return found[0] if found else None
+
+    def _time(self, name: str) -> float | None:
+        try:
+            return (self.folder / name).stat().st_mtime
+        except OSError:
+            return None
+
+    def _tail(self, file: File | None) -> str:
+        if file is None:
+            return ""
+        try:
+            with (self.folder / file.path).open("rb") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
+                return stream.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+
+# --- on the terminal --------------------------------------------------------------------------------
+
+
+def print_status(status: Status, console: Console | None = None, most: int = 20) -> None:
+    """Print a row per rule, then why jobs failed or were interrupted: the first `most` of them."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    console.print(_table(status))
+    counts = status.counts
+    work = "Snakemake is at work" if status.at_work else "no Snakemake is at work"
+    if not status.at_work and counts["running"] + counts["queued"]:
+        work += ", its Slurm jobs go on without it"
+    console.print(f"\n{counts['done']} of {len(status.jobs)} jobs are done; {work}")
+    told = [job for job in status.jobs if job.state in ("failed", "interrupted")]
+    for job in told[:most]:
+        title, *lines = _describe(job, status.folder)
+        style = "red" if job.state == "failed" else "yellow"
+        text = Text.assemble("\n", (title, style), *(f"\n{line}" for line in lines))
+        console.print(text, soft_wrap=True)
+    if len(told) > most:
+        console.print(f"\n… and {len(told) - most} more: --json lists them all")
+    if counts["interrupted"] and not status.at_work:
+        console.print(
+            "\nAn interrupted run goes on with `snakemake --rerun-incomplete`, "
+            "after a kill with `snakemake --unlock` before it."
+        )
+
+
+def _describe(job: Job, folder: Path) -> Iterator[str]:
+    yield f"{' '.join(filter(None, [job.state, job.rule, job.name]))}: {job.outputs[0]}"
+    yield from (f"  log: {log}" for log in job.logs if (folder / log).exists())
+    if job.slurm_job:
+        yield f"  Slurm job {job.slurm_job}: {job.slurm_log or 'no log'}"
+    yield from (f"    {line}" for line in job.error)
+
+
+def _table(status: Status) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    counts = status.counts
+    shown = [state for state in STATES if state != "interrupted" or counts[state]]
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
+    table.add_column("rule", no_wrap=True)
+    for state in shown:
+        table.add_column(state, justify="right", no_wrap=True)
+    if counts["running"]:
+        table.add_column("now", overflow="fold")
+    rules: dict[str, list[Job]] = {}
+    for job in status.jobs:
+        rules.setdefault(job.rule, []).append(job)
+    for rule, jobs in rules.items():
+        of_rule = Counter(job.state for job in jobs)
+        now = [Text(_now(jobs), style="green")] if counts["running"] else []
+        table.add_row(rule, *_cells(of_rule, shown), *now)
+    table.add_row("total", *_cells(counts, shown), style="bold")
+    return table
+
+
+def _cells(counts: Mapping[State, int], states: Sequence[State]) -> list[Text]:
+    from rich.text import Text
+
+    styles: dict[State, str] = {"running": "green", "failed": "red", "interrupted": "yellow"}
+    return [
+        Text(str(counts[state]), style=styles.get(state, ""))
+        if counts[state]
+        else Text("·", style="dim")
+        for state in states
+    ]
+
+
+def _now(jobs: Sequence[Job], most: int = 3) -> str:
+    """What of a rule runs now."""
+    names = [job.name for job in jobs if job.state == "running" and job.name]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,236 @@
+"""What a job is given (a lock, GPUs, processes) and what is left when a run has succeeded.
+
+Snakemake or Slurm say how many GPUs a job has; here it gets the very devices, and starts itself once
+per device where it has several.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from arena_distill.errors import InputError
+
+CPU_ALLOWED = "ACCELERATE_USE_CPU"
+"""accelerate's own variable: `true` lets a job that asks for GPUs run without."""
+
+LAST_WORDS = "ARENA_LAST_WORDS"
+"""Names the file in which the processes of a job say why it ends."""
+
+GRACE = 5.0
+"""Seconds that the other processes of a job have to end, too, once one has failed."""
+
+
+def cpu_is_wanted() -> bool:
+    """Whether jobs are to run on the CPU whatever GPUs there are."""
+    return os.environ.get(CPU_ALLOWED, "").lower() in ("1", "true", "yes")
+
+
+def in_slurm() -> bool:
+    """Whether this process is part of a Slurm job."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def mind_signals() -> None:
+    """Outlive the signals that announce a job's end, also while modules are still being imported.
+
+    Slurm warns by SIGUSR1 (see the profile). It means to end a job where it sends SIGTERM, and kills it
+    after its grace time; a preempted job that ends before by itself would not be queued again.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if in_slurm():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def start(*, gpus: int, lock: Path | None = None) -> None:
+    """Begin a training job: alone at its output, on its own GPUs, one process per GPU.
+
+    With several GPUs the same command is started once for each, and this process waits for them and
+    ends with them; in theirs this function returns at once.
+
+    Args:
+        gpus: how many; 0 is the CPU.
+        lock: the folder in which the output is claimed; None claims nothing.
+
+    Raises:
+        InputError: there are fewer GPUs than asked for.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return
+    if lock:
+        hold(lock)
+    claim_gpus(gpus)
+    if gpus > 1:
+        _run_processes(gpus)
+
+
+def _run_processes(count: int) -> NoReturn:
+    """Run this command in `count` processes that find each other, and end as they do.
+
+    torchrun would put them into sessions of their own, where neither Ctrl-C nor this process's locks
+    reach them, and print a page about each error of theirs.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at any free port
+    sys.stdout.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        last_words = Path(folder) / "last_words"
+        shared = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun has it
+        shared |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there, nobody has to open it
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            LAST_WORDS: str(last_words),
+        }
+        command = [sys.executable, "-m", "arena_distill", *sys.argv[1:]]
+        processes = []
+        for rank in range(count):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=own, close_fds=False))  # with the locks
+        _pass_signals_on(processes)
+        while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
+            time.sleep(0.1)
+        codes = _end(processes)
+        if last_words.exists():
+            print(last_words.read_text(), file=sys.stderr)
+        elif killed := [rank for rank, code in enumerate(codes) if code and code < 0]:
+            name = signal.Signals(-(codes[killed[0]] or 0)).name
+            print(f"error: process {killed[0]} of {count} ended by {name}", file=sys.stderr)
+    code = min((code for code in codes if code), default=0)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def _pass_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        if number != signal.SIGTERM or not in_slurm():  # there the processes get their own
+            signal.signal(number, pass_on)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """End what waits for a process that has failed; how each had ended by then."""
+    until = time.monotonic() + GRACE
+    while any(p.poll() is None for p in processes) and time.monotonic() < until:
+        time.sleep(0.1)
+    codes = [process.returncode for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    return codes
+
+
+def tell(words: str) -> None:
+    """Print on stderr why the job ends; where several processes share it, once for all, at the end."""
+    if LAST_WORDS not in os.environ:
+        print(words, file=sys.stderr)
+        return
+    with suppress(FileExistsError), open(os.environ[LAST_WORDS], "x") as file:
+        file.write(words)
+
+
+def hold(folder: Path) -> None:
+    """Wait until no other job works on the output that `folder` stands for; keep others away.
+
+    The kernel drops the lock with its last holder, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open(folder / "lock")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: another job is at work on this: waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks: no worse than without this
+        print(f"{folder}: cannot be locked ({error.strerror})", flush=True)
+
+
+def claim_gpus(count: int) -> None:
+    """Make `count` GPUs visible to this process, and no other.
+
+    Where the scheduler gave the job its own devices there are just as many. Where jobs share a
+    machine (profile `local-gpu`) there are more, and each job takes free ones: a locked file per
+    device, in the machine's folder for temporary files, tells which are taken.
+
+    Raises:
+        InputError: there are fewer GPUs than asked for, or PyTorch cannot use them.
+    """
+    if count == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    on_cpu = cpu_is_wanted()
+    devices = _visible_devices()
+    if len(devices) < count:
+        if on_cpu:
+            return
+        raise InputError(
+            f"the job asks for {count} GPUs (config: compute.gpus) and {len(devices)} are visible; "
+            f"{CPU_ALLOWED}=true lets it run on the CPU"
+        )
+    if len(devices) > count:
+        devices = _take(devices, count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    print(f"GPUs: {os.environ['CUDA_VISIBLE_DEVICES']}", flush=True)
+    if not on_cpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"the job has GPUs, but PyTorch {torch.__version__} cannot use them: install a build "
+                f"for them, or set {CPU_ALLOWED}=true to run on the CPU"
+            )
+
+
+def _visible_devices() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        devices = (device.strip() for device in named.split(","))
+        return list(takewhile(lambda device: device not in ("", "-1"), devices))  # as CUDA reads it
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _take(devices: list[str], count: int) -> list[str]:
+    folder = Path(tempfile.gettempdir()) / f"arena-distill-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # One job at a time gathers devices: two that wait for each other's would wait for ever.
+    door = _open(folder / "door")
+    fcntl.flock(door, fcntl.LOCK_EX)
+    taken: list[str] = []
+    while len(taken) < count:
+        for device in devices:
+            if len(taken) < count and device not in taken:
+                lock = _open(folder / device.replace("/", "_"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    taken.append(device)
+                except BlockingIOError:
+                    os.close(lock)
+        if len(taken) < count:
+            time.sleep(0.2)
+    os.close(door)
+    return sorted(taken, key=devices.index)
+
+
+def _open(path: Path) -> int:
+    """A file to lock, open until this process and those that it starts have ended."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.set_inheritable(descriptor, True)
+    return descriptor

@@ -1,0 +1,447 @@
+"""Asking an OpenAI-compatible endpoint: many requests at a time, and none that was answered again.
+
+Answers go to disk as they arrive, under a digest of what decides them. Whatever ends a job (a refusal, a
+signal, the cost limit), requests under way are waited for and their answers kept, and the next attempt asks
+for the others alone; only a kill loses the answers to the requests that were under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx2
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
+from tqdm.auto import tqdm
+
+from arena_distill.config.judge import Traffic
+from arena_distill.errors import InputError, Stopped
+
+PASSING = (408, 409, 425, 429)
+"""Statuses that, as those from 500 on, another attempt may not meet."""
+
+ADVICE = {
+    400: "is it too long for the model (max_characters), or a field it does not know (parameters)?",
+    401: "check the key",
+    402: "the account has to be topped up",
+    403: "check what the key may do",
+    404: "check `url` (most end in /v1) and `model`",
+    413: "lower max_characters",
+    429: "the account has to be topped up",  # insufficient_quota: the others pass
+    422: "is it too long for the model (max_characters), or a field it does not know (parameters)?",
+}
+
+_BACKOFF = wait_exponential_jitter(initial=0.5, max=60, jitter=0.5)  # seconds: 0.5, 1, 2, … 60
+
+
+class _Part(BaseModel):
+    # What is not needed is left out, and so not kept either.
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="constants")
+
+
+class Alternative(_Part):
+    token: str
+    logprob: float
+
+
+class Token(Alternative):
+    """A token that was generated, and the most probable ones at its place."""
+
+    top_logprobs: tuple[Alternative, ...] = ()
+
+
+class _Logprobs(_Part):
+    content: tuple[Token, ...] | None = None
+
+
+class _Choice(_Part):
+    logprobs: _Logprobs | None = None
+
+
+class _Usage(_Part):
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+
+class Completion(_Part):
+    """What is kept of an answer: the tokens' log-probabilities and how many tokens were counted."""
+
+    choices: tuple[_Choice, ...] = Field(min_length=1)
+    usage: _Usage | None = None
+
+    def tokens(self) -> tuple[Token, ...] | None:
+        """The generated tokens; None where the endpoint tells no log-probabilities."""
+        logprobs = self.choices[0].logprobs
+        return None if logprobs is None else logprobs.content
+
+    def counts(self) -> tuple[int, int]:
+        """Prompt and generated tokens; 0 where the endpoint does not count them."""
+        return (self.usage.prompt_tokens, self.usage.completion_tokens) if self.usage else (0, 0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    name: what it is about, for messages.
+    url: of the API.
+    content: the request's body, JSON.
+    most_tokens: how many it may generate.
+    """
+
+    name: str
+    url: str
+    content: bytes
+    most_tokens: int
+
+    @cached_property
+    def key(self) -> bytes:
+        """A digest of everything that decides the answer."""
+        return hashlib.sha256(self.url.encode() + b"\n" + self.content).digest()
+
+
+class Answers:
+    """Answers on disk, by the key of their request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "answers.sqlite"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._told():
+            self._database = sqlite3.connect(self.path)
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, completion TEXT NOT NULL,"
+                " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID"
+            )
+
+    def close(self) -> None:
+        self._database.close()
+
+    def tokens(self, key: bytes) -> tuple[int, int] | None:
+        """Prompt and generated tokens of an answer; None where there is none."""
+        return self._row("prompt_tokens, completion_tokens", key)
+
+    def get(self, key: bytes) -> Completion:
+        """An answer that is there."""
+        row = self._row("completion", key)
+        if row is None:
+            raise KeyError(key)
+        return Completion.model_validate_json(row[0])
+
+    def put(self, completions: Mapping[bytes, Completion]) -> None:
+        """Keep answers; they are on the disk when this returns."""
+        rows = [(key, c.model_dump_json(), *c.counts()) for key, c in completions.items()]
+        with self._told(), self._database:  # a commit waits for the disk: one for all of them
+            self._database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
+
+    def _row(self, columns: str, key: bytes) -> Any:
+        with self._told():
+            found = self._database.execute(f"SELECT {columns} FROM answers WHERE key = ?", (key,))
+            return found.fetchone()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # a full disk, no right to write
+            raise InputError(f"{self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{self.path}: damaged ({error}); move it away and run again: all will be asked anew"
+            ) from error
+
+
+def cost(prompt_tokens: int, completion_tokens: int, traffic: Traffic) -> float:
+    """What tokens cost, in the currency of the prices; 0 where there are none."""
+    prompt, completion = traffic.prompt_price or 0.0, traffic.completion_price or 0.0
+    return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
+
+
+def ask(
+    requests: Iterable[Request], answers: Answers, *, traffic: Traffic, spent: float, total: int
+) -> None:
+    """Ask all requests and keep the answers.
+
+    Args:
+        requests: those without an answer.
+        answers: where the answers go.
+        spent: what earlier answers have cost, for `max_cost`. A request is sent only if it cannot exceed
+            that: of its prompt no more is known than that it has no more tokens than bytes. An attempt
+            that fails is taken to cost nothing.
+        total: how many requests there are, for the progress.
+
+    Raises:
+        InputError: the endpoint refuses a request, keeps failing at it, or tells no log-probabilities;
+            or `max_cost` is reached. What was answered is kept.
+        Stopped: SIGINT or SIGTERM came. What was answered is kept.
+    """
+    left, stop = total, threading.Event()
+    failures: list[InputError] = []
+    under_way: dict[Future[Completion], Request] = {}
+
+    def most(request: Request) -> float:
+        return cost(len(request.content), request.most_tokens, traffic)
+
+    def too_much(request: Request) -> bool:
+        expected = spent + sum(map(most, under_way.values())) + most(request)
+        return traffic.max_cost is not None and expected > traffic.max_cost
+
+    def settle(until: int) -> None:
+        """Take answers in until so many requests are under way."""
+        nonlocal spent, left
+        while len(under_way) > until:
+            arrived: dict[bytes, Completion] = {}
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                request = under_way.pop(future)
+                try:
+                    arrived[request.key] = future.result()
+                except (_Passing, _Refused) as error:
+                    failures.append(_failure(request, error, traffic))
+                    stop.set()
+            answers.put(arrived)
+            spent += sum(cost(*completion.counts(), traffic) for completion in arrived.values())
+            left -= len(arrived)
+            bar.update(len(arrived))
+
+    with (
+        closing(_Client(traffic, stop)) as client,
+        _listening(stop) as heard,
+        ThreadPoolExecutor(traffic.concurrency) as pool,
+        tqdm(total=total, desc="asking", unit="request", mininterval=5, disable=not total) as bar,
+    ):
+        try:
+            for request in requests:
+                settle(traffic.concurrency - 1)
+                if too_much(request):
+                    settle(0)  # what is under way costs less than feared
+                if stop.is_set():
+                    break
+                if too_much(request):
+                    failures.append(_too_dear(spent, traffic))
+                    break
+                under_way[pool.submit(client.ask, request)] = request
+            settle(0)
+        finally:
+            stop.set()  # nobody waits for another attempt any more
+    if heard and left:
+        raise Stopped(
+            f"{heard[0].name} received: {left:,} of {total:,} requests are left; the next attempt goes "
+            "on from there",
+            heard[0],
+        )
+    if failures:
+        raise InputError(f"{failures[0]}; what was answered is kept: run again to ask for the rest")
+
+
+class _Passing(Exception):
+    """Another attempt may succeed, after so many seconds if the server has said."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class _Refused(Exception):
+    """Another attempt would not help."""
+
+
+class _Client:
+    """Sends requests, from several threads, at the agreed rate and again where that may help."""
+
+    def __init__(self, traffic: Traffic, stop: threading.Event) -> None:
+        self._traffic, self._stop = traffic, stop
+        self._key = _api_key(traffic.api_key_env)
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        connections = httpx2.Limits(
+            max_connections=traffic.concurrency, max_keepalive_connections=traffic.concurrency
+        )
+        self._http = httpx2.Client(headers=headers, timeout=traffic.timeout, limits=connections)
+        self._pace = _Pace(traffic.requests_per_minute, stop)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def ask(self, request: Request) -> Completion:
+        attempts = Retrying(
+            retry=retry_if_exception_type(_Passing),
+            stop=stop_after_attempt(self._traffic.retries + 1) | stop_when_event_set(self._stop),
+            wait=_seconds_to_wait,
+            sleep=sleep_using_event(self._stop),
+            before_sleep=lambda state: print(
+                f"{request.name}: {_error(state)}; again in {state.upcoming_sleep:.1f} s",
+                flush=True,
+            ),
+            reraise=True,
+        )
+        return attempts(self._attempt, request)
+
+    def _attempt(self, request: Request) -> Completion:
+        self._pace.wait()
+        if self._stop.is_set():
+            raise _Passing("stopped before it was asked")
+        try:
+            response = self._http.post(f"{request.url}/chat/completions", content=request.content)
+        except httpx2.TimeoutException:
+            raise _Passing(f"no answer within {self._traffic.timeout:g} s (timeout)") from None
+        except httpx2.InvalidURL as error:
+            raise _Refused(f"{request.url}: {error}; check `url`") from None
+        except httpx2.RequestError as error:
+            raise _Passing(self._safe(f"{request.url} cannot be reached: {error}")) from None
+        if response.status_code != httpx2.codes.OK:
+            raise self._fault(response)
+        try:
+            completion = Completion.model_validate_json(response.content)
+        except ValidationError:
+            raise _Passing(f"not a chat completion: {self._said(response)}") from None
+        if completion.tokens() is None:
+            raise _Refused(
+                "the endpoint tells no log-probabilities: this model cannot be a judge here"
+            )
+        if completion.usage is None and self._traffic.max_cost is not None:
+            raise _Refused(
+                "the endpoint counts no tokens, so max_cost cannot be kept: leave it out"
+            )
+        return completion
+
+    def _fault(self, response: httpx2.Response) -> Exception:
+        status = response.status_code
+        said = self._safe(f"{status} {response.reason_phrase}: {self._said(response)}")
+        if (status in PASSING or status >= 500) and "insufficient_quota" not in response.text:
+            pause = _retry_after(response)
+            if status == 429:
+                self._pace.pause(pause)  # all of us are asking too fast
+            return _Passing(said, pause)
+        advice = ADVICE.get(status, "check `url`")
+        if status in (401, 403):
+            name = self._traffic.api_key_env
+            advice += f" in {name}" if name else ": api_key_env names no variable that holds one"
+        return _Refused(f"{said}; {advice}")
+
+    def _said(self, response: httpx2.Response) -> str:
+        """What the server says is wrong, in one line."""
+        try:
+            said = response.json()
+            for name in ("error", "message", "detail"):
+                said = said.get(name, said) if isinstance(said, dict) else said
+        except ValueError:
+            said = response.text
+        return self._safe(" ".join(str(said).split()))[:300] or "nothing"
+
+    def _safe(self, text: str) -> str:
+        """The text without the key, which some servers repeat."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _Pace:
+    """When the next request may be sent: one clock for all threads."""
+
+    def __init__(self, per_minute: float | None, stop: threading.Event) -> None:
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._next = time.monotonic()
+
+    def wait(self) -> None:
+        with self._lock:
+            mine = max(self._next, time.monotonic())
+            self._next = mine + self._interval
+        self._stop.wait(mine - time.monotonic())
+
+    def pause(self, seconds: float) -> None:
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+def _api_key(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(
+            f"the environment variable {variable} (api_key_env) holds no key: export it"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the environment variable {variable} holds something else than a key")
+    return key
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    """Seconds the server asks to wait, given as such or as a date (RFC 9110, 10.2.3); else 0."""
+    value = response.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d{1,6}(\.\d*)?", value):
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _seconds_to_wait(state: RetryCallState) -> float:
+    error = _error(state)
+    asked = error.retry_after if isinstance(error, _Passing) else 0.0
+    return max(asked, _BACKOFF(state))
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
+
+
+def _failure(request: Request, error: Exception, traffic: Traffic) -> InputError:
+    if isinstance(error, _Refused):
+        return InputError(f"{request.name}: {error}")
+    times = f"{traffic.retries + 1} attempts" if traffic.retries else "one attempt"
+    return InputError(f"{request.name}: no answer in {times}, the last: {error}")
+
+
+def _too_dear(spent: float, traffic: Traffic) -> InputError:
+    return InputError(
+        f"{spent:.6g} is spent, and another request could exceed max_cost: {traffic.max_cost:g}; "
+        "raise max_cost to go on"
+    )
+
+
+@contextmanager
+def _listening(stop: threading.Event) -> Iterator[list[signal.Signals]]:
+    """Turn a signal that ends the job, however often it comes, into `stop`."""
+    heard: list[signal.Signals] = []
+    before: dict[int, Any] = {}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(signal.Signals(number))
+        stop.set()
+        # Not by `print`, which it may have interrupted.
+        os.write(2, f"\n{heard[-1].name}: waiting for the requests under way\n".encode())
+
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # see `jobs.mind_signals`
+            before[ending] = signal.signal(ending, hear)
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,429 @@
+"""Judges that are not trained here: their logits come from a file, or from an endpoint that is asked.
+
+Either way they become one file of all labelled battles (sources train and extra), and of those without
+votes that students learn from it. Of it each fold is dealt its rows: evaluation and students find what they
+would find of a judge that is trained here. The judge is the same in every fold, so its out-of-fold and its
+in-sample logits are the same.
+
+An endpoint is a chat model. It is shown a battle in both orders and asked for one token, the verdict; the
+log-probabilities of the three verdicts are the logits. (On chat models as judges, and how much the order
+of the answers matters to them: Zheng et al. 2023, arXiv:2306.05685.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import fold_rows
+from arena_distill.battles.reading import column_texts
+from arena_distill.config.judge import Asking, Traffic
+from arena_distill.config.phases import AskingSettings, LogitsSettings
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import ids_path, read_logits, write_logits
+from arena_distill.files.readers import read_table
+from arena_distill.verdicts import CLASSES, ORDERS, Order, swap_classes
+
+if TYPE_CHECKING:
+    from arena_distill.scoring.endpoint import Alternative, Request, Token
+
+COLUMNS: Mapping[str, tuple[str, str, str]] = {
+    # What a file may hold, and the columns of A, B and tie.
+    "logits": ("logit_model_a", "logit_model_b", "logit_tie"),
+    "probabilities": ("p_model_a", "p_model_b", "p_tie"),
+    "predictions": ("winner_model_a", "winner_model_b", "winner_tie"),  # as in a submission
+}
+
+LEAST = 1e-6
+"""A probability of a file that is smaller, or 0, counts as this: its logarithm has to be finite. So does
+what a list of the most probable tokens leaves over, where it is no more than a rounding error."""
+
+TEMPLATE = """\
+{instructions}
+
+<question>
+{question}
+</question>
+<answer_a>
+{answer_a}
+</answer_a>
+<answer_b>
+{answer_b}
+</answer_b>
+
+Verdict ({a}, {b} or {tie}):"""
+"""What an endpoint is asked: one message of the user, which every chat template knows."""
+
+NEXT_TURN = "\n\n[next turn]\n\n"
+LEFT_OUT = "\n[…]\n"
+
+_TAG = r"(?i)<(/?\s*(?:question|answer_a|answer_b)\b)"
+_NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+
+
+def deal_logits(
+    logits: Path, folds: Path, fold: int, output: Path, *, settings: LogitsSettings
+) -> None:
+    """Write the rows of a fold out of an external judge's logits → `fold_<k>.npy` and its ids.
+
+    The judge is the same in all folds and trained in none; which rows a fold's file holds, and which of
+    them validate, is as it is for a judge that is trained.
+    """
+    scores, ids = read_logits(logits)
+    rows = fold_rows(read_parquet(folds), fold, settings)
+    unjudged = pc.and_(
+        pc.equal(rows["source"], "unlabelled"), pc.invert(pc.is_in(key(rows), key(ids)))
+    )
+    if lacking := pc.sum(unjudged).as_py():
+        raise InputError(
+            f"{logits}: {lacking:,} unlabelled battles are not judged, but students learn them from this "
+            "judge: add them to its file (source: unlabelled), or set the students' pseudo_labels: false"
+        )
+    place = locate(key(rows), key(ids), f"logits in {logits}")
+    about = {"fold": fold, "external": read_provenance(ids_path(logits)).get("settings")}
+    about = provenance("logits", settings.model_dump(mode="json") | about)
+    write_logits(output, scores[place], rows, about)
+    print(f"{output}: {len(rows):,} battles of {logits}")
+
+
+# --- a file -----------------------------------------------------------------------------------------
+
+
+def read_judged(file: Path, battles: Path, output: Path, *, version: int) -> None:
+    """Read a judge's logits or probabilities from a parquet, CSV or JSONL file → `logits.npy` and its ids.
+
+    The file has a row per battle, or one per battle and order, with the columns `id`, `source` (train,
+    extra or unlabelled; without the column: train), `order` (AB or BA: which answer the judge saw first;
+    without the column: AB) and one of the triples of `COLUMNS`. These are of the battle's own model_a and
+    model_b, whatever the order. An order that a battle lacks takes the other one's; rows of other battles
+    are ignored; battles without votes may be missing. The output is float32 (rows, orders, 3), natural
+    logarithms of probabilities.
+
+    Raises:
+        InputError: the file is unusable, a value is none, or a battle is missing or there twice.
+    """
+    rows = _battles(battles, unlabelled=True)
+    keys, order, scores = _judged(file)
+    wanted = key(rows)
+    logits = np.full((len(rows), len(ORDERS), len(CLASSES)), np.nan)
+    for number in range(len(ORDERS)):
+        mine = np.flatnonzero(order == number)
+        position = _positions(wanted, keys.take(pa.array(mine)), f"{file}, order {ORDERS[number]}")
+        logits[position >= 0, number] = scores[mine[position[position >= 0]]]
+    lacks = np.isnan(logits[..., 0])
+    absent = lacks.all(axis=1)
+    labelled = pc.not_equal(rows["source"], "unlabelled").to_numpy()
+    if (missing := absent & labelled).any():
+        example = wanted[int(missing.argmax())]
+        raise InputError(
+            f"{file}: {missing.sum():,} of {labelled.sum():,} labelled battles are not judged, {example} "
+            "among them; the file needs all of sources train and extra"
+        )
+    rows, logits, lacks = rows.filter(pa.array(~absent)), logits[~absent], lacks[~absent]
+    logits = np.where(lacks[..., None], logits[:, ::-1], logits)
+    about = provenance("judged", {"version": version, "file": file.name})
+    write_logits(output, logits.astype(np.float32), rows, about)
+    both = int((~lacks).all(axis=1).sum())
+    others = len(keys) - int(np.count_nonzero(~lacks))
+    print(
+        f"{output}: {len(rows):,} battles, {both:,} of them judged in both orders"
+        + (f"; {others:,} rows of other battles ignored" if others else "")
+    )
+
+
+def _judged(file: Path) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Keys, orders (int: position in `ORDERS`) and log-probabilities (rows, 3) of a file's rows."""
+    raw = read_table(file)
+    given = [kind for kind, names in COLUMNS.items() if set(names) <= set(raw.columns)]
+    if "id" not in raw.columns or len(given) != 1:
+        triples = "; ".join(", ".join(names) for names in COLUMNS.values())
+        raise InputError(
+            f"{file}: `id` and exactly one of these triples of columns expected: {triples}; "
+            f"columns found: {', '.join(raw.columns)}"
+        )
+    if raw.faults.lost:
+        number, reason = raw.faults.lost[0]
+        raise InputError(f"{file}, row {number}: {reason}")
+    rows = len(raw.numbers)
+    default = {"source": "train", "order": "AB"}
+    filled = {
+        name: pc.fill_null(column_texts(raw, name), text)
+        if name in raw.columns
+        else pa.chunked_array([pa.repeat(text, rows)])
+        for name, text in default.items()
+    }
+    orders = pa.array(ORDERS)
+    order = pc.index_in(pc.utf8_upper(filled["order"]), orders).to_numpy().astype(np.float64)
+    _refuse(file, raw.numbers, "order", np.isnan(order), "AB or BA expected")
+    names = COLUMNS[given[0]]
+    values = np.stack([_numbers(file, raw.numbers, n, column_texts(raw, n)) for n in names], 1)
+    if given[0] != "logits":
+        off = (values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 0.01)
+        _refuse(file, raw.numbers, ", ".join(names), off, "probabilities that sum to 1 expected")
+        values = np.log(values.clip(min=LEAST))
+    _refuse(file, raw.numbers, ", ".join(names), (np.abs(values) > 1e6).any(1), "logits expected")
+    keys = key(pa.table({"id": column_texts(raw, "id"), "source": filled["source"]}))
+    return keys, order.astype(np.int64), _log_softmax(values)
+
+
+def _numbers(file: Path, numbers: np.ndarray, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """A column of texts as numbers: float64 (rows,)."""
+    column = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
+    good = pc.match_substring_regex(column, _NUMBER).to_numpy()
+    _refuse(file, numbers, name, ~good, "a number expected")
+    values: np.ndarray = column.cast(pa.float64()).to_numpy()
+    return values
+
+
+def _refuse(file: Path, numbers: np.ndarray, column: str, bad: np.ndarray, why: str) -> None:
+    if bad.any():
+        others = f" ({bad.sum():,} such rows)" if bad.sum() > 1 else ""
+        raise InputError(f"{file}, row {numbers[bad.argmax()]}, column {column}: {why}{others}")
+
+
+def _positions(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
+    """Where the wanted keys are among the available ones: int64 (wanted,), -1 where they are not."""
+    counts = pc.value_counts(available.filter(pc.is_in(available, wanted)))
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise InputError(f"{where}: {twice.field('values')[0]} is there more than once")
+    positions: np.ndarray = pc.fill_null(pc.index_in(wanted, available), -1).to_numpy()
+    return positions.astype(np.int64)
+
+
+# --- an endpoint ------------------------------------------------------------------------------------
+
+
+def ask_judge(
+    battles: Path,
+    output: Path,
+    cost: Path,
+    answers: Path,
+    *,
+    settings: AskingSettings,
+    traffic: Traffic,
+) -> None:
+    """Ask an endpoint about all labelled battles in both orders → `logits.npy`, its ids, `cost.json`.
+
+    And about those without votes, where a student learns them.
+
+    Args:
+        answers: folder in which answers are kept; what is there already is not asked again.
+        settings: what decides the answers.
+        traffic: how they are asked for.
+
+    Raises:
+        InputError: the endpoint refuses or keeps failing, `max_cost` is reached, or no answer holds a
+            verdict.
+        Stopped: SIGINT or SIGTERM came.
+    """
+    from arena_distill.scoring import endpoint
+
+    questions = Questions(_battles(battles, TEXTS, unlabelled=settings.unlabelled), settings)
+    if questions.cut:
+        print(
+            f"{questions.cut:,} of {len(questions.rows):,} battles have a text of more than "
+            f"{settings.max_characters:,} characters: its middle is left out",
+            flush=True,
+        )
+    with closing(endpoint.Answers(answers)) as kept:
+        keys: dict[bytes, int] = {}  # equal requests are one
+        number_of = np.array([keys.setdefault(request.key, len(keys)) for request in questions])
+        known = [kept.tokens(key) for key in keys]
+        unknown = [number for number, tokens in enumerate(known) if tokens is None]
+        print(f"{len(keys):,} requests, {len(unknown):,} of them to be asked", flush=True)
+        first = np.unique(number_of, return_index=True)[1]
+        if unknown:
+            endpoint.ask(
+                (questions.request(int(first[number])) for number in unknown),
+                kept,
+                traffic=traffic,
+                spent=sum(endpoint.cost(*tokens, traffic) for tokens in known if tokens),
+                total=len(unknown),
+            )
+        found = [verdict_scores(kept.get(key).tokens() or (), settings.verdicts) for key in keys]
+        counted = np.array([kept.tokens(key) for key in keys])
+    scores, listed = (np.array(part) for part in zip(*found, strict=True))
+    if not listed.any():
+        raise InputError(
+            f"{settings.url}: none of {len(keys):,} answers of {settings.model} holds one of the verdicts "
+            f"{', '.join(settings.verdicts)}: change `instructions` or `verdicts`; a model that thinks "
+            "first has to be told not to (parameters)"
+        )
+    seen = _log_softmax(scores)[number_of].reshape(-1, len(ORDERS), len(CLASSES))
+    logits = np.stack([seen[:, 0], swap_classes(seen[:, 1])], axis=1).astype(np.float32)
+    prompt_tokens, completion_tokens = counted.sum(axis=0).tolist()
+    priced = traffic.prompt_price is not None
+    figures = {
+        "url": settings.url,
+        "model": settings.model,
+        "battles": len(logits),
+        "battles_cut": questions.cut,
+        "requests": len(keys),
+        "asked_now": len(unknown),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "prompt_price": traffic.prompt_price,
+        "completion_price": traffic.completion_price,
+        "cost": endpoint.cost(prompt_tokens, completion_tokens, traffic) if priced else None,
+        "verdicts": {
+            "probability": float(np.where(listed, np.exp(scores), 0).sum(axis=1).mean()),
+            "unlisted": dict(zip(settings.verdicts, (~listed).sum(axis=0).tolist(), strict=True)),
+            "answers_without": int((~listed).all(axis=1).sum()),
+        },
+    }
+    about = provenance("asking", settings.model_dump(mode="json"))
+    write_json(figures | {"provenance": about}, cost)
+    write_logits(output, logits, questions.rows, about)
+    print(_summary(output, figures))
+
+
+TEXTS = {"prompt": "question", "response_a": "answer_a", "response_b": "answer_b"}
+"""Columns of the battles, and what `TEMPLATE` calls them."""
+
+
+class Questions:
+    """The requests about some battles: battle by battle, each in both orders."""
+
+    def __init__(self, battles: pa.Table, settings: Asking) -> None:
+        """
+        Args:
+            battles: canonical, columns `id`, `source` and `TEXTS`.
+        """
+        self.rows = battles.select(["id", "source"])
+        self._settings = settings
+        self._keys = key(battles)
+        shown = [_shown(battles[name], settings.max_characters) for name in TEXTS]
+        self._texts = dict(zip(TEXTS, (texts for texts, _ in shown), strict=True))
+        self.cut = int(np.any([cut for _, cut in shown], axis=0).sum())
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(ORDERS)
+
+    def __iter__(self) -> Iterator[Request]:
+        return map(self.request, range(len(self)))
+
+    def request(self, number: int) -> Request:
+        from arena_distill.scoring.endpoint import Request
+
+        settings = self._settings
+        row, order = divmod(number, len(ORDERS))
+        body = {
+            "model": settings.model,
+            "messages": [{"role": "user", "content": self._message(row, ORDERS[order])}],
+            "temperature": 0,
+            "max_tokens": settings.max_tokens,
+            "logprobs": True,
+            "top_logprobs": settings.top_logprobs,
+            **settings.parameters,
+        }
+        body = {name: value for name, value in body.items() if value is not None}
+        most = int(body.get("max_tokens", body.get("max_completion_tokens", 0)))
+        content = json.dumps(body, sort_keys=True, ensure_ascii=False).encode()
+        name = f"battle {self._keys[row]}, order {ORDERS[order]}"
+        return Request(name, settings.url, content, most)
+
+    def _message(self, row: int, order: Order) -> str:
+        texts = {TEXTS[name]: texts[row].as_py() for name, texts in self._texts.items()}
+        if order == "BA":
+            texts["answer_a"], texts["answer_b"] = texts["answer_b"], texts["answer_a"]
+        verdicts = dict(zip(("a", "b", "tie"), self._settings.verdicts, strict=True))
+        instructions = self._settings.instructions
+        for name, verdict in verdicts.items():
+            instructions = instructions.replace(f"{{{name}}}", verdict)
+        return TEMPLATE.format(instructions=instructions, **texts, **verdicts)
+
+
+def verdict_scores(
+    tokens: Sequence[Token], verdicts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probabilities of the three verdicts in an answer.
+
+    "A", " A" and "a" are one verdict: their probabilities add up. Of several generated tokens the first
+    that is a verdict counts, or else the very first. A verdict that is not listed there is no more probable
+    than the least of the listed tokens, nor than all that they leave over (see `LEAST`): it gets the
+    smaller of these two bounds. Where there is no token, all verdicts are alike.
+
+    Returns:
+        float64 (3,), in the frame of the answers as shown; and bool (3,), whether each was listed.
+    """
+    wanted = [_plain(verdict) for verdict in verdicts]
+    if not tokens:
+        return np.zeros(len(wanted)), np.zeros(len(wanted), bool)
+    token = next((token for token in tokens if _plain(token.token) in wanted), tokens[0])
+    listed: list[Alternative] = list(token.top_logprobs)
+    if token.token not in {other.token for other in listed}:
+        listed.append(token)
+    listed = [other for other in listed if UNLIKELY < other.logprob < np.inf]
+    logprobs = np.array([min(other.logprob, 0.0) for other in listed])
+    plain = np.array([_plain(other.token) for other in listed])
+    scores = np.array([np.logaddexp.reduce(logprobs[plain == verdict]) for verdict in wanted])
+    left_over = 1 - np.exp(logprobs).sum()
+    bound = min(logprobs.min(initial=0), np.log(max(left_over, LEAST)))
+    found = np.isfinite(scores)
+    return np.where(found, scores, bound), found
+
+
+UNLIKELY = -9999.0
+"""What OpenAI and vLLM tell of a token whose log-probability they do not tell."""
+
+
+def _plain(token: str) -> str:
+    # Some servers leave the sign that a tokenizer has for a space.
+    return token.strip().lstrip("▁Ġ").casefold()
+
+
+def _shown(column: pa.ChunkedArray, most: int) -> tuple[pa.Array, np.ndarray]:
+    """A column of turns as texts of at most so many characters, and which of them were cut: bool (rows,).
+
+    Text is data: what looks like a tag of the template gets a space, so that no battle ends its own frame.
+    """
+    texts = pc.binary_join(column, NEXT_TURN).cast(pa.large_string()).combine_chunks()
+    long = pc.greater(pc.utf8_length(texts), most)
+    half = most // 2
+    ends = pc.utf8_slice_codeunits(texts, 0, half), pc.utf8_slice_codeunits(texts, -half)
+    cut = pc.binary_join_element_wise(*ends, pa.scalar(LEFT_OUT, pa.large_string()))
+    shown = pc.replace_substring_regex(pc.if_else(long, cut, texts), _TAG, r"< \1")
+    return shown, long.to_numpy(zero_copy_only=False)
+
+
+def _summary(output: Path, figures: Mapping[str, Any]) -> str:
+    verdicts = figures["verdicts"]
+    parts = [
+        f"{output}: {figures['battles']:,} battles in {len(ORDERS)} orders",
+        f"{figures['asked_now']:,} of {figures['requests']:,} requests asked now",
+        f"{figures['prompt_tokens']:,} + {figures['completion_tokens']:,} tokens",
+        *([] if figures["cost"] is None else [f"cost {figures['cost']:.4g}"]),
+        f"the verdicts have {verdicts['probability']:.1%} of the probability",
+        "not listed, so bounded: "
+        + ", ".join(f"{name} {count:,}" for name, count in verdicts["unlisted"].items()),
+    ]
+    if verdicts["answers_without"]:
+        parts.append(f"{verdicts['answers_without']:,} answers without any verdict")
+    return "; ".join(parts)
+
+
+# --- both -------------------------------------------------------------------------------------------
+
+
+def _battles(battles: Path, columns: Iterable[str] = (), *, unlabelled: bool) -> pa.Table:
+    """The labelled battles, and those without votes if asked: `id`, `source` and the columns asked for."""
+    table = read_parquet(battles, ["id", "source", *columns])
+    sources = ["train", "extra", *(["unlabelled"] if unlabelled else [])]
+    judged = pc.is_in(table["source"].cast(pa.string()), pa.array(sources))
+    return table.filter(judged).combine_chunks()
+
+
+def _log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Scores (rows, 3) as logarithms of probabilities that sum to 1: float64."""
+    normalised: np.ndarray = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+    return normalised

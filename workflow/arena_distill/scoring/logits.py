@@ -1,0 +1,192 @@
+"""Judges score battles: logits per fold, both orders, float32, for evaluation and for students; and
+beside them what students want to know of the judge's last token (see ``states``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import fold_rows, validation_rows
+from arena_distill.config.judge import Attention, State
+from arena_distill.config.phases import LogitsSettings
+from arena_distill.encoding.batching import token_batches
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode_views
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import provenance, read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import ids_path, read_logits, read_states, write_logits
+from arena_distill.models.heads import verdicts
+from arena_distill.models.scoring import score_batches
+from arena_distill.verdicts import CLASSES, ORDERS
+
+
+def predict_logits(
+    backbone: Path,
+    adapter: Path,
+    tokens: Path,
+    folds: Path,
+    fold: int,
+    output: Path,
+    *,
+    settings: LogitsSettings,
+    batch_tokens: int,
+    shard: int = 0,
+    shards: int = 1,
+    attention: Attention = "auto",
+) -> None:
+    """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
+
+    The file holds float32 (rows, orders, 3) in the canonical frame. The ids say of each row whether it
+    is a validation row of this fold: those alone are out-of-fold.
+
+    A shard is every n-th batch of rows that have like length, so shards take equally long and
+    :func:`gather_logits` makes of them what one job would have written: a row's batch, and so its last
+    bits, do not depend on the number of shards.
+
+    Raises:
+        InputError: a logit or a state is not finite.
+    """
+    from arena_distill.models.adapters import load_adapter
+    from arena_distill.models.loading import load_classifier
+
+    rows = fold_rows(read_parquet(folds), fold, settings)
+    read = read_tokens(tokens)
+    read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
+    views = encode_views(read, settings.encoding, settings.head)
+    longest = np.max([view.lengths for view in views], axis=0)
+    batches = list(token_batches(longest, batch_tokens))[shard::shards]
+    ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
+    base = load_classifier(
+        backbone,
+        head=settings.head,
+        precision=settings.precision,
+        attention=attention,
+        pad_token_id=read.vocabulary.pad,
+    )
+    model: Any = load_adapter(base, adapter)
+    states: dict[State, np.ndarray] = {}
+    if settings.states:
+        from arena_distill.models.hidden_states import watch, widths
+
+        watch(model, settings.states)
+        states = {
+            name: np.zeros((len(rows), len(views), width), np.float16)
+            for name, width in widths(model, settings).items()
+        }
+    outputs = np.stack(
+        [
+            score_batches(model, view, batches, {name: s[:, i] for name, s in states.items()})
+            for i, view in enumerate(views)
+        ],
+        axis=1,
+    )
+    logits = verdicts(outputs[ours], settings.head)
+    if not np.isfinite(logits).all():
+        raise InputError(f"{adapter}: its logits are not finite: train it again with a lower lr")
+    about, named = _about(settings, fold), rows.take(pa.array(ours))
+    write_logits(output, logits, named, about, _checked(states, ours, adapter))
+    print(f"{output}: {len(ours):,} battles in {len(ORDERS)} orders")
+
+
+def gather_logits(
+    shards: Sequence[Path], folds: Path, fold: int, output: Path, *, settings: LogitsSettings
+) -> None:
+    """Put the shards of a fold together, exactly: the bytes that one job would have written.
+
+    Raises:
+        InputError: a shard is damaged, or a row is in none of them or in two.
+    """
+    rows = fold_rows(read_parquet(folds), fold, settings)
+    parts = [read_logits(path) for path in shards]
+    logits = np.concatenate([part for part, _ in parts])
+    ids = pa.concat_tables([table.select(["id", "source"]) for _, table in parts])
+    if len(logits) != len(rows):
+        raise InputError(
+            f"{shards[0].parent}: the shards hold {len(logits):,} rows, the fold has {len(rows):,}; "
+            "delete them and run the workflow again: they will be rebuilt"
+        )
+    place = locate(key(rows), key(ids), f"logits in {shards[0].parent}")
+    states: dict[str, np.ndarray] = {
+        name: np.concatenate([read_states(path, name) for path in shards])[place]
+        for name in settings.states
+    }
+    write_logits(output, logits[place], rows, _about(settings, fold), states or None)
+    print(f"{output}: {len(rows):,} battles of {len(shards)} shards")
+
+
+def _checked(
+    states: Mapping[State, np.ndarray], rows: np.ndarray, adapter: Path
+) -> dict[str, np.ndarray] | None:
+    """The states of these rows; None where nobody wants any.
+
+    Raises:
+        InputError: a number is too large for float16. (Nothing is scaled, so that the head gives
+            the logits of what is stored; and final norms keep hidden states far below.)
+    """
+    for name, values in states.items():
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{adapter}: its {name} reach beyond {np.finfo(np.float16).max:,.0f}, the largest "
+                f"number that is stored; students have to do without them: loss.{name}: 0"
+            )
+    return {name: values[rows] for name, values in states.items()} or None
+
+
+def _about(settings: LogitsSettings, fold: int) -> dict[str, Any]:
+    return provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
+
+
+def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.ndarray:
+    """A judge's logits of the validation rows, each by the fold model that never saw it.
+
+    Args:
+        folds: `folds.parquet`.
+        paths: the judge's files `fold_<k>.npy`, one per fold, in any order.
+        judge: its name, for messages.
+
+    Returns:
+        float32 (out-of-fold rows, orders, 3), in the canonical frame; rows in their order in `folds`.
+
+    Raises:
+        InputError: a fold has no logits, or a row is missing, there twice, or unknown.
+    """
+    logits = np.empty((len(folds), len(ORDERS), len(CLASSES)), np.float32)
+    fold_of = folds["fold"].to_numpy()
+    files = {_fold_number(path): path for path in paths}
+    expected = np.unique(fold_of[fold_of >= 0]).tolist()
+    if len(files) < len(paths) or sorted(files) != expected:
+        given = ", ".join(map(str, paths)) or "none"
+        raise InputError(f"judge {judge}: logits of the folds {expected} expected, got {given}")
+    for fold, path in files.items():
+        found, ids = read_logits(path)
+        if found.shape[1:] != logits.shape[1:]:
+            raise InputError(f"{path}: {found.shape[1:]} logits a row, {logits.shape[1:]} expected")
+        if "validation" not in ids.column_names:
+            raise InputError(f"{ids_path(path)}: no column validation")
+        # Training and extra rows lie in the same file for students; they are no fold's validation.
+        mine = np.flatnonzero(ids["validation"].to_numpy())
+        available = key(ids.take(pa.array(mine)))
+        rows = validation_rows(folds, fold)
+        wanted = key(folds.select(["id", "source"]).take(pa.array(rows)))
+        logits[rows] = found[mine[locate(wanted, available, str(ids_path(path)))]]
+        if len(available) != len(wanted):
+            foreign = available.filter(pc.invert(pc.is_in(available, wanted)))
+            raise InputError(
+                f"{ids_path(path)}: {len(foreign)} validation rows are not of fold {fold}, "
+                f"{foreign[0]} among them"
+            )
+    return logits[fold_of >= 0]
+
+
+def _fold_number(path: Path) -> int:
+    match = re.fullmatch(r"fold_(\d+)\.npy", path.name)
+    if match is None:
+        raise InputError(f"{path}: logits of a fold are named fold_<k>.npy")
+    return int(match[1])

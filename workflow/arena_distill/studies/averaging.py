@@ -1,0 +1,189 @@
+"""How far the means of factors and of products part as the folds of a judge drift apart.
+
+Folds that start from one adapter and stay near it can be averaged factor by factor; folds that started
+apart, or went far, cannot: mean(B)·mean(A) is then another matrix than mean(B·A). The drawing shows the
+gap between the two against how far the folds are from their mean, and what it costs in test log loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arena_distill.config.phases import DriftStudySettings, SoupSettings
+from arena_distill.deployment.fold_weights import Pot, validation_weights
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.files.artifacts import (
+    provenance,
+    read_json,
+    read_parquet,
+    write_json,
+    write_text,
+)
+from arena_distill.files.keys import key, locate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from arena_distill.deployment.merging import Adapter
+
+STARTS = {"shared": "one start for all folds", "own": "each fold its own start"}
+
+
+def draw_drift(soups: Sequence[Path], output: Path, *, settings: DriftStudySettings) -> None:
+    """Gather the judges' soups (``soups.compare_soups``) → `drift.json`, `drift.csv`, `drift.svg`."""
+    import pandas as pd
+
+    from arena_distill.evaluation.report import draw
+
+    by_judge = {path.stem: read_json(path) for path in soups}
+    points = []
+    for start, judges in settings.drifts.items():
+        for epochs, judge in judges.items():
+            soup = by_judge[judge]
+            point = {"start": start, "epochs": float(epochs), "judge": judge}
+            point |= {"distance": soup["distance"], "factors_gap": soup["factors_gap"]}
+            point |= {name: way["log_loss"] for name, way in soup["ways"].items()}
+            points.append(point)
+    figures = {
+        "points": points,
+        "provenance": provenance("drift_study", settings.model_dump(mode="json")),
+    }
+    write_json(figures, output / "drift.json")
+    write_text(pd.DataFrame(points).to_csv(index=False, lineterminator="\n"), output / "drift.csv")
+    write_text(draw("drift", _drawing, figures), output / "drift.svg")
+    print(f"{output}: {len(points)} points")
+
+
+def _drawing(figures: dict[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND
+
+    colours = {"shared": ACCENT, "own": SECOND}
+    scored = all("products" in point for point in figures["points"])
+    figure = Figure(figsize=(7.2, 3.6 if scored else 3.2))
+    panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    for start, name in STARTS.items():
+        line = [point for point in figures["points"] if point["start"] == start]
+        epochs = [point["epochs"] for point in line]
+        gap = [point["factors_gap"] for point in line]
+        panels[0].plot(epochs, gap, "o-", color=colours[start], mec=PAPER, label=name)
+        if scored:
+            for way, dash in (
+                ("products", "-"),
+                ("factors", (0, (4, 2))),
+                ("ensemble", (0, (1, 2))),
+            ):
+                panels[1].plot(
+                    epochs, [p[way] for p in line], marker="o", ms=4, ls=dash, color=colours[start]
+                )
+    panels[0].set(ylabel="‖factors − products‖ / ‖products‖", ylim=(0, None))
+    for axes in panels:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({point["epochs"] for point in figures["points"]})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("epochs that the folds train apart")
+        axes.grid(True)
+    if scored:
+        panels[1].set_ylabel("test log loss of the merged model, nats")
+        for way, dash in (("products", "-"), ("factors", (0, (4, 2))), ("ensemble", (0, (1, 2)))):
+            panels[1].plot([], [], ls=dash, color=MUTED, label=way)
+        panels[1].legend(fontsize=9, labelcolor=INK)
+    panels[0].legend(fontsize=9, labelcolor=INK)
+    return figure
+
+
+def compare_soups(
+    backbone: Path,
+    adapters: Sequence[Path],
+    logits: Sequence[Path],
+    tokens: Path,
+    folds: Path,
+    battles: Path,
+    solution: Path | None,
+    output: Path,
+    *,
+    settings: SoupSettings,
+    batch_tokens: int,
+) -> None:
+    """Every way of making one model of a judge's folds, scored on the test battles → JSON.
+
+    `fold_<k>` alone, `best_fold` (by its validation loss), `ensemble` (the mean of the folds' logits: as
+    many models as folds), `factors`, `products`, `validation` (weighted products). Differences are to
+    the ensemble, paired, with intervals by prompt. Without the test battles' votes there are no scores:
+    then only the gap between the two averages is told.
+
+    Args:
+        logits: the folds' `fold_<k>.npy`, in the order of `adapters`.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from arena_distill.battles.folds import prompt_groups
+    from arena_distill.battles.reading import read_solution
+    from arena_distill.metrics import losses, paired_difference, scores, softmax
+
+    read = read_tokens(tokens)
+    read = read.take(np.asarray(pc.equal(read.sources, "test")))
+    pot = Pot(backbone, adapters, read, settings, batch_tokens)
+    n = len(adapters)
+    by_validation = validation_weights(logits, folds)
+    alone = [pot.logits([float(k == fold) for k in range(n)])[0] for fold in range(n)]
+    equal = [1 / n] * n
+    factors, gap = pot.logits(equal, "factors")
+    ways = {f"fold_{k}": each for k, each in enumerate(alone)}
+    ways |= {
+        "best_fold": alone[int(np.argmax(by_validation))],
+        "ensemble": np.mean(alone, axis=0),
+        "factors": factors,
+        "products": pot.logits(equal)[0],
+        "validation": pot.logits(by_validation)[0],
+    }
+    figures: dict[str, Any] = {
+        "factors_gap": gap,
+        "weights": by_validation,
+        "distance": _distance(pot.folds),
+        "ways": {},
+        "provenance": provenance("soups", settings.model_dump(mode="json")),
+    }
+    if solution:
+        solved = read_solution(solution)
+        ids = solved["id"].combine_chunks()
+        keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
+        place = locate(keys, read.keys(), str(tokens))
+        table = read_parquet(battles, ["id", "source", "prompt"])
+        groups = prompt_groups(table)[locate(keys, key(table), str(battles))]
+        votes = solved["label"].to_numpy().astype(np.int64)
+        p = {
+            name: softmax(each[place].mean(axis=1, dtype=np.float64)) for name, each in ways.items()
+        }
+        reference = losses(p["ensemble"], votes)
+        figures["ways"] = {
+            name: scores(each, votes)
+            | {"versus_ensemble": paired_difference(losses(each, votes), reference, groups)}
+            for name, each in p.items()
+        }
+    write_json(figures, output)
+    told = ", ".join(f"{name} {way['log_loss']:.4f}" for name, way in figures["ways"].items())
+    print(f"{output}: gap {gap}; {told}")
+
+
+def _distance(folds: Sequence[Adapter]) -> float:
+    """How far the folds are from their mean, relative to it: root of Σ‖Δ_k − Δ̄‖² / (n Σ‖Δ̄‖²).
+
+    Δ are the folds' updates s·B·A of all adapted layers, ‖·‖ Frobenius.
+    """
+    import torch
+
+    apart = size = 0.0
+    for target in folds[0].targets:
+        updates = torch.stack([s * (b @ a) for a, b, s in (f.factors(target) for f in folds)])
+        mean = updates.mean(0)
+        apart += float((updates - mean).square().sum(dtype=torch.float64)) / len(folds)
+        size += float(mean.square().sum(dtype=torch.float64))
+    return float(np.sqrt(apart / size)) if size else 0.0

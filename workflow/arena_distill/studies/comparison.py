@@ -1,0 +1,269 @@
+"""Judges side by side, on the same battles: which is better, and is the difference more than luck?
+
+Every difference is paired (two judges, the same battle) and has an interval from a bootstrap that draws
+whole prompts: battles of one prompt are not independent, so drawing battles would make it too narrow.
+
+References:
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap (percentile intervals).
+    Field and Welsh 2007, Bootstrapping clustered data, JRSS B 69(3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.battles.folds import prompt_groups
+from arena_distill.battles.reading import read_solution
+from arena_distill.battles.style_features import LENGTHS
+from arena_distill.config.phases import CompareSettings, Entry
+from arena_distill.errors import InputError
+from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
+from arena_distill.evaluation.evaluate import both_orders
+from arena_distill.evaluation.out_of_fold import Run
+from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits
+from arena_distill.metrics import (
+    Figures,
+    bootstrap,
+    calibration_scores,
+    losses,
+    position_bias,
+    scores,
+    softmax,
+    truth_scores,
+)
+from arena_distill.prediction.calibration import Method, cross_fit, fit
+from arena_distill.prediction.test_time import mean_of_views
+from arena_distill.verdicts import CLASSES
+
+STYLE_ALONE = "style alone"
+"""What a calibration by style says of battles without a judge."""
+
+
+class _Calibrated(NamedTuple):
+    """A row of the tables: a judge with a method of calibration, and the logits that fit it."""
+
+    label: str
+    """The judge's; `STYLE_ALONE`: a judge that knows nothing."""
+    method: Method
+    known: np.ndarray
+    """Float64 (rows, 3), out of fold."""
+
+
+def compare(
+    run: Path,
+    output: Path,
+    *,
+    settings: CompareSettings,
+    solution: Path | None,
+    truth: Path | None,
+) -> None:
+    """Compare the judges of `settings.entries` → `compare.json`.
+
+    Args:
+        run: the run's folder; `logits/<judge>/fold_<k>.npy` and `merged_test.npy`, `adapters/<judge>`
+            and `merged/<judge>` of every entry are read, and of the runs in `settings.runs` the logits.
+        solution: the test battles' votes, where they are known.
+        truth: the synthetic arena's true vote probabilities.
+
+    Raises:
+        InputError: a file is missing or damaged, or a row is missing.
+    """
+    data = Run.read(run / "folds.parquet", run / "battles.parquet")
+    folds = data.fold_numbers()
+    seen = {
+        entry.label: data.judge_logits(
+            entry.folds, [run / "logits" / entry.folds / f"fold_{k}.npy" for k in folds]
+        )
+        for entry in settings.entries
+    }
+    probabilities = {label: both_orders(logits) for label, logits in seen.items()}
+    calibrated = _calibrated(seen, settings)
+    parts, styles = data.parts(), data.styles[data.validation]
+    for name, row in calibrated.items():
+        mended = cross_fit(row.method, row.known, data.votes(), parts, styles)
+        probabilities[name] = softmax(mended)
+    probabilities |= {
+        "class prior": data.out_of_fold(class_prior),
+        "length regression": data.out_of_fold(length_regression),
+    }
+    true = None if truth is None else true_probabilities(truth, data.keys())
+    if true is not None:
+        probabilities["Bayes limit"] = true
+    held_out = _table(probabilities, data.votes(), data.groups(), settings, true)
+    for label, logits in seen.items():
+        held_out["judges"][label]["position"] = position_bias(logits, data.votes())
+    test = None
+    if solution is not None:
+        test = _test(run, data, calibrated, settings, solution, truth)
+    figures = {
+        "run": settings.run,
+        "entries": [
+            {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
+            | {"against": e.against, "tested": e.tested, "flattered": e.flattered}
+            | {"calibration": e.prediction.calibration}
+            | _cost(run, e, folds)
+            for e in settings.entries
+        ],
+        "out_of_fold": held_out,
+        "test": test,
+        "runs": [
+            part
+            for other in settings.runs
+            for part in _other_run(Path(other), data, seen, settings)
+        ],
+        "provenance": provenance("comparison", settings.model_dump(mode="json")),
+    }
+    write_json(figures, output)
+    print(f"{output}: {len(settings.entries)} judges on {held_out['rows']:,} battles out of fold")
+
+
+def calibrated_label(label: str, method: str) -> str:
+    """What a judge is called in the tables where its probabilities are calibrated."""
+    return label if method == "none" else f"{label}, {method}"
+
+
+def _calibrated(
+    seen: Mapping[str, np.ndarray], settings: CompareSettings
+) -> dict[str, _Calibrated]:
+    """The calibrated judges by their label in the tables."""
+    found = {
+        calibrated_label(entry.label, method): _Calibrated(
+            entry.label, method, seen[entry.label].mean(axis=1, dtype=np.float64)
+        )
+        for entry in settings.entries
+        if (method := entry.prediction.calibration) != "none"
+    }
+    if by_style := next((row for row in found.values() if row.method == "style"), None):
+        found[STYLE_ALONE] = _Calibrated(STYLE_ALONE, "style", np.zeros_like(by_style.known))
+    return found
+
+
+def _table(
+    probabilities: Mapping[str, np.ndarray],
+    votes: np.ndarray,
+    groups: np.ndarray,
+    settings: CompareSettings,
+    true: np.ndarray | None,
+) -> Figures:
+    """Scores of all judges on the same rows, and every difference with its 95 % interval."""
+    each = np.stack([losses(p, votes) for p in probabilities.values()])
+    drawn = bootstrap(each, groups, resamples=settings.resamples)
+    judges = {}
+    for i, (label, p) in enumerate(probabilities.items()):
+        low, high = np.quantile(drawn[:, i], [0.025, 0.975])
+        judges[label] = {
+            **scores(p, votes),
+            **calibration_scores(p, votes),
+            "low": float(low),
+            "high": float(high),
+        }
+        if true is not None:
+            judges[label]["truth"] = truth_scores(true, p, votes)
+    labels = list(probabilities)
+    return {
+        "rows": len(votes),
+        "prompts": len(np.unique(groups)),
+        "judges": judges,
+        "differences": [
+            {"judge": labels[a], "against": labels[b], **_difference(each, drawn, a, b)}
+            for a in range(len(labels))
+            for b in range(len(labels))
+            if a != b
+        ],
+    }
+
+
+def _difference(each: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
+    low, high = np.quantile(drawn[:, a] - drawn[:, b], [0.025, 0.975])
+    difference = float((each[a] - each[b]).mean())
+    return {"difference": difference, "low": float(low), "high": float(high)}
+
+
+def _test(
+    run: Path,
+    data: Run,
+    calibrated: Mapping[str, _Calibrated],
+    settings: CompareSettings,
+    solution: Path,
+    truth: Path | None,
+) -> Figures:
+    """The merged models on the test battles, averaged as their recipes say; calibrated as well."""
+    solved = read_solution(solution)
+    votes = solved["label"].to_numpy().astype(np.int64)
+    ids = solved["id"].combine_chunks()
+    keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
+    battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
+    groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
+    tested = [entry for entry in settings.entries if entry.tested]
+    views = {entry.label: _test_views(run, entry.judge, keys) for entry in tested}
+    averages = {entry.label: entry.prediction.average for entry in tested}
+    probabilities = {label: mean_of_views(views[label], averages[label]) for label in views}
+    views[STYLE_ALONE], averages[STYLE_ALONE] = np.zeros((len(keys), 1, len(CLASSES))), "logits"
+    known, styles = data.styles[data.validation], data.styles_of(keys)
+    for name, row in calibrated.items():
+        if row.label in views:
+            calibration = fit(row.method, row.known, data.votes(), known)
+            mended = calibration(views[row.label], styles)
+            probabilities[name] = mean_of_views(mended, averages[row.label])
+    voted, lengths = data.voted(), styles[:, :LENGTHS]
+    for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
+        probabilities[name] = yardstick(*voted, lengths)
+    true = None if truth is None else true_probabilities(truth, keys)
+    if true is not None:
+        probabilities["Bayes limit"] = true
+    return _table(probabilities, votes, groups, settings, true)
+
+
+def _test_views(run: Path, judge: str, keys: pa.Array) -> np.ndarray:
+    """What the merged model says of the battles of `keys`: float (rows, lengths · orders, 3)."""
+    path = run / "logits" / judge / "merged_test.npy"
+    logits, rows = read_logits(path)
+    return logits[locate(keys, key(rows), str(path))].reshape(len(keys), -1, len(CLASSES))
+
+
+def _cost(run: Path, entry: Entry, folds: Sequence[int]) -> Figures:
+    """What a judge took: its folds' training seconds and tokens; its size, and the model's bytes."""
+    adapters_of = run / "adapters" / entry.folds
+    if not adapters_of.exists():  # it was not trained here
+        return {"seconds": None, "tokens": None, "parameters": None, "bytes": 0}
+    adapters = [read_json(adapters_of / f"fold_{k}" / "metrics.json") for k in folds]
+    return {
+        "seconds": sum(a["seconds"] for a in adapters),
+        "tokens": sum(round(a["tokens"] * a["epochs"]) for a in adapters),
+        "parameters": adapters[0]["parameters"],
+        "bytes": sum(
+            f.stat().st_size for f in (run / "merged" / entry.judge).glob("*.safetensors")
+        ),
+        "teacher_weights": [a["teacher_weights"] for a in adapters if "teacher_weights" in a],
+    }
+
+
+def _other_run(
+    other: Path, data: Run, seen: Mapping[str, np.ndarray], settings: CompareSettings
+) -> Iterator[Figures]:
+    """The judges of another run against this one's, on the battles that both score out of fold."""
+    theirs = Run.read(other / "folds.parquet", other / "battles.parquet")
+    ours, their_keys = data.keys(), theirs.keys()
+    shared = pc.is_in(ours, their_keys).to_numpy(zero_copy_only=False)
+    if not shared.any():
+        raise InputError(f"config: compare.runs: {other} has no battle in common with this run")
+    rows = locate(ours.filter(pa.array(shared)), their_keys, str(other))
+    for folder in sorted(path for path in (other / "logits").iterdir() if path.is_dir()):
+        files = [folder / f"fold_{k}.npy" for k in theirs.fold_numbers()]
+        if not all(file.exists() for file in files):
+            continue
+        logits = theirs.judge_logits(folder.name, files)[rows]
+        probabilities = {f"{other.name}: {folder.name}": both_orders(logits)}
+        probabilities |= {label: both_orders(own[shared]) for label, own in seen.items()}
+        votes, groups = data.votes()[shared], data.groups()[shared]
+        yield {"run": str(other), "judge": folder.name} | _table(
+            probabilities, votes, groups, settings, None
+        )

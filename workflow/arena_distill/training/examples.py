@@ -1,0 +1,171 @@
+"""The sequences that a judge learns from, in which order, and as which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from arena_distill.config.judge import Optimization, State
+from arena_distill.config.phases import PretrainingSettings, TrainingSettings
+from arena_distill.encoding.batching import pad
+from arena_distill.encoding.sequences import Sequences, Tokens
+from arena_distill.encoding.views import encode_views
+from arena_distill.training.targets import as_seen
+from arena_distill.verdicts import ORDERS, swap_labels
+
+FILLER = -100
+"""The label that weighs nothing, as PyTorch and the Trainer know it."""
+
+
+_LOWER = "lower the learning rate (lr) or max_grad_norm"
+
+
+@dataclass(frozen=True)
+class Examples(Dataset):
+    """What the Trainer reads: battles as shown, votes as shown, teachers' logits and states as shown.
+
+    A position past the end is a filler (see `ByLength`): a short battle whose label is -100.
+
+    views: the sequences of each battle as shown: one for a joint judge, two for a pointwise one.
+    labels: int64 (battles as shown,).
+    teachers: float32 (battles as shown, J, 3), or None.
+    weights: float32 (battles as shown, J), of the teachers, or None where there are none.
+    battles: how many there are, however often each is shown.
+    states: by name, of each teacher float16 (battles as shown, sequences of each, width).
+    groups: int64 (battles as shown,), of their prompts; None where nobody asks.
+    """
+
+    views: tuple[Sequences, ...]
+    labels: np.ndarray
+    teachers: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    battles: int = 0
+    states: Mapping[State, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    groups: np.ndarray | None = None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each battle's longest sequence: int64 (battles as shown,)."""
+        return np.max([view.lengths for view in self.views], axis=0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = i if i < len(self) else int(np.argmin(self.lengths))
+        label = self.labels[row] if row == i else np.int64(FILLER)
+        item = {"input_ids": [view[row] for view in self.views], "labels": label}
+        if self.teachers is None or self.weights is None:
+            return item
+        states = {name: [values[row] for values in each] for name, each in self.states.items()}
+        return item | {"teachers": self.teachers[row], "weights": self.weights[row]} | states
+
+
+class ByLength(Sampler[int]):
+    """Battles in batches of like length, in an order that follows from seed and epoch alone.
+
+    Processes that share a batch all see this order and take their parts of it, so that a batch holds
+    the same battles whatever their number. Where the last batch cannot be shared evenly, fillers that
+    weigh nothing complete it: the sampler of accelerate would repeat battles instead.
+
+    Args:
+        lengths: tokens per row.
+        batch_size: rows per optimizer step, over all processes.
+        share: rows that the processes take at once; the order's length is a multiple of it.
+        epoch: called at the start of an epoch for its number.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        share: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.lengths: list[int] = lengths.tolist()
+        self.batch_size = batch_size
+        self.fillers = -len(self.lengths) % share
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        dice = torch.Generator().manual_seed(self.seed + self.epoch())
+        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=dice)
+        yield from range(len(self.lengths), len(self))
+
+
+def show(
+    tokens: Tokens,
+    labels: np.ndarray,
+    targets: np.ndarray | None,
+    weights: np.ndarray | None,
+    settings: PretrainingSettings | TrainingSettings,
+    states: Mapping[State, tuple[np.ndarray, ...]] | None = None,
+) -> Examples:
+    """Battles as they are shown: in order AB, and with `swap` in order BA too; a pointwise judge sees
+    each once, and learns from the mean of its teachers' logits of both orders.
+
+    Args:
+        labels: int64 (rows,), canonical.
+        targets: float32 (rows, teachers, orders, 3), canonical, or None.
+        weights: float32 (rows, teachers), or None.
+        states: by name, of each teacher float16 (rows, views, width), or None.
+    """
+    states = states or {}
+    if settings.head.kind == "pointwise":
+        # Both orders at once: a joint teacher's two verdicts are one target.
+        both = None if targets is None else targets.mean(axis=2)
+        shown = tuple(encode_views(tokens, settings.encoding, settings.head))
+        return Examples(shown, labels, both, weights, len(tokens), states)
+    orders = ORDERS if optimization(settings).swap else ORDERS[:1]
+
+    def by_order(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[:, i : i + 1] for i, _ in enumerate(orders)])
+
+    return Examples(
+        (Sequences.concatenate(encode_views(tokens, settings.encoding, settings.head, orders)),),
+        np.concatenate([swap_labels(labels) if order == "BA" else labels for order in orders]),
+        None
+        if targets is None
+        else np.concatenate([as_seen(targets, i) for i, _ in enumerate(orders)]),
+        None if weights is None else np.concatenate([weights] * len(orders)),
+        len(tokens),
+        {name: tuple(map(by_order, each)) for name, each in states.items()},
+    )
+
+
+def optimization(settings: PretrainingSettings | TrainingSettings) -> Optimization:
+    """How the phase optimizes."""
+    return settings.pretraining if isinstance(settings, PretrainingSettings) else settings.training
+
+
+def _collator(pad_token_id: int) -> Any:
+    def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, mask = pad([ids for item in items for ids in item["input_ids"]], pad_token_id)
+        shape = len(items), -1, ids.shape[1]  # battles, sequences of each, tokens
+        batch = {"input_ids": ids.reshape(shape), "attention_mask": mask.reshape(shape)}
+        for name in ("labels", "teachers", "weights"):
+            if name in items[0]:
+                batch[name] = np.stack([item[name] for item in items])
+        tensors: dict[str, Any] = {n: torch.from_numpy(values) for n, values in batch.items()}
+        for name in get_args(State):
+            if name in items[0]:  # a tensor per teacher: their hidden sizes differ
+                per_teacher = zip(*(item[name] for item in items), strict=True)
+                tensors[name] = [torch.from_numpy(np.stack(values)) for values in per_teacher]
+        if "attention" in tensors:
+            tensors["attention"] = [a[..., : shape[2]] for a in tensors["attention"]]
+        return tensors
+
+    return collate

@@ -1,0 +1,158 @@
+"""A head that is fitted before the rest learns: logistic regression on a frozen judge's features.
+
+Fine-tuning a fresh head and the adapters at once bends the features to a head that knows nothing yet;
+fitted first, it starts where a linear probe ends (Kumar et al. 2022, Fine-Tuning can Distort Pretrained
+Features and Underperform Out-of-Distribution, arXiv:2202.10054). With hundreds of battles that probe is
+most of what can be learned.
+
+Features are what the head's last layer reads. The ridge is on their standardised scale, and is the one
+of `RIDGES` that predicts best in a cross-validation which keeps prompts whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from arena_distill.config.judge import Head, Loss, State
+from arena_distill.encoding.batching import token_batches
+from arena_distill.encoding.sequences import Sequences
+from arena_distill.errors import InputError
+from arena_distill.models.heads import battle_logits
+from arena_distill.models.hidden_states import head_layer, watch
+from arena_distill.models.scoring import score_batches
+from arena_distill.training.losses import losses
+
+if TYPE_CHECKING:
+    from arena_distill.training.examples import Examples
+
+RIDGES = tuple(10.0 ** (k / 2) for k in range(6, -7, -1))
+"""Weights of half the squared norm of the head, beside the mean loss in nats; the strongest first."""
+
+PARTS = 5
+"""Of the cross-validation."""
+
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits of some battles, their rows) → each one's loss."""
+
+
+def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_tokens: int) -> None:
+    """Replace the weights of the head's last layer by fitted ones.
+
+    The head learns what the judge will: the same loss, of the same votes and teachers. Every process of
+    several computes all of it, and finds the same.
+
+    Args:
+        examples: with the `groups` of their prompts.
+        batch_tokens: padded tokens per forward pass.
+    """
+    assert examples.groups is not None
+    features = torch.from_numpy(read_features(judge, examples.views, batch_tokens))
+    votes = torch.from_numpy(examples.labels)
+    teachers, weights = (
+        None if array is None else torch.from_numpy(array)
+        for array in (examples.teachers, examples.weights)
+    )
+
+    def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        targets = None if teachers is None else teachers[rows]
+        shares = None if weights is None else weights[rows]
+        return losses(battle_logits(outputs, head), votes[rows], targets, shares, loss)
+
+    layer = head_layer(judge)
+    fitted, ridge, found = cross_validate(features, objective, layer.out_features, examples.groups)
+    with torch.no_grad():
+        layer.weight.copy_(fitted)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    print(f"head fitted to frozen features: ridge {ridge:.3g}, loss {found:.4f} cross-validated")
+
+
+def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -> np.ndarray:
+    """What the head reads of every sequence: float32 (battles as shown, views, features).
+
+    Raises:
+        InputError: half precision cannot hold it.
+    """
+    width = head_layer(judge).in_features
+    features = np.empty((len(views[0]), len(views), width), np.float32)
+    wanted: State = "features"
+    handles = watch(judge, (wanted,))
+    try:
+        for view, sequences in enumerate(views):
+            room = np.empty((len(sequences), width), np.float16)
+            batches = list(token_batches(sequences.lengths, batch_tokens))
+            score_batches(judge, sequences, batches, {wanted: room})
+            features[:, view] = room
+    finally:
+        for handle in handles:
+            handle.remove()
+        judge.train()
+    if not np.isfinite(features).all():
+        raise InputError(
+            f"{judge.config.name_or_path}: hidden states beyond {np.finfo(np.float16).max:,.0f}: no head "
+            "can be fitted to them; set training.fit_head: false"
+        )
+    return features
+
+
+def cross_validate(
+    features: torch.Tensor, objective: Objective, outputs: int, groups: np.ndarray
+) -> tuple[torch.Tensor, float, float]:
+    """Weights with the ridge that predicts best.
+
+    Args:
+        features: float32 (rows, views, features).
+        objective: of the outputs (rows, views, outputs).
+        groups: int (rows,); rows of a group are never on both sides.
+
+    Returns:
+        float32 (outputs, features), fitted to all rows; the ridge; its cross-validated mean loss.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    rows = np.arange(len(groups))
+    parts = min(PARTS, len(np.unique(groups)))
+    if parts < 2:  # nothing to choose by
+        return fit_weights(features, objective, outputs, rows, RIDGES[:1])[-1], RIDGES[0], np.nan
+    scores = np.zeros(len(RIDGES))
+    for known, held_out in GroupKFold(parts).split(rows, groups=groups):
+        asked = torch.from_numpy(held_out)
+        for i, fitted in enumerate(fit_weights(features, objective, outputs, known, RIDGES)):
+            scores[i] += float(objective(features[asked] @ fitted.T, asked).sum()) / len(rows)
+    best = int(np.argmin(scores))
+    # By way of the stronger ridges, as in the cross-validation: each fit starts from the last.
+    fitted = fit_weights(features, objective, outputs, rows, RIDGES[: best + 1])[-1]
+    return fitted, RIDGES[best], float(scores[best])
+
+
+def fit_weights(
+    features: torch.Tensor,
+    objective: Objective,
+    outputs: int,
+    rows: np.ndarray,
+    ridges: tuple[float, ...],
+) -> list[torch.Tensor]:
+    """Least mean loss plus ridge, by L-BFGS, for each ridge: float32 (outputs, features)."""
+    chosen = torch.from_numpy(rows)
+    known = features[chosen]
+    # The mean stays: it is what a head without a bias has to make one from.
+    spread = known.flatten(0, 1).std(0).clamp(min=1e-6)
+    known = known / spread
+    weights = torch.zeros(outputs, features.shape[-1], requires_grad=True)
+    fitted = []
+    for ridge in ridges:
+        solver = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss(solver: torch.optim.LBFGS = solver, ridge: float = ridge) -> torch.Tensor:
+            solver.zero_grad()
+            value = objective(known @ weights.T, chosen).mean() + ridge / 2 * weights.square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)
+        fitted.append((weights / spread).detach().clone())
+    return fitted

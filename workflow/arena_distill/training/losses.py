@@ -1,0 +1,134 @@
+"""The losses of distillation, with their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from arena_distill.config.judge import Loss, State
+from arena_distill.verdicts import NO_VOTE
+
+if TYPE_CHECKING:
+    import torch
+
+
+def losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teachers: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    loss: Loss,
+    states: Mapping[State, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Each battle's loss, in float32 whatever the precision of the logits.
+
+    With `combine: separate` each of the J teachers adds its own terms, J w_j times; otherwise they are
+    one target (J = 1 below), the weighted mean of their logits or of their probabilities at T:
+
+        (ce · (1 − p_s(y))^γ · CE(y, s) + Σ_j J w_j [kl · T² · KL(t_j ‖ s) + cosine · (1 − cos(p_j, p_s))])
+        / (ce + J (kl + cosine))
+
+    where KL compares softmax(·/T) (Hinton et al. 2015, arXiv:1503.02531; T² unless switched off), cos
+    compares the probabilities at temperature T, and CE smooths the vote. `alpha·T²·KL + (1−alpha)·CE` is
+    ce = 1−alpha, kl = alpha; five equal terms are ce = kl = cosine = 1 with two separate teachers.
+
+    States have a term per teacher however logits are combined: each state's Σ_j J w_j · weight · d_j is
+    added above and its J · weight below, with the d_j of :func:`feature_distances` and
+    :func:`attention_divergences`.
+
+    Args:
+        logits: (batch, 3), the student's.
+        labels: int64 (batch,); NO_VOTE where there is none: such a battle has no CE term.
+        teachers: (batch, J, 3), or None where `kl` and `cosine` are 0.
+        weights: (batch, J), each row's sum 1; None: equal.
+        states: float32 (batch, J) by name, how far the student's are from each teacher's.
+
+    Returns:
+        float32 (batch,).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    logits = logits.float()
+    voted = labels != NO_VOTE
+    votes = labels.where(voted, 0)
+    ce = F.cross_entropy(logits, votes, reduction="none", label_smoothing=loss.label_smoothing)
+    if loss.focal:
+        foreseen = logits.softmax(-1).gather(-1, votes[:, None])[:, 0]
+        ce = ce * (1 - foreseen) ** loss.focal
+    total = loss.ce * ce * voted
+    weight = loss.ce * voted
+    if teachers is not None and loss.kl + loss.cosine > 0:
+        teachers = teachers.float() / loss.temperature
+        if weights is None:
+            weights = torch.full_like(teachers[..., 0], 1 / teachers.shape[1])
+        target = F.log_softmax(teachers, dim=-1)
+        if loss.combine == "mean_logits":
+            target = F.log_softmax((weights[..., None] * teachers).sum(1, keepdim=True), dim=-1)
+        elif loss.combine == "mean_probabilities":
+            log_weights = weights.clamp(min=1e-30).log()
+            target = (log_weights[..., None] + target).logsumexp(1, keepdim=True)
+        terms = target.shape[1]
+        share = weights * terms if loss.combine == "separate" else torch.ones_like(target[..., 0])
+        student = F.log_softmax(logits / loss.temperature, dim=-1).unsqueeze(1).expand_as(target)
+        scale = loss.temperature**2 if loss.temperature_squared else 1.0
+        divergence = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+        distance = 1 - F.cosine_similarity(student.exp(), target.exp(), dim=-1)
+        each = loss.kl * scale * divergence + loss.cosine * distance
+        total = total + (share * each).sum(-1)
+        weight = weight + terms * (loss.kl + loss.cosine)
+    for name, distances in (states or {}).items():
+        count = distances.shape[1]
+        share = distances if weights is None else count * weights * distances
+        total = total + getattr(loss, name) * share.sum(-1)
+        weight = weight + getattr(loss, name) * count
+    return total / weight
+
+
+def feature_distances(
+    students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """How far a student's projected features are from each teacher's: ‖s/‖s‖ − t/‖t‖‖², from 0 to 4.
+
+    The mean over a battle's sequences. Sun et al. 2019, Patient Knowledge Distillation for BERT Model
+    Compression, arXiv:1908.09355; through a learned layer, as Romero et al. 2015, FitNets,
+    arXiv:1412.6550. Only directions count: teachers whose hidden states are of other sizes and scales
+    pull alike.
+
+    Args:
+        students: of each teacher's projection, (batch, sequences, hidden size of the teacher).
+        teachers: of the same shapes.
+
+    Returns:
+        float32 (batch, J).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    pairs = zip(students, teachers, strict=True)
+    apart = [F.normalize(s.float(), dim=-1) - F.normalize(t.float(), dim=-1) for s, t in pairs]
+    return torch.stack([a.square().sum(-1).mean(-1) for a in apart], dim=-1)
+
+
+def attention_divergences(student: torch.Tensor, teachers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """KL(teacher ‖ student) of where the last token looks in the last layer, in nats.
+
+    The mean over a battle's sequences. Wang et al. 2020, MiniLM, arXiv:2002.10957, section 3.1, for one
+    token and the mean over the heads: so student and teacher may have other numbers of them. (Attention
+    transfer: Zagoruyko and Komodakis 2017, arXiv:1612.03928; Jiao et al. 2020, TinyBERT,
+    arXiv:1909.10351.)
+
+    Args:
+        student: (batch, sequences, tokens), each sequence's sum 1.
+        teachers: of each the same; sums may differ from 1 by float16's rounding.
+
+    Returns:
+        float32 (batch, J).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    student = student.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    targets = [teacher.float() / teacher.float().sum(-1, keepdim=True) for teacher in teachers]
+    each = [F.kl_div(student, target, reduction="none").sum(-1).mean(-1) for target in targets]
+    return torch.stack(each, dim=-1)

@@ -1,0 +1,251 @@
+"""What a student learns from: its teachers' logits and states, and the loss that follows them.
+
+The targets are gathered here from the teachers' files, row by row of the student's training set and by
+key, so a file in another order changes nothing and a missing row is an error.
+
+What each kind of target knows: `in_sample` targets come from a teacher that was trained on the very rows,
+so they are over-confident. `out_of_fold` targets are honest about their rows, but the teacher of another
+fold was trained on the votes of the student's own validation rows, and extra rows were seen by every
+fold's teacher: a student's out-of-fold score is flattered by that (``Config.is_flattered``), its score on
+test is not. The more a teacher remembers of each vote, the more: a head fitted to the features of 1,000
+battles gained 0.047 by such targets out of fold, and 0.008 on battles that no teacher had seen.
+
+Unlabelled battles have nothing but their targets. No teacher has seen their votes, as there are none, so
+out of fold they get the mean of all folds' teachers, as extra rows do: the better teacher, but again one
+that has learned from the votes of the student's validation rows. In sample they get their fold's own
+teacher, which has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arena_distill.config.judge import Loss, State, Targets
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import ids_path, read_logits, read_states
+from arena_distill.verdicts import NO_VOTE, swap_classes
+
+VOTES = Loss(ce=1.0, kl=0.0, cosine=0.0)
+"""The loss of a judge without teachers: cross-entropy with the vote."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a student's training rows take from one of a teacher's files.
+
+    positions: int64, rows of the file.
+    rows: int64, of as many training rows the place.
+    shared: int64, rows of the file that every file holds, in one order.
+    """
+
+    path: Path
+    positions: np.ndarray
+    rows: np.ndarray
+    shared: np.ndarray
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Where a student's training rows stand in a teacher's files, whatever is read of them.
+
+    count: of the training rows.
+    shared: int64, those that stand in every file: extra rows, out of fold. They get the mean.
+    """
+
+    count: int
+    shared: np.ndarray
+    parts: tuple[Part, ...]
+
+    def of(self, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """The training rows of what `read` finds in each file: (rows, ...), of the files' dtype."""
+        chosen = total = np.empty(0)
+        for part in self.parts:
+            found = read(part.path)  # one file at a time: states are large
+            if part is self.parts[0]:
+                chosen = np.empty((self.count, *found.shape[1:]), found.dtype)
+                total = np.zeros((len(self.shared), *found.shape[1:]), np.float32)
+            chosen[part.rows] = found[part.positions]
+            total += found[part.shared]
+        chosen[self.shared] = total / len(self.parts)
+        return chosen
+
+
+def select_rows(
+    teachers: Mapping[str, Sequence[Path]], rows: pa.Table, targets: Targets
+) -> list[Selection]:
+    """Find a student's training rows in its teachers' files.
+
+    Args:
+        teachers: each teacher's `fold_<k>.npy` files. For `out_of_fold` all of its folds, where a row's
+            targets are those of the one fold model that never saw it (extra and unlabelled rows, which no
+            fold holds out: the mean over folds).
+            For `in_sample` the file of the student's own fold, whose teacher was trained on these rows.
+        rows: the training rows; columns `id` and `source`.
+
+    Raises:
+        InputError: a file is missing or a row stands in none.
+    """
+    select = {"out_of_fold": _out_of_fold, "in_sample": _in_sample}[targets]
+    return [select(name, files, key(rows)) for name, files in teachers.items()]
+
+
+def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:
+    """Teachers' logits: float32 (rows, teachers, orders, 3), classes in the canonical frame.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    return np.stack([teacher.of(lambda path: read_logits(path)[0]) for teacher in selected], axis=1)
+
+
+def teacher_states(selected: Sequence[Selection], state: State) -> tuple[np.ndarray, ...]:
+    """Each teacher's states (see ``states``): float16 (rows, views, width).
+
+    Extra rows get the mean over folds as their logits do: a teacher's folds start from one adapter and
+    stay near each other. (Of the tiny teachers, the cosine between two folds' features is 0.98 for the
+    same row, 0.72 to 0.79 for another.)
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    return tuple(teacher.of(lambda path: read_states(path, state)) for teacher in selected)
+
+
+def _out_of_fold(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selection:
+    tables = [read_parquet(ids_path(file)) for file in files]
+    keys = [key(ids) for ids in tables]
+    held_out = [np.flatnonzero(ids["validation"]) for ids in tables]
+    shared_by_all = pa.array(["extra", "unlabelled"])
+    extra = [
+        np.flatnonzero(pc.is_in(ids["source"].cast(pa.string()), shared_by_all)) for ids in tables
+    ]
+    if any(map(len, extra)) and not all(map(len, extra)):
+        raise InputError(
+            f"{files[0].parent}: only some folds of {teacher} hold extra rows (or unlabelled)"
+        )
+
+    found = [k.take(pa.array(rows)) for k, rows in zip(keys, held_out, strict=True)]
+    place = locate(
+        wanted,
+        pa.concat_arrays([*found, keys[0].take(pa.array(extra[0]))]),
+        f"{teacher}'s out-of-fold logits in {files[0].parent}",
+    )
+    ends = np.cumsum([len(rows) for rows in held_out])
+    of_file = np.searchsorted(ends, place, side="right")  # past the last: an extra row
+    shared = np.flatnonzero(of_file == len(files))
+    parts = []
+    for number, file in enumerate(files):
+        rows = np.flatnonzero(of_file == number)
+        positions = held_out[number][place[rows] - ends[number] + len(held_out[number])]
+        these = keys[number].take(pa.array(extra[number]))
+        again = locate(wanted.take(pa.array(shared)), these, f"{teacher}'s logits in {file}")
+        parts.append(Part(file, positions, rows, extra[number][again]))
+    return Selection(len(wanted), shared, tuple(parts))
+
+
+def _in_sample(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selection:
+    (file,) = files
+    ids = read_parquet(ids_path(file))
+    positions = locate(wanted, key(ids), f"{teacher}'s in-sample logits in {file}")
+    none = np.empty(0, np.int64)
+    return Selection(len(wanted), none, (Part(file, positions, np.arange(len(wanted)), none),))
+
+
+def as_seen(targets: np.ndarray, order: int) -> np.ndarray:
+    """Targets of one order in the frame of the answers as shown: (rows, teachers, 3)."""
+    logits = targets[:, :, order]
+    return swap_classes(logits) if order else logits
+
+
+def teacher_weights(
+    targets: np.ndarray, labels: np.ndarray, held_out: np.ndarray, loss: Loss
+) -> np.ndarray:
+    """How much each teacher counts, battle by battle.
+
+    `equal`       1 / J.
+    `fitted`      the weights on the simplex with the least log loss on the held-out rows: of the
+                  weighted mean of logits or of probabilities, whichever `combine` makes (separate terms:
+                  of probabilities). Both are convex. The rows are the student's training rows, never
+                  those that validate it.
+    `confidence`  (1 − softmax(CE)_j) / (J − 1), where CE_j is teacher j's cross-entropy with the vote:
+                  a teacher that missed this battle's vote counts less in it. Zhang, Chen and Wang 2022,
+                  Confidence-Aware Multi-Teacher Knowledge Distillation, arXiv:2201.00007, equation 3.
+
+    Args:
+        targets: float32 (rows, J, orders, 3).
+        labels: int64 (rows,); NO_VOTE where there is none: such rows weigh teachers equally.
+        held_out: bool (rows,), where the teachers' logits are out of fold.
+
+    Returns:
+        float32 (rows, J), each row's sum 1.
+
+    Raises:
+        InputError: weights are to be fitted, but no row is held out.
+    """
+    rows, count = targets.shape[:2]
+    equal = np.full((rows, count), 1 / count, np.float32)
+    if count == 1 or loss.weights == "equal":
+        return equal
+    logits = targets.mean(axis=2, dtype=np.float64)
+    voted = labels != NO_VOTE
+    if loss.weights == "confidence":
+        surprise = _surprise(logits, np.where(voted, labels, 0))
+        share = np.exp(surprise - surprise.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        return np.where(voted[:, None], (1 - share) / (count - 1), equal).astype(np.float32)
+    fit = held_out & voted
+    if not fit.any():
+        raise InputError(
+            "loss.weights: fitted, but no training battle has teachers' logits out of fold"
+        )
+    pooled = _fitted_weights(logits[fit], labels[fit], of_logits=loss.combine == "mean_logits")
+    return np.tile(pooled.astype(np.float32), (rows, 1))
+
+
+def _surprise(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each teacher's cross-entropy with the vote: float64 (rows, J)."""
+    from scipy.special import log_softmax
+
+    given = np.take_along_axis(log_softmax(logits, axis=-1), labels[:, None, None], axis=2)
+    return np.asarray(-given[..., 0])
+
+
+def _fitted_weights(logits: np.ndarray, labels: np.ndarray, *, of_logits: bool) -> np.ndarray:
+    """The weights on the simplex whose weighted mean has the least log loss: float64 (J,)."""
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax, softmax
+
+    count = logits.shape[1]
+    given = np.exp(-_surprise(logits, labels))
+
+    def of_probabilities(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        mixed = given @ weights
+        return float(-np.log(mixed).mean()), -(given / mixed[:, None]).mean(axis=0)
+
+    def of_mean_logits(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        mean = np.einsum("rjc,j->rc", logits, weights)
+        own = np.arange(len(labels)), labels
+        error = softmax(mean, axis=-1)
+        error[own] -= 1
+        gradient = np.einsum("rc,rjc->j", error, logits) / len(labels)
+        return float(-log_softmax(mean, axis=-1)[own].mean()), gradient
+
+    found = minimize(
+        of_mean_logits if of_logits else of_probabilities,
+        np.full(count, 1 / count),
+        jac=True,
+        method="SLSQP",
+        bounds=[(0, 1)] * count,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-12},
+    )
+    weights = np.clip(found.x, 0, 1)
+    return np.asarray(weights / weights.sum())

@@ -1,0 +1,452 @@
+"""Judges learn: LoRA adapters after UT battles, and per fold from votes or from teachers.
+
+Both phases are one call of transformers' Trainer (so accelerate, and several GPUs, come with it) over
+sequences assembled from the token file. A judge's folds all start from the same adapter and the same
+head: averaging them afterwards relies on it. (Fitted heads differ, but they are linear: their mean is
+the mean of what they say of the same features.) Neither the number of processes nor an interruption
+changes what is learned: the order of the battles follows from seed and epoch alone, and ``checkpoints``
+restores the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from arena_distill.battles.folds import training_rows
+from arena_distill.battles.reading import read_votes
+from arena_distill.config.judge import (
+    Attention,
+    Head,
+    Loss,
+    Optimization,
+    Precision,
+    State,
+    Training,
+)
+from arena_distill.config.phases import PretrainingSettings, TrainingSettings
+from arena_distill.encoding.batching import micro_batch_size
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import (
+    atomic_directory,
+    full_disk_told,
+    provenance,
+    read_parquet,
+    write_json,
+    write_parquet,
+)
+from arena_distill.files.keys import key, locate
+from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.models.heads import battle_logits
+from arena_distill.models.hidden_states import project, projections_of, watch
+from arena_distill.models.loading import check_length, load_classifier
+from arena_distill.training.checkpoints import Checkpoints, digest, file_identities
+from arena_distill.training.examples import (
+    _LOWER,
+    FILLER,
+    ByLength,
+    Examples,
+    _collator,
+    optimization,
+    show,
+)
+from arena_distill.training.linear_probe import fit_head
+from arena_distill.training.losses import attention_divergences, feature_distances, losses
+from arena_distill.training.targets import (
+    VOTES,
+    select_rows,
+    teacher_logits,
+    teacher_states,
+    teacher_weights,
+)
+
+PROJECTIONS = "projections.safetensors"
+"""In the checkpoints of a student that compares features."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a training job runs; what it computes does not depend on it."""
+
+    micro_batch_size: int = 8
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
+    checkpoints: Path | None = None
+    """The folder of this output's checkpoints; None writes none."""
+    checkpoint_minutes: float = 30.0
+    attention: Attention = "auto"
+
+
+def pretrain_adapter(
+    backbone: Path,
+    tokens: Path,
+    battles: Path,
+    output: Path,
+    *,
+    settings: PretrainingSettings,
+    launch: Launch,
+) -> None:
+    """Post-pretrain a judge's adapter on the votes of the UT battles."""
+    read = read_tokens(tokens)
+    read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
+    examples = show(read, read_votes(battles, read.keys()), None, None, settings)
+    base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
+    model = new_judge(base, settings.lora, settings.pretraining.seed)
+    about = provenance("pretraining", settings.model_dump(mode="json"))
+    _fit(model, examples, output, settings, VOTES, launch, about)
+
+
+def train_fold(
+    backbone: Path,
+    pretrained: Path | None,
+    tokens: Path,
+    folds: Path,
+    fold: int,
+    output: Path,
+    *,
+    teachers: Mapping[str, Sequence[Path]],
+    settings: TrainingSettings,
+    launch: Launch,
+) -> None:
+    """Train one fold's judge: on votes, or on its teachers' logits where it has teachers.
+
+    The fold's validation rows are read by nothing here: no checkpoint is chosen by them.
+
+    Args:
+        pretrained: the post-pretrained adapter to start from; None starts a fresh one.
+        teachers: each teacher's logits files (see ``distillation.select_rows``).
+    """
+    table = read_parquet(folds)
+    chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
+    rows = _part(table.take(chosen), settings.training)
+    read = read_tokens(tokens)
+    read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
+    labels = rows["label"].to_numpy().astype(np.int64)
+    targets = weights = None
+    states: dict[State, tuple[np.ndarray, ...]] = {}
+    if settings.teachers and settings.targets:
+        selected = select_rows(teachers, rows, settings.targets)
+        targets = teacher_logits(selected)
+        states = {name: teacher_states(selected, name) for name in settings.loss.states()}
+        # Extra battles were seen by every fold's teacher: no weight is fitted on them. (Nor on those
+        # without a vote.)
+        held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
+        weights = teacher_weights(targets, labels, held_out, settings.loss)
+    examples = show(read, labels, targets, weights, settings, states)
+    if settings.training.fit_head:
+        groups = rows["group"].to_numpy()
+        examples = replace(examples, groups=np.tile(groups, len(examples) // len(groups)))
+    seed = settings.training.seed + (fold if settings.training.own_start else 0)
+    base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
+    if pretrained is None:
+        model = new_judge(base, settings.lora, seed)
+    else:
+        model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
+    if states:
+        watch(model, states)
+    if "features" in states:
+        project(model, [of_teacher.shape[-1] for of_teacher in states["features"]], seed=seed)
+    phase = "distillation" if settings.teachers else "training"
+    about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
+    _fit(model, examples, output, settings, settings.loss, launch, about)
+
+
+def _part(rows: pa.Table, training: Training) -> pa.Table:
+    """The battles to learn from: the fold's, or the first of a shuffle of them."""
+    if training.share == 1:
+        return rows
+    shuffled = np.random.default_rng(training.seed).permutation(len(rows))
+    return rows.take(pa.array(np.sort(shuffled[: max(1, round(training.share * len(rows)))])))
+
+
+class JudgeTrainer(Trainer):
+    """The Trainer with a judge's loss, exact under gradient accumulation and over devices."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, loss: Loss, head: Head, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = loss
+        self.head = head
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts each batch's battles
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        args = self.args
+        examples: Any = train_dataset or self.train_dataset
+        return ByLength(
+            examples.lengths,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            share=args.train_batch_size * args.world_size if args.world_size > 1 else 1,
+            seed=args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs.pop("labels")
+        teachers, weights = inputs.pop("teachers", None), inputs.pop("weights", None)
+        taught: dict[State, Any] = {n: inputs.pop(n) for n in self.loss.states() if n in inputs}
+        shape = inputs["input_ids"].shape[:2]  # battles, sequences of each
+        outputs = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
+        logits = battle_logits(outputs.logits.unflatten(0, shape), self.head)
+        apart: dict[State, torch.Tensor] = {}
+        if "features" in taught:
+            projected = [features.unflatten(0, shape) for features in outputs.projected]
+            apart["features"] = feature_distances(projected, taught["features"])
+        if "attention" in taught:
+            looks = outputs.attention.unflatten(0, shape)
+            apart["attention"] = attention_divergences(looks, taught["attention"])
+        counts = labels != FILLER
+        each = losses(logits, labels.where(counts, 0), teachers, weights, self.loss, apart)
+        total = (each * counts).sum()
+        if num_items_in_batch is None:
+            loss = total / counts.sum()
+        else:  # the mean over the whole optimizer step; DDP averages gradients over processes
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    # A student's projections are not PEFT's to save: checkpoints hold them, adapters do not.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        projections = projections_of(self.model)
+        if projections and self.args.should_save:
+            save_file(projections.state_dict(), f"{output_dir}/{PROJECTIONS}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if projections := projections_of(self.model):
+            projections.load_state_dict(load_file(f"{resume_from_checkpoint}/{PROJECTIONS}"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        for name in ("loss", "grad_norm"):
+            value = float(logs.get(name, 0.0))
+            if not math.isfinite(value):
+                raise InputError(f"step {self.state.global_step}: {name} is {value}: {_LOWER}")
+
+
+class Progress(TrainerCallback):
+    """A line per fiftieth of the way, instead of the Trainer's bar: logs are read as files."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        last, every = state.log_history[-1], max(1, state.max_steps // 50)
+        if state.is_world_process_zero and "loss" in last and state.global_step % every == 0:
+            print(
+                f"step {state.global_step}/{state.max_steps}, epoch {last['epoch']:.2f}: "
+                f"loss {last['loss']:.4f}, gradient {last['grad_norm']:.3f}, "
+                f"lr {last['learning_rate']:.2e}",
+                flush=True,
+            )
+
+
+def _fit(
+    model: PeftModel,
+    examples: Examples,
+    output: Path,
+    settings: PretrainingSettings | TrainingSettings,
+    loss: Loss,
+    launch: Launch,
+    about: dict[str, Any],
+) -> None:
+    """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet.
+
+    Raises:
+        Stopped: the job was told to end before; a checkpoint holds what was done.
+    """
+    if not len(examples):
+        raise InputError(f"{output}: there is no battle to train on")
+    check_length(model, int(examples.lengths.max()))
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, checkpoints = Path(scratch), None
+        arguments = _arguments(folder, optimization(settings), settings.precision, launch)
+        if launch.checkpoints:
+            folder = launch.checkpoints / _key(model, examples, about, arguments.world_size)
+            checkpoints = Checkpoints(folder, every=60 * launch.checkpoint_minutes)
+            arguments.output_dir = str(folder)
+        if checkpoints is None or not checkpoints.finished.exists():
+            trainer = JudgeTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=examples,
+                data_collator=_collator(model.config.pad_token_id),
+                callbacks=[Progress, *([checkpoints] if checkpoints else [])],
+                loss=loss,
+                head=settings.head,
+            )
+            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(PrinterCallback)
+            latest = checkpoints.latest() if checkpoints else None
+            if latest:
+                print(f"{latest}: going on from there", flush=True)
+            elif examples.groups is not None:
+                # Not before: the key of checkpoints is of what is exactly the same in each attempt.
+                # Twice the tokens of a step: nothing is kept for a backward pass.
+                room = 2 * launch.micro_batch_size * int(examples.lengths.max())
+                fit_head(model, examples, loss=loss, head=settings.head, batch_tokens=room)
+            with checkpoints.listening() if checkpoints else nullcontext(), full_disk_told(folder):
+                result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+            if checkpoints:
+                checkpoints.raise_if_stopped(trainer.state)
+            if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+                raise InputError(f"{output}: the last step left no finite weights: {_LOWER}")
+            seconds = checkpoints.seconds if checkpoints else result.metrics["train_runtime"]
+            if trainer.is_world_process_zero():
+                finished = checkpoints.finished if checkpoints else output
+                _write(trainer, examples, finished, about, seconds=seconds)
+        if checkpoints and arguments.process_index == 0:
+            checkpoints.publish(output)
+
+
+def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
+    """Of everything that decides the weights; how it is launched does not, but for rounding."""
+    arrays = [*(a for view in examples.views for a in (view.ids, view.offsets)), examples.labels]
+    arrays += [a for a in (examples.teachers, examples.weights) if a is not None]
+    arrays += [a for each in examples.states.values() for a in each]
+    start = [p for p in model.parameters() if p.requires_grad]
+    backbone = file_identities(Path(model.config.name_or_path))
+    settings = about | {"world_size": world_size, "backbone": backbone}
+    return digest(settings, [*arrays, *start])
+
+
+def _write(
+    trainer: JudgeTrainer,
+    examples: Examples,
+    output: Path,
+    about: dict[str, Any],
+    *,
+    seconds: float,
+) -> None:
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    history = _history(trainer.state.log_history)
+    tokens = sum(len(view.ids) for view in examples.views)
+    trainable, parameters = model.get_nb_trainable_parameters()  # knows how many NF4 packs into one
+    metrics: dict[str, Any] = {
+        "battles": examples.battles,
+        "sequences": len(examples) * len(examples.views),
+        "tokens": tokens,
+        "longest": int(examples.lengths.max()),
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_loss": pc.mean(history["loss"]).as_py(),
+        "trainable_parameters": trainable,
+        "parameters": parameters,
+        "seconds": round(seconds, 3),
+        "provenance": about,
+    }
+    if examples.weights is not None:
+        metrics["teacher_weights"] = examples.weights.mean(axis=0, dtype=np.float64).tolist()
+    for adapter in model.peft_config.values():
+        targets: Any = getattr(adapter, "target_modules", None)
+        if isinstance(targets, set):  # each process would write it in another order
+            adapter.target_modules = sorted(targets)
+    # Only what was trained: to ask for all of a backbone that is spread would need all processes.
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    with atomic_directory(output) as folder:
+        model.save_pretrained(str(folder), state_dict=trained)
+        write_json(metrics, folder / "metrics.json")
+        write_parquet(history, folder / "history.parquet", about)
+    speed = tokens * metrics["epochs"] / max(seconds, 1e-9)
+    print(
+        f"{metrics['sequences']:,} sequences, {trainer.state.global_step} steps, "
+        f"loss {metrics['train_loss']:.4f}, {speed:,.0f} tokens/s"
+    )
+
+
+def _arguments(
+    folder: Path, optimization: Optimization, precision: Precision, launch: Launch
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=optimization.lr,
+        num_train_epochs=optimization.epochs,
+        lr_scheduler_type="cosine",
+        warmup_steps=optimization.warmup_steps,
+        weight_decay=optimization.weight_decay,
+        adam_beta1=optimization.betas[0],
+        adam_beta2=optimization.betas[1],
+        max_grad_norm=optimization.max_grad_norm,
+        seed=optimization.seed,
+        bf16=precision != "fp32",
+        use_cpu=not torch.accelerator.is_available(),
+        activation_checkpointing=launch.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_steps=1,  # so that the history does not depend on where a job was interrupted
+        logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
+        save_strategy="no",  # `Checkpoints` decides when
+        save_total_limit=2,
+        report_to="none",
+    )
+    devices = arguments.world_size * max(1, arguments.n_gpu)
+    if optimization.batch_size % devices:
+        raise InputError(
+            f"config: batch_size {optimization.batch_size} cannot be shared by {devices} devices; "
+            "make it a multiple"
+        )
+    share = optimization.batch_size // devices
+    micro = micro_batch_size(share, launch.micro_batch_size)
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = share // micro
+    return arguments
+
+
+def _history(log: list[dict[str, float]]) -> pa.Table:
+    steps = [entry for entry in log if "loss" in entry]
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    return pa.table({name: [entry.get(name, math.nan) for entry in steps] for name in columns})
+
+
+def _load_base(
+    backbone: Path,
+    settings: PretrainingSettings | TrainingSettings,
+    pad_token_id: int,
+    seed: int,
+    launch: Launch,
+) -> Any:
+    return load_classifier(
+        backbone,
+        head=settings.head,
+        precision=settings.precision,
+        attention=launch.attention,
+        pad_token_id=pad_token_id,
+        head_seed=seed,
+        shards=int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
+    )
