@@ -189,8 +189,8 @@ def test_groups_are_what_chains_connect(seed: int) -> None:
 
 def test_prompts_of_one_template_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     # In pieces, as if there were many more.
-    monkeypatch.setattr("arena_distill.similarity.PAIRS", 1000)
-    monkeypatch.setattr("arena_distill.similarity.SHINGLES", 20_000)
+    monkeypatch.setattr("arena_distill.battles.similarity.PAIRS", 1000)
+    monkeypatch.setattr("arena_distill.battles.similarity.SHINGLES", 20_000)
     texts = pa.array([f"{LONG}? {number}" for number in range(100, 300)])
     assert near_groups(texts, **HOW).max() == 0
     pairs = list(near_pairs(texts, **HOW))
@@ -372,7 +372,7 @@ def test_a_prompt_of_thousands_of_battles_is_compared_once(monkeypatch: pytest.M
         compared.append(len(first))
         return jaccard(texts, first, second)
 
-    monkeypatch.setattr("arena_distill.similarity.jaccard", counted)
+    monkeypatch.setattr("arena_distill.battles.similarity.jaccard", counted)
     hot = [
         {
             "id": f"hot {i}",
@@ -533,7 +533,8 @@ def test_the_command_line_audits(files: tuple[Path, Path], tmp_path: Path) -> No
 
 
 def test_only_the_job_imports_the_library() -> None:
-    program = "import sys, arena_distill.audit, arena_distill.folds, arena_distill.report\n"
+    modules = ("battles.audit", "battles.folds", "evaluation.report")
+    program = f"import sys, {', '.join(f'arena_distill.{name}' for name in modules)}\n"
     program += "assert not {'rensa', 'scipy', 'pandas'} & set(sys.modules)"
     environment = {"PYTHONPATH": str(ROOT / "workflow")}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)

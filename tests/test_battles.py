@@ -519,7 +519,7 @@ def test_real_battles_are_all_read() -> None:
 def test_importing_is_light() -> None:
     heavy = {"torch", "pandas", "sklearn", "transformers"}
     code = f"""
-import sys, arena_distill.battles, arena_distill.folds
+import sys, arena_distill.battles.reading, arena_distill.battles.folds
 assert not {heavy!r} & set(sys.modules), sorted({heavy!r} & set(sys.modules))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

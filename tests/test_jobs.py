@@ -28,11 +28,15 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use G
 
 
 class Job:
-    """A process that runs some lines after `from arena_distill.jobs import *`."""
+    """A process that runs some lines after `from arena_distill.runtime.launch import *`."""
 
     def __init__(self, lines: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys, time\nfrom arena_distill.jobs import *\n{lines}"],
+            [
+                sys.executable,
+                "-c",
+                f"import sys, time\nfrom arena_distill.runtime.launch import *\n{lines}",
+            ],
             env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")} | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -23,7 +23,6 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, read_provenance
 from arena_distill.files.keys import key
 from arena_distill.files.logits import read_logits, write_logits
-from arena_distill.models import scoring
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
@@ -298,7 +297,7 @@ def test_logits_that_are_not_finite_are_an_error(
     judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.setattr(
-        scoring, "score_batches", lambda _, rows, *__: np.full((len(rows), 3), np.nan, np.float32)
+        module, "score_batches", lambda _, rows, *__: np.full((len(rows), 3), np.nan, np.float32)
     )
     with pytest.raises(InputError, match="adapter: its logits are not finite"):
         predict(run, tmp_path / "adapter", tmp_path / "x.npy", logits_settings())

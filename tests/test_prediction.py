@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import arena_distill.logits
-import arena_distill.quantization
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -16,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import SIZES, MadeUpRun, made_up_run
 
+import arena_distill.deployment.gptq
+import arena_distill.models.scoring
 from arena_distill.config.judge import Encoding
 from arena_distill.config.phases import PredictionSettings, ScoringSettings
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
@@ -303,13 +303,13 @@ def test_identical_sequences_are_scored_once(
     backbone: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[Sequences] = []
-    original = arena_distill.logits.score
+    original = arena_distill.models.scoring.score
 
     def counting(judge: Any, sequences: Sequences, **options: Any) -> np.ndarray:
         scored.append(sequences)
         return original(judge, sequences, **options)
 
-    monkeypatch.setattr(arena_distill.logits, "score", counting)
+    monkeypatch.setattr(arena_distill.models.scoring, "score", counting)
     settings = scoring_settings(max_lengths=(*LONG, 64))
     output = tmp_path / "merged_test.npy"
     score_test(backbone, tokens, output, quantized=False, settings=settings, batch_tokens=700)
@@ -369,7 +369,7 @@ def test_a_quantized_model_is_loaded_by_the_loader_for_it(
         loaded.append(folder)
         return load_classifier(folder, pad_token_id=read_tokens(tokens).vocabulary.pad)
 
-    monkeypatch.setattr(arena_distill.quantization, "load_quantized", load)
+    monkeypatch.setattr(arena_distill.deployment.gptq, "load_quantized", load)
     path = tmp_path / "gptq_test.npy"
     settings = scoring_settings(max_lengths=LONG)
     score_test(backbone, tokens, path, quantized=True, settings=settings, batch_tokens=700)

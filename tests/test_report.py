@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from checkouts import ROOT
 from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.battles.audit import write_audit
@@ -22,7 +23,6 @@ from arena_distill.errors import InputError
 from arena_distill.evaluation.report import (
     FIGURES,
     TABLES,
-    TEMPLATES,
     percent,
     render_report,
     signed,
@@ -307,7 +307,7 @@ def test_figures_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_every_part_has_a_caption() -> None:
-    captions = {path.stem for path in TEMPLATES.glob("*.rst")}
+    captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
     assert {
         *FIGURES,
         "variants_table",

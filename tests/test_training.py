@@ -420,7 +420,7 @@ def test_the_backbone_stays_as_it_is(
         return judges[-1]
 
     before = (llama.backbone / "model.safetensors").read_bytes()
-    monkeypatch.setattr(adapters, "new_judge", keep)
+    monkeypatch.setattr(trainer, "new_judge", keep)
     fit(llama, tmp_path / "x", epochs=2, lr=0.05)
     assert (llama.backbone / "model.safetensors").read_bytes() == before
     seed = training_settings().training.seed
