@@ -22,9 +22,9 @@ include: "rules/common.smk"
 
 rule all:
     input:
-        f"{R}/submission.csv",
-        f"{R}/metrics.json",
-        f"{R}/report.html",
+        RUN.submission,
+        RUN.metrics,
+        RUN.report,
 
 
 include: "rules/fetch.smk"
@@ -44,6 +44,9 @@ include: "rules/planning.smk"
 include: "rules/targets.smk"
 
 
+from arena_distill.runs import cleanup
+
+
 onstart:
     check_downloads()
     if workflow.executor_plugin.name == "slurm":
@@ -51,4 +54,4 @@ onstart:
 
 
 onsuccess:
-    cleanup.sweep(Path(rules.read_battles.output.battles).parent)  # R, with a module's prefix
+    cleanup.clean_up(Path(rules.read_battles.output.battles).parent)  # with a module's prefix

@@ -19,7 +19,7 @@ import numpy as np
 from tokenized import tokenized
 
 from arena_distill.config.judge import Encoding
-from arena_distill.encoding.truncation import waterline
+from arena_distill.encoding.truncation import length_budget
 from arena_distill.encoding.views import encode
 
 WHOLE = 10**7
@@ -58,7 +58,7 @@ def main() -> None:
     print(f"{'':28}{'mean':>7}{'longest':>9}{'cut':>8}{'lost':>8}{'kept':>8}{'squares':>9}")
     for budget in arguments.budgets:
         encoding = whole.model_copy(update={"tokens_per_battle": budget})
-        line = waterline(tokens, encoding, view, WHOLE)
+        line = length_budget(tokens, encoding, view, WHOLE)
         kept = encode(tokens, whole, view, line).lengths
         lengths = {
             f"max_length {budget}": encode(tokens, whole, view, budget).lengths,

@@ -3,15 +3,15 @@
 
 rule audit_leaks:
     input:
-        battles=f"{R}/battles.parquet",
-        folds=f"{R}/folds.parquet",
+        battles=RUN.battles,
+        folds=RUN.folds,
     output:
-        audit=f"{R}/audit.json",
-        leaks=f"{R}/tables/leaks.csv",
+        audit=RUN.audit,
+        leaks=RUN.table("leaks"),
     log:
-        f"{R}/logs/audit_leaks.log",
+        RUN.log("audit_leaks"),
     benchmark:
-        f"{R}/benchmarks/audit_leaks.tsv"
+        RUN.benchmark("audit_leaks")
     conda:
         "../envs/arena.yaml"
     params:
@@ -19,6 +19,6 @@ rule audit_leaks:
     message:
         "Looking for leaks"
     shell:
-        "arena audit-leaks --battles {input.battles} --folds {input.folds}"
-        " --output {output.audit} --table {output.leaks}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena audit-leaks --battles {input.battles:q} --folds {input.folds:q}"
+        " --output {output.audit:q} --table {output.leaks:q}"
+        " --settings {params.settings:q} > {log:q} 2>&1"

@@ -1,14 +1,18 @@
 # Raw files → canonical battles → folds.
+#
+# A module's prefix moves all that this workflow makes. What the configuration names, and what ships with
+# the workflow, is `local`: it stays where it is.
+include: "inputs/battles.smk"
 
 
 rule simulate_arena:
     output:
-        files=[f"{R}/arena/{source}.csv" for source in (*SOURCES, "test_solution")],
-        truth=f"{R}/arena/truth.parquet",
+        files=[RUN.arena(source) for source in (*SOURCES, "test_solution")],
+        truth=RUN.truth,
     log:
-        f"{R}/logs/simulate_arena.log",
+        RUN.log("simulate_arena"),
     benchmark:
-        f"{R}/benchmarks/simulate_arena.tsv"
+        RUN.benchmark("simulate_arena")
     conda:
         "../envs/arena.yaml"
     params:
@@ -18,7 +22,7 @@ rule simulate_arena:
     message:
         "Simulating the synthetic arena"
     shell:
-        "arena simulate-arena --output {params.folder} --settings {params.settings:q} > {log} 2>&1"
+        "arena simulate-arena --output {params.folder:q} --settings {params.settings:q} > {log:q} 2>&1"
 
 
 rule read_battles:
@@ -29,45 +33,40 @@ rule read_battles:
         test=battle_files("test"),
         unlabelled=battle_files("unlabelled"),
     output:
-        battles=f"{R}/battles.parquet",
-        rejected=f"{R}/rejected.parquet",
+        battles=RUN.battles,
+        rejected=RUN.rejected,
     log:
-        f"{R}/logs/read_battles.log",
+        RUN.log("read_battles"),
     benchmark:
-        f"{R}/benchmarks/read_battles.tsv"
+        RUN.benchmark("read_battles")
     conda:
         "../envs/arena.yaml"
     params:
         version=VERSIONS["battles"],
-        files=lambda wildcards, input: [
-            part
-            for source in SOURCES
-            for file in input.get(source)
-            for part in (f"--{source}", file)
-        ],
+        files=as_options(*SOURCES),
     message:
         "Reading battles: {input}"
     shell:
-        "arena read-battles --output {output.battles} --rejected {output.rejected}"
-        " --version {params.version} {params.files:q} > {log} 2>&1"
+        "arena read-battles --output {output.battles:q} --rejected {output.rejected:q}"
+        " --version {params.version} {params.files:q} > {log:q} 2>&1"
 
 
 rule assign_folds:
     input:
-        battles=f"{R}/battles.parquet",
+        battles=RUN.battles,
     output:
-        folds=f"{R}/folds.parquet",
+        folds=RUN.folds,
     log:
-        f"{R}/logs/assign_folds.log",
+        RUN.log("assign_folds"),
     benchmark:
-        f"{R}/benchmarks/assign_folds.tsv"
+        RUN.benchmark("assign_folds")
     localrule: True
     conda:
         "../envs/arena.yaml"
     params:
         settings=settings_of(phase.FoldsSettings),
     message:
-        f"Dealing battles into {CONFIG.folds.n} folds ({CONFIG.folds.method})"
+        f"Assigning battles to {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     shell:
-        "arena assign-folds --battles {input.battles} --output {output.folds}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena assign-folds --battles {input.battles:q} --output {output.folds:q}"
+        " --settings {params.settings:q} > {log:q} 2>&1"

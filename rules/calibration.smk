@@ -1,17 +1,17 @@
-# What a judge's probabilities are mended by: needed where `prediction.calibration` asks for it.
+# The calibration of a judge's probabilities, where `prediction.calibration` asks for one.
 
 
 rule fit_calibration:
     input:
-        folds=f"{R}/folds.parquet",
-        battles=f"{R}/battles.parquet",
-        logits=expand(f"{R}/logits/{{{{judge}}}}/fold_{{fold}}.npy", fold=FOLDS),
+        folds=RUN.folds,
+        battles=RUN.battles,
+        logits=[RUN.logits("{judge}", fold) for fold in FOLDS],
     output:
-        calibration=f"{R}/calibration/{{judge}}.json",
+        calibration=RUN.calibration("{judge}"),
     log:
-        f"{R}/logs/fit_calibration/{{judge}}.log",
+        RUN.log("fit_calibration/{judge}"),
     benchmark:
-        f"{R}/benchmarks/fit_calibration/{{judge}}.tsv"
+        RUN.benchmark("fit_calibration/{judge}")
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -20,6 +20,6 @@ rule fit_calibration:
     message:
         "Calibrating {wildcards.judge}"
     shell:
-        "arena fit-calibration --folds {input.folds} --battles {input.battles}"
-        " --judge {wildcards.judge} --output {output.calibration} --version {params.version}"
-        " {input.logits} > {log} 2>&1"
+        "arena fit-calibration --folds {input.folds:q} --battles {input.battles:q}"
+        " --judge {wildcards.judge} --output {output.calibration:q} --version {params.version}"
+        " {input.logits:q} > {log:q} 2>&1"

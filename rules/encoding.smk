@@ -1,14 +1,15 @@
 # Backbones as ordinary folders; battles as token ids, once per tokenizer.
+include: "inputs/encoding.smk"
 
 
 rule download_backbone:
     # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
     output:
-        directory(f"{R}/backbones/{{backbone}}"),
+        directory(RUN.backbone("{backbone}")),
     log:
-        f"{R}/logs/download_backbone/{{backbone}}.log",
+        RUN.log("download_backbone/{backbone}"),
     benchmark:
-        f"{R}/benchmarks/download_backbone/{{backbone}}.tsv"
+        RUN.benchmark("download_backbone/{backbone}")
     wildcard_constraints:
         backbone=one_of(DOWNLOADS),
     localrule: True
@@ -23,17 +24,17 @@ rule download_backbone:
     message:
         "Downloading backbone {wildcards.backbone} ({resources.disk_mb} MB of disk)"
     shell:
-        "arena prepare-backbone --output {output} --version {params.version}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena prepare-backbone --output {output:q} --version {params.version}"
+        " --settings {params.settings:q} > {log:q} 2>&1"
 
 
 rule prepare_backbone:
     output:
-        directory(f"{R}/backbones/{{backbone}}"),
+        directory(RUN.backbone("{backbone}")),
     log:
-        f"{R}/logs/prepare_backbone/{{backbone}}.log",
+        RUN.log("prepare_backbone/{backbone}"),
     benchmark:
-        f"{R}/benchmarks/prepare_backbone/{{backbone}}.tsv"
+        RUN.benchmark("prepare_backbone/{backbone}")
     wildcard_constraints:
         backbone=one_of(BACKBONES, but=(*DOWNLOADS, *PARTS)),
     conda:
@@ -44,31 +45,31 @@ rule prepare_backbone:
     message:
         "Preparing backbone {wildcards.backbone}"
     shell:
-        "arena prepare-backbone {input} --output {output} --version {params.version}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena prepare-backbone {input:q} --output {output:q} --version {params.version}"
+        " --settings {params.settings:q} > {log:q} 2>&1"
 
 
 use rule prepare_backbone as cut_download with:
     input:
         download_of,
     log:
-        f"{R}/logs/cut_download/{{backbone}}.log",
+        RUN.log("cut_download/{backbone}"),
     benchmark:
-        f"{R}/benchmarks/cut_download/{{backbone}}.tsv"
+        RUN.benchmark("cut_download/{backbone}")
     wildcard_constraints:
         backbone=one_of(PARTS),
 
 
 rule tokenize_battles:
     input:
-        battles=f"{R}/battles.parquet",
+        battles=RUN.battles,
         backbone=tokenizer,
     output:
-        tokens=f"{R}/tokens/{{tokenizer}}/battles.parquet",
+        tokens=RUN.tokens("{tokenizer}"),
     log:
-        f"{R}/logs/tokenize_battles/{{tokenizer}}.log",
+        RUN.log("tokenize_battles/{tokenizer}"),
     benchmark:
-        f"{R}/benchmarks/tokenize_battles/{{tokenizer}}.tsv"
+        RUN.benchmark("tokenize_battles/{tokenizer}")
     conda:
         "../envs/arena.yaml"
     params:
@@ -76,5 +77,5 @@ rule tokenize_battles:
     message:
         "Tokenising battles with {wildcards.tokenizer}"
     shell:
-        "arena tokenize-battles --battles {input.battles} --backbone {input.backbone}"
-        " --output {output.tokens} --version {params.version} > {log} 2>&1"
+        "arena tokenize-battles --battles {input.battles:q} --backbone {input.backbone:q}"
+        " --output {output.tokens:q} --version {params.version} > {log:q} 2>&1"

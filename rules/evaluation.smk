@@ -16,11 +16,11 @@ REPORTED = {  # file of `render_report` → caption
 
 rule write_config:
     output:
-        config=f"{R}/config.yaml",
+        config=RUN.config,
     log:
-        f"{R}/logs/write_config.log",
+        RUN.log("write_config"),
     benchmark:
-        f"{R}/benchmarks/write_config.tsv"
+        RUN.benchmark("write_config")
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -29,63 +29,62 @@ rule write_config:
     message:
         "Writing down the configuration"
     shell:
-        "arena write-config --output {output.config} --settings {params.settings:q} > {log} 2>&1"
+        "arena write-config --output {output.config:q} --settings {params.settings:q} > {log:q} 2>&1"
 
 
 rule evaluate:
     input:
-        folds=f"{R}/folds.parquet",
-        battles=f"{R}/battles.parquet",
-        rejected=f"{R}/rejected.parquet",
-        logits=expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=CONFIG.judges, fold=FOLDS),
-        predictions=f"{R}/predictions/{CONFIG.final}/test.parquet",
-        test_logits=f"{R}/logits/{CONFIG.final}/{CONFIG.prediction.model}_test.npy",
+        folds=RUN.folds,
+        battles=RUN.battles,
+        rejected=RUN.rejected,
+        logits=[RUN.logits(judge, fold) for judge in CONFIG.judges for fold in FOLDS],
+        predictions=[RUN.predictions(CONFIG.final, model) for model in MODELS],
+        test_logits=RUN.test_logits(CONFIG.final, CONFIG.prediction.model),
         solution=labelled_test,
-        quantized=f"{R}/gptq/{CONFIG.final}" if "gptq" in MODELS else [],
-        truth=f"{R}/arena/truth.parquet" if CONFIG.data.arena else [],
-        audit=f"{R}/audit.json",
+        quantized=RUN.gptq(CONFIG.final) if "gptq" in MODELS else [],
+        truth=TRUTH,
+        audit=RUN.audit,
     output:
-        metrics=f"{R}/metrics.json",
-        judges=f"{R}/tables/judges.csv",
-        variants=f"{R}/tables/variants.csv",
-        cascade=f"{R}/tables/cascade.csv",
+        metrics=RUN.metrics,
+        judges=RUN.table("judges"),
+        variants=RUN.table("variants"),
+        cascade=RUN.table("cascade"),
     log:
-        f"{R}/logs/evaluate.log",
+        RUN.log("evaluate"),
     benchmark:
-        f"{R}/benchmarks/evaluate.tsv"
+        RUN.benchmark("evaluate")
     conda:
         "../envs/arena.yaml"
     params:
         settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
-        optional=options_of("solution", "quantized", "truth", "audit"),
+        files=as_options("predictions", "solution", "quantized", "truth", "audit"),
     message:
         "Evaluating judges, variants and quantisation"
     shell:
-        "arena evaluate --folds {input.folds} --battles {input.battles} --rejected {input.rejected}"
-        " --predictions {input.predictions} --test-logits {input.test_logits}"
-        " --output {output.metrics} --tables {params.tables}"
-        " --settings {params.settings:q} {params.optional:q} {input.logits} > {log} 2>&1"
+        "arena evaluate --folds {input.folds:q} --battles {input.battles:q} --rejected {input.rejected:q}"
+        " --test-logits {input.test_logits:q} --output {output.metrics:q} --tables {params.tables:q}"
+        " --settings {params.settings:q} {params.files:q} {input.logits:q} > {log:q} 2>&1"
 
 
 rule render_report:
     input:
-        metrics=f"{R}/metrics.json",
-        config=f"{R}/config.yaml",
+        metrics=RUN.metrics,
+        config=RUN.config,
     output:
-        page=report(f"{R}/report.html", caption="../workflow/report/report.rst", category="Report"),
+        page=report(RUN.report, caption="../workflow/report/report.rst", category="Report"),
         parts=[
             report(
-                f"{R}/report/{name}",
+                RUN.report_part(name),
                 caption=f"../workflow/report/{caption}",
                 category="Figures" if name.endswith(".svg") else "Tables",
             )
             for name, caption in REPORTED.items()
         ],
     log:
-        f"{R}/logs/render_report.log",
+        RUN.log("render_report"),
     benchmark:
-        f"{R}/benchmarks/render_report.tsv"
+        RUN.benchmark("render_report")
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -95,5 +94,5 @@ rule render_report:
     message:
         "Writing the report: {output.page}"
     shell:
-        "arena render-report --metrics {input.metrics} --config {input.config}"
-        " --output {output.page} --parts {params.parts} > {log} 2>&1"
+        "arena render-report --metrics {input.metrics:q} --config {input.config:q}"
+        " --output {output.page:q} --parts {params.parts:q} > {log:q} 2>&1"

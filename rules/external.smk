@@ -1,72 +1,73 @@
-# Judges that are not trained here: their logits come from a file, or from an endpoint that is asked.
+# Judges that are not trained here: their logits come from a file, or from an endpoint.
+include: "inputs/external.smk"
 
 
-rule ask_judge:
+rule query_endpoint:
     # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have, and little else.
     input:
-        battles=f"{R}/battles.parquet",
+        battles=RUN.battles,
     output:
-        logits=f"{R}/external/{{judge}}/logits.npy",
-        ids=f"{R}/external/{{judge}}/logits.ids.parquet",
-        cost=f"{R}/external/{{judge}}/cost.json",
+        logits=EXTERNAL_LOGITS,
+        ids=layout.ids(EXTERNAL_LOGITS),
+        cost=RUN.cost("{judge}"),
     log:
-        f"{R}/logs/ask_judge/{{judge}}.log",
+        RUN.log("query_endpoint/{judge}"),
     benchmark:
-        f"{R}/benchmarks/ask_judge/{{judge}}.tsv"
+        RUN.benchmark("query_endpoint/{judge}")
     wildcard_constraints:
-        judge=one_of(ASKED),
+        judge=one_of(ENDPOINTS),
     localrule: True
     conda:
         "../envs/arena.yaml"
     resources:
-        traffic=traffic,
+        limits=endpoint_limits,
     params:
-        settings=settings_of(phase.AskingSettings),
+        settings=settings_of(phase.QuerySettings),
         answers=answers,
     message:
-        "Asking {wildcards.judge}"
+        "Querying the endpoint of {wildcards.judge}"
     shell:
-        "arena ask-judge --battles {input.battles} --output {output.logits} --cost {output.cost}"
-        " --answers {params.answers:q} --settings {params.settings:q}"
-        " --traffic {resources.traffic:q} > {log} 2>&1"
+        "arena query-endpoint --battles {input.battles:q} --output {output.logits:q}"
+        " --cost {output.cost:q} --answers {params.answers:q} --settings {params.settings:q}"
+        " --limits {resources.limits:q} > {log:q} 2>&1"
 
 
-rule read_judged:
+rule read_external_logits:
     input:
-        battles=f"{R}/battles.parquet",
-        file=judged,
+        battles=RUN.battles,
+        file=logits_file,
     output:
-        logits=f"{R}/external/{{judge}}/logits.npy",
-        ids=f"{R}/external/{{judge}}/logits.ids.parquet",
+        logits=EXTERNAL_LOGITS,
+        ids=layout.ids(EXTERNAL_LOGITS),
     log:
-        f"{R}/logs/read_judged/{{judge}}.log",
+        RUN.log("read_external_logits/{judge}"),
     benchmark:
-        f"{R}/benchmarks/read_judged/{{judge}}.tsv"
+        RUN.benchmark("read_external_logits/{judge}")
     wildcard_constraints:
-        judge=one_of(EXTERNAL.keys() - set(ASKED)),
+        judge=one_of(FILES),
     localrule: True
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["judged"],
+        version=VERSIONS["external_logits"],
     message:
         "Reading the logits of {wildcards.judge}: {input.file}"
     shell:
-        "arena read-judged --battles {input.battles} --file {input.file:q}"
-        " --output {output.logits} --version {params.version} > {log} 2>&1"
+        "arena read-external-logits --battles {input.battles:q} --file {input.file:q}"
+        " --output {output.logits:q} --version {params.version} > {log:q} 2>&1"
 
 
-rule deal_logits:
+rule split_external_logits:
     input:
-        logits=f"{R}/external/{{judge}}/logits.npy",
-        folds=f"{R}/folds.parquet",
+        logits=EXTERNAL_LOGITS,
+        folds=RUN.folds,
     output:
-        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
-        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
+        logits=LOGITS,
+        ids=layout.ids(LOGITS),
     log:
-        f"{R}/logs/deal_logits/{{judge}}_fold_{{fold}}.log",
+        RUN.log("split_external_logits/{judge}_fold_{fold}"),
     benchmark:
-        f"{R}/benchmarks/deal_logits/{{judge}}_fold_{{fold}}.tsv"
+        RUN.benchmark("split_external_logits/{judge}_fold_{fold}")
     wildcard_constraints:
         judge=one_of(EXTERNAL),
     localrule: True
@@ -75,7 +76,8 @@ rule deal_logits:
     params:
         settings=settings_of(phase.LogitsSettings),
     message:
-        "Dealing the logits of {wildcards.judge}, fold {wildcards.fold}"
+        "Splitting the logits of {wildcards.judge}, fold {wildcards.fold}"
     shell:
-        "arena deal-logits --logits {input.logits} --folds {input.folds} --fold {wildcards.fold}"
-        " --output {output.logits} --settings {params.settings:q} > {log} 2>&1"
+        "arena split-external-logits --logits {input.logits:q} --folds {input.folds:q}"
+        " --fold {wildcards.fold} --output {output.logits:q} --settings {params.settings:q}"
+        " > {log:q} 2>&1"

@@ -1,4 +1,5 @@
 # Battles that others published: only the files that `data.fetch` names, and only where they are not there.
+include: "inputs/fetch.smk"
 
 
 rule fetch_battles:
@@ -8,9 +9,9 @@ rule fetch_battles:
     output:
         file=local("{file}"),
     log:
-        f"{R}/logs/fetch_battles/{{file}}.log",
+        RUN.log("fetch_battles/{file}"),
     benchmark:
-        f"{R}/benchmarks/fetch_battles/{{file}}.tsv"
+        RUN.benchmark("fetch_battles/{file}")
     wildcard_constraints:
         file=one_of(FETCHED),
     localrule: True
@@ -26,4 +27,4 @@ rule fetch_battles:
         "Fetching {wildcards.file}"
     shell:
         "arena fetch-battles --output {output.file:q} --version {params.version}"
-        " --settings {params.settings:q} {params.without:q} > {log} 2>&1"
+        " --settings {params.settings:q} {params.without:q} > {log:q} 2>&1"

@@ -1,74 +1,67 @@
 # Every fold's judge scores its battles, in both orders: in one job, or in shards that are gathered. Of a
-# judge from whose states students learn, each of the rules has a variant that writes them too.
+# judge from whose hidden states students learn, each of the rules has a variant that writes them too.
+include: "inputs/logits.smk"
 
 
 rule predict_logits:
     input:
         backbone=backbone,
-        adapter=f"{R}/adapters/{{judge}}/fold_{{fold}}",
+        adapter=RUN.adapter("{judge}", "{fold}"),
         tokens=tokens,
-        folds=f"{R}/folds.parquet",
+        folds=RUN.folds,
     output:
-        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
-        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
+        logits=LOGITS,
+        ids=layout.ids(LOGITS),
     log:
-        f"{R}/logs/predict_logits/{{judge}}_fold_{{fold}}.log",
+        RUN.log("predict_logits/{judge}_fold_{fold}"),
     benchmark:
-        f"{R}/benchmarks/predict_logits/{{judge}}_fold_{{fold}}.tsv"
+        RUN.benchmark("predict_logits/{judge}_fold_{fold}")
     wildcard_constraints:
-        judge=one_of(WHOLE, but=WATCHED),
+        judge=one_of(WHOLE, but=CAPTURED),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=scoring_gpus,
-        gpu_model=gpu_model,
-        devices=scoring_gpus,
-        mem_mb=growing("mem_mb"),
-        disk_mb=growing("disk_mb"),
-        runtime=growing("runtime"),
-        batch_tokens=compute("batch_tokens"),
-        attention=compute("attention"),
+        **SCORING,
     params:
         settings=settings_of(phase.LogitsSettings),
         shard=shard,
     message:
         f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:
-        "arena predict-logits --backbone {input.backbone} --adapter {input.adapter}"
-        " --tokens {input.tokens} --folds {input.folds} --fold {wildcards.fold} {params.shard}"
-        " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
-        " --attention {resources.attention} > {log} 2>&1"
+        "arena predict-logits --backbone {input.backbone:q} --adapter {input.adapter:q}"
+        " --tokens {input.tokens:q} --folds {input.folds:q} --fold {wildcards.fold} {params.shard}"
+        " --output {output.logits:q} --settings {params.settings:q}"
+        f" {SCORING_OPTIONS} > {{log:q}} 2>&1"
 
 
 use rule predict_logits as predict_shard with:
     output:
-        logits=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.npy",
-        ids=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.ids.parquet",
+        logits=SHARD,
+        ids=layout.ids(SHARD),
     log:
-        f"{R}/logs/predict_shard/{{judge}}_fold_{{fold}}_{{shard}}.log",
+        RUN.log("predict_shard/{judge}_fold_{fold}_{shard}"),
     benchmark:
-        f"{R}/benchmarks/predict_shard/{{judge}}_fold_{{fold}}_{{shard}}.tsv"
+        RUN.benchmark("predict_shard/{judge}_fold_{fold}_{shard}")
     wildcard_constraints:
-        judge=one_of(SHARDED, but=WATCHED),
+        judge=one_of(SHARDED, but=CAPTURED),
     message:
         f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}, shard {{wildcards.shard}}{ASKS}"
 
 
 rule gather_logits:
     input:
-        folds=f"{R}/folds.parquet",
+        folds=RUN.folds,
         shards=shards,
     output:
-        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
-        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
+        logits=LOGITS,
+        ids=layout.ids(LOGITS),
     log:
-        f"{R}/logs/gather_logits/{{judge}}_fold_{{fold}}.log",
+        RUN.log("gather_logits/{judge}_fold_{fold}"),
     benchmark:
-        f"{R}/benchmarks/gather_logits/{{judge}}_fold_{{fold}}.tsv"
+        RUN.benchmark("gather_logits/{judge}_fold_{fold}")
     wildcard_constraints:
-        judge=one_of(SHARDED, but=WATCHED),
+        judge=one_of(SHARDED, but=CAPTURED),
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -77,36 +70,36 @@ rule gather_logits:
     message:
         "Gathering the shards of {wildcards.judge}, fold {wildcards.fold}"
     shell:
-        "arena gather-logits --folds {input.folds} --fold {wildcards.fold}"
-        " --output {output.logits} --settings {params.settings:q} {input.shards} > {log} 2>&1"
+        "arena gather-logits --folds {input.folds:q} --fold {wildcards.fold}"
+        " --output {output.logits:q} --settings {params.settings:q} {input.shards:q} > {log:q} 2>&1"
 
 
 use rule predict_logits as predict_logits_states with:
     output:
-        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
-        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
-        states=directory(f"{R}/logits/{{judge}}/fold_{{fold}}.states"),
+        logits=LOGITS,
+        ids=layout.ids(LOGITS),
+        states=directory(layout.states(LOGITS)),
     wildcard_constraints:
-        judge=one_of(WATCHED, but=SHARDED),
+        judge=one_of(CAPTURED, but=SHARDED),
 
 
 use rule predict_shard as predict_shard_states with:
     output:
-        logits=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.npy",
-        ids=f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.ids.parquet",
-        states=directory(f"{R}/shards/{{judge}}/fold_{{fold}}/{{shard}}.states"),
+        logits=SHARD,
+        ids=layout.ids(SHARD),
+        states=directory(layout.states(SHARD)),
     wildcard_constraints:
-        judge=one_of(WATCHED, but=WHOLE),
+        judge=one_of(CAPTURED, but=WHOLE),
 
 
 use rule gather_logits as gather_logits_states with:
     input:
-        folds=f"{R}/folds.parquet",
+        folds=RUN.folds,
         shards=shards,
         states=shard_states,
     output:
-        logits=f"{R}/logits/{{judge}}/fold_{{fold}}.npy",
-        ids=f"{R}/logits/{{judge}}/fold_{{fold}}.ids.parquet",
-        states=directory(f"{R}/logits/{{judge}}/fold_{{fold}}.states"),
+        logits=LOGITS,
+        ids=layout.ids(LOGITS),
+        states=directory(layout.states(LOGITS)),
     wildcard_constraints:
-        judge=one_of(WATCHED, but=WHOLE),
+        judge=one_of(CAPTURED, but=WHOLE),

@@ -1,4 +1,5 @@
 # The folds' adapters, averaged and merged into one dense model.
+include: "inputs/merging.smk"
 
 
 rule merge_folds:
@@ -7,28 +8,22 @@ rule merge_folds:
         backbone=backbone,
         adapters=fold_adapters,
     output:
-        model=directory(f"{R}/merged/{{judge}}"),
+        model=directory(RUN.merged("{judge}")),
     log:
-        f"{R}/logs/merge_folds/{{judge}}.log",
+        RUN.log("merge_folds/{judge}"),
     benchmark:
-        f"{R}/benchmarks/merge_folds/{{judge}}.tsv"
+        RUN.benchmark("merge_folds/{judge}")
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=merging_gpus,
-        gpu_model=lambda wildcards: gpu_model(wildcards) if merging_gpus(wildcards) else "",
-        devices=merging_gpus,
-        mem_mb=growing("mem_mb"),
-        disk_mb=growing("disk_mb"),
-        runtime=growing("runtime"),
-        batch_tokens=compute("batch_tokens"),
+        **MERGING,
     params:
         settings=settings_of(phase.MergeSettings),
         evidence=as_options("folds", "tokens", "logits"),
     message:
         f"Merging {CONFIG.folds.n} folds of {{wildcards.judge}}{ASKS}"
     shell:
-        "arena merge-folds --backbone {input.backbone} --output {output.model}"
-        " --settings {params.settings:q} {params.evidence:q} --batch-tokens {resources.batch_tokens}"
-        " --gpus {resources.devices} {input.adapters} > {log} 2>&1"
+        "arena merge-folds --backbone {input.backbone:q} --output {output.model:q}"
+        " --settings {params.settings:q} {params.evidence:q}"
+        f" {BATCH_OPTIONS} {{input.adapters:q}} > {{log:q}} 2>&1"

@@ -1,21 +1,22 @@
 # What the run will cost. The plan asks Snakemake for this very graph, in a process of its own.
+import json
 
 
 rule write_plan:
     output:
-        plan=f"{R}/plan.json",
+        plan=RUN.plan,
     log:
-        f"{R}/logs/write_plan.log",
+        RUN.log("write_plan"),
     benchmark:
-        f"{R}/benchmarks/write_plan.tsv"
+        RUN.benchmark("write_plan")
     localrule: True
     conda:
         "../envs/arena.yaml"
     params:
-        settings=raw_configuration,
+        settings=lambda wildcards: json.dumps(config),  # as it was read: a file that stands alone
         snakefile=f"{CHECKOUT or '.'}/Snakefile",
     message:
         "Planning what the run will cost: {output.plan}"
     shell:
-        "arena plan --output {output.plan} --settings {params.settings:q}"
-        " --snakefile {params.snakefile:q} > {log} 2>&1"
+        "arena write-plan --output {output.plan:q} --settings {params.settings:q}"
+        " --snakefile {params.snakefile:q} > {log:q} 2>&1"

@@ -1,108 +1,91 @@
 # The test battles: scored at every length and in both orders, averaged, submitted.
+include: "inputs/prediction.smk"
 
 
 rule score_test_merged:
     input:
-        model=f"{R}/merged/{{judge}}",
+        model=RUN.merged("{judge}"),
         tokens=tokens,
     output:
-        logits=f"{R}/logits/{{judge}}/merged_test.npy",
-        ids=f"{R}/logits/{{judge}}/merged_test.ids.parquet",
+        logits=RUN.test_logits("{judge}", "merged"),
+        ids=layout.ids(RUN.test_logits("{judge}", "merged")),
     log:
-        f"{R}/logs/score_test/{{judge}}_merged.log",
+        RUN.log("score_test/{judge}_merged"),
     benchmark:
-        f"{R}/benchmarks/score_test/{{judge}}_merged.tsv"
+        RUN.benchmark("score_test/{judge}_merged")
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=scoring_gpus,
-        gpu_model=gpu_model,
-        devices=scoring_gpus,
-        mem_mb=growing("mem_mb"),
-        disk_mb=growing("disk_mb"),
-        runtime=growing("runtime"),
-        batch_tokens=compute("batch_tokens"),
-        attention=compute("attention"),
+        **SCORING,
     params:
+        run="arena score-test",
         settings=settings_of(phase.ScoringSettings),
     message:
         f"Scoring test battles with the merged {{wildcards.judge}}{ASKS}"
     shell:
-        "arena score-test --model {input.model} --tokens {input.tokens}"
-        " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
-        " --attention {resources.attention} > {log} 2>&1"
+        "{params.run} --model {input.model:q} --tokens {input.tokens:q}"
+        " --output {output.logits:q} --settings {params.settings:q}"
+        f" {SCORING_OPTIONS} > {{log:q}} 2>&1"
 
 
-rule score_test_gptq:
+use rule score_test_merged as score_test_gptq with:
     input:
-        model=f"{R}/gptq/{{judge}}",
-        passed=f"{R}/checks/{{judge}}_drift.json",
+        model=RUN.gptq("{judge}"),
+        passed=RUN.drift_check("{judge}"),
         tokens=tokens,
     output:
-        logits=f"{R}/logits/{{judge}}/gptq_test.npy",
-        ids=f"{R}/logits/{{judge}}/gptq_test.ids.parquet",
+        logits=RUN.test_logits("{judge}", "gptq"),
+        ids=layout.ids(RUN.test_logits("{judge}", "gptq")),
     log:
-        f"{R}/logs/score_test/{{judge}}_gptq.log",
+        RUN.log("score_test/{judge}_gptq"),
     benchmark:
-        f"{R}/benchmarks/score_test/{{judge}}_gptq.tsv"
+        RUN.benchmark("score_test/{judge}_gptq")
     conda:
         "../envs/gptq.yaml"
-    threads: compute("threads")
     resources:
-        gpu=quantizing_gpus,
-        gpu_model=gpu_model,
-        devices=quantizing_gpus,
-        mem_mb=growing("mem_mb"),
-        disk_mb=growing("disk_mb"),
-        runtime=growing("runtime"),
-        batch_tokens=compute("batch_tokens"),
-        attention=compute("attention"),
+        **job_of(quantizing_gpus, "batch_tokens", "attention"),
     params:
-        settings=settings_of(phase.ScoringSettings),
+        run="arena_gptq score-test --quantized",
     message:
         f"Scoring test battles with the quantised {{wildcards.judge}}{ASKS}"
-    shell:
-        "arena_gptq score-test --quantized --model {input.model} --tokens {input.tokens}"
-        " --output {output.logits} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
-        " --attention {resources.attention} > {log} 2>&1"
 
 
 rule predict_test:
     input:
         unpack(calibration),
-        logits=expand(f"{R}/logits/{{{{judge}}}}/{{model}}_test.npy", model=MODELS),
+        logits=RUN.test_logits("{judge}", "{model}"),
     output:
-        predictions=f"{R}/predictions/{{judge}}/test.parquet",
+        predictions=RUN.predictions("{judge}", "{model}"),
     log:
-        f"{R}/logs/predict_test/{{judge}}.log",
+        RUN.log("predict_test/{judge}_{model}"),
     benchmark:
-        f"{R}/benchmarks/predict_test/{{judge}}.tsv"
+        RUN.benchmark("predict_test/{judge}_{model}")
+    wildcard_constraints:
+        model=one_of(MODELS),
     localrule: True
     conda:
         "../envs/arena.yaml"
     params:
         settings=settings_of(phase.PredictionSettings),
-        optional=options_of("calibration", "battles"),
+        optional=as_options("calibration", "battles"),
     message:
-        "Averaging the test predictions of {wildcards.judge}"
+        "Averaging the test predictions of {wildcards.judge}, {wildcards.model}"
     shell:
-        "arena predict-test --output {output.predictions} --settings {params.settings:q}"
-        " {params.optional:q} {input.logits} > {log} 2>&1"
+        "arena predict-test --output {output.predictions:q} --settings {params.settings:q}"
+        " {params.optional:q} --logits {input.logits:q} > {log:q} 2>&1"
 
 
 rule write_submission:
     input:
-        predictions=f"{R}/predictions/{CONFIG.final}/test.parquet",
-        battles=f"{R}/battles.parquet",
+        predictions=RUN.predictions(CONFIG.final, CONFIG.prediction.model),
+        battles=RUN.battles,
     output:
-        submission=f"{R}/submission.csv",
+        submission=RUN.submission,
     log:
-        f"{R}/logs/write_submission.log",
+        RUN.log("write_submission"),
     benchmark:
-        f"{R}/benchmarks/write_submission.tsv"
+        RUN.benchmark("write_submission")
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -111,5 +94,5 @@ rule write_submission:
     message:
         "Writing the submission"
     shell:
-        "arena write-submission --predictions {input.predictions} --battles {input.battles}"
-        " --output {output.submission} > {log} 2>&1"
+        "arena write-submission --predictions {input.predictions:q} --battles {input.battles:q}"
+        " --output {output.submission:q} > {log:q} 2>&1"

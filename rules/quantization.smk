@@ -1,48 +1,43 @@
 # The dense model in GPTQ, and the gate it has to pass.
+MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
 rule quantize_model:
     input:
-        model=f"{R}/merged/{{judge}}",
+        model=RUN.merged("{judge}"),
         tokens=tokens,
-        battles=f"{R}/battles.parquet",
+        battles=RUN.battles,
     output:
-        model=directory(f"{R}/gptq/{{judge}}"),
+        model=directory(RUN.gptq("{judge}")),
     log:
-        f"{R}/logs/quantize_model/{{judge}}.log",
+        RUN.log("quantize_model/{judge}"),
     benchmark:
-        f"{R}/benchmarks/quantize_model/{{judge}}.tsv"
+        RUN.benchmark("quantize_model/{judge}")
     conda:
         "../envs/gptq.yaml"
     threads: compute("threads")
     resources:
-        gpu=quantizing_gpus,
-        gpu_model=gpu_model,
-        devices=quantizing_gpus,
-        mem_mb=growing("mem_mb"),
-        disk_mb=growing("disk_mb"),
-        runtime=growing("runtime"),
-        batch_tokens=compute("batch_tokens"),
+        **QUANTIZING,
     params:
         settings=settings_of(phase.QuantizationSettings),
     message:
         f"Quantising {{wildcards.judge}} with GPTQ{ASKS}"
     shell:
-        "arena_gptq quantize-model --model {input.model} --tokens {input.tokens}"
-        " --battles {input.battles} --output {output.model} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices} > {log} 2>&1"
+        "arena_gptq quantize-model --model {input.model:q} --tokens {input.tokens:q}"
+        " --battles {input.battles:q} --output {output.model:q} --settings {params.settings:q}"
+        f" {BATCH_OPTIONS} > {{log:q}} 2>&1"
 
 
 rule check_drift:
     # A job of its own: exceeding the bound, or moving it, never costs the quantised model.
     input:
-        model=f"{R}/gptq/{{judge}}",
+        model=RUN.gptq("{judge}"),
     output:
-        passed=f"{R}/checks/{{judge}}_drift.json",
+        passed=RUN.drift_check("{judge}"),
     log:
-        f"{R}/logs/check_drift/{{judge}}.log",
+        RUN.log("check_drift/{judge}"),
     benchmark:
-        f"{R}/benchmarks/check_drift/{{judge}}.tsv"
+        RUN.benchmark("check_drift/{judge}")
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -51,5 +46,5 @@ rule check_drift:
     message:
         "Checking what quantisation changed in {wildcards.judge}"
     shell:
-        "arena check-drift --model {input.model} --output {output.passed}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena check-drift --model {input.model:q} --output {output.passed:q}"
+        " --settings {params.settings:q} > {log:q} 2>&1"

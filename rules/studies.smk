@@ -1,4 +1,5 @@
 # Studies: judges derived from the run's own, side by side. `all` asks for none of this.
+include: "inputs/studies.smk"
 
 
 rule compare_soups:
@@ -7,81 +8,72 @@ rule compare_soups:
         adapters=fold_adapters,
         logits=fold_logits,
         tokens=tokens,
-        folds=f"{R}/folds.parquet",
-        battles=f"{R}/battles.parquet",
+        folds=RUN.folds,
+        battles=RUN.battles,
         solution=labelled_test,
     output:
-        soups=f"{R}/soups/{{judge}}.json",
+        soups=RUN.soups("{judge}"),
     log:
-        f"{R}/logs/compare_soups/{{judge}}.log",
+        RUN.log("compare_soups/{judge}"),
     benchmark:
-        f"{R}/benchmarks/compare_soups/{{judge}}.tsv"
+        RUN.benchmark("compare_soups/{judge}")
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
     resources:
-        gpu=scoring_gpus,
-        gpu_model=gpu_model,
-        devices=scoring_gpus,
-        mem_mb=growing("mem_mb"),
-        disk_mb=growing("disk_mb"),
-        runtime=growing("runtime"),
-        batch_tokens=compute("batch_tokens"),
+        **job_of(scoring_gpus, "batch_tokens"),
     params:
         settings=settings_of(phase.SoupSettings),
         options=as_options("logits", "solution"),
     message:
         f"Merging the folds of {{wildcards.judge}} in every way{ASKS}"
     shell:
-        "arena compare-soups --backbone {input.backbone} --tokens {input.tokens}"
-        " --folds {input.folds} --battles {input.battles} {params.options:q}"
-        " --output {output.soups} --settings {params.settings:q}"
-        " --batch-tokens {resources.batch_tokens} --gpus {resources.devices}"
-        " {input.adapters} > {log} 2>&1"
+        "arena compare-soups --backbone {input.backbone:q} --tokens {input.tokens:q}"
+        " --folds {input.folds:q} --battles {input.battles:q} {params.options:q}"
+        " --output {output.soups:q} --settings {params.settings:q}"
+        f" {BATCH_OPTIONS} {{input.adapters:q}} > {{log:q}} 2>&1"
 
 
-rule draw_drift:
+rule draw_averaging:
     input:
         soups=[
-            f"{R}/soups/{judge}.json"
-            for points in STUDIES.drifts.values()
-            for judge in points.values()
+            RUN.soups(judge) for points in STUDIES.averaging.values() for judge in points.values()
         ],
     output:
-        figures=f"{R}/drift/drift.json",
-        table=f"{R}/drift/drift.csv",
-        drawing=f"{R}/drift/drift.svg",
+        figures=RUN.study("averaging", "averaging.json"),
+        table=RUN.study("averaging", "averaging.csv"),
+        drawing=RUN.study("averaging", "averaging.svg"),
     log:
-        f"{R}/logs/draw_drift.log",
+        RUN.log("draw_averaging"),
     benchmark:
-        f"{R}/benchmarks/draw_drift.tsv"
+        RUN.benchmark("draw_averaging")
     localrule: True
     conda:
         "../envs/arena.yaml"
     params:
-        settings=study_settings(phase.DriftStudySettings),
+        settings=study_settings(phase.AveragingSettings),
         folder=lambda wildcards, output: os.path.dirname(output.figures),
     message:
         "Drawing how far two ways of averaging part"
     shell:
-        "arena draw-drift --output {params.folder} --settings {params.settings:q}"
-        " {input.soups} > {log} 2>&1"
+        "arena draw-averaging --output {params.folder:q} --settings {params.settings:q}"
+        " {input.soups:q} > {log:q} 2>&1"
 
 
 rule draw_curves:
     input:
         curve_files,
-        folds=f"{R}/folds.parquet",
-        battles=f"{R}/battles.parquet",
-        truth=f"{R}/arena/truth.parquet" if CONFIG.data.arena else [],
+        folds=RUN.folds,
+        battles=RUN.battles,
+        truth=TRUTH,
     output:
-        figures=f"{R}/curves/curves.json",
-        table=f"{R}/curves/curves.csv",
-        drawing=f"{R}/curves/curves.svg",
+        figures=RUN.study("curves", "curves.json"),
+        table=RUN.study("curves", "curves.csv"),
+        drawing=RUN.study("curves", "curves.svg"),
     log:
-        f"{R}/logs/draw_curves.log",
+        RUN.log("draw_curves"),
     benchmark:
-        f"{R}/benchmarks/draw_curves.tsv"
+        RUN.benchmark("draw_curves")
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -93,26 +85,26 @@ rule draw_curves:
     message:
         "Drawing learning curves"
     shell:
-        "arena draw-curves --run {params.run} --output {params.folder} {params.truth:q}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena draw-curves --run {params.run:q} --output {params.folder:q} {params.truth:q}"
+        " --settings {params.settings:q} > {log:q} 2>&1"
 
 
 rule compare_judges:
     input:
         compared_files,
-        folds=f"{R}/folds.parquet",
-        battles=f"{R}/battles.parquet",
+        folds=RUN.folds,
+        battles=RUN.battles,
         solution=labelled_test,
-        truth=f"{R}/arena/truth.parquet" if CONFIG.data.arena else [],
+        truth=TRUTH,
     output:
-        figures=f"{R}/compare/compare.json",
-        table=f"{R}/compare/judges.csv",
-        differences=f"{R}/compare/differences.csv",
-        page=f"{R}/compare/report.html",
+        figures=RUN.study("compare", "compare.json"),
+        table=RUN.study("compare", "judges.csv"),
+        differences=RUN.study("compare", "differences.csv"),
+        page=RUN.study("compare", "report.html"),
     log:
-        f"{R}/logs/compare_judges.log",
+        RUN.log("compare_judges"),
     benchmark:
-        f"{R}/benchmarks/compare_judges.tsv"
+        RUN.benchmark("compare_judges")
     conda:
         "../envs/arena.yaml"
     params:
@@ -123,5 +115,5 @@ rule compare_judges:
     message:
         "Comparing recipes"
     shell:
-        "arena compare --run {params.run} --output {params.folder} {params.options:q}"
-        " --settings {params.settings:q} > {log} 2>&1"
+        "arena compare --run {params.run:q} --output {params.folder:q} {params.options:q}"
+        " --settings {params.settings:q} > {log:q} 2>&1"

@@ -1,61 +1,62 @@
 # What one asks for by name; `all` stands in the Snakefile.
+include: "inputs/targets.smk"
 
 
 rule folds:
     input:
-        rules.assign_folds.output.folds,
+        RUN.folds,
 
 
 rule teachers:
     input:
-        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=own(TEACHERS), fold=FOLDS),
+        [RUN.adapter(judge, fold) for judge in own(TEACHERS) for fold in FOLDS],
 
 
 rule logits:
     input:
-        expand(f"{R}/logits/{{judge}}/fold_{{fold}}.npy", judge=CONFIG.judges, fold=FOLDS),
+        [RUN.logits(judge, fold) for judge in CONFIG.judges for fold in FOLDS],
 
 
 rule students:
     input:
-        expand(f"{R}/adapters/{{judge}}/fold_{{fold}}", judge=own(STUDENTS), fold=FOLDS),
+        [RUN.adapter(judge, fold) for judge in own(STUDENTS) for fold in FOLDS],
 
 
 rule merged:
     input:
-        f"{R}/merged/{CONFIG.final}",
+        RUN.merged(CONFIG.final),
 
 
 rule quantized:
     input:
-        f"{R}/checks/{CONFIG.final}_drift.json" if "gptq" in MODELS else [],
+        RUN.drift_check(CONFIG.final) if "gptq" in MODELS else [],
 
 
 rule submission:
     input:
-        rules.write_submission.output.submission,
+        RUN.submission,
 
 
 rule report:
     input:
-        f"{R}/report.html",
+        RUN.report,
 
 
 rule compare:
     input:
-        f"{R}/compare/report.html",
+        RUN.study("compare", "report.html"),
 
 
 rule curves:
     input:
-        f"{R}/curves/curves.svg",
+        RUN.study("curves", "curves.svg"),
 
 
-rule drift:
+rule averaging:
     input:
-        f"{R}/drift/drift.svg",
+        RUN.study("averaging", "averaging.svg"),
 
 
 rule plan:
     input:
-        rules.write_plan.output.plan,
+        RUN.plan,

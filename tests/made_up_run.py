@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,12 +52,14 @@ class MadeUpRun:
         """Rows of `truth` for the ids and sources of a table."""
         return self.truth[locate(key(rows), key(self.battles), "battles")]
 
-    def evaluate(self, *, test: bool = True, **changes: Path | None) -> Path:
+    def evaluate(self, *, test: bool = True, **changes: Any) -> Path:
         """Write `metrics.json` of this run; without `test`, as on an arena of unknown votes."""
-        known = {"predictions": "test.parquet", "solution": "solution.csv", "drift": "drift.json"}
+        known = {"solution": "solution.csv", "drift": "drift.json"}
         known |= {"truth": "truth.parquet", "test_logits": "logits/small/gptq_test.npy"}
         known = known if test else {}
-        options = {name: self.folder / file for name, file in known.items()}
+        options: dict[str, Any] = {name: self.folder / file for name, file in known.items()}
+        if test:
+            options["predictions"] = [self.folder / f"{m}.parquet" for m in ("merged", "gptq")]
         evaluate(
             self.folder / "folds.parquet",
             self.folder / "battles.parquet",
@@ -73,32 +76,34 @@ def made_up_run(
     folder: Path, *, seed: int = 0, noise: Mapping[str, float] = NOISE, holdout: float = 0
 ) -> MadeUpRun:
     """Write a run's files; `noise` is each judge's error, the standard deviation of its logits'."""
-    dice = np.random.default_rng(seed)
-    battles, truth = _battles(dice)
+    rng = np.random.default_rng(seed)
+    battles, truth = _battles(rng)
     about = origin("made up", {})
     folds = assign_folds(battles, method="stratified_group", n=FOLDS, seed=1, holdout=holdout)
     write_parquet(battles, folder / "battles.parquet", about)
     write_parquet(folds, folder / "folds.parquet", about)
-    settings = EvaluationSettings(version=1, run="made-up", judges=JUDGES, final="small")
+    settings = EvaluationSettings(
+        version=1, run="made-up", judges=JUDGES, final="small", model="gptq"
+    )
     run = MadeUpRun(folder, battles, folds, truth, settings)
     for judge, error in noise.items():
         for fold in range(FOLDS):
-            _write_fold(run, judge, fold, error, dice)
-    _write_test(run, noise["small"], dice)
+            _write_fold(run, judge, fold, error, rng)
+    _write_test(run, noise["small"], rng)
     _write_beside(run)
     return run
 
 
-def _battles(dice: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
+def _battles(rng: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
     """Battles whose longer answer tends to win, in the canonical schema, and their truth."""
     rows = sum(SIZES.values())
     source = np.repeat(list(SIZES), list(SIZES.values()))
-    words = dice.integers(1, 60, (rows, 2))
+    words = rng.integers(1, 60, (rows, 2))
     logits = np.column_stack([words / 20, words.mean(axis=1) / 20 - 0.8])
-    logits[:, :2] += dice.normal(0, 0.8, (rows, 2))
+    logits[:, :2] += rng.normal(0, 0.8, (rows, 2))
     truth = np.log(softmax(logits))
-    label = (np.exp(truth).cumsum(axis=1) < dice.random(rows)[:, None]).sum(axis=1).clip(max=2)
-    ids = [str(i) for i in dice.permutation(rows)]
+    label = (np.exp(truth).cumsum(axis=1) < rng.random(rows)[:, None]).sum(axis=1).clip(max=2)
+    ids = [str(i) for i in rng.permutation(rows)]
     # An id of train turns up in test as well: rows are named by source and id.
     ids[-1] = ids[0]
     table = {
@@ -119,42 +124,41 @@ def _votes(label: np.ndarray) -> dict[str, str]:
 
 
 def _write_fold(
-    run: MadeUpRun, judge: str, fold: int, error: float, dice: np.random.Generator
+    run: MadeUpRun, judge: str, fold: int, error: float, rng: np.random.Generator
 ) -> None:
     """A fold's logits: its validation rows, and the extra rows that students learn from."""
     fold_of = run.folds["fold"].to_numpy()
-    rows = dice.permutation(np.flatnonzero((fold_of == fold) | (fold_of == -1)))
+    rows = rng.permutation(np.flatnonzero((fold_of == fold) | (fold_of == -1)))
     ids = run.folds.select(["id", "source"]).take(pa.array(rows))
     ids = ids.append_column("validation", pa.array(fold_of[rows] == fold))
     true = run.true_logits(ids)[:, None]
-    logits = (true + dice.normal(0, error, (len(rows), 2, 3))).astype(np.float32)
+    logits = (true + rng.normal(0, error, (len(rows), 2, 3))).astype(np.float32)
     path = run.folder / "logits" / judge / f"fold_{fold}.npy"
     write_logits(path, logits, ids, origin("logits", {"fold": fold}))
 
 
-def _write_test(run: MadeUpRun, error: float, dice: np.random.Generator) -> None:
+def _write_test(run: MadeUpRun, error: float, rng: np.random.Generator) -> None:
     test = run.battles.slice(sum(SIZES.values()) - SIZES["test"]).select(["id", "source"])
     settings = PredictionSettings(
-        version=1, max_lengths=LENGTHS, orders=("AB", "BA"), average="logits", model="gptq"
+        version=1, max_lengths=LENGTHS, orders=("AB", "BA"), average="logits"
     )
     shape = (len(test), len(LENGTHS), 2, 3)
-    logits = run.true_logits(test)[:, None, None] + dice.normal(0, error, shape)
+    logits = run.true_logits(test)[:, None, None] + rng.normal(0, error, shape)
     costs = _costs(len(test))
     test = pa.table({n: test[n] for n in test.column_names} | costs.columns(LENGTHS))
-    files: dict[Model, Path] = {}
     drifts: dict[Model, float] = {"merged": 0.0, "gptq": 0.01}
     for model, drift in drifts.items():
-        files[model] = run.folder / "logits" / "small" / f"{model}_test.npy"
-        shuffled = dice.permutation(len(test))
-        drifted = logits + dice.normal(0, drift, shape)
+        path = run.folder / "logits" / "small" / f"{model}_test.npy"
+        shuffled = rng.permutation(len(test))
+        drifted = logits + rng.normal(0, drift, shape)
         drifted[:, 1] = np.where(costs.scored[:, 1, None, None], drifted[:, 1], drifted[:, 0])
         write_logits(
-            files[model],
+            path,
             drifted[shuffled].astype(np.float32),
             test.take(pa.array(shuffled)),
             origin("scoring", {"max_lengths": LENGTHS, "orders": ["AB", "BA"]}),
         )
-    predict_test(files, run.folder / "test.parquet", settings=settings)
+        predict_test(path, run.folder / f"{model}.parquet", model=model, settings=settings)
 
 
 def _costs(rows: int) -> Costs:

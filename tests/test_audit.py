@@ -81,17 +81,17 @@ def found_pairs(texts: Sequence[str], **how: Any) -> dict[frozenset[str], float]
     return found
 
 
-def edited(text: str, dice: np.random.Generator, edits: int) -> str:
-    for place in dice.integers(0, len(text), edits):
-        text = text[:place] + chr(int(dice.integers(97, 123))) + text[place + 1 :]
+def edited(text: str, rng: np.random.Generator, edits: int) -> str:
+    for place in rng.integers(0, len(text), edits):
+        text = text[:place] + chr(int(rng.integers(97, 123))) + text[place + 1 :]
     return text
 
 
 def prompts(seed: int = 0, n: int = 200, alphabet: str = "abcdefghijklmnop  ") -> list[str]:
     """Random texts, and some like each: more and less so than 0.8."""
-    dice = np.random.default_rng(seed)
-    texts = ["".join(dice.choice(list(alphabet), dice.integers(6, 200))) for _ in range(n)]
-    texts += [edited(text, dice, int(dice.integers(1, 4))) for text in texts for _ in range(4)]
+    rng = np.random.default_rng(seed)
+    texts = ["".join(rng.choice(list(alphabet), rng.integers(6, 200))) for _ in range(n)]
+    texts += [edited(text, rng, int(rng.integers(1, 4))) for text in texts for _ in range(4)]
     return list(dict.fromkeys(texts))
 
 
@@ -203,11 +203,11 @@ def test_prompts_of_one_template_are_one_group(monkeypatch: pytest.MonkeyPatch) 
 
 def clean(n: int = 12) -> list[dict[str, Any]]:
     """Battles of all sources, no two of them alike."""
-    dice = np.random.default_rng(4)
+    rng = np.random.default_rng(4)
     rows = []
     for source in ("train", "extra", "ut", "test"):
         for i in range(n):
-            texts = ["".join(dice.choice(list("abcdefghijkl "), 50)) for _ in range(3)]
+            texts = ["".join(rng.choice(list("abcdefghijkl "), 50)) for _ in range(3)]
             fields = dict(zip(("prompt", "response_a", "response_b"), texts, strict=True))
             rows.append({"id": f"{i}", "source": source, "label": i % 3, **fields})
     return rows
@@ -425,12 +425,12 @@ def test_examples_are_the_worst_and_show_where_prompts_differ() -> None:
 
 def near_battles(seed: int) -> pa.Table:
     texts = prompts(seed, 12)
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     return battles_table(
         [
             {"source": ("train", "extra")[i % 5 == 0], "prompt": text, "label": int(label)}
             for i, (text, label) in enumerate(
-                zip(texts, dice.integers(0, 3, len(texts)), strict=True)
+                zip(texts, rng.integers(0, 3, len(texts)), strict=True)
             )
         ]
     )

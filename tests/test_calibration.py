@@ -44,9 +44,9 @@ seeds = st.integers(0, 2**32 - 1)
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-def drawn(probabilities: np.ndarray, dice: np.random.Generator) -> np.ndarray:
+def drawn(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Votes by their probabilities: int64 (rows,)."""
-    below = probabilities.cumsum(axis=1) < dice.random(len(probabilities))[:, None]
+    below = probabilities.cumsum(axis=1) < rng.random(len(probabilities))[:, None]
     votes: np.ndarray = below.sum(axis=1).clip(max=2)
     return votes
 
@@ -60,9 +60,9 @@ def loss(logits: np.ndarray, votes: np.ndarray) -> float:
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
 def test_a_known_temperature_is_found(temperature: float) -> None:
-    dice = np.random.default_rng(1)
-    honest = dice.normal(0, 1.5, (60_000, 3))
-    votes = drawn(softmax(honest), dice)
+    rng = np.random.default_rng(1)
+    honest = rng.normal(0, 1.5, (60_000, 3))
+    votes = drawn(softmax(honest), rng)
     found = fit("temperature", honest * temperature, votes).parameters
     assert found["temperature"] == pytest.approx(temperature, rel=0.02)
     assert found["scale"] == [pytest.approx(1 / temperature, rel=0.02)] * 3
@@ -70,10 +70,10 @@ def test_a_known_temperature_is_found(temperature: float) -> None:
 
 
 def test_known_scales_and_a_known_bias_are_found() -> None:
-    dice = np.random.default_rng(2)
-    seen = dice.normal(0, 1.5, (100_000, 3))
+    rng = np.random.default_rng(2)
+    seen = rng.normal(0, 1.5, (100_000, 3))
     known = Calibration(np.array([0.6, 0.6, 1.7]), np.array([0.0, 0.0, -0.8]))
-    found = fit("vector", seen, drawn(softmax(known(seen)), dice))
+    found = fit("vector", seen, drawn(softmax(known(seen)), rng))
     np.testing.assert_allclose(found.scale, known.scale, rtol=0.04)
     np.testing.assert_allclose(found.bias, known.bias, atol=0.03)
     assert "temperature" not in found.parameters
@@ -82,9 +82,9 @@ def test_known_scales_and_a_known_bias_are_found() -> None:
 @each_method
 @given(seed=seeds)
 def test_the_fit_is_where_the_gradient_is_zero(method: Method, seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    seen = dice.normal(0, 2, (200, 3))
-    votes = drawn(softmax(seen / 2), dice)
+    rng = np.random.default_rng(seed)
+    seen = rng.normal(0, 2, (200, 3))
+    votes = drawn(softmax(seen / 2), rng)
     found = fit(method, seen, votes)
     best = loss(found(seen), votes)
     for factor in (0.99, 1.01):
@@ -98,8 +98,8 @@ def test_the_fit_is_where_the_gradient_is_zero(method: Method, seed: int) -> Non
 def test_a_fit_is_never_worse_on_its_own_rows(
     method: Method, seed: int, rows: int, size: float
 ) -> None:
-    dice = np.random.default_rng(seed)
-    seen, votes = dice.normal(0, size, (rows, 3)), dice.integers(0, 3, rows)
+    rng = np.random.default_rng(seed)
+    seen, votes = rng.normal(0, size, (rows, 3)), rng.integers(0, 3, rows)
     found = fit(method, seen, votes)
     assert loss(found(seen), votes) <= loss(seen, votes) + 1e-9
     assert np.isfinite(found(seen)).all()
@@ -127,9 +127,9 @@ def test_a_perfect_judge_and_a_perverse_one_have_a_temperature() -> None:
 
 
 def test_a_kind_of_vote_that_is_absent_becomes_rare_not_impossible() -> None:
-    dice = np.random.default_rng(3)
-    seen = dice.normal(size=(500, 3))
-    found = fit("vector", seen, dice.integers(0, 2, 500))
+    rng = np.random.default_rng(3)
+    seen = rng.normal(size=(500, 3))
+    found = fit("vector", seen, rng.integers(0, 2, 500))
     ties = softmax(found(seen))[:, 2]
     assert 0 < ties.max() < 0.01
 
@@ -140,8 +140,8 @@ def test_a_kind_of_vote_that_is_absent_becomes_rare_not_impossible() -> None:
 @each_method
 @given(seed=seeds)
 def test_exchanging_the_answers_exchanges_the_calibrated_verdict(method: Method, seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    seen, votes = dice.normal(0, 2, (50, 3)), dice.integers(0, 3, 50)
+    rng = np.random.default_rng(seed)
+    seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
     found = fit(method, seen, votes)
     np.testing.assert_allclose(found(swap_classes(seen)), swap_classes(found(seen)), atol=1e-12)
     # And the fit does not care which answer is called A.
@@ -153,24 +153,24 @@ def test_exchanging_the_answers_exchanges_the_calibrated_verdict(method: Method,
 @each_method
 @given(seed=seeds)
 def test_a_constant_on_all_logits_changes_nothing(method: Method, seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    seen, votes = dice.normal(0, 2, (50, 3)), dice.integers(0, 3, 50)
-    found, shift = fit(method, seen, votes), dice.normal(0, 5, (50, 1))
+    rng = np.random.default_rng(seed)
+    seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
+    found, shift = fit(method, seen, votes), rng.normal(0, 5, (50, 1))
     np.testing.assert_allclose(found(seen + shift), found(seen), atol=1e-10)
 
 
 @given(seeds)
 def test_a_temperature_changes_no_verdict(seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    seen, votes = dice.normal(0, 2, (50, 3)), dice.integers(0, 3, 50)
+    rng = np.random.default_rng(seed)
+    seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
     found = fit("temperature", seen, votes)
     assert (found(seen).argmax(axis=1) == seen.argmax(axis=1)).all()
 
 
 @each_method
 def test_the_same_rows_give_the_same_bits(method: Method) -> None:
-    dice = np.random.default_rng(4)
-    seen, votes = dice.normal(0, 2, (300, 3)), dice.integers(0, 3, 300)
+    rng = np.random.default_rng(4)
+    seen, votes = rng.normal(0, 2, (300, 3)), rng.integers(0, 3, 300)
     assert fit(method, seen, votes).parameters == fit(method, seen, votes).parameters
 
 
@@ -182,9 +182,9 @@ def test_luck_is_no_gain(method: Method) -> None:
     """A judge that knows the truth cannot be mended: what fits its luck does worse elsewhere."""
     own, crossed = [], []
     for seed in range(60):
-        dice = np.random.default_rng(seed)
-        seen, parts = dice.normal(0, 1, (60, 3)), np.arange(60) % 3
-        votes = drawn(softmax(seen), dice)
+        rng = np.random.default_rng(seed)
+        seen, parts = rng.normal(0, 1, (60, 3)), np.arange(60) % 3
+        votes = drawn(softmax(seen), rng)
         own.append(loss(fit(method, seen, votes)(seen), votes) - loss(seen, votes))
         crossed.append(loss(cross_fit(method, seen, votes, parts), votes) - loss(seen, votes))
     assert np.mean(own) < -0.003
@@ -193,11 +193,11 @@ def test_luck_is_no_gain(method: Method) -> None:
 
 @each_method
 def test_votes_of_a_part_do_not_move_its_own_probabilities(method: Method) -> None:
-    dice = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     seen, votes, parts = (
-        dice.normal(size=(90, 3)),
-        dice.integers(0, 3, 90),
-        dice.integers(0, 4, 90),
+        rng.normal(size=(90, 3)),
+        rng.integers(0, 3, 90),
+        rng.integers(0, 4, 90),
     )
     before = cross_fit(method, seen, votes, parts)
     for part in range(4):
@@ -244,12 +244,12 @@ def test_few_prompts_make_few_parts(prompts: list[str], parts: int) -> None:
 
 def styled(rows: int, seed: int) -> tuple[np.ndarray, ...]:
     """Logits, votes that follow them and the style of the answers as well, and that style."""
-    dice = np.random.default_rng(seed)
-    seen = dice.normal(0, 1.2, (rows, 3))
-    styles = dice.normal(0, [1, 300, 0.2], (rows, 3))
+    rng = np.random.default_rng(seed)
+    seen = rng.normal(0, 1.2, (rows, 3))
+    styles = rng.normal(0, [1, 300, 0.2], (rows, 3))
     lead = styles @ [1.0, -0.002, 0]
     true = seen + np.column_stack([lead / 2, -lead / 2, -0.5 * np.abs(styles[:, 0])])
-    return seen, drawn(softmax(true), dice), styles
+    return seen, drawn(softmax(true), rng), styles
 
 
 def test_what_style_adds_is_found() -> None:
@@ -416,12 +416,16 @@ def predict(folder: Path, logits: np.ndarray, **changes: Any) -> tuple[Any, dict
     about = provenance("scoring", {"max_lengths": [40, 64], "orders": list(ORDERS)})
     write_logits(folder / "merged_test.npy", logits, ids, about)
     calibration = changes.pop("file", None)
-    settings = PredictionSettings(
-        version=1, max_lengths=(40, 64), orders=ORDERS, model="merged", **changes
-    )
+    settings = PredictionSettings(version=1, max_lengths=(40, 64), orders=ORDERS, **changes)
     output = folder / "test.parquet"
-    files: Any = {"merged": folder / "merged_test.npy"}
-    predict_test(files, output, settings=settings, calibration=calibration, battles=battles)
+    predict_test(
+        folder / "merged_test.npy",
+        output,
+        model="merged",
+        settings=settings,
+        calibration=calibration,
+        battles=battles,
+    )
     return read_parquet(output).to_pandas(), read_provenance(output)
 
 

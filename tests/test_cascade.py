@@ -192,10 +192,10 @@ def test_scores_of_another_cascade_are_refused(tmp_path: Path) -> None:
     def predict(threshold: float | None) -> None:
         cascade = None if threshold is None else Cascade(threshold=threshold)
         asked = PredictionSettings(
-            version=1, max_lengths=(40, 90), orders=ORDERS, average="logits", model="merged",
+            version=1, max_lengths=(40, 90), orders=ORDERS, average="logits",
             cascade=cascade,
         )  # fmt: skip
-        predict_test({"merged": path}, tmp_path / "test.parquet", settings=asked)
+        predict_test(path, tmp_path / "test.parquet", model="merged", settings=asked)
 
     for other in (None, 0.5):
         with pytest.raises(
@@ -265,8 +265,8 @@ def curve(
     threshold: float | None = None,
     votes: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    dice = np.random.default_rng(5)
-    votes = dice.integers(0, 3, len(logits)) if votes is None else votes
+    rng = np.random.default_rng(5)
+    votes = rng.integers(0, 3, len(logits)) if votes is None else votes
 
     def predict(scores: np.ndarray) -> np.ndarray:
         return averages(scores, (40, 90), ORDERS, "logits")["40+90/AB+BA"]

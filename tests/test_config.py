@@ -15,11 +15,11 @@ from conftest import ROOT
 from arena_distill.config.judge import Backbone, Compute, JudgeDefaults, Loss
 from arena_distill.config.phases import (
     VERSIONS,
-    AskingSettings,
     DriftSettings,
     LogitsSettings,
     PretrainingSettings,
     QuantizationSettings,
+    QuerySettings,
     Settings,
     TrainingSettings,
     parse,
@@ -72,7 +72,7 @@ def lines(broken: dict[str, Any]) -> list[str]:
         ),
         (
             judged(l={"lora": {"zzz": 4}}),
-            "config: judges.l.lora.zzz: unknown key; known keys: r, alpha, dropout, targets",
+            "config: judges.l.lora.zzz: unknown key; known keys: r, alpha, dropout, target_modules",
         ),
         (
             judged(l={"pretraining": {"keephead": True}}),
@@ -100,7 +100,10 @@ def test_an_unknown_key_is_told_with_what_is_meant(broken: dict[str, Any], expec
         (raw(folds={"method": "random"}), "config: folds.method: "),
         (judged(l={"lora": {"r": 0}}), "config: judges.l.lora.r: "),
         (judged(l={"lora": {"dropout": 1.5}}), "config: judges.l.lora.dropout: "),
-        (judged(l={"lora": {"targets": "q_proj"}}), "config: judges.l.lora.targets: "),
+        (
+            judged(l={"lora": {"target_modules": "q_proj"}}),
+            "config: judges.l.lora.target_modules: ",
+        ),
         (judged(l={"training": {"lr": 0}}), "config: judges.l.training.lr: "),
         (judged(l={"training": {"lr": float("nan")}}), "config: judges.l.training.lr: "),
         (judged(l={"training": {"epochs": float("inf")}}), "config: judges.l.training.epochs: "),
@@ -134,15 +137,15 @@ def test_who_is_flattered_out_of_fold() -> None:
     config = load(
         judged(s={"teachers": ["l"]}, t={"backbone": {"tiny": "llama"}, "teachers": ["s"]})
     )
-    assert [name for name in config.judges if config.is_flattered(name)] == ["s", "t"]
+    assert [name for name in config.judges if config.is_optimistic(name)] == ["s", "t"]
     honest = {"teachers": ["l"], "targets": "in_sample"}
     second = {"backbone": {"tiny": "llama"}, "teachers": ["s"], "targets": "in_sample"}
     config = load(judged(s=honest, t=second))
-    assert not any(map(config.is_flattered, config.judges))
+    assert not any(map(config.is_optimistic, config.judges))
     config = load(judged(s={"teachers": ["l"]}, t=second))
-    assert config.is_flattered("t")
+    assert config.is_optimistic("t")
     config = load(judged(s={"teachers": ["e"]}, e={"external": {"file": "x.parquet"}}))
-    assert not config.is_flattered("s"), (
+    assert not config.is_optimistic("s"), (
         "who it was that an external judge learned from is not known"
     )
 
@@ -175,11 +178,11 @@ def test_unknown_teachers_cycles_and_finals() -> None:
 
 def test_a_mistake_in_the_defaults_is_told_once() -> None:
     assert lines(raw(defaults={"lora": {"rank": 3}})) == [
-        "config: defaults.lora.rank: unknown key; known keys: r, alpha, dropout, targets"
+        "config: defaults.lora.rank: unknown key; known keys: r, alpha, dropout, target_modules"
     ]
     assert len(lines(raw(defaults={"precision": "fp8"}))) == 1
     assert len(lines(raw(defaults={"loss": {"ce": 0, "kl": 0}}))) == 1
-    assert len(lines(raw(defaults={"lora": {"targets": 3}}))) == 1
+    assert len(lines(raw(defaults={"lora": {"target_modules": 3}}))) == 1
     both = overlay(judged(l={"lora": {"dropout": 3}}), {"defaults": {"lora": {"r": -1}}})
     assert [line.split(": ")[1] for line in lines(both)] == [
         "defaults.lora.r",
@@ -368,7 +371,7 @@ def all_settings(config: Config) -> dict[tuple[str, str], Any]:
         if "studies" in asked:  # they name judges and files: nothing of what a judge is
             continue
         judges = tuple(config.judges) if "judge" in asked else ("",)
-        if model is AskingSettings:  # of judges that are asked alone
+        if model is QuerySettings:  # of judges that are asked alone
             judges = tuple(name for name, judge in config.judges.items() if judge.external)
         for judge in judges:
             found[phase, judge] = model.of(config, judge) if judge else model.of(config)
@@ -413,7 +416,7 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(judges={"l": {"loss": {"kl": 1.0}}}) == set()
     assert changed(judges={"s": {"quantization": {"bits": 4}}}) == {("quantization", "s")}
     assert changed(judges={"s": {"quantization": {"max_kl": 1.0}}}) == {("drift", "s")}
-    assert changed(judges={"s": {"merge": {"head": "average"}}}) == {("merge", "s")}
+    assert changed(judges={"s": {"merge": {"heads": "average"}}}) == {("merge", "s")}
     assert {p for p, _ in changed(prediction={"average": "probabilities"})} == {"prediction"}
     honest = raw(defaults={"targets": "in_sample"})
     assert {p for p, _ in changed(honest, prediction={"calibration": "vector"})} == {"prediction"}
@@ -426,7 +429,7 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
 
 
 def test_settings_survive_json() -> None:
-    config = load(judged(l={"lora": {"targets": ["q_proj", "v_proj"]}}))
+    config = load(judged(l={"lora": {"target_modules": ["q_proj", "v_proj"]}}))
     for settings in all_settings(config).values():
         assert parse(type(settings), settings.model_dump_json()) == settings
         assert settings.version >= 1

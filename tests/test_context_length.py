@@ -20,7 +20,7 @@ from arena_distill.config.run import load
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.templates import ROOM, View
 from arena_distill.encoding.tokenization import tokenize_battles
-from arena_distill.encoding.truncation import waterline
+from arena_distill.encoding.truncation import length_budget
 from arena_distill.encoding.views import encode, encode_views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_parquet
@@ -83,7 +83,7 @@ def test_training_battles_keep_the_budget_and_no_longer_length_would(
     rows: list[list[Turns]], truncation: Any, budget: int
 ) -> None:
     tokens, encoding = training(rows), within(budget, truncation)
-    line = waterline(tokens, encoding, "AB", LONGEST)
+    line = length_budget(tokens, encoding, "AB", LONGEST)
     made = encode(tokens, encoding, "AB")
     assert made.lengths.mean() <= budget
     assert made.lengths.max() <= line <= LONGEST
@@ -108,7 +108,7 @@ def test_whichever_rows_are_taken_a_row_reads_the_same(
     train: list[list[Turns]], others: list[list[Turns]], truncation: Any, budget: int, view: View
 ) -> None:
     seen, encoding = training(train), within(budget, truncation)
-    line = waterline(seen, encoding, view, LONGEST)
+    line = length_budget(seen, encoding, view, LONGEST)
     # Rows of other sources in the same file: extra, ut, test.
     tokens = replace(tokens_of(train + others), training=seen.training)
     whole = encode(tokens, encoding, view)
@@ -162,7 +162,7 @@ def test_a_budget_by_hand() -> None:
     framing = sum(map(len, FRAME))
     assert (sizes == framing + np.array([23, 33, 193])).all()
     encoding = within(45, "rounds")
-    assert waterline(tokens, encoding, "AB", 1000) == 45 * 3 - sizes[:2].sum()
+    assert length_budget(tokens, encoding, "AB", 1000) == 45 * 3 - sizes[:2].sum()
 
 
 def test_a_budget_too_small_for_the_template_is_an_error() -> None:
@@ -195,7 +195,7 @@ def test_only_the_files_training_battles_decide(
         tokenize_battles(tmp_path / "battles.parquet", backbones("llama"), path, version=1)
         tokens = read_tokens(path)
         encoding = Encoding(tokens_per_battle=90)
-        lines.append([waterline(tokens, encoding, view, 1000) for view in VIEWS])
+        lines.append([length_budget(tokens, encoding, view, 1000) for view in VIEWS])
         made = encode(tokens, encoding, "AB")
         assert made.lengths[: len(battles)].mean() <= 90
         assert made.lengths[len(battles) :].max(initial=0) in (0, lines[-1][0])

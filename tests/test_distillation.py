@@ -199,10 +199,10 @@ def test_a_teacher_with_all_the_weight_is_the_only_one(
 
 def noisy_teachers(noise: tuple[float, ...], rows: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     """Targets (rows, J, orders, 3) whose teachers see the truth through noise, and the votes."""
-    dice = np.random.default_rng(8)
-    truth = dice.normal(0, 1.5, (rows, 3))
-    votes = (softmax(truth).cumsum(1) < dice.random((rows, 1))).sum(1).clip(max=2)
-    seen = [truth + dice.normal(0, error, truth.shape) for error in noise]
+    rng = np.random.default_rng(8)
+    truth = rng.normal(0, 1.5, (rows, 3))
+    votes = (softmax(truth).cumsum(1) < rng.random((rows, 1))).sum(1).clip(max=2)
+    seen = [truth + rng.normal(0, error, truth.shape) for error in noise]
     return np.repeat(np.stack(seen, axis=1)[:, :, None], 2, axis=2).astype(np.float32), votes
 
 
@@ -416,9 +416,9 @@ def test_swapped_rows_have_their_targets_exchanged() -> None:
 
 def test_targets_out_of_fold_flatter_and_those_in_sample_do_not(tmp_path: Path) -> None:
     """Votes are drawn by lot: who foresees them has been told, by teachers that learned from them."""
-    dice, rows, folds = np.random.default_rng(0), 240, 3
-    features = torch.from_numpy(dice.normal(size=(rows, 1, 120)).astype(np.float32))
-    votes = torch.from_numpy(dice.integers(0, 3, rows))
+    rng, rows, folds = np.random.default_rng(0), 240, 3
+    features = torch.from_numpy(rng.normal(size=(rows, 1, 120)).astype(np.float32))
+    votes = torch.from_numpy(rng.integers(0, 3, rows))
     fold = np.arange(rows) % folds
     names = table([("train", str(i)) for i in range(rows)])
 

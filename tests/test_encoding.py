@@ -418,7 +418,7 @@ def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
 ) -> None:
     from arena_distill.config.judge import Lora, Training
     from arena_distill.config.phases import TrainingSettings
-    from arena_distill.training.examples import show
+    from arena_distill.training.examples import make_examples
     from arena_distill.training.targets import VOTES
 
     tokens = read_tokens(make_run("gemma2").tokens)
@@ -428,7 +428,7 @@ def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
         version=1, encoding=encoding, lora=Lora(), precision="fp32", training=Training(),
         keep_head=False, loss=VOTES,
     )  # fmt: skip
-    shown = show(tokens, np.zeros(len(tokens), np.int64), None, None, training).views[0]
+    shown = make_examples(tokens, np.zeros(len(tokens), np.int64), None, None, training).views[0]
     half = np.arange(len(tokens)) + (len(tokens) if order == "BA" else 0)
     predicted = encode(tokens, encoding, order)
     assert shown.take(half).ids.tobytes() == predicted.ids.tobytes()

@@ -20,7 +20,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from arena_distill.battles.style_features import length_features
+from arena_distill.battles.style_features import LENGTHS, style_features
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.terminal import print_table
@@ -54,16 +54,14 @@ def rewrite(path: Path, edit: Edit) -> None:
     write_logits(path, logits, ids, provenance("edited", {}))
 
 
-# --- yardsticks -----------------------------------------------------------------------------------
+# --- baselines ------------------------------------------------------------------------------------
 
 
-def test_length_features_exchange_sign_with_the_answers() -> None:
+def test_lengths_are_counted_in_characters_and_words() -> None:
     table = {"response_a": [["one two", "three"], []], "response_b": [["one"], ["a b"]]}
-    features = length_features(pa.table(table))
+    features = style_features(pa.table(table))[:, :LENGTHS]
     assert features[:, 0].tolist() == [13 - 3, 0 - 3]
     assert features[:, 2].tolist() == [3 - 1, 0 - 2]
-    swapped = {"response_a": table["response_b"], "response_b": table["response_a"]}
-    assert (length_features(pa.table(swapped)) == -features).all()
 
 
 def test_the_class_prior_never_peeks_at_its_validation_fold(
@@ -81,7 +79,7 @@ def test_the_length_regression_never_peeks_at_its_validation_fold(
 ) -> None:
     fold, label = (run.folds[name].to_numpy() for name in ("fold", "label"))
     # Folds list train and extra in the battles' order.
-    features = length_features(run.battles.slice(0, len(run.folds)))
+    features = style_features(run.battles.slice(0, len(run.folds)))[:, :LENGTHS]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     model.fit(features[fold != 1], label[fold != 1])
     expected = log_loss(label[fold == 1], model.predict_proba(features[fold == 1]))
@@ -187,10 +185,10 @@ def test_a_judge_that_knows_the_truth_closes_the_gap(tmp_path: Path) -> None:
 def test_the_order_of_rows_in_files_changes_nothing(
     run: MadeUpRun, metrics: dict[str, Any]
 ) -> None:
-    dice = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
 
     def shuffled(logits: np.ndarray, ids: pa.Table) -> tuple[np.ndarray, pa.Table]:
-        order = dice.permutation(len(ids))
+        order = rng.permutation(len(ids))
         return logits[order], ids.take(pa.array(order))
 
     for paths in run.logits.values():
@@ -198,7 +196,7 @@ def test_the_order_of_rows_in_files_changes_nothing(
             rewrite(path, shuffled)
     for name in ("battles", "truth", "test"):
         table = read_parquet(run.folder / f"{name}.parquet")
-        table = table.take(pa.array(dice.permutation(len(table))))
+        table = table.take(pa.array(rng.permutation(len(table))))
         write_parquet(table, run.folder / f"{name}.parquet", provenance("edited", {}))
     found = json.loads(run.evaluate().read_text())
     for part in ("baselines", "judges", "final"):

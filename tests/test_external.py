@@ -36,8 +36,8 @@ from made_up_run import JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds, fold_rows
 from arena_distill.config.derived import Family, derive
-from arena_distill.config.judge import Endpoint, Traffic
-from arena_distill.config.phases import AskingSettings, EvaluationSettings, LogitsSettings
+from arena_distill.config.judge import Endpoint, EndpointLimits
+from arena_distill.config.phases import EvaluationSettings, LogitsSettings, QuerySettings
 from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet
@@ -48,9 +48,9 @@ from arena_distill.scoring.external import (
     LEAST,
     LEFT_OUT,
     Questions,
-    ask_judge,
-    deal_logits,
-    read_judged,
+    query_endpoint,
+    read_external_logits,
+    split_external_logits,
     verdict_scores,
 )
 from arena_distill.training.targets import select_rows, teacher_logits
@@ -148,8 +148,8 @@ def test_a_bound_is_never_more_than_what_is_listed(pairs: list[tuple[str, float]
 # --- the questions ----------------------------------------------------------------------------------
 
 
-def asking(url: str = "http://127.0.0.1:1/v1", **changes: Any) -> AskingSettings:
-    return AskingSettings(version=1, url=url, model="m", **changes)
+def asking(url: str = "http://127.0.0.1:1/v1", **changes: Any) -> QuerySettings:
+    return QuerySettings(version=1, url=url, model="m", **changes)
 
 
 def messages(battle: dict[str, Any], **changes: Any) -> list[str]:
@@ -240,15 +240,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ask(folder: Path, server: ChatServer | str, traffic: Any = None, **changes: Any) -> np.ndarray:
+def ask(folder: Path, server: ChatServer | str, limits: Any = None, **changes: Any) -> np.ndarray:
     url = server if isinstance(server, str) else server.url
-    ask_judge(
+    query_endpoint(
         folder / "battles.parquet",
         folder / "external/big/logits.npy",
         folder / "external/big/cost.json",
         folder / ".cache/big",
         settings=asking(url, **changes),
-        traffic=Traffic(**{"retries": 2, "concurrency": 4, **(traffic or {})}),
+        limits=EndpointLimits(**{"retries": 2, "concurrency": 4, **(limits or {})}),
     )
     return read_logits(folder / "external/big/logits.npy")[0]
 
@@ -542,16 +542,16 @@ def test_an_answer_is_kept_as_it_was(
 # --- interruptions ----------------------------------------------------------------------------------
 
 
-def job(folder: Path, server: ChatServer, **traffic: Any) -> subprocess.Popen[str]:
+def job(folder: Path, server: ChatServer, **limits: Any) -> subprocess.Popen[str]:
     """The command that a rule runs."""
-    command = [sys.executable, "-m", "arena_distill", "ask-judge"]
+    command = [sys.executable, "-m", "arena_distill", "query-endpoint"]
     options = {
         "--battles": "battles.parquet",
         "--output": "external/big/logits.npy",
         "--cost": "external/big/cost.json",
         "--answers": ".cache/big",
         "--settings": asking(server.url).model_dump_json(),
-        "--traffic": Traffic(**traffic).model_dump_json(),
+        "--limits": EndpointLimits(**limits).model_dump_json(),
     }
     return subprocess.Popen(
         [*command, *(part for option in options.items() for part in option)],
@@ -657,7 +657,9 @@ def read(folder: Path, frame: pd.DataFrame, suffix: str = ".csv") -> np.ndarray:
         frame.to_json(file, orient="records", lines=True, double_precision=15)
     else:
         frame.to_csv(file, index=False)
-    read_judged(file, folder / "battles.parquet", folder / "external/gpt/logits.npy", version=1)
+    read_external_logits(
+        file, folder / "battles.parquet", folder / "external/gpt/logits.npy", version=1
+    )
     return read_logits(folder / "external/gpt/logits.npy")[0]
 
 
@@ -750,7 +752,7 @@ def test_a_row_that_is_cut_off_is_told(folder: Path) -> None:
     judged(folder / "battles.parquet").to_csv(file, index=False)
     file.write_text(file.read_text() + "17,train\n")
     with pytest.raises(InputError, match=r"judged\.csv, row 47: has 2 cells"):
-        read_judged(file, folder / "battles.parquet", folder / "x.npy", version=1)
+        read_external_logits(file, folder / "battles.parquet", folder / "x.npy", version=1)
 
 
 # --- dealt to the folds -----------------------------------------------------------------------------
@@ -776,7 +778,7 @@ def dealt(folder: Path) -> Callable[..., list[Path]]:
     def deal(rows: tuple[Any, ...]) -> list[Path]:
         outputs = [folder / f"logits/gpt/fold_{fold}.npy" for fold in range(3)]
         for fold, output in enumerate(outputs):
-            deal_logits(
+            split_external_logits(
                 folder / "external/gpt/logits.npy",
                 folder / "folds.parquet",
                 fold,
@@ -826,9 +828,14 @@ def test_an_external_judge_is_evaluated_like_the_others(tmp_path: Path) -> None:
         (fold,) = re.findall(r"\d+", path.stem)
         external = tmp_path / "external/gpt/logits.npy"
         rows = logits_settings(("validation", "extra"))
-        deal_logits(external, tmp_path / "folds.parquet", int(fold), path, settings=rows)
+        split_external_logits(external, tmp_path / "folds.parquet", int(fold), path, settings=rows)
     settings = EvaluationSettings(
-        version=1, run="made-up", judges=JUDGES, final="small", external=("other-big",)
+        version=1,
+        run="made-up",
+        judges=JUDGES,
+        final="small",
+        model="gptq",
+        external=("other-big",),
     )
     external_run = MadeUpRun(run.folder, run.battles, run.folds, run.truth, settings)
     metrics = json.loads(external_run.evaluate().read_text())
@@ -920,7 +927,7 @@ def test_an_external_judge_has_no_backbone() -> None:
         with pytest.raises(InputError, match="judges.gpt is external: it has no backbone"):
             ask("gpt")
     with pytest.raises(InputError, match="judges.gpt has no external endpoint"):
-        AskingSettings.of(config, "gpt")
+        QuerySettings.of(config, "gpt")
 
 
 def test_studies_leave_external_judges_as_they_are() -> None:
@@ -938,18 +945,18 @@ def test_studies_leave_external_judges_as_they_are() -> None:
 
 
 def test_how_an_endpoint_is_asked_is_in_no_settings() -> None:
-    traffic = {
+    limits = {
         "api_key_env": "THE_KEY", "concurrency": 99, "requests_per_minute": 99, "timeout": 99,
         "retries": 99, "prompt_price": 99, "completion_price": 99, "max_cost": 99,
     }  # fmt: skip
-    assert set(traffic) == set(Traffic.model_fields)
+    assert set(limits) == set(EndpointLimits.model_fields)
     own = {"version", "unlabelled"}
-    assert set(Endpoint.model_fields) == set(traffic) | set(AskingSettings.model_fields) - own
-    before, after = load(raw()), load(raw(big=endpoint(**traffic)))
-    assert AskingSettings.of(before, "big") == AskingSettings.of(after, "big")
+    assert set(Endpoint.model_fields) == set(limits) | set(QuerySettings.model_fields) - own
+    before, after = load(raw()), load(raw(big=endpoint(**limits)))
+    assert QuerySettings.of(before, "big") == QuerySettings.of(after, "big")
     assert before.described() == after.described()
     other = load(raw(big=endpoint(max_tokens=2)))
-    assert AskingSettings.of(before, "big") != AskingSettings.of(other, "big")
+    assert QuerySettings.of(before, "big") != QuerySettings.of(other, "big")
 
 
 def test_a_configuration_without_external_judges_is_what_it_was() -> None:
@@ -992,7 +999,7 @@ def test_the_workflow_asks_reads_and_deals(tmp_path: Path, server: ChatServer) -
     jobs = checkout.would_run()
     assert "train_teacher" not in jobs
     assert jobs.items() >= {
-        "ask_judge": 1, "read_judged": 1, "deal_logits": 4, "tokenize_battles": 1,
+        "query_endpoint": 1, "read_external_logits": 1, "split_external_logits": 4, "tokenize_battles": 1,
         "pretrain_adapter": 1, "distill_student": 2, "predict_logits": 2,
     }.items()  # fmt: skip
     targets = [f"results/mini/logits/{judge}-teacher/fold_{fold}.npy"
@@ -1008,10 +1015,10 @@ def test_the_workflow_asks_reads_and_deals(tmp_path: Path, server: ChatServer) -
     checkout.edit("mini.yaml", "concurrency: 4", "concurrency: 1\n        timeout: 9")
     assert checkout.would_run(*targets) == {}
     checkout.edit("mini.yaml", "seed: 42", "seed: 43")
-    assert checkout.would_run(*targets) == {"assign_folds": 1, "deal_logits": 4}
+    assert checkout.would_run(*targets) == {"assign_folds": 1, "split_external_logits": 4}
     checkout.run(*targets)
     checkout.edit("mini.yaml", "max_characters: 200", "max_characters: 201")
-    assert checkout.would_run(*targets) == {"ask_judge": 1, "deal_logits": 2}
+    assert checkout.would_run(*targets) == {"query_endpoint": 1, "split_external_logits": 2}
     done = checkout.snakemake("-n", "results/mini/adapters/qwen2-teacher/pretrained")
     assert "judges.qwen2-teacher is external: it has no backbone" in done.stdout + done.stderr
 

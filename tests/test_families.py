@@ -26,7 +26,7 @@ from arena_distill.files.artifacts import write_parquet
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.preparation import prepare_backbone
 from arena_distill.models.scoring import score
-from arena_distill.training.examples import _collator
+from arena_distill.training.examples import collator
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +152,7 @@ def test_training_pads_as_scoring_does(reader: Reader, head: Head, load: Callabl
     model = load()
     shown = views(reader, head)
     items = [{"input_ids": [view[i] for view in shown], "labels": np.int64(0)} for i in range(5)]
-    batch = _collator(model.config.pad_token_id)(items)
+    batch = collator(model.config.pad_token_id)(items)
     with torch.inference_mode():
         logits = model(
             input_ids=batch["input_ids"].flatten(0, 1),

@@ -35,7 +35,7 @@ from arena_distill.models.heads import battle_logits, verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.prediction.test_time import score_variants
 from arena_distill.scoring.logits import predict_logits
-from arena_distill.training.examples import show
+from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import losses
 from arena_distill.training.targets import VOTES
 from arena_distill.training.trainer import Launch, pretrain_adapter, train_fold
@@ -153,7 +153,7 @@ def test_one_answer_is_cut_to_the_length(
 def test_a_pointwise_judge_sees_each_battle_once(make_run: Callable[..., Run]) -> None:
     tokens = read_tokens(make_run("llama").tokens).take(np.arange(4))
     labels, targets = np.array([0, 1, 2, 0]), np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
-    shown = show(tokens, labels, targets, None, training_settings(DAVIDSON))
+    shown = make_examples(tokens, labels, targets, None, training_settings(DAVIDSON))
     assert (len(shown), len(shown.views)) == (4, 2)
     assert shown.teachers is not None
     np.testing.assert_array_equal(shown.teachers, targets.mean(axis=2))

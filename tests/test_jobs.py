@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 
 from arena_distill.errors import InputError
-from arena_distill.runs.cleanup import sweep, wait_for_orphans
+from arena_distill.runs.cleanup import clean_up, wait_for_orphans
 from arena_distill.runtime.launch import claim_gpus
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use GPUs here")
@@ -193,7 +193,7 @@ def test_a_pytorch_that_cannot_use_the_gpus_is_an_error(monkeypatch: pytest.Monk
 
 
 def keep(folder: Path) -> str:
-    return f"hold(Path({str(folder)!r}))\nprint('at work', flush=True)\nsys.stdin.read()"
+    return f"lock_output(Path({str(folder)!r}))\nprint('at work', flush=True)\nsys.stdin.read()"
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -217,7 +217,7 @@ def test_a_job_that_is_gone_still_holds_its_output_while_its_processes_run(
     tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     lines = [
-        f"hold(Path({str(tmp_path)!r}))",
+        f"lock_output(Path({str(tmp_path)!r}))",
         "child = subprocess.Popen(['sleep', '60'], close_fds=False)",
         "print(child.pid, flush=True)",
         "sys.stdin.read()",
@@ -334,11 +334,11 @@ def test_finished_trainings_are_swept_away_and_others_stay(tmp_path: Path) -> No
     again = training(tmp_path, "qwen2", 0, finished=True)
     with open(again / "lock") as lock:  # by another Snakemake
         fcntl.flock(lock, fcntl.LOCK_EX)
-        sweep(tmp_path)
+        clean_up(tmp_path)
     assert not done.exists()
     assert (begun / "0123456789abcdef/checkpoint-3").is_dir()
     assert (again / "0123456789abcdef/finished").is_dir()
-    sweep(tmp_path)
+    clean_up(tmp_path)
     assert not again.exists()
     assert not again.parent.exists()
     assert begun.exists()
@@ -347,10 +347,10 @@ def test_finished_trainings_are_swept_away_and_others_stay(tmp_path: Path) -> No
 def test_nothing_is_left_where_every_training_has_finished(tmp_path: Path) -> None:
     training(tmp_path, "llama", 0, finished=True)
     training(tmp_path, "qwen2", 0, finished=True)
-    sweep(tmp_path)
+    clean_up(tmp_path)
     assert not list(tmp_path.iterdir())
-    sweep(tmp_path)
-    sweep(tmp_path / "missing")
+    clean_up(tmp_path)
+    clean_up(tmp_path / "missing")
 
 
 def test_files_half_written_long_ago_are_swept_away(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_files_half_written_long_ago_are_swept_away(tmp_path: Path) -> None:
         path.touch()
     for path in (old, *whole):
         os.utime(path, (days_ago, days_ago))
-    sweep(tmp_path)
+    clean_up(tmp_path)
     assert not old.exists()
     assert young.exists()
     assert all(path.exists() for path in whole)
@@ -372,7 +372,7 @@ def test_files_half_written_long_ago_are_swept_away(tmp_path: Path) -> None:
 
 # --- signals ----------------------------------------------------------------------------------------
 
-MIND = "mind_signals()\nprint('ready', flush=True)\nsys.stdin.read()"
+MIND = "ignore_signals()\nprint('ready', flush=True)\nsys.stdin.read()"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -44,7 +44,7 @@ def done(checkout: Checkout) -> int:
     return len(list(checkout.results.glob("benchmarks/**/*.tsv")))
 
 
-def kill_at(checkout: Checkout, jobs: float, dice: random.Random) -> bool:
+def kill_at(checkout: Checkout, jobs: float, rng: random.Random) -> bool:
     """Start the run, and kill it some seconds after as many jobs are done; False: it was through."""
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "mini.yaml"]
     with open(checkout.folder / "snakemake.log", "a") as log:
@@ -53,14 +53,14 @@ def kill_at(checkout: Checkout, jobs: float, dice: random.Random) -> bool:
         )
     while snakemake.poll() is None and done(checkout) < jobs:
         time.sleep(0.2)
-    deadline = time.monotonic() + dice.uniform(0, 6)
+    deadline = time.monotonic() + rng.uniform(0, 6)
     while snakemake.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if snakemake.poll() is not None:
         assert snakemake.returncode == 0, (checkout.folder / "snakemake.log").read_text()[-5000:]
         return False
     # The power fails; or Snakemake alone dies, and its jobs go on while their successors start.
-    if dice.random() < 0.5:
+    if rng.random() < 0.5:
         os.killpg(snakemake.pid, signal.SIGKILL)
     else:
         snakemake.kill()
@@ -85,10 +85,10 @@ def assert_same(victim: Checkout, finished: Checkout) -> None:
 
 
 def test_kills_at_random_moments_change_nothing(victim: Checkout, finished: Checkout) -> None:
-    dice = random.Random(20)
+    rng = random.Random(20)
     jobs, kills = done(finished), 0
     while kills < KILLS:
-        if kill_at(victim, jobs * kills / KILLS, dice):
+        if kill_at(victim, jobs * kills / KILLS, rng):
             kills += 1
         else:  # through before its turn to be killed came: once more
             assert_same(victim, finished)

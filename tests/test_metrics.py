@@ -43,8 +43,8 @@ def test_log_loss_and_accuracy_by_hand() -> None:
 
 @given(seeds, st.integers(1, 50))
 def test_log_loss_is_scikit_learns(seed: int, rows: int) -> None:
-    dice = np.random.default_rng(seed)
-    probabilities, votes = dice.dirichlet(np.ones(3), rows), dice.integers(0, 3, rows)
+    rng = np.random.default_rng(seed)
+    probabilities, votes = rng.dirichlet(np.ones(3), rows), rng.integers(0, 3, rows)
     expected = log_loss(votes, probabilities, labels=[0, 1, 2])
     assert scores(probabilities, votes)["log_loss"] == pytest.approx(expected, rel=1e-12)
 
@@ -73,8 +73,8 @@ def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower() -> None:
 
 @given(seeds)
 def test_the_bins_hold_every_verdict_once(seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    probabilities, votes = dice.dirichlet(np.full(3, 0.3), 60), dice.integers(0, 3, 60)
+    rng = np.random.default_rng(seed)
+    probabilities, votes = rng.dirichlet(np.full(3, 0.3), 60), rng.integers(0, 3, 60)
     bins = reliability(probabilities, votes)
     assert sum(b["rows"] for b in bins) == 60
     assert all(b["lower"] < b["confidence"] <= b["upper"] + 1e-12 for b in bins)
@@ -102,8 +102,8 @@ def test_paired_difference_by_hand() -> None:
 
 
 def test_repeated_prompts_make_a_difference_less_sure() -> None:
-    dice = np.random.default_rng(0)
-    loss, reference = np.repeat(dice.random(100), 5), np.zeros(500)
+    rng = np.random.default_rng(0)
+    loss, reference = np.repeat(rng.random(100), 5), np.zeros(500)
     alone = paired_difference(loss, reference, np.arange(500))
     grouped = paired_difference(loss, reference, np.repeat(np.arange(100), 5))
     width = grouped["high"] - grouped["low"]
@@ -146,10 +146,10 @@ def test_adaptive_error_by_hand() -> None:
 
 @given(seeds)
 def test_equal_confidences_share_a_bin_whatever_the_order_of_rows(seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    few = dice.dirichlet(np.ones(3), 4)
-    probabilities, votes = few[dice.integers(0, 4, 50)], dice.integers(0, 3, 50)
-    shuffled = dice.permutation(50)
+    rng = np.random.default_rng(seed)
+    few = rng.dirichlet(np.ones(3), 4)
+    probabilities, votes = few[rng.integers(0, 4, 50)], rng.integers(0, 3, 50)
+    shuffled = rng.permutation(50)
     assert adaptive_calibration_error(probabilities, votes) == pytest.approx(
         adaptive_calibration_error(probabilities[shuffled], votes[shuffled]), abs=1e-12
     )
@@ -160,8 +160,8 @@ def test_equal_confidences_share_a_bin_whatever_the_order_of_rows(seed: int) -> 
 
 @given(seeds)
 def test_every_class_diagram_holds_every_battle_once(seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    probabilities, votes = dice.dirichlet(np.full(3, 0.3), 60), dice.integers(0, 3, 60)
+    rng = np.random.default_rng(seed)
+    probabilities, votes = rng.dirichlet(np.full(3, 0.3), 60), rng.integers(0, 3, 60)
     for i, bins in enumerate(class_reliability(probabilities, votes).values()):
         assert sum(b["rows"] for b in bins) == 60
         votes_for = sum(b["rows"] * b["accuracy"] for b in bins)
@@ -169,9 +169,9 @@ def test_every_class_diagram_holds_every_battle_once(seed: int) -> None:
 
 
 def test_the_truth_is_calibrated_by_every_measure() -> None:
-    dice = np.random.default_rng(0)
-    truth = dice.dirichlet(np.ones(3), 100_000)
-    votes = (truth.cumsum(axis=1) < dice.random(len(truth))[:, None]).sum(axis=1).clip(max=2)
+    rng = np.random.default_rng(0)
+    truth = rng.dirichlet(np.ones(3), 100_000)
+    votes = (truth.cumsum(axis=1) < rng.random(len(truth))[:, None]).sum(axis=1).clip(max=2)
     for name in ("ece", "adaptive_ece", "classwise_ece"):
         assert calibration_scores(truth, votes)[name] < 0.006, name
         assert calibration_scores(softmax(2 * np.log(truth)), votes)[name] > 0.03, name
@@ -193,8 +193,8 @@ def test_distance_from_the_truth_by_hand() -> None:
 
 @given(seeds)
 def test_kl_is_the_excess_log_loss_to_be_expected(seed: int) -> None:
-    dice = np.random.default_rng(seed)
-    truth, judged = dice.dirichlet(np.ones(3), (2, 20))
+    rng = np.random.default_rng(seed)
+    truth, judged = rng.dirichlet(np.ones(3), (2, 20))
     # The expectation over votes, class by class, instead of the draw.
     votes = [np.full(20, k) for k in range(3)]
     expected = sum(
@@ -211,8 +211,8 @@ def test_kl_is_the_excess_log_loss_to_be_expected(seed: int) -> None:
 @given(seeds)
 def test_a_swap_equivariant_judge_has_no_position_bias(seed: int) -> None:
     """Such a judge's logits are the same in both orders, once those of BA are exchanged back."""
-    dice = np.random.default_rng(seed)
-    logits, votes = dice.normal(size=(30, 3)), dice.integers(0, 3, 30)
+    rng = np.random.default_rng(seed)
+    logits, votes = rng.normal(size=(30, 3)), rng.integers(0, 3, 30)
     found = position_bias(np.stack([logits, logits], axis=1), votes)
     loss = found.pop("log_loss")
     assert set(found.values()) == {0.0}
@@ -220,8 +220,8 @@ def test_a_swap_equivariant_judge_has_no_position_bias(seed: int) -> None:
 
 
 def test_logits_that_are_not_exchanged_back_look_biased() -> None:
-    dice = np.random.default_rng(0)
-    logits, votes = dice.normal(size=(300, 3)), dice.integers(0, 3, 300)
+    rng = np.random.default_rng(0)
+    logits, votes = rng.normal(size=(300, 3)), rng.integers(0, 3, 300)
     found = position_bias(np.stack([logits, swap_classes(logits)], axis=1), votes)
     assert found["flip_rate"] > 0.5
     assert found["total_variation"] > 0.1

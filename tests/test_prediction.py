@@ -28,7 +28,6 @@ from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.models.loading import load_classifier
 from arena_distill.prediction.submission import WINNERS, write_submission
 from arena_distill.prediction.test_time import (
-    Model,
     averages,
     identical,
     predict_test,
@@ -45,7 +44,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def prediction_settings(**changes: Any) -> PredictionSettings:
-    values = {"max_lengths": LENGTHS, "orders": ORDERS, "average": "logits", "model": "merged"}
+    values = {"max_lengths": LENGTHS, "orders": ORDERS, "average": "logits"}
     return PredictionSettings(version=1, **(values | changes))
 
 
@@ -110,24 +109,19 @@ def run(tmp_path: Path) -> MadeUpRun:
     return made_up_run(tmp_path)
 
 
-def test_predictions_hold_every_model_and_variant_of_every_battle(run: MadeUpRun) -> None:
-    frame = read_parquet(run.folder / "test.parquet").to_pandas()
-    assert len(frame) == 2 * 9 * SIZES["test"]
-    assert frame.groupby(["model", "variant"]).size().eq(SIZES["test"]).all()
+@pytest.mark.parametrize("model", ["merged", "gptq"])
+def test_predictions_hold_every_variant_of_every_battle(run: MadeUpRun, model: str) -> None:
+    frame = read_parquet(run.folder / f"{model}.parquet").to_pandas()
+    assert len(frame) == 9 * SIZES["test"]
+    assert set(frame["model"]) == {model}
+    assert frame.groupby("variant").size().eq(SIZES["test"]).all()
     submitted = frame[frame["submitted"]]
-    assert set(submitted["model"]) == {"gptq"}
     assert set(submitted["variant"]) == {"256+512/AB+BA"}
     assert len(submitted) == SIZES["test"]
-
-
-def test_models_files_are_joined_by_id(run: MadeUpRun) -> None:
-    # The two models' files list the battles in different orders: see made_up_run.
-    frame = read_parquet(run.folder / "test.parquet").to_pandas()
-    for model in ("merged", "gptq"):
-        logits, ids = read_logits(run.folder / "logits" / "small" / f"{model}_test.npy")
-        expected = pd.DataFrame(softmax(logits[:, 1, 0]), ids["id"].to_pylist())
-        found = frame[(frame["model"] == model) & (frame["variant"] == "512/AB")].set_index("id")
-        np.testing.assert_allclose(found[list(WINNERS)], expected.loc[found.index], rtol=1e-12)
+    logits, ids = read_logits(run.folder / "logits" / "small" / f"{model}_test.npy")
+    expected = pd.DataFrame(softmax(logits[:, 1, 0]), ids["id"].to_pylist())
+    found = frame[frame["variant"] == "512/AB"].set_index("id")
+    np.testing.assert_allclose(found[list(WINNERS)], expected.loc[found.index], rtol=1e-12)
 
 
 def write_test_logits(path: Path, logits: np.ndarray, **settings: Any) -> Path:
@@ -137,30 +131,16 @@ def write_test_logits(path: Path, logits: np.ndarray, **settings: Any) -> Path:
     return path
 
 
+def average_test(path: Path, folder: Path, settings: PredictionSettings) -> None:
+    predict_test(path, folder / "test.parquet", model="merged", settings=settings)
+
+
 def test_a_file_made_with_other_lengths_or_orders_is_refused(tmp_path: Path) -> None:
     path = write_test_logits(
         tmp_path / "merged_test.npy", np.zeros((3, 2, 2, 3)), orders=["BA", "AB"]
     )
     with pytest.raises(InputError, match=r"prediction\.orders \['BA', 'AB'\]"):
-        predict_test({"merged": path}, tmp_path / "test.parquet", settings=prediction_settings())
-
-
-def test_the_submitted_model_must_have_been_scored(tmp_path: Path) -> None:
-    path = write_test_logits(tmp_path / "merged_test.npy", np.zeros((3, 2, 2, 3)))
-    with pytest.raises(InputError, match="gptq, but there are only merged"):
-        predict_test({"merged": path}, tmp_path / "p", settings=prediction_settings(model="gptq"))
-
-
-@pytest.mark.parametrize("rows", [2, 4])
-def test_models_scored_on_other_battles_are_refused(tmp_path: Path, rows: int) -> None:
-    files: dict[Model, Path] = {
-        "merged": write_test_logits(tmp_path / "merged_test.npy", np.zeros((3, 2, 2, 3))),
-        "gptq": write_test_logits(tmp_path / "gptq_test.npy", np.zeros((rows, 2, 2, 3))),
-    }
-    with pytest.raises(
-        InputError, match=f"gptq_test.npy: {rows} battles, the other model's file has 3"
-    ):
-        predict_test(files, tmp_path / "test.parquet", settings=prediction_settings())
+        average_test(path, tmp_path, prediction_settings())
 
 
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
@@ -168,7 +148,7 @@ def test_the_submitted_variant_is_all_lengths_and_all_orders(tmp_path: Path, ave
     logits = np.random.default_rng(3).normal(size=(6, 2, 2, 3))
     path = write_test_logits(tmp_path / "merged_test.npy", logits)
     settings = prediction_settings(average=average)
-    predict_test({"merged": path}, tmp_path / "test.parquet", settings=settings)
+    average_test(path, tmp_path, settings)
     frame = read_parquet(tmp_path / "test.parquet").to_pandas()
     assert set(frame.loc[frame["submitted"], "variant"]) == {submitted_variant(settings)}
     views = logits.astype(np.float32).astype(np.float64).reshape(6, 4, 3)
@@ -181,7 +161,7 @@ def test_the_submitted_variant_is_all_lengths_and_all_orders(tmp_path: Path, ave
 
 def submit(run: MadeUpRun) -> Path:
     output = run.folder / "submission.csv"
-    write_submission(run.folder / "test.parquet", run.folder / "battles.parquet", output)
+    write_submission(run.folder / "gptq.parquet", run.folder / "battles.parquet", output)
     return output
 
 
@@ -190,7 +170,7 @@ def test_the_submission_is_the_submitted_variant_in_the_battles_order(run: MadeU
     assert list(frame) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
     battles = run.battles.to_pandas()
     assert frame["id"].tolist() == battles.loc[battles["source"] == "test", "id"].tolist()
-    predictions = read_parquet(run.folder / "test.parquet").to_pandas()
+    predictions = read_parquet(run.folder / "gptq.parquet").to_pandas()
     expected = predictions[predictions["submitted"]].set_index("id").loc[frame["id"]]
     np.testing.assert_array_equal(frame[list(WINNERS)], expected[list(WINNERS)])
     np.testing.assert_allclose(frame[list(WINNERS)].sum(axis=1), 1, atol=1e-6)
@@ -212,7 +192,7 @@ def test_ids_that_look_like_numbers_or_hold_commas_survive(tmp_path: Path) -> No
 
 def spoil(run: MadeUpRun, name: str) -> None:
     """Spoil the submitted predictions of a run in one way."""
-    path = run.folder / "test.parquet"
+    path = run.folder / "gptq.parquet"
     frame = read_parquet(path).to_pandas()
     frame = frame[frame["submitted"]].reset_index(drop=True)
     if name == "missing":
@@ -244,7 +224,7 @@ def test_a_submission_that_cannot_be_right_is_refused(
     spoil(run, name)
     with pytest.raises(InputError, match=message) as error:
         submit(run)
-    assert "test.parquet" in str(error.value)
+    assert "gptq.parquet" in str(error.value)
     assert not (run.folder / "submission.csv").exists()
 
 
@@ -379,9 +359,9 @@ def test_a_quantized_model_is_loaded_by_the_loader_for_it(
 
 @given(seeds)
 def test_identical_compares_rows_whole(seed: int) -> None:
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     first, second = (
-        [dice.integers(0, 2, dice.integers(0, 4)).astype(np.int32) for _ in range(12)]
+        [rng.integers(0, 2, rng.integers(0, 4)).astype(np.int32) for _ in range(12)]
         for _ in range(2)
     )
     expected = [np.array_equal(a, b) for a, b in zip(first, second, strict=True)]

@@ -22,7 +22,7 @@ from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import head_layer
 from arena_distill.models.loading import load_classifier
 from arena_distill.training import trainer
-from arena_distill.training.examples import show
+from arena_distill.training.examples import make_examples
 from arena_distill.training.linear_probe import (
     RIDGES,
     cross_validate,
@@ -46,11 +46,11 @@ def objective(labels: np.ndarray, head: Head = JOINT) -> Callable[..., torch.Ten
 
 def made_up(rows: int, width: int, *, strength: float, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Features of several sizes, and labels that follow from them."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     sizes = np.geomspace(0.1, 10, width)
-    features = dice.normal(0.3, 1, (rows, 1, width)) * sizes
-    truth = dice.normal(size=(width, 3)) * strength / sizes[:, None]
-    odds = features[:, 0] @ truth + dice.gumbel(size=(rows, 3))
+    features = rng.normal(0.3, 1, (rows, 1, width)) * sizes
+    truth = rng.normal(size=(width, 3)) * strength / sizes[:, None]
+    odds = features[:, 0] @ truth + rng.gumbel(size=(rows, 3))
     return features.astype(np.float32), odds.argmax(1)
 
 
@@ -82,13 +82,13 @@ def test_what_predicts_is_learned_and_noise_is_not() -> None:
 
 def test_prompts_stay_whole() -> None:
     """Features that tell which prompt it is predict its votes, but nothing of another prompt's."""
-    dice = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     groups = np.repeat(np.arange(40), 10)
     names = np.eye(40, dtype=np.float32)[groups][:, None]
-    labels = dice.integers(0, 3, 40)[groups]
+    labels = rng.integers(0, 3, 40)[groups]
     _, ridge, found = cross_validate(torch.from_numpy(names), objective(labels), 3, groups)
     _, fooled, seen = cross_validate(
-        torch.from_numpy(names), objective(labels), 3, dice.permutation(400)
+        torch.from_numpy(names), objective(labels), 3, rng.permutation(400)
     )
     assert seen < 0.3 < np.log(3) - 0.05 < found
     assert fooled < ridge
@@ -108,7 +108,7 @@ def test_features_are_what_the_head_reads(family: str, run: Run, head: Head) -> 
     tokens = read_tokens(run.tokens).take(np.arange(7))
     pad = tokens.vocabulary.pad
     judge = new_judge(load_classifier(run.backbone, head=head, pad_token_id=pad), LORA, 4)
-    shown = show(tokens, np.zeros(7, np.int64), None, None, training_settings(head=head))
+    shown = make_examples(tokens, np.zeros(7, np.int64), None, None, training_settings(head=head))
     features = torch.from_numpy(read_features(judge, shown.views, 300))
     assert features.shape == (len(shown), len(shown.views), 32)
     assert judge.training
@@ -131,7 +131,7 @@ def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path
     tokens = tokens.take(locate(key(rows), tokens.keys(), "tokens"))
     votes = rows["label"].to_numpy().astype(np.int64)
     settings = training_settings(head=head)
-    shown = show(tokens, votes, None, None, settings)
+    shown = make_examples(tokens, votes, None, None, settings)
     base = load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad)
     judge = new_judge(base, LORA, settings.training.seed)
     features = torch.from_numpy(read_features(judge, shown.views, 300))
@@ -152,7 +152,7 @@ def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> No
     tokens = read_tokens(run.tokens)
     pad, rows = tokens.vocabulary.pad, len(tokens)
     settings = training_settings(head=MEAN)
-    shown = show(tokens, np.zeros(rows, np.int64), None, None, settings)
+    shown = make_examples(tokens, np.zeros(rows, np.int64), None, None, settings)
     longer = shown.views[0].lengths > shown.views[1].lengths
     sure = np.where(longer[:, None], [4, 0, 0], [0, 4, 0]).astype(np.float32)
     taught = replace(

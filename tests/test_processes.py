@@ -82,7 +82,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
 
 def write_teacher(files: Files) -> None:
     """Logits as a teacher's: of each fold's validation rows and of the extra ones."""
-    dice = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     settings = LogitsSettings(
         version=1,
         encoding=training_settings().encoding,
@@ -91,8 +91,8 @@ def write_teacher(files: Files) -> None:
     )
     for fold, path in enumerate(files.logits):
         rows = fold_rows(read_parquet(files.folder / "folds.parquet"), fold, settings)
-        logits = dice.normal(0, 2, (len(rows), 2, 3)).astype(np.float32)
-        features = dice.normal(0, 2, (len(rows), 2, 24)).astype(np.float16)
+        logits = rng.normal(0, 2, (len(rows), 2, 3)).astype(np.float32)
+        features = rng.normal(0, 2, (len(rows), 2, 24)).astype(np.float16)
         attention = np.zeros((len(rows), 2, settings.encoding.max_length), np.float16)
         attention[..., :4] = [0.125, 0.5, 0.25, 0.125]
         write_logits(path, logits, rows, {}, {"features": features, "attention": attention})
@@ -303,8 +303,8 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
     lengths = np.arange(100) % 7
 
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        dice = {"batch_size": 8, "share": 1, "seed": seed}
-        return tuple(ByLength(lengths, epoch=lambda: epoch, **dice))
+        rng = {"batch_size": 8, "share": 1, "seed": seed}
+        return tuple(ByLength(lengths, epoch=lambda: epoch, **rng))
 
     assert len({order(0, 0), order(0, 1), order(7, 0)}) == 3
     assert order(0, 1) == order(0, 1)

@@ -37,12 +37,12 @@ from arena_distill.battles.folds import (
 from arena_distill.battles.reading import read_battles
 from arena_distill.battles.simulation import WINNERS, write_arena
 from arena_distill.config.derived import Family
-from arena_distill.config.judge import Encoding, Head, Lora, Loss, Traffic, Training
+from arena_distill.config.judge import Encoding, EndpointLimits, Head, Lora, Loss, Training
 from arena_distill.config.phases import (
-    AskingSettings,
     CompareSettings,
     Entry,
     LogitsSettings,
+    QuerySettings,
     TrainingSettings,
 )
 from arena_distill.config.run import Arena, Config, Prediction, load, overlay
@@ -53,7 +53,11 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits, write_logits
-from arena_distill.scoring.external import ask_judge, deal_logits, read_judged
+from arena_distill.scoring.external import (
+    query_endpoint,
+    read_external_logits,
+    split_external_logits,
+)
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.studies.comparison import compare
 from arena_distill.training import trainer
@@ -445,9 +449,9 @@ def test_exchanged_answers_leave_a_missing_vote_missing() -> None:
 @given(st.floats(0, 50), st.integers(0, 2**32 - 1))
 def test_the_loss_of_such_a_battle_has_no_cross_entropy(ce: float, seed: int) -> None:
     """It is that of a student who heeds teachers alone, whatever votes weigh for others."""
-    dice = np.random.default_rng(seed)
-    logits = torch.from_numpy(dice.normal(size=(4, 3)))
-    teachers = torch.from_numpy(dice.normal(size=(4, 2, 3)))
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(4, 3)))
+    teachers = torch.from_numpy(rng.normal(size=(4, 2, 3)))
     labels = torch.tensor([NO_VOTE, 0, NO_VOTE, 2])
     with_votes, alone = (
         losses(logits, labels, teachers, None, Loss(ce=weight, kl=0.7, cosine=0.2))
@@ -486,8 +490,8 @@ def test_fitted_weights_are_those_of_the_voted_battles(
     folds = read_parquet(run.folds)
 
     def noise(seed: int) -> Callable[[str, float], np.ndarray]:
-        dice = np.random.default_rng(seed)
-        return lambda name, salt: dice.normal(size=(2, 3))
+        rng = np.random.default_rng(seed)
+        return lambda name, salt: rng.normal(size=(2, 3))
 
     teachers = {
         name: write_teacher(folds, tmp_path / name, logits=noise(i)) for i, name in enumerate("tu")
@@ -587,7 +591,7 @@ def test_a_file_judges_those_that_students_learn(make: Callable[..., Run], tmp_p
     )
     for sources in (("train", "extra"), ("train", "extra", "unlabelled")):
         file = judged_file(tmp_path, *sources)
-        read_judged(file, run.battles, tmp_path / "logits.npy", version=1)
+        read_external_logits(file, run.battles, tmp_path / "logits.npy", version=1)
         whole, ids = read_logits(tmp_path / "logits.npy")
         assert set(ids["source"].to_pylist()) == set(sources)
         output = tmp_path / "fold_1.npy"
@@ -595,10 +599,12 @@ def test_a_file_judges_those_that_students_learn(make: Callable[..., Run], tmp_p
             with pytest.raises(
                 InputError, match=f"{BARE} unlabelled battles are not judged, but stud"
             ):
-                deal_logits(tmp_path / "logits.npy", run.folds, 1, output, settings=settings)
+                split_external_logits(
+                    tmp_path / "logits.npy", run.folds, 1, output, settings=settings
+                )
             without = settings.model_copy(update={"rows": ("validation", "extra")})
-            deal_logits(tmp_path / "logits.npy", run.folds, 1, output, settings=without)
-    deal_logits(tmp_path / "logits.npy", run.folds, 1, output, settings=settings)
+            split_external_logits(tmp_path / "logits.npy", run.folds, 1, output, settings=without)
+    split_external_logits(tmp_path / "logits.npy", run.folds, 1, output, settings=settings)
     logits, rows = read_logits(output)
     assert rows["source"].to_pylist().count("unlabelled") == BARE
     np.testing.assert_array_equal(logits, whole[locate(key(rows), key(ids), "logits")])
@@ -611,12 +617,12 @@ def test_an_endpoint_is_asked_about_those_that_students_learn(
     for wanted in (False, True):
         student = {"teachers": ["l", "e"], "pseudo_labels": wanted}
         config = configured(e=endpoint, s=student)
-        settings = AskingSettings.of(config, "e")
+        settings = QuerySettings.of(config, "e")
         assert ("unlabelled" in settings.model_dump()) == wanted
         with chat_server() as server:
-            ask_judge(
+            query_endpoint(
                 make().battles, tmp_path / f"{wanted}.npy", tmp_path / "cost", tmp_path / str(wanted),
-                settings=settings.model_copy(update={"url": server.url}), traffic=Traffic(),
+                settings=settings.model_copy(update={"url": server.url}), traffic=EndpointLimits(),
             )  # fmt: skip
         ids = read_logits(tmp_path / f"{wanted}.npy")[1]
         assert ids["source"].to_pylist().count("unlabelled") == (BARE if wanted else 0)

@@ -160,13 +160,13 @@ def test_calibration_and_position_are_shown_for_every_judge(
 
 
 def test_students_that_are_flattered_are_named(run: MadeUpRun, page: str, tmp_path: Path) -> None:
-    assert "flattered" not in page
+    assert "optimistic" not in page
     metrics = json.loads((run.folder / "metrics.json").read_text())
-    metrics["judges"]["small"]["flattered"] = True
+    metrics["judges"]["small"]["optimistic"] = True
     write_json(metrics, tmp_path / "metrics.json")
     render_report(tmp_path / "metrics.json", tmp_path / "report.html")
     shown = " ".join((tmp_path / "report.html").read_text().split())
-    assert "Out of fold, small is flattered" in shown
+    assert "Out of fold, small is optimistic" in shown
     assert "would make it too sure" in shown
 
 

@@ -34,12 +34,12 @@ from arena_distill.files.logits import read_logits, read_states, write_logits
 from arena_distill.models import adapters
 from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.heads import verdicts
-from arena_distill.models.hidden_states import Projections, watch
+from arena_distill.models.hidden_states import Projections, capture
 from arena_distill.models.loading import load_classifier
 from arena_distill.scoring.logits import gather_logits, predict_logits
 from arena_distill.training import examples, trainer
 from arena_distill.training.checkpoints import SEAL
-from arena_distill.training.examples import show
+from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import attention_divergences, feature_distances, losses
 from arena_distill.training.targets import select_rows, teacher_states
 from arena_distill.training.trainer import Launch, train_fold
@@ -75,7 +75,7 @@ def batch_of(run: Run) -> tuple[Any, dict[str, torch.Tensor]]:
 def test_the_head_makes_the_logits_of_the_features(any_run: Run) -> None:
     judge, batch = batch_of(any_run)
     logits = judge(**batch).logits
-    watch(judge, ["features"])
+    capture(judge, ["features"])
     said = judge(**batch)
     torch.testing.assert_close(said.logits, logits, rtol=0, atol=0)
     torch.testing.assert_close(last_layer(judge)(said.features), logits, rtol=0, atol=1e-5)
@@ -102,7 +102,7 @@ def test_attention_is_what_plain_transformers_say_it_is(family: str, layers: int
     ids = torch.randint(4, 300, (5, 40)).where(torch.arange(40) < lengths[:, None], 3)
     batch = {"input_ids": ids, "attention_mask": (ids != 3).long()}
     logits = judge(**batch).logits
-    watch(judge, ["attention"])
+    capture(judge, ["attention"])
     said = judge(**batch)
     torch.testing.assert_close(said.logits, logits, rtol=0, atol=0)
     of_last_layer = plain(**batch, output_attentions=True).attentions[-1]
@@ -117,7 +117,7 @@ def test_attention_is_what_plain_transformers_say_it_is(family: str, layers: int
 def test_an_encoder_has_no_last_token_that_attends(make_run: Callable[..., Run]) -> None:
     judge, _ = batch_of(make_run("bert"))
     with pytest.raises(InputError, match=r"loss\.attention: no decoder"):
-        watch(judge, ["attention"])
+        capture(judge, ["attention"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,7 +125,7 @@ def test_gradients_reach_the_backbone_through_states(
     family: str, make_run: Callable[..., Run]
 ) -> None:
     judge, batch = batch_of(make_run(family))
-    watch(judge, BOTH)
+    capture(judge, BOTH)
     for state in BOTH:
         judge.zero_grad(set_to_none=True)
         getattr(judge(**batch), state).square().sum().backward()
@@ -355,8 +355,8 @@ def test_states_enter_the_weighted_mean_of_the_loss_by_hand() -> None:
 
 
 def test_without_states_the_loss_is_what_it_was() -> None:
-    dice = torch.Generator().manual_seed(0)
-    logits, teachers = torch.randn(5, 3, generator=dice), torch.randn(5, 2, 3, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    logits, teachers = torch.randn(5, 3, generator=rng), torch.randn(5, 2, 3, generator=rng)
     labels = torch.tensor([0, 1, 2, 0, 1])
     for loss in (Loss(), Loss(ce=1, kl=1, cosine=1, combine="separate")):
         plain = losses(logits, labels, teachers, None, loss)
@@ -493,17 +493,17 @@ def test_a_student_is_shown_the_states_of_what_it_is_shown(
     states = {name: teacher_states(selected, name) for name in BOTH}
     targets, labels = np.zeros((6, 2, 2, 3), np.float32), np.zeros(6, np.int64)
     weights = np.full((6, 2), 0.5, np.float32)
-    swapped = show(tokens, labels, targets, weights, student_settings(Loss()), states)
+    swapped = make_examples(tokens, labels, targets, weights, student_settings(Loss()), states)
     for each, given in zip(swapped.states["features"], states["features"], strict=True):
         np.testing.assert_array_equal(each[:6, 0], given[:, 0])
         np.testing.assert_array_equal(each[6:, 0], given[:, 1])
     assert [values.shape for values in swapped[7]["features"]] == [(1, 32), (1, 40)]
     alone = student_settings(Loss(), head=Head(kind="pointwise"))
-    pointwise = show(tokens, labels, targets, weights, alone, states)
+    pointwise = make_examples(tokens, labels, targets, weights, alone, states)
     np.testing.assert_array_equal(pointwise[2]["features"][1], states["features"][1][2])
     assert pointwise[2]["attention"][0].shape == (2, ENCODING.max_length)
     # What stands behind a sequence's end is padding, of the batch or of the file.
-    batch = examples._collator(tokens.vocabulary.pad)([pointwise[1], pointwise[2]])
+    batch = examples.collator(tokens.vocabulary.pad)([pointwise[1], pointwise[2]])
     assert batch["attention"][0].shape == batch["input_ids"].shape
 
 
@@ -533,7 +533,7 @@ def test_without_states_a_student_is_not_watched(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer, "watch", lambda *_: pytest.fail("watched"))
+    monkeypatch.setattr(trainer, "capture", lambda *_: pytest.fail("watched"))
     monkeypatch.setattr(trainer, "project", lambda *_, **__: pytest.fail("projected"))
     for path in (file for files in teachers.values() for file in files):
         assert path.with_suffix(".states").is_dir()

@@ -138,7 +138,7 @@ def test_a_curve_has_the_final_judges_own_head() -> None:
 
 def test_folds_drift_from_one_start_or_from_their_own() -> None:
     _, found, graph = derived()
-    for start, points in found.drifts.items():
+    for start, points in found.averaging.items():
         for epochs, name in points.items():
             judge = graph.judges[name]
             assert judge.training.own_start == (start == "own")
@@ -156,7 +156,7 @@ def test_whom_its_score_flatters_is_compared_uncalibrated() -> None:
     )
     assert not found.problem
     methods = {
-        e.label: (e.flattered, e.prediction.calibration)
+        e.label: (e.optimistic, e.prediction.calibration)
         for e in CompareSettings.of(graph, found).entries
     }
     assert methods["summary"] == (True, "none")
@@ -187,7 +187,7 @@ def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) 
         },
     }
     config["folds"]["holdout"] = 0.1
-    config["studies"] = {"curve_shares": [0.5, 1], "drift_epochs": [1]}
+    config["studies"] = {"curve_shares": [0.5, 1], "averaging_epochs": [1]}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
     checkout.run("compare", "curves", "drift")
     compared = json.loads((checkout.results / "compare/compare.json").read_text())
@@ -227,8 +227,8 @@ def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) 
 
 
 def test_an_interval_is_wider_where_battles_share_prompts() -> None:
-    dice = np.random.default_rng(0)
-    by_prompt = np.repeat(dice.normal(size=100), 20) + dice.normal(0, 0.1, 2000)
+    rng = np.random.default_rng(0)
+    by_prompt = np.repeat(rng.normal(size=100), 20) + rng.normal(0, 0.1, 2000)
     prompts = np.repeat(np.arange(100), 20)
     as_prompts = bootstrap(by_prompt[None], prompts, resamples=1000).std()
     as_rows = bootstrap(by_prompt[None], np.arange(2000), resamples=1000).std()
@@ -245,9 +245,9 @@ def test_differences_are_paired() -> None:
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
-    dice, covered = np.random.default_rng(2), 0
+    rng, covered = np.random.default_rng(2), 0
     for trial in range(200):
-        loss = np.repeat(dice.normal(size=60), 3)[None]
+        loss = np.repeat(rng.normal(size=60), 3)[None]
         low, high = np.quantile(
             bootstrap(loss, np.arange(180) // 3, resamples=400, seed=trial), [0.025, 0.975]
         )

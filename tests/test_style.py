@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 from conftest import battles_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena_distill.battles.style_features import LENGTHS, length_features, style_features
+from arena_distill.battles.style_features import LENGTHS, style_features
 
 texts = st.text(st.sampled_from(["a", " ", "\n", "*", "#", "-", "1", ".", "é", "😀"]), max_size=40)
 
@@ -33,12 +32,5 @@ def test_exchanging_the_answers_changes_every_sign(a: str, b: str) -> None:
     assert np.isfinite(features(a, b)).all()
 
 
-def test_lengths_are_those_of_the_baseline() -> None:
-    rows = battles_table([{"response_a": "one two", "response_b": "é"}, {}])
-    np.testing.assert_array_equal(style_features(rows)[:, :LENGTHS], length_features(rows))
-    assert length_features(rows)[0, 0] == 6
-
-
 def test_no_battles_have_no_features() -> None:
     assert style_features(battles_table([]).cast(battles_table([{}]).schema)).shape == (0, 8)
-    assert isinstance(battles_table([]), pa.Table)

@@ -26,7 +26,7 @@ from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.loading import load_classifier
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training import trainer
-from arena_distill.training.examples import Examples, show
+from arena_distill.training.examples import Examples, make_examples
 from arena_distill.training.targets import VOTES
 from arena_distill.training.trainer import Launch, pretrain_adapter, train_fold
 
@@ -122,7 +122,7 @@ def test_swap_shows_every_row_twice_with_vote_and_targets_exchanged(llama: Run) 
     tokens = read_tokens(llama.tokens).take(np.arange(5))
     labels = np.array([0, 1, 2, 0, 1])
     targets = np.random.default_rng(0).normal(size=(5, 2, 2, 3)).astype(np.float32)
-    shown = show(tokens, labels, targets, None, training_settings(swap=True))
+    shown = make_examples(tokens, labels, targets, None, training_settings(swap=True))
     assert len(shown) == 10
     assert shown.labels.tolist() == [0, 1, 2, 0, 1, 1, 0, 2, 1, 0]
     assert shown.teachers is not None
@@ -130,7 +130,7 @@ def test_swap_shows_every_row_twice_with_vote_and_targets_exchanged(llama: Run) 
     np.testing.assert_array_equal(shown.teachers[5:], targets[:, :, 1][..., [1, 0, 2]])
     for row in range(5):
         assert sorted(shown.views[0][row]) == sorted(shown.views[0][row + 5])
-    alone = show(tokens, labels, targets, None, training_settings(swap=False))
+    alone = make_examples(tokens, labels, targets, None, training_settings(swap=False))
     assert len(alone) == 5
     np.testing.assert_array_equal(alone.views[0].ids, shown.views[0].take(np.arange(5)).ids)
 
@@ -148,10 +148,12 @@ def test_a_fold_never_reads_its_validation_rows(
     mine = folds.take(training_rows(folds, fold))
     if method == "stratified_group":
         assert not set(held_out["group"].to_pylist()) & set(mine["group"].to_pylist())
-    expected = show(of_rows(tokens, mine), votes(mine), None, None, training_settings())
+    expected = make_examples(of_rows(tokens, mine), votes(mine), None, None, training_settings())
     np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
     np.testing.assert_array_equal(shown.labels, expected.labels)
-    hidden = show(of_rows(tokens, held_out), votes(held_out), None, None, training_settings())
+    hidden = make_examples(
+        of_rows(tokens, held_out), votes(held_out), None, None, training_settings()
+    )
     seen = {ids.tobytes() for ids in shown.views[0]}
     assert not seen & {ids.tobytes() for ids in hidden.views[0]}
 
@@ -184,7 +186,7 @@ def test_post_pretraining_reads_the_ut_battles_and_their_votes(
     battles = read_parquet(llama.battles)
     ut = battles.filter(pc.equal(battles["source"], "ut"))
     (shown,) = spy.examples
-    expected = show(
+    expected = make_examples(
         of_rows(read_tokens(llama.tokens), ut), votes(ut), None, None, training_settings()
     )
     np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
@@ -296,7 +298,7 @@ def test_an_adapter_of_another_backbone_is_an_error(
 
 
 def test_unknown_lora_targets_are_an_error(llama: Run) -> None:
-    with pytest.raises(InputError, match=r"lora\.targets"):
+    with pytest.raises(InputError, match=r"lora\.target_modules"):
         new_judge(load_classifier(llama.backbone), Lora(targets=("q_prok",)), 0)
 
 
@@ -380,7 +382,7 @@ def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Pat
     (reported,) = read_parquet(tmp_path / "x" / "history.parquet")["grad_norm"].to_pylist()
     folds, tokens = read_parquet(llama.folds), read_tokens(llama.tokens)
     mine = folds.take(training_rows(folds, 0))
-    shown = show(of_rows(tokens, mine), votes(mine), None, None, settings)
+    shown = make_examples(of_rows(tokens, mine), votes(mine), None, None, settings)
     seed = settings.training.seed
     base = load_classifier(llama.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=seed)
     judge = new_judge(base, LORA, seed)

@@ -64,7 +64,8 @@ def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
         "merged/gemma2-student/model.safetensors",
         "merged/gemma2-student/README.md",
         "gptq/gemma2-student/drift.json",
-        "predictions/gemma2-student/test.parquet",
+        "predictions/gemma2-student/merged.parquet",
+        "predictions/gemma2-student/gptq.parquet",
     ]:
         assert (results / name).is_file(), name
 

@@ -1,21 +1,14 @@
-"""The command line: one command per rule, in the order that data flows.
-
-Every rule of the workflow is one of these commands; each can be run by hand. `--settings` takes what the
-rule hands over, JSON of one of the models in ``settings`` (``snakemake -n -p`` prints it). Phases are
-imported by the command that runs them, so that `--help` and small jobs start at once.
-"""
+"""The command line that people use; the commands of the rules are in ``phase_cli``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from arena_distill.config import judge, run
-from arena_distill.config import phases as phase
-from arena_distill.config.phases import parse
+from arena_distill import phase_cli
 from arena_distill.errors import InputError, Stopped
 from arena_distill.runtime import launch
 
@@ -26,553 +19,45 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Settings = Annotated[str, typer.Option(help="The phase's settings, as JSON.")]
-Backbone = Annotated[Path, typer.Option(help="Hugging Face folder, or its config.json.")]
-Tokens = Annotated[Path, typer.Option(help="tokens/<tokenizer>/battles.parquet")]
-Battles = Annotated[Path, typer.Option(help="battles.parquet")]
-Folds = Annotated[Path, typer.Option(help="folds.parquet")]
-Fold = Annotated[int, typer.Option(help="0 to n - 1.", min=0)]
-Output = Annotated[Path, typer.Option(help="What to write.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens per forward pass, padding included.", min=1)]
-MicroBatch = Annotated[int, typer.Option(help="Sequences per device and forward pass.", min=1)]
-Checkpointing = Annotated[
-    int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
-]
-Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
-Attention = Annotated[judge.Attention, typer.Option(help="transformers' attention kernel.")]
-Fsdp = Annotated[int, typer.Option(help="1: spread the backbone over the GPUs.", min=0, max=1)]
-CheckpointFolder = Annotated[
-    Path | None, typer.Option(help="Where this output's checkpoints go; none: none are written.")
-]
-CheckpointMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.", min=0)]
-Version = Annotated[int, typer.Option(help="The phase's version (see `phases`).")]
+app.add_typer(phase_cli.app, name="phase")
 
 
 def main() -> NoReturn:
     """Run a command; bad input ends in one line on stderr and exit status 1."""
-    launch.mind_signals()
+    launch.ignore_signals()
     try:
         app(prog_name="arena-distill")
     except InputError as error:
-        launch.tell("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        launch.print_error("\n".join(f"error: {line}" for line in str(error).splitlines()))
         sys.exit(1)
     except Stopped as stopped:
-        launch.tell(f"stopped: {stopped}")
+        launch.print_error(f"stopped: {stopped}")
         sys.exit(128 + stopped.received)
     sys.exit(0)
 
 
-# --- battles and folds ------------------------------------------------------------------------------
-
-
-@app.command()
-def fetch_battles(
-    output: Output,
-    settings: Settings,
-    version: Version,
-    without: Annotated[
-        list[Path] | None, typer.Option(help="Battles whose prompts are left out (repeatable).")
-    ] = None,
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
 ) -> None:
-    """Fetch a file of battles from Kaggle or the Hugging Face hub."""
-    from arena_distill.battles.fetching import fetch_battles
-
-    origin = parse(run.Fetch, settings)
-    fetch_battles(origin, output, without=without or [], version=version)
-
-
-@app.command()
-def simulate_arena(output: Output, settings: Settings) -> None:
-    """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
-    from arena_distill.battles.simulation import write_arena
-
-    arena = parse(run.Arena, settings)
-    write_arena(output, **arena.model_dump())
-
-
-@app.command()
-def read_battles(
-    output: Output,
-    rejected: Annotated[Path, typer.Option(help="Where refused rows go.")],
-    version: Version,
-    train: Annotated[list[Path], typer.Option(help="Labelled battles (repeatable).")],
-    test: Annotated[list[Path], typer.Option(help="Battles to predict (repeatable).")],
-    extra: Annotated[list[Path] | None, typer.Option(help="More labelled battles.")] = None,
-    ut: Annotated[list[Path] | None, typer.Option(help="Battles for post-pretraining.")] = None,
-    unlabelled: Annotated[
-        list[Path] | None, typer.Option(help="Battles that students learn from teachers alone.")
-    ] = None,
-) -> None:
-    """Read CSV, JSONL or parquet in the Kaggle schema into canonical battles."""
-    from arena_distill.battles.reading import write_battles
-
-    files = {"train": train, "extra": extra or [], "ut": ut or [], "test": test}
-    files |= {"unlabelled": unlabelled or []}
-    write_battles(files, output, rejected, {"version": version})
-
-
-@app.command()
-def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
-    """Deal the training battles into folds."""
-    from arena_distill.battles.folds import write_folds
-
-    parsed = parse(phase.FoldsSettings, settings)
-    write_folds(battles, output, settings=parsed.model_dump())
-
-
-@app.command()
-def audit_leaks(
-    battles: Battles,
-    folds: Folds,
-    output: Output,
-    table: Annotated[Path, typer.Option(help="Where the worst examples go, as CSV.")],
-    settings: Settings,
-) -> None:
-    """Count battles whose prompt also stands where a judge has learned from it."""
-    from arena_distill.battles.audit import write_audit
-
-    write_audit(battles, folds, output, table, settings=parse(phase.AuditSettings, settings))
-
-
-# --- backbones and tokens ---------------------------------------------------------------------------
-
-
-@app.command()
-def prepare_backbone(
-    output: Output,
-    settings: Settings,
-    version: Version,
-    source: Annotated[
-        Path | None, typer.Argument(help="The whole model, where it was downloaded from the hub.")
-    ] = None,
-) -> None:
-    """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
-    from arena_distill.models.preparation import prepare_backbone
-
-    prepare_backbone(parse(judge.Backbone, settings), output, source=source, version=version)
-
-
-@app.command()
-def tokenize_battles(
-    battles: Battles, backbone: Backbone, output: Output, version: Version
-) -> None:
-    """Tokenise every field of every battle, once per tokenizer."""
-    from arena_distill.encoding.tokenization import tokenize_battles
-
-    tokenize_battles(battles, _folder(backbone), output, version=version)
-
-
-# --- judges -----------------------------------------------------------------------------------------
-
-
-@app.command()
-def pretrain_adapter(
-    backbone: Backbone,
-    tokens: Tokens,
-    battles: Battles,
-    output: Output,
-    settings: Settings,
-    micro_batch_size: MicroBatch = 8,
-    gradient_checkpointing: Checkpointing = 0,
-    gpus: Gpus = 0,
-    fsdp: Fsdp = 0,
-    checkpoints: CheckpointFolder = None,
-    checkpoint_minutes: CheckpointMinutes = 30,
-    attention: Attention = "auto",
-) -> None:
-    """Post-pretrain a judge's adapter on UT battles."""
-    launch.start(gpus=gpus, lock=checkpoints)
-    from arena_distill.training.trainer import Launch, pretrain_adapter
-
-    pretrain_adapter(
-        _folder(backbone),
-        tokens,
-        battles,
-        output,
-        settings=parse(phase.PretrainingSettings, settings),
-        launch=Launch(
-            micro_batch_size,
-            bool(gradient_checkpointing),
-            bool(fsdp),
-            checkpoints,
-            checkpoint_minutes,
-            attention,
-        ),
-    )
-
-
-@app.command()
-def train_fold(
-    backbone: Backbone,
-    tokens: Tokens,
-    folds: Folds,
-    fold: Fold,
-    output: Output,
-    settings: Settings,
-    pretrained: Annotated[Path | None, typer.Option(help="Post-pretrained adapter.")] = None,
-    micro_batch_size: MicroBatch = 8,
-    gradient_checkpointing: Checkpointing = 0,
-    gpus: Gpus = 0,
-    fsdp: Fsdp = 0,
-    checkpoints: CheckpointFolder = None,
-    checkpoint_minutes: CheckpointMinutes = 30,
-    attention: Attention = "auto",
-    teacher_logits: Annotated[
-        list[Path] | None, typer.Argument(help="A student's targets: logits/<teacher>/fold_<k>.npy")
-    ] = None,
-) -> None:
-    """Train one fold's judge: on votes, or distilled from its teachers' logits."""
-    launch.start(gpus=gpus, lock=checkpoints)
-    from arena_distill.training.trainer import Launch, train_fold
-
-    parsed = parse(phase.TrainingSettings, settings)
-    files = teacher_logits or []
-    train_fold(
-        _folder(backbone),
-        pretrained,
-        tokens,
-        folds,
-        fold,
-        output,
-        teachers={name: [f for f in files if f.parent.name == name] for name in parsed.teachers},
-        settings=parsed,
-        launch=Launch(
-            micro_batch_size,
-            bool(gradient_checkpointing),
-            bool(fsdp),
-            checkpoints,
-            checkpoint_minutes,
-            attention,
-        ),
-    )
-
-
-@app.command()
-def predict_logits(
-    backbone: Backbone,
-    adapter: Annotated[Path, typer.Option(help="The fold's adapter folder.")],
-    tokens: Tokens,
-    folds: Folds,
-    fold: Fold,
-    output: Output,
-    settings: Settings,
-    shard: Annotated[int, typer.Option(help="0 to --shards less 1.", min=0)] = 0,
-    shards: Annotated[int, typer.Option(help="Jobs that share the fold.", min=1)] = 1,
-    batch_tokens: BatchTokens = 16384,
-    gpus: Gpus = 0,
-    attention: Attention = "auto",
-) -> None:
-    """Score a fold's battles in both orders; or one shard of them."""
-    launch.claim_gpus(gpus)
-    from arena_distill.scoring.logits import predict_logits
-
-    predict_logits(
-        _folder(backbone),
-        adapter,
-        tokens,
-        folds,
-        fold,
-        output,
-        settings=parse(phase.LogitsSettings, settings),
-        batch_tokens=batch_tokens,
-        shard=shard,
-        shards=shards,
-        attention=attention,
-    )
-
-
-@app.command()
-def gather_logits(
-    folds: Folds,
-    fold: Fold,
-    output: Output,
-    settings: Settings,
-    shards: Annotated[list[Path], typer.Argument(help="The shards' .npy files.")],
-) -> None:
-    """Put the shards of a fold together."""
-    from arena_distill.scoring.logits import gather_logits
-
-    gather_logits(shards, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
-
-
-# --- external judges --------------------------------------------------------------------------------
-
-
-@app.command()
-def ask_judge(
-    battles: Battles,
-    output: Output,
-    cost: Annotated[Path, typer.Option(help="Where tokens and cost are written.")],
-    answers: Annotated[Path, typer.Option(help="Folder in which answers are kept.")],
-    settings: Settings,
-    traffic: Annotated[str, typer.Option(help="How to ask, as JSON (see `judge.Traffic`).")],
-) -> None:
-    """Ask an OpenAI-compatible endpoint about all labelled battles in both orders."""
-    launch.hold(answers)
-    from arena_distill.scoring.external import ask_judge
-
-    ask_judge(
-        battles,
-        output,
-        cost,
-        answers,
-        settings=parse(phase.AskingSettings, settings),
-        traffic=parse(judge.Traffic, traffic),
-    )
-
-
-@app.command()
-def read_judged(
-    battles: Battles,
-    file: Annotated[Path, typer.Option(help="A judge's logits: parquet, CSV or JSONL.")],
-    output: Output,
-    version: Version,
-) -> None:
-    """Read the logits of all labelled battles from a file."""
-    from arena_distill.scoring.external import read_judged
-
-    read_judged(file, battles, output, version=version)
-
-
-@app.command()
-def deal_logits(
-    logits: Annotated[Path, typer.Option(help="external/<judge>/logits.npy")],
-    folds: Folds,
-    fold: Fold,
-    output: Output,
-    settings: Settings,
-) -> None:
-    """Write a fold's rows out of an external judge's logits."""
-    from arena_distill.scoring.external import deal_logits
-
-    deal_logits(logits, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
-
-
-# --- the deployable model ---------------------------------------------------------------------------
-
-
-@app.command()
-def merge_folds(
-    backbone: Backbone,
-    output: Output,
-    settings: Settings,
-    adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
-    tokens: Annotated[Path | None, typer.Option(help="For greedy weights.")] = None,
-    folds: Annotated[Path | None, typer.Option(help="For weights other than equal.")] = None,
-    logits: Annotated[
-        list[Path] | None, typer.Option(help="logits/<judge>/fold_<k>.npy, for validation weights.")
-    ] = None,
-    batch_tokens: BatchTokens = 16384,
-    gpus: Gpus = 0,
-) -> None:
-    """Average the folds' adapters and heads and merge them into the backbone."""
-    launch.claim_gpus(gpus)
-    from arena_distill.deployment import fold_weights
-    from arena_distill.deployment.merging import merge_folds
-
-    parsed = parse(phase.MergeSettings, settings)
-    weights = None
-    if parsed.weights == "validation":
-        assert folds and logits
-        weights = fold_weights.validation_weights(logits, folds)
-    elif parsed.weights == "greedy":
-        assert folds and tokens
-        weights = fold_weights.greedy_weights(
-            _folder(backbone), adapters, tokens, folds, settings=parsed, batch_tokens=batch_tokens
-        )
-    merge_folds(
-        _folder(backbone),
-        adapters,
-        output,
-        outputs=parsed.outputs,
-        average=parsed.average,
-        head=parsed.head,
-        dtype=parsed.precision,
-        weights=weights,
-        settings=parsed.model_dump(mode="json") | parsed.encoding.model_dump(),
-    )
-
-
-@app.command()
-def quantize_model(
-    model: Annotated[Path, typer.Option(help="The merged model.")],
-    tokens: Tokens,
-    battles: Battles,
-    output: Output,
-    settings: Settings,
-    batch_tokens: BatchTokens = 16384,
-    gpus: Gpus = 0,
-) -> None:
-    """Quantise the merged model with GPTQ and measure its drift."""
-    launch.claim_gpus(gpus)
-    from arena_distill.deployment.gptq import quantize_judge
-
-    quantize_judge(
-        model,
-        tokens,
-        battles,
-        output,
-        settings=parse(phase.QuantizationSettings, settings),
-        batch_tokens=batch_tokens,
-    )
-
-
-@app.command()
-def check_drift(
-    model: Annotated[Path, typer.Option(help="The quantised model.")],
-    output: Output,
-    settings: Settings,
-) -> None:
-    """Fail where quantisation changed the model by more than the configured bound."""
-    from arena_distill.deployment.quantization_error import DRIFT, check_drift
-
-    parsed = parse(phase.DriftSettings, settings)
-    check_drift(model / DRIFT, output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate)
-
-
-# --- predictions and results ------------------------------------------------------------------------
-
-
-@app.command()
-def score_test(
-    model: Annotated[Path, typer.Option(help="The merged or quantised model.")],
-    tokens: Tokens,
-    output: Output,
-    settings: Settings,
-    quantized: Annotated[bool, typer.Option(help="The model is a GPTQ checkpoint.")] = False,
-    batch_tokens: BatchTokens = 16384,
-    gpus: Gpus = 0,
-    attention: Attention = "auto",
-) -> None:
-    """Score the test battles at every length and in every order."""
-    launch.claim_gpus(gpus)
-    from arena_distill.prediction.test_time import score_test
-
-    parsed = parse(phase.ScoringSettings, settings)
-    score_test(
-        model,
-        tokens,
-        output,
-        quantized=quantized,
-        settings=parsed,
-        batch_tokens=batch_tokens,
-        attention=attention,
-    )
-
-
-@app.command()
-def fit_calibration(
-    folds: Folds,
-    battles: Battles,
-    judge: Annotated[str, typer.Option(help="Its name.")],
-    output: Output,
-    version: Version,
-    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
-) -> None:
-    """Fit every calibration to a judge's out-of-fold logits."""
-    from arena_distill.prediction.calibration import fit_calibration
-
-    fit_calibration(folds, battles, logits, output, judge=judge, version=version)
-
-
-@app.command()
-def predict_test(
-    output: Output,
-    settings: Settings,
-    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/<model>_test.npy")],
-    calibration: Annotated[Path | None, typer.Option(help="calibration/<judge>.json")] = None,
-    battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
-) -> None:
-    """Average the test logits over lengths and orders, every variant of it; calibrate them."""
-    from arena_distill.prediction.test_time import Model, predict_test
-
-    parsed = parse(phase.PredictionSettings, settings)
-    named = {model: f for f in logits for model in get_args(Model) if f.stem == f"{model}_test"}
-    predict_test(named, output, settings=parsed, calibration=calibration, battles=battles)
-
-
-@app.command()
-def write_submission(
-    predictions: Annotated[Path, typer.Option(help="predictions/<judge>/test.parquet")],
-    battles: Battles,
-    output: Output,
-) -> None:
-    """Write the submission, validated against the test battles."""
-    from arena_distill.prediction.submission import write_submission
-
-    write_submission(predictions, battles, output)
-
-
-@app.command()
-def evaluate(
-    folds: Folds,
-    battles: Battles,
-    rejected: Annotated[Path, typer.Option(help="rejected.parquet")],
-    predictions: Annotated[Path, typer.Option(help="predictions/<judge>/test.parquet")],
-    output: Output,
-    tables: Annotated[Path, typer.Option(help="Folder of the flat tables.")],
-    settings: Settings,
-    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
-    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
-    quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
-    truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
-    audit: Annotated[Path | None, typer.Option(help="audit.json")] = None,
-    test_logits: Annotated[
-        Path | None, typer.Option(help="logits/<judge>/<model>_test.npy of the submitted model.")
-    ] = None,
-) -> None:
-    """Compute every figure of the run."""
-    from arena_distill.deployment.quantization_error import DRIFT
-    from arena_distill.evaluation.evaluate import evaluate
-
-    parsed = parse(phase.EvaluationSettings, settings)
-    evaluate(
-        folds,
-        battles,
-        {name: [f for f in logits if f.parent.name == name] for name in parsed.judges},
-        output,
-        tables,
-        settings=parsed,
-        rejected=rejected,
-        predictions=predictions,
-        solution=solution,
-        drift=quantized / DRIFT if quantized else None,
-        truth=truth,
-        audit=audit,
-        test_logits=test_logits,
-    )
-
-
-@app.command()
-def write_config(output: Output, settings: Settings) -> None:
-    """Write down the configuration that made a run."""
-    from arena_distill.files.artifacts import write_text
-
-    write_text(settings, output)
-
-
-@app.command()
-def render_report(
-    metrics: Annotated[Path, typer.Option(help="metrics.json")],
-    config: Annotated[Path, typer.Option(help="The run's config.yaml.")],
-    output: Output,
-    parts: Annotated[Path, typer.Option(help="Folder of the separate figures.")],
-) -> None:
-    """Write the report, one HTML file."""
-    from arena_distill.evaluation.report import render_report
-
-    render_report(metrics, output, parts=parts, configuration=config)
-
-
-@app.command()
-def show_results(
-    metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
-) -> None:
-    """Print the result table."""
-    from arena_distill.evaluation.terminal import print_table
-    from arena_distill.files.artifacts import read_json
-
-    print_table(read_json(metrics))
+    """Report what a run will cost: memory, time, GPU-hours, disk; exits with 1 if a job cannot fit.
+
+    All other arguments are those of snakemake: --configfile, --config, --profile, targets.
+    """
+    import json
+
+    from arena_distill.files.artifacts import write_json
+    from arena_distill.planning.forecast import forecast, print_forecast
+
+    found = forecast(context.args)
+    if output:
+        write_json(found.as_json(), output)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print_forecast(found)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -580,7 +65,7 @@ def status(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
 ) -> None:
-    """Tell what of a run is done, runs, waits and has failed, and why; exits with 1 if a job failed.
+    """Report what of a run is done, runs, waits and has failed, and why; exits with 1 if a job failed.
 
     All other arguments are those of snakemake: --configfile, --directory, --profile, targets.
     """
@@ -596,141 +81,21 @@ def status(
     raise typer.Exit(int(found.counts["failed"] > 0))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def plan(
-    context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
-    settings: Annotated[
-        str | None, typer.Option(help="The configuration as JSON, instead of --configfile.")
-    ] = None,
-) -> None:
-    """Tell what a run will cost: memory, time, GPU-hours, disk; exits with 1 if a job cannot fit.
-
-    All other arguments are those of snakemake: --configfile, --config, --profile, targets.
-    """
-    import json
-    import tempfile
-
-    from arena_distill.files.artifacts import write_json
-    from arena_distill.planning.forecast import forecast, print_forecast
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = context.args
-        if settings:
-            given = Path(folder) / "config.json"
-            given.write_text(settings, encoding="utf-8")
-            arguments = [*arguments, "--configfile", str(given)]
-        found = forecast(arguments)
-    if output:
-        write_json(found.as_json(), output)
-    if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-    else:
-        print_forecast(found)
-
-
-# --- studies ----------------------------------------------------------------------------------------
-
-
 @app.command()
-def compare_soups(
-    backbone: Backbone,
-    tokens: Tokens,
-    folds: Folds,
-    battles: Battles,
-    output: Output,
-    settings: Settings,
-    adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
-    logits: Annotated[list[Path], typer.Option(help="logits/<judge>/fold_<k>.npy")],
-    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
-    batch_tokens: BatchTokens = 16384,
-    gpus: Gpus = 0,
+def show_results(
+    metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
 ) -> None:
-    """Score every way of making one model of a judge's folds."""
-    launch.claim_gpus(gpus)
-    from arena_distill.studies.averaging import compare_soups
-
-    compare_soups(
-        _folder(backbone),
-        adapters,
-        logits,
-        tokens,
-        folds,
-        battles,
-        solution,
-        output,
-        settings=parse(phase.SoupSettings, settings),
-        batch_tokens=batch_tokens,
-    )
-
-
-@app.command()
-def draw_drift(
-    output: Annotated[Path, typer.Option(help="Folder of drift.json, drift.csv, drift.svg.")],
-    settings: Settings,
-    soups: Annotated[list[Path], typer.Argument(help="soups/<judge>.json")],
-) -> None:
-    """Show how the means of factors and of products part as the folds drift apart."""
-    from arena_distill.studies.averaging import draw_drift
-
-    draw_drift(soups, output, settings=parse(phase.DriftStudySettings, settings))
-
-
-@app.command()
-def draw_curves(
-    run: Annotated[Path, typer.Option(help="The run's folder.")],
-    output: Annotated[Path, typer.Option(help="Folder of curves.json, curves.csv, curves.svg.")],
-    settings: Settings,
-    truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
-) -> None:
-    """Show how judges get better with more training battles."""
-    from arena_distill.studies.learning_curves import draw_curves
-
-    draw_curves(run, output, settings=parse(phase.CurveSettings, settings), truth=truth)
-
-
-@app.command()
-def compare(
-    run: Annotated[Path, typer.Option(help="The run's folder.")],
-    output: Annotated[Path, typer.Option(help="Folder of compare.json, tables and the report.")],
-    settings: Settings,
-    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
-    truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
-) -> None:
-    """Compare judges on the same battles, with an interval for every difference."""
-    from arena_distill.studies.comparison import compare
-    from arena_distill.studies.comparison_report import render_comparison
-
-    figures = output / "compare.json"
-    compare(
-        run,
-        figures,
-        settings=parse(phase.CompareSettings, settings),
-        solution=solution,
-        truth=truth,
-    )
-    render_comparison(figures, output)
-
-
-@app.command()
-def show_comparison(
-    figures: Annotated[Path, typer.Argument(help="results/<run>/compare/compare.json")],
-) -> None:
-    """Print the table of a comparison."""
+    """Print the result table."""
+    from arena_distill.evaluation.terminal import print_table
     from arena_distill.files.artifacts import read_json
-    from arena_distill.studies.terminal import print_comparison
 
-    print_comparison(read_json(figures))
-
-
-# --- what ships with the workflow -------------------------------------------------------------------
+    print_table(read_json(metrics))
 
 
 @app.command()
 def pretrain_tiny(
     family: Annotated[Literal["llama", "qwen2", "gemma2"], typer.Option(help="Architecture.")],
-    output: Output,
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
     battles: Annotated[int, typer.Option(help="Battles of the pool.")] = 40_000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 4,
     seed: Annotated[int, typer.Option(help="Decides pool and weights.")] = 0,
@@ -742,7 +107,3 @@ def pretrain_tiny(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pretrain_tiny(family, output, battles=battles, epochs=epochs, seed=seed)
-
-
-def _folder(path: Path) -> Path:
-    return path.parent if path.is_file() else path

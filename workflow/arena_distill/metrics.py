@@ -261,10 +261,10 @@ def bootstrap(
     group = np.unique(groups, return_inverse=True)[1]
     sizes = np.bincount(group).astype(np.float64)
     sums = np.stack([np.bincount(group, loss) for loss in losses], axis=1)
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, RESAMPLES_AT_ONCE):
         draws = min(RESAMPLES_AT_ONCE, resamples - start)
-        counts = dice.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), draws)
+        counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), draws)
         means.append((counts @ sums) / (counts @ sizes)[:, None])
     return np.concatenate(means)

@@ -247,17 +247,17 @@ def simulate(*, rows: int, seed: int, voters: str, id_offset: int = 0) -> Simula
         raise ValueError(f"voters must be one of {sorted(VOTERS)}, got {voters!r}")
 
     # Text takes some fifty scalar draws a battle, where Random is far faster than a Generator.
-    dice = Random(seed)
+    rng = Random(seed)
     asked: list[list[_Ask]] = []
     records = []
     qualities = np.empty((rows, 2, len(QUALITIES)))
     for row in range(rows):
-        asks = _asks(dice, asked)
+        asks = _asks(rng, asked)
         asked.append(asks)
-        first, second = dice.sample(MODELS, 2)
-        answers_a = [_answer(ask, first, dice) for ask in asks]
-        answers_b = [_answer(ask, second, dice) for ask in asks]
-        if dice.random() < 0.02:
+        first, second = rng.sample(MODELS, 2)
+        answers_a = [_answer(ask, first, rng) for ask in asks]
+        answers_b = [_answer(ask, second, rng) for ask in asks]
+        if rng.random() < 0.02:
             answers_b = answers_a
         qualities[row, 0] = np.mean([answer.qualities for answer in answers_a], axis=0)
         qualities[row, 1] = np.mean([answer.qualities for answer in answers_b], axis=0)
@@ -359,44 +359,44 @@ class _Ask(NamedTuple):
     language: str | None = None
 
 
-def _asks(dice: Random, asked: Sequence[list[_Ask]]) -> list[_Ask]:
+def _asks(rng: Random, asked: Sequence[list[_Ask]]) -> list[_Ask]:
     """The user's turns of one battle; now and then the same as in an earlier battle."""
-    if asked and dice.random() < 0.04:
-        return dice.choice(asked)
-    rounds = dice.choices((1, 2, 3), weights=(88, 9, 3))[0]
-    return [_ask(dice, first=turn == 0) for turn in range(rounds)]
+    if asked and rng.random() < 0.04:
+        return rng.choice(asked)
+    rounds = rng.choices((1, 2, 3), weights=(88, 9, 3))[0]
+    return [_ask(rng, first=turn == 0) for turn in range(rounds)]
 
 
-def _ask(dice: Random, *, first: bool) -> _Ask:
+def _ask(rng: Random, *, first: bool) -> _Ask:
     category: str | None = None
     land = ""
     attributes: tuple[str, ...] = ()
     style: str | None = None
     language: str | None = None
-    kind = dice.random()
+    kind = rng.random()
     if kind < 0.25:
-        category = dice.choice(tuple(CATEGORIES))
-        number = dice.choice(tuple(NUMBERS))
+        category = rng.choice(tuple(CATEGORIES))
+        number = rng.choice(tuple(NUMBERS))
         wanted = NUMBERS[number]
-        sentence = dice.choice(_ASK_LIST).format(number=number, category=category)
+        sentence = rng.choice(_ASK_LIST).format(number=number, category=category)
     else:
         wanted = 1 if kind < 0.8 else 2
-        land = dice.choice(LANDS)
-        attributes = tuple(dice.sample(ATTRIBUTES, wanted))
-        sentence = dice.choice(_ASK_ONE if wanted == 1 else _ASK_TWO).format(*attributes, land=land)
-        if wanted == 1 and dice.random() < 0.25:
-            language = dice.choice(LANGUAGES)
+        land = rng.choice(LANDS)
+        attributes = tuple(rng.sample(ATTRIBUTES, wanted))
+        sentence = rng.choice(_ASK_ONE if wanted == 1 else _ASK_TWO).format(*attributes, land=land)
+        if wanted == 1 and rng.random() < 0.25:
+            language = rng.choice(LANGUAGES)
     sentences = [sentence]
     if language is not None:
-        sentences.append(dice.choice(_ASK_LANGUAGE).format(language=language))
-    elif dice.random() < 0.5:
-        style = dice.choice(STYLES)
-        sentences.append(dice.choice(_ASK_STYLE[style]))
-    if first and dice.random() < 0.4:
-        opener = dice.choice(_OPENERS).format(person=dice.choice(_PERSONS))
+        sentences.append(rng.choice(_ASK_LANGUAGE).format(language=language))
+    elif rng.random() < 0.5:
+        style = rng.choice(STYLES)
+        sentences.append(rng.choice(_ASK_STYLE[style]))
+    if first and rng.random() < 0.4:
+        opener = rng.choice(_OPENERS).format(person=rng.choice(_PERSONS))
         sentences.insert(0, opener)
-    if first and dice.random() < 0.02:
-        sentences.insert(0, "\n".join(dice.choices(_FILLERS, k=dice.randint(15, 40))))
+    if first and rng.random() < 0.02:
+        sentences.insert(0, "\n".join(rng.choices(_FILLERS, k=rng.randint(15, 40))))
     return _Ask(" ".join(sentences), wanted, category, land, attributes, style, language)
 
 
@@ -410,40 +410,40 @@ class _Answer(NamedTuple):
     qualities: tuple[float, ...]
 
 
-def _answer(ask: _Ask, model: Model, dice: Random) -> _Answer:
-    chance = dice.random()
+def _answer(ask: _Ask, model: Model, rng: Random) -> _Answer:
+    chance = rng.random()
     if chance < 0.005:
         return _Answer("", (0.0,) * len(QUALITIES))
     if chance < 0.005 + model.refuses:
         return _Answer(_REFUSAL, (0.0, 0.0, 0.0, float(ask.language is None), 0.0, 0.0))
 
     language = ask.language
-    if dice.random() >= model.polyglot:
-        language = None if ask.language or dice.random() < 0.9 else dice.choice(LANGUAGES)
+    if rng.random() >= model.polyglot:
+        language = None if ask.language or rng.random() < 0.9 else rng.choice(LANGUAGES)
     if ask.category is not None or ask.wanted > 1:
         language = None  # other languages know single facts only
-    markdown = language is None and dice.random() < model.markdown
+    markdown = language is None and rng.random() < model.markdown
     if ask.category is not None:
-        body, correctness, completeness = _list_items(ask, model, markdown, dice)
+        body, correctness, completeness = _list_items(ask, model, markdown, rng)
     else:
-        body, correctness, completeness = _tell_facts(ask, model, language, markdown, dice)
+        body, correctness, completeness = _tell_facts(ask, model, language, markdown, rng)
 
     style = ask.style
-    if style is None or dice.random() >= model.obliging:
+    if style is None or rng.random() >= model.obliging:
         others = [s for s in (None, *STYLES, model.accent, model.accent) if s != ask.style]
-        style = dice.choice(others)
+        style = rng.choice(others)
     sentences = [body]
     fillers = 0
     if language is None and style != "brief":  # all else is said in English
         if style in _OPEN:
-            sentences.insert(0, dice.choice(_OPEN[style]))
+            sentences.insert(0, rng.choice(_OPEN[style]))
         if style == "reason":
-            sentences.append(dice.choice(_REASONS))
-        while dice.random() < model.fillers / (1 + model.fillers):
+            sentences.append(rng.choice(_REASONS))
+        while rng.random() < model.fillers / (1 + model.fillers):
             fillers += 1
-        if dice.random() < 0.005:
-            fillers += dice.randint(10, 30)
-        sentences += dice.choices(_FILLERS, k=fillers)
+        if rng.random() < 0.005:
+            fillers += rng.randint(10, 30)
+        sentences += rng.choices(_FILLERS, k=fillers)
     met = ask.style is None or style == ask.style
     qualities = (
         correctness,
@@ -456,17 +456,17 @@ def _answer(ask: _Ask, model: Model, dice: Random) -> _Answer:
     return _Answer(" ".join(sentences), qualities)
 
 
-def _list_items(ask: _Ask, model: Model, markdown: bool, dice: Random) -> tuple[str, float, float]:
+def _list_items(ask: _Ask, model: Model, markdown: bool, rng: Random) -> tuple[str, float, float]:
     """A list of things: text, correctness, completeness."""
     category = ask.category
     assert category is not None
-    right = dice.random() < model.correct
+    right = rng.random() < model.correct
     if not right:
-        category = dice.choice([other for other in CATEGORIES if other != category])
+        category = rng.choice([other for other in CATEGORIES if other != category])
     count = ask.wanted
-    if dice.random() >= model.complete:
-        count = dice.choice([other for other in range(1, 7) if other != ask.wanted])
-    items = dice.sample(CATEGORIES[category], count)
+    if rng.random() >= model.complete:
+        count = rng.choice([other for other in range(1, 7) if other != ask.wanted])
+    items = rng.sample(CATEGORIES[category], count)
     if markdown:
         text = "Here you go:\n" + "\n".join(f"{n}. {item}" for n, item in enumerate(items, 1))
     else:
@@ -475,11 +475,11 @@ def _list_items(ask: _Ask, model: Model, markdown: bool, dice: Random) -> tuple[
 
 
 def _tell_facts(
-    ask: _Ask, model: Model, language: str | None, markdown: bool, dice: Random
+    ask: _Ask, model: Model, language: str | None, markdown: bool, rng: Random
 ) -> tuple[str, float, float]:
     """Facts about a land: text, correctness, completeness."""
     count = ask.wanted
-    if count > 1 and dice.random() >= model.complete:
+    if count > 1 and rng.random() >= model.complete:
         count = 1
     attributes = ask.attributes[:count]
     values = []
@@ -487,8 +487,8 @@ def _tell_facts(
     for attribute in attributes:
         truth = WORLD[ask.land][attribute]
         value = truth
-        if dice.random() >= model.correct:
-            value = dice.choice([v for v in _FACTS[attribute] if v != truth])
+        if rng.random() >= model.correct:
+            value = rng.choice([v for v in _FACTS[attribute] if v != truth])
         hits += value == truth
         values.append(value)
     if language is not None:
@@ -496,10 +496,10 @@ def _tell_facts(
         name = names[ATTRIBUTES.index(attributes[0])]
         text = template.format(name, values[0], land=ask.land)
     elif count == 1:
-        text = dice.choice(_TELL_ONE).format(attributes[0], values[0], land=ask.land)
+        text = rng.choice(_TELL_ONE).format(attributes[0], values[0], land=ask.land)
     else:
         told = (attributes[0], values[0], attributes[1], values[1])
-        text = dice.choice(_TELL_TWO).format(*told, land=ask.land)
+        text = rng.choice(_TELL_TWO).format(*told, land=ask.land)
     if markdown:
         text = f"- {text}"
     return text, hits / count, count / ask.wanted

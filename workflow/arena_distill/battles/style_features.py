@@ -31,21 +31,14 @@ ORNAMENTS = (
 )
 
 LENGTHS = 4
-"""How many of the features are those of :func:`length_features`."""
-
-
-def length_features(battles: pa.Table) -> np.ndarray:
-    """How much longer answer A is than B: float64 (rows, 4).
-
-    Difference and log-ratio, in characters and in words; exchanging the answers changes their sign.
-    """
-    return _longer(*_counts(battles, (WORD,)))
+"""How many of the features are about length; a swap of the answers changes the sign of all."""
 
 
 def style_features(battles: pa.Table) -> np.ndarray:
     """How much longer and more ornate answer A is than B: float64 (rows, 8).
 
-    :func:`length_features`, then what style control takes.
+    First the `LENGTHS`: difference and log-ratio, in characters and in words. Then what style control
+    takes. A swap of the answers changes the sign of each.
     """
     a, b = _counts(battles, (WORD, *ORNAMENTS))
     controlled = [i for i in range(a.shape[1]) if i != 1]  # without the words

@@ -98,7 +98,7 @@ class Studies:
 
     compared: list[Compared]
     curves: dict[str, dict[float, str]]
-    drifts: dict[str, dict[float, str]]
+    averaging: dict[str, dict[float, str]]
     problem: str = ""
     """Why there is no comparison: a recipe does not fit this configuration."""
 
@@ -114,7 +114,7 @@ def derive(config: Config, raw: Mapping[str, Any], family: Family) -> Studies:
         entries = compared(config, raw, family)
     except InputError as error:
         problem = str(error)
-    return Studies(entries, curves(config, family), drifts(config, family), problem)
+    return Studies(entries, curves(config, family), averaging(config, family), problem)
 
 
 def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Compared]:
@@ -191,7 +191,7 @@ def curves(config: Config, family: Family) -> dict[str, dict[float, str]]:
     }
 
 
-def drifts(config: Config, family: Family) -> dict[str, dict[float, str]]:
+def averaging(config: Config, family: Family) -> dict[str, dict[float, str]]:
     """The final judge on votes, its folds trained apart for longer and longer: start → epochs → judge.
 
     `shared`: all folds start from one adapter and head; `own`: each from its own. Neither is
@@ -204,7 +204,7 @@ def drifts(config: Config, family: Family) -> dict[str, dict[float, str]]:
                 f"{config.final}.{start}.{epochs:g}epochs",
                 _trained(judge, epochs=epochs, own_start=start == "own"),
             )
-            for epochs in config.studies.drift_epochs
+            for epochs in config.studies.averaging_epochs
         }
         for start in ("shared", "own")
     }

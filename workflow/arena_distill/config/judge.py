@@ -37,7 +37,7 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 """The tiny pretrained models that ship with the package, a folder per family."""
 
 
-def is_off(value: object) -> bool:
+def is_none(value: object) -> bool:
     """For keys that are left out of a phase's settings where they are off: as before there were any."""
     return value is None
 
@@ -102,7 +102,7 @@ class Backbone(Section):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-") or "backbone"
 
 
-class Asking(Section):
+class Query(Section):
     """What decides an endpoint's answers."""
 
     url: str
@@ -138,7 +138,7 @@ class Asking(Section):
         return value.rstrip("/")
 
     @model_validator(mode="after")
-    def _distinct_verdicts(self) -> Asking:
+    def _distinct_verdicts(self) -> Query:
         if len({verdict.strip().casefold() for verdict in self.verdicts} - {""}) < 3:
             raise ValueError("verdicts: three different tokens expected")
         absent = [name for name in ("{a}", "{b}", "{tie}") if name not in self.instructions]
@@ -155,7 +155,7 @@ class Asking(Section):
         return self
 
 
-class Traffic(Section):
+class EndpointLimits(Section):
     """How an endpoint is asked. Changing it rebuilds nothing."""
 
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -176,7 +176,7 @@ class Traffic(Section):
     """Stop before the judge's answers, those of earlier attempts included, cost more than this."""
 
     @model_validator(mode="after")
-    def _cost_needs_prices(self) -> Traffic:
+    def _cost_needs_prices(self) -> EndpointLimits:
         if (self.prompt_price is None) != (self.completion_price is None):
             raise ValueError("prompt_price and completion_price go together")
         if self.max_cost is not None and self.prompt_price is None:
@@ -184,7 +184,7 @@ class Traffic(Section):
         return self
 
 
-class Endpoint(Traffic, Asking):
+class Endpoint(EndpointLimits, Query):
     """An OpenAI-compatible chat endpoint. Changing a key from `api_key_env` on asks nothing again."""
 
 
@@ -214,7 +214,7 @@ class Encoding(Section):
     """Tokens per sequence in training and in the folds' logits."""
     sizes: bool = Field(False, exclude_if=not_)
     """State behind each answer how many tokens it has in full: what is cut off cannot be seen."""
-    tokens_per_battle: Annotated[int, Field(ge=32)] | None = Field(None, exclude_if=is_off)
+    tokens_per_battle: Annotated[int, Field(ge=32)] | None = Field(None, exclude_if=is_none)
     """Tokens per sequence on average: all, in tests too, are cut where training battles average that."""
 
 
@@ -245,7 +245,7 @@ class Lora(Section):
     """The update is scaled by alpha / r."""
     dropout: Share = 0.05
     """Of the adapter's input, in training."""
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
 
 
@@ -291,7 +291,7 @@ class Training(Optimization):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learn from this share of the fold's battles: a random part, nested in that of larger shares."""
     fit_head: bool = False
-    """Fit the head to the frozen backbone first (``probing``), then train all; use merge.head: average."""
+    """Fit the head to the frozen backbone before training (a linear probe); set merge.heads: average."""
     own_start: bool = False
     """Each fold draws a start of its own for head and LoRA: then only their products can be averaged."""
 
@@ -342,7 +342,7 @@ class Merge(Section):
 
     average: Literal["factors", "products"] = "factors"
     """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
-    head: Literal["average", "first"] = "first"
+    heads: Literal["average", "first"] = "first"
     """The folds' mean head, or fold 0's."""
     weights: Literal["equal", "validation", "greedy"] = "equal"
     """Of the folds: by their validation loss, or a greedy soup on held-out battles (folds.holdout)."""
@@ -407,7 +407,7 @@ class Logits(Section):
 
     shards: PositiveInt = 1
     """Jobs that share a fold's scoring; what they gather is what one job would have written."""
-    gpus: PositiveInt | None = Field(None, exclude_if=is_off)
+    gpus: PositiveInt | None = Field(None, exclude_if=is_none)
     """GPUs of each job that scores: several share the layers of one judge. null: one, or all with fsdp."""
 
 

@@ -14,7 +14,6 @@ from pydantic import Field, ValidationError
 
 from arena_distill.config.judge import (
     JOINT,
-    Asking,
     Encoding,
     Head,
     Lora,
@@ -25,11 +24,12 @@ from arena_distill.config.judge import (
     Precision,
     Pretraining,
     Quantization,
+    Query,
     Section,
     State,
     Targets,
     Training,
-    is_off,
+    is_none,
 )
 from arena_distill.config.run import Audit, Cascade, Config, Folds, Prediction, explain
 from arena_distill.errors import InputError
@@ -49,8 +49,8 @@ VERSIONS = {
     "training": 3,
     "distillation": 4,
     "logits": 1,
-    "asking": 1,
-    "judged": 1,
+    "endpoint": 1,
+    "external_logits": 1,
     "merging": 2,
     "soups": 1,
     "quantization": 1,
@@ -62,7 +62,7 @@ VERSIONS = {
     "evaluation": 3,
     "comparison": 3,
     "curves": 1,
-    "drift_study": 1,
+    "averaging": 1,
     "report": 3,
 }
 
@@ -195,7 +195,7 @@ class LogitsSettings(Settings):
         )
 
 
-class AskingSettings(Settings, Asking):
+class QuerySettings(Settings, Query):
     """What an endpoint is asked."""
 
     # Left out where there are none: what was asked without them stays as it is.
@@ -203,13 +203,13 @@ class AskingSettings(Settings, Asking):
     """Ask about battles without votes too: a student learns them."""
 
     @classmethod
-    def of(cls, config: Config, judge: str) -> AskingSettings:
+    def of(cls, config: Config, judge: str) -> QuerySettings:
         external = config.judges[judge].external
         if external is None or external.endpoint is None:
             raise InputError(f"judges.{judge} has no external endpoint: there is nobody to ask")
-        asking = external.endpoint.model_dump(include=set(Asking.model_fields))
+        asking = external.endpoint.model_dump(include=set(Query.model_fields))
         unlabelled = any(map(config.learns_unlabelled, config.students_of(judge)))
-        return cls(version=VERSIONS["asking"], unlabelled=unlabelled, **asking)
+        return cls(version=VERSIONS["endpoint"], unlabelled=unlabelled, **asking)
 
 
 class MergeSettings(Settings, Merge):
@@ -294,7 +294,7 @@ class ScoringSettings(Settings):
     precision: Precision
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
-    cascade: Cascade | None = Field(None, exclude_if=is_off)
+    cascade: Cascade | None = Field(None, exclude_if=is_none)
 
     @classmethod
     def of(cls, config: Config, judge: str) -> ScoringSettings:
@@ -316,16 +316,17 @@ class PredictionSettings(Settings):
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
     average: Literal["logits", "probabilities"]
-    model: Literal["gptq", "merged"]
     # Left out where nothing is calibrated: such predictions are what they were before it was a key.
     calibration: Literal["none", "temperature", "vector", "style"] = Field(
         "none", exclude_if=lambda method: method == "none"
     )
-    cascade: Cascade | None = Field(None, exclude_if=is_off)
+    cascade: Cascade | None = Field(None, exclude_if=is_none)
 
     @classmethod
     def of(cls, config: Config, judge: str) -> PredictionSettings:
-        return cls(version=VERSIONS["prediction"], **config.prediction.model_dump())
+        return cls(
+            version=VERSIONS["prediction"], **config.prediction.model_dump(exclude={"model"})
+        )
 
 
 class EvaluationSettings(Settings):
@@ -336,9 +337,11 @@ class EvaluationSettings(Settings):
     """Teachers by judge."""
     external: tuple[str, ...] = Field((), exclude_if=not_)
     """Judges that are not trained here."""
-    flattered: tuple[str, ...] = Field((), exclude_if=not_)
+    optimistic: tuple[str, ...] = Field((), exclude_if=not_)
     """Students whose teachers have learned from the very votes that they are scored by out of fold."""
     final: str
+    model: Literal["gptq", "merged"]
+    """The model of the final judge that is submitted."""
 
     @classmethod
     def of(cls, config: Config) -> EvaluationSettings:
@@ -347,8 +350,9 @@ class EvaluationSettings(Settings):
             run=config.run,
             judges={name: config.judges[name].teachers for name in config.ordered()},
             external=tuple(name for name, judge in config.judges.items() if judge.external),
-            flattered=tuple(filter(config.is_flattered, config.judges)),
+            optimistic=tuple(filter(config.is_optimistic, config.judges)),
             final=config.final,
+            model=config.prediction.model,
         )
 
 
@@ -364,7 +368,7 @@ class Entry(Section):
     """The label of the same judge on votes alone."""
     tested: bool
     """Whether its merged model is scored on the test battles."""
-    flattered: bool = False
+    optimistic: bool = False
     """Whether its teachers have learned from the very votes that it is scored by out of fold."""
     prediction: Prediction
 
@@ -390,7 +394,7 @@ class CompareSettings(Settings):
                     teachers=config.judges[entry.judge].teachers,
                     against=entry.against,
                     tested=entry.tested,
-                    flattered=config.is_flattered(entry.judge),
+                    optimistic=config.is_optimistic(entry.judge),
                     prediction=entry.prediction.model_copy(
                         update={"calibration": config.calibration_of(entry.judge)}
                     ),
@@ -420,18 +424,18 @@ class CurveSettings(Settings):
         )
 
 
-class DriftStudySettings(Settings):
+class AveragingSettings(Settings):
     """Folds that drift apart: start → epochs, as text → judge."""
 
-    drifts: dict[str, dict[str, Name]]
+    averaging: dict[str, dict[str, Name]]
 
     @classmethod
-    def of(cls, config: Config, studies: Studies) -> DriftStudySettings:
+    def of(cls, config: Config, studies: Studies) -> AveragingSettings:
         return cls(
-            version=VERSIONS["drift_study"],
-            drifts={
+            version=VERSIONS["averaging"],
+            averaging={
                 start: {f"{epochs:g}": judge for epochs, judge in points.items()}
-                for start, points in studies.drifts.items()
+                for start, points in studies.averaging.items()
             },
         )
 

@@ -35,6 +35,7 @@ from pydantic import (
 
 from arena_distill.config.judge import (
     Backbone,
+    EndpointLimits,
     Judge,
     JudgeDefaults,
     Name,
@@ -42,8 +43,7 @@ from arena_distill.config.judge import (
     Section,
     Share,
     State,
-    Traffic,
-    is_off,
+    is_none,
 )
 from arena_distill.errors import InputError
 
@@ -234,7 +234,7 @@ class Prediction(Section):
     """The one whose predictions are submitted; both are scored where both exist."""
     calibration: Calibration = "none"
     """Fitted to logits out of fold, so they may not flatter; `style` also knows how answers look."""
-    cascade: Cascade | None = Field(None, exclude_if=is_off)
+    cascade: Cascade | None = Field(None, exclude_if=is_none)
     """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
 
     @model_validator(mode="after")
@@ -264,7 +264,7 @@ class Compare(Section):
 
 
 class Studies(Section):
-    """`snakemake curves` and `snakemake drift`: what happens with more battles, and between folds."""
+    """`snakemake curves` and `snakemake averaging`: what happens with more battles, and between folds."""
 
     curve_judges: tuple[Name, ...] = ()
     """Judges whose learning curves are drawn; none: the final one, on votes, with both heads."""
@@ -272,7 +272,7 @@ class Studies(Section):
     """Of a fold's training battles, for the points of a learning curve."""
     curve_folds: PositiveInt = 1
     """How many of the folds a learning curve is the mean of."""
-    drift_epochs: tuple[PositiveFloat, ...] = (0.25, 0.5, 1, 2, 4)
+    averaging_epochs: tuple[PositiveFloat, ...] = (0.25, 0.5, 1, 2, 4)
     """How long the folds train apart before they are averaged."""
 
 
@@ -444,7 +444,7 @@ class Config(Section):
         how: dict[str, Any] = {"compute": True}
         untold: dict[str, Any] = dict.fromkeys(JudgeDefaults.model_fields, True) | {
             "teachers": True,
-            "external": {"endpoint": dict.fromkeys(Traffic.model_fields, True)},
+            "external": {"endpoint": dict.fromkeys(EndpointLimits.model_fields, True)},
         }
         judges = {name: untold if judge.external else how for name, judge in self.judges.items()}
         shown = self.model_dump(
@@ -473,7 +473,7 @@ class Config(Section):
     def students_of(self, teacher: str) -> list[str]:
         return [name for name, judge in self.judges.items() if teacher in judge.teachers]
 
-    def is_flattered(self, judge: str) -> bool:
+    def is_optimistic(self, judge: str) -> bool:
         """Whether a judge's score out of fold is better than the judge.
 
         A student's targets out of fold come from teachers which were trained on the votes that it is
@@ -481,14 +481,14 @@ class Config(Section):
         """
         node = self.judges[judge]
         return any(
-            self.is_flattered(teacher)
+            self.is_optimistic(teacher)
             or (node.targets == "out_of_fold" and self.judges[teacher].external is None)
             for teacher in node.teachers
         )
 
     def calibration_of(self, judge: str) -> Calibration:
-        """What may mend a judge's probabilities: fitted to a flattered score, it makes them too sure."""
-        return "none" if self.is_flattered(judge) else self.prediction.calibration
+        """What may mend a judge's probabilities: fitted to a optimistic score, it makes them too sure."""
+        return "none" if self.is_optimistic(judge) else self.prediction.calibration
 
     def backbone_of(self, judge: str) -> Backbone:
         """A judge's backbone.
@@ -592,6 +592,14 @@ def schema() -> dict[str, Any]:
     return json.loads(json.dumps(Config.model_json_schema()))
 
 
+RENAMED: dict[tuple[str, ...], str] = {
+    ("lora", "targets"): "target_modules",
+    ("merge", "head"): "heads",
+    ("studies", "drift_epochs"): "averaging_epochs",
+}
+"""Section and key of earlier configurations → the key's name today."""
+
+
 def explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
     """One line per mistake. A mistake in `defaults` shows up in every judge: it is told once."""
     problems: dict[tuple[str, ...], Any] = {}
@@ -609,7 +617,9 @@ def explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
             continue
         name = ".".join(path)
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and path[-2:] in RENAMED:
+            message = f"this key is now called {RENAMED[path[-2:]]!r}"
+        elif item["type"] == "extra_forbidden":
             allowed = _keys_at(of, path[:-1])
             close = difflib.get_close_matches(path[-1], allowed, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(allowed)}"

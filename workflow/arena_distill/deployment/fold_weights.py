@@ -94,14 +94,14 @@ def greedy_weights(
         raise InputError(f"{folds}: no battle is held out to choose folds by; set folds.holdout")
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
-    pot = Pot(backbone, adapters, read, settings, batch_tokens)
+    pot = FoldMerger(backbone, adapters, read, settings, batch_tokens)
     votes = rows["label"].to_numpy().astype(np.int64)
     chosen = greedy(lambda some: pot.log_loss(some, votes), len(adapters))
     print(f"greedy soup of folds {', '.join(map(str, chosen))}, on {len(rows):,} held-out battles")
     return [1 / len(chosen) if fold in chosen else 0.0 for fold in range(len(adapters))]
 
 
-class Pot:
+class FoldMerger:
     """Merges folds in memory and asks the result about battles.
 
     Every soup starts from the backbone's file: nothing of the one before is left in it.

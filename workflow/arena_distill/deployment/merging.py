@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Average = Literal["factors", "products"]
 HeadOf = Literal["average", "first"]
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Short names of dtypes; torch's own names are understood too."""
 
 _PREFIX = "base_model.model."
@@ -66,7 +66,7 @@ def merge_folds(
         outputs: what the judge says of a sequence.
         average: see the module.
         head: the mean of the folds' heads, or the head of the first.
-        dtype: of the result: fp32, bf16, fp16.
+        dtype: of the result: fp32 or bf16.
         weights: of the folds, summing to 1 (see ``soups``); None: equal.
         settings: JSON values for the provenance; the model card names `judge` and `template`.
 

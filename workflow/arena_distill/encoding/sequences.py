@@ -42,12 +42,12 @@ class Sequences:
     def take(self, rows: np.ndarray) -> Sequences:
         """The given rows (int positions, or a bool mask), in that order."""
         rows = np.arange(len(self))[rows]
-        return _gather(self.ids, self.offsets[rows], self.lengths[rows])
+        return gather(self.ids, self.offsets[rows], self.lengths[rows])
 
     @staticmethod
     def concatenate(parts: list[Sequences]) -> Sequences:
         lengths = np.concatenate([part.lengths for part in parts])
-        return Sequences(np.concatenate([part.ids for part in parts]), _offsets(lengths))
+        return Sequences(np.concatenate([part.ids for part in parts]), offsets_of(lengths))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Tokens:
     """A tokenised set of battles: ids and sources (rows,), three fields, and the vocabulary.
 
     training: the fields of the file's training battles, without their ids: whichever rows are taken,
-        they say how long battles are (see :func:`waterline`).
+        they say how long battles are (see :func:`length_budget`).
     """
 
     ids: pa.Array
@@ -149,23 +149,23 @@ def read_tokens(path: Path) -> Tokens:
 
 def _extent(field: Field, rows: np.ndarray) -> Field:
     """What truncation asks of a field: how long it is, where its turns start; but not its ids."""
-    empty = Sequences(np.zeros(0, np.int32), _offsets(field.tokens.lengths[rows]))
+    empty = Sequences(np.zeros(0, np.int32), offsets_of(field.tokens.lengths[rows]))
     size = field.size.take(rows) if field.size is not None else None
     return Field(empty, field.turns.take(rows), field.cap[rows], size)
 
 
-def _gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+def gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
     """Concatenate stretches of a pool."""
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return Sequences(pool[index], offsets)
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
-def _list_array(sequences: Sequences) -> pa.LargeListArray:
+def list_array(sequences: Sequences) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(sequences.offsets, pa.array(sequences.ids, pa.int32()))
 
 
@@ -174,4 +174,4 @@ def _sequences(column: pa.ChunkedArray) -> Sequences:
     if isinstance(lists, pa.ChunkedArray):  # an empty table has no chunk to combine into
         lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
     lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
-    return Sequences(lists.flatten().to_numpy(), _offsets(lengths))
+    return Sequences(lists.flatten().to_numpy(), offsets_of(lengths))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.style_features import WORD
-from arena_distill.encoding.sequences import FIELDS, Sequences, _gather, _list_array, _offsets
+from arena_distill.encoding.sequences import FIELDS, Sequences, gather, list_array, offsets_of
 from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
@@ -76,17 +76,17 @@ def tokenize(
     columns: dict[str, Any] = {"id": battles["id"], "source": battles["source"]}
     for name in FIELDS:
         column = battles[name].combine_chunks()
-        texts, rows = column.flatten(), _offsets(pc.list_value_length(column).to_numpy())
+        texts, rows = column.flatten(), offsets_of(pc.list_value_length(column).to_numpy())
         turns = _tokenize_texts(tokenizer, texts.to_pylist())
         tokens, starts = _join_turns(turns, rows, newline)
-        columns[name] = _list_array(tokens)
-        columns[f"{name}_turns"] = _list_array(starts)
+        columns[name] = list_array(tokens)
+        columns[f"{name}_turns"] = list_array(starts)
         cap = _word_cap(tokenizer, texts, rows, starts, WORD_CAPS[name])
         columns[f"{name}_cap"] = pa.array(np.minimum(cap, tokens.lengths).astype(np.int32))
         if name != "prompt":
             counts, which = np.unique(tokens.lengths, return_inverse=True)
             sizes = _tokenize_texts(tokenizer, [SIZE.format(n) for n in counts.tolist()])
-            columns[f"{name}_size"] = _list_array(sizes.take(which))
+            columns[f"{name}_size"] = list_array(sizes.take(which))
     _forbid_special(columns, vocabulary, tokenizer)
     return pa.table(columns), vocabulary
 
@@ -148,7 +148,7 @@ def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Seq
         rows = _ids(tokenizer, texts[start : start + 8192])
         lengths += map(len, rows)
         parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
-    return Sequences(np.concatenate([np.zeros(0, np.int32), *parts]), _offsets(np.array(lengths)))
+    return Sequences(np.concatenate([np.zeros(0, np.int32), *parts]), offsets_of(np.array(lengths)))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -182,8 +182,8 @@ def _join_turns(
         [turns.offsets[:-1] + len(newline), np.zeros(count, np.int64)], axis=1
     ).ravel()
     lengths = np.stack([turns.lengths, separator], axis=1).ravel()
-    ids = _gather(pool, starts, lengths).ids
-    ends = _offsets(turns.lengths + separator)
+    ids = gather(pool, starts, lengths).ids
+    ends = offsets_of(turns.lengths + separator)
     joined = Sequences(ids, ends[rows])
     within = ends[:-1] - np.repeat(joined.offsets[:-1], np.diff(rows))
     return joined, Sequences(within.astype(np.int32), rows)
@@ -202,7 +202,7 @@ def _word_cap(
     is tokenised again, up to it.
     """
     words = pc.count_substring_regex(texts, WORD).to_numpy(zero_copy_only=False)
-    before = _offsets(words)
+    before = offsets_of(words)
     total = before[rows[1:]] - before[rows[:-1]]
     kept = np.full(len(rows) - 1, np.iinfo(np.int64).max)
     over = np.flatnonzero(total > cap)

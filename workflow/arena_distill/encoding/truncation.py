@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from arena_distill.config.judge import Encoding
-from arena_distill.encoding.sequences import Field, Sequences, Tokens, _gather, _offsets
+from arena_distill.encoding.sequences import Field, Sequences, Tokens, gather, offsets_of
 from arena_distill.encoding.templates import ROOM, SHOWN, View, _frame, _framing, _shown
 from arena_distill.errors import InputError
 
@@ -16,7 +16,7 @@ PROMPT_TOKENS = 256
 """The winners cut the prompt to so many tokens where a battle is too long."""
 
 
-def waterline(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
+def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
     """The length all sequences are cut at, so that they have `tokens_per_battle` tokens on average.
 
     It is the greatest one, up to `max_length`, at which the training battles (source `train`) of the
@@ -104,7 +104,7 @@ def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray
     totals = np.stack([f.tokens.lengths for f in fields], axis=1)
     turns = np.stack([f.turns.lengths for f in fields], axis=1)
     rounds = np.maximum(turns.max(axis=1), 1)
-    offsets = _offsets(rounds)
+    offsets = offsets_of(rounds)
     row = np.repeat(np.arange(len(rounds)), rounds)
     number = np.arange(len(row)) - offsets[row]
     starts = np.stack([_turn_start(f, row, number) for f in fields], axis=1)
@@ -165,9 +165,9 @@ def _fill(
         if field.size is not None:
             pools.append((field.size.ids, field.size.offsets[:-1], field.size.lengths))
     literal(frame[-1])
-    base = _offsets(np.array([len(ids) for ids, _, _ in pools]))
+    base = offsets_of(np.array([len(ids) for ids, _, _ in pools]))
     begins = [start + at for (_, start, _), at in zip(pools, base, strict=False)]
-    flat = _gather(
+    flat = gather(
         np.concatenate([ids for ids, _, _ in pools]),
         np.stack(begins, axis=1).ravel(),
         np.stack([length for _, _, length in pools], axis=1).ravel(),

@@ -9,7 +9,7 @@ import numpy as np
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.encoding.sequences import Sequences, Tokens
 from arena_distill.encoding.templates import ROOM, View, _frame, _framing, _shown
-from arena_distill.encoding.truncation import TRUNCATIONS, _fill, waterline
+from arena_distill.encoding.truncation import TRUNCATIONS, _fill, length_budget
 from arena_distill.errors import InputError
 from arena_distill.verdicts import ORDERS, Order
 
@@ -48,10 +48,10 @@ def encode(
 
     Returns:
         Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole; with
-        `encoding.tokens_per_battle`, none is longer than the :func:`waterline`.
+        `encoding.tokens_per_battle`, none is longer than the :func:`length_budget`.
 
     Raises:
-        InputError: `max_length` leaves no room beside the template, or as for :func:`waterline`.
+        InputError: `max_length` leaves no room beside the template, or as for :func:`length_budget`.
     """
     lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
     frame = _frame(tokens.vocabulary, encoding, view)
@@ -65,6 +65,6 @@ def encode(
         )
     if encoding.tokens_per_battle is not None:
         longest = int(lengths.max(initial=shortest))
-        lengths = np.minimum(lengths, waterline(tokens, encoding, view, longest))
+        lengths = np.minimum(lengths, length_budget(tokens, encoding, view, longest))
     budget = np.broadcast_to(lengths, len(tokens)) - framing
     return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))

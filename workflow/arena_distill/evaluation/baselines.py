@@ -17,7 +17,7 @@ from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.verdicts import CLASSES
 
-Yardstick = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Baseline = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(features of the training rows, their votes, features of the rows to predict) → probabilities."""
 
 

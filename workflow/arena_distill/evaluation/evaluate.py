@@ -1,7 +1,7 @@
-"""Every figure of a run: judges, yardsticks on the same rows, test variants, quantisation.
+"""Every figure of a run: judges, baselines on the same rows, test variants, quantisation.
 
 Log loss is in nats, the mean over battles of -log p(vote); lower is better. A figure means little
-alone, so every judge stands between three yardsticks scored on the very rows it is scored on:
+alone, so every judge stands between three baselines scored on the very rows it is scored on:
 
 - `class_prior`: the shares of the votes among the rows that train a fold;
 - `length`: a logistic regression on how much longer one answer is than the other;
@@ -72,7 +72,7 @@ def evaluate(
     *,
     settings: EvaluationSettings,
     rejected: Path | None = None,
-    predictions: Path | None = None,
+    predictions: Sequence[Path] = (),
     solution: Path | None = None,
     drift: Path | None = None,
     truth: Path | None = None,
@@ -88,7 +88,7 @@ def evaluate(
         output: where `metrics.json` goes.
         tables: folder of the flat tables.
         rejected: `rejected.parquet`, to count the refused rows by reason.
-        predictions: the final judge's `test.parquet`, scored where `solution` is given.
+        predictions: the final judge's, a file per model, scored where `solution` is given.
         solution: the test battles' votes.
         drift: what quantising the final judge changed, as JSON.
         truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
@@ -104,47 +104,47 @@ def evaluate(
     seen = {
         name: read_out_of_fold(run.folds, logits.get(name, ()), name) for name in settings.judges
     }
-    yardsticks = {
+    probabilities_of = {
         "class_prior": run.out_of_fold(class_prior),
         "length": run.out_of_fold(length_regression),
     }
     if truth is not None:
-        yardsticks["bayes"] = true_probabilities(truth, run.keys())
+        probabilities_of["bayes"] = true_probabilities(truth, run.keys())
     parts = run.parts()
     judges = {
         name: {
             "teachers": list(teachers),
             **_judge(run, seen[name]),
             **_calibrations(
-                seen[name], votes, parts, run.styles[run.validation], yardsticks.get("bayes")
+                seen[name], votes, parts, run.styles[run.validation], probabilities_of.get("bayes")
             ),
         }
         for name, teachers in settings.judges.items()
     }
     for name in settings.external:
         judges[name]["external"] = True
-    for name in settings.flattered:
-        judges[name]["flattered"] = True
+    for name in settings.optimistic:
+        judges[name]["optimistic"] = True
     baselines: dict[str, Figures | None] = {
-        name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in yardsticks.items()
+        name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in probabilities_of.items()
     }
     baselines.setdefault("bayes", None)
     reference = losses(both_orders(seen[settings.final]), votes)
     compared = [(judges[name], both_orders(logits)) for name, logits in seen.items()]
-    compared += [(baselines[name] or {}, p) for name, p in yardsticks.items()]
+    compared += [(baselines[name] or {}, p) for name, p in probabilities_of.items()]
     for figures, probabilities in compared:
         loss = losses(probabilities, votes)
         assert len(loss) == len(reference), "all are scored on the same battles"
         figures["gap_closed"] = gap_closed(float(loss.mean()), baselines)
         figures["versus_final"] = paired_difference(loss, reference, run.groups())
     test = None
-    if predictions is not None and solution is not None:
-        test = _test(run, predictions, solution, truth)
+    if predictions and solution is not None:
+        test = _test(run, predictions, settings.model, solution, truth)
         test["cascade"] = None
         if test_logits is not None:
-            average = _settings(predictions).get("average", "logits")
+            average = _settings(predictions[0]).get("average", "logits")
             test["cascade"] = _cascade(test_logits, battles, solution, average)
-    prediction = None if predictions is None else _settings(predictions)
+    prediction = {**_settings(predictions[0]), "model": settings.model} if predictions else None
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
     metrics = {
         "run": settings.run,
@@ -249,23 +249,26 @@ def both_orders(logits: np.ndarray) -> np.ndarray:
 # --- test battles and quantisation ----------------------------------------------------------------
 
 
-def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Figures:
-    """Scores of every variant on the test battles with a known vote, and of the yardsticks."""
+def _test(
+    run: Run, predictions: Sequence[Path], model: str, solution: Path, truth: Path | None
+) -> Figures:
+    """Scores of every variant on the test battles with a known vote, and of the baselines."""
     solved = read_solution(solution)
     votes = solved["label"].to_numpy().astype(np.int64)
     ids = solved["id"].combine_chunks()
-    table = read_parquet(predictions, ["id", "model", "variant", *WINNERS, "submitted"])
     models: dict[str, dict[str, Figures]] = {}
     submitted = {}
-    views = table.group_by(["model", "variant", "submitted"], use_threads=False).aggregate([])
-    for view in views.to_pylist():
-        model, variant = view["model"], view["variant"]
-        part = table.filter((pc.field("model") == model) & (pc.field("variant") == variant))
-        rows = locate(ids, part["id"].combine_chunks(), f"{predictions}, {model} {variant}")
-        probabilities = np.column_stack([part[name].to_numpy() for name in WINNERS])
-        models.setdefault(model, {})[variant] = scores(probabilities[rows], votes)
-        if view["submitted"]:
-            submitted = {"model": model, "variant": variant}
+    for file in predictions:
+        table = read_parquet(file, ["id", "model", "variant", *WINNERS, "submitted"])
+        views = table.group_by(["model", "variant", "submitted"], use_threads=False).aggregate([])
+        for view in views.to_pylist():
+            variant = view["variant"]
+            part = table.filter(pc.field("variant") == variant)
+            rows = locate(ids, part["id"].combine_chunks(), f"{file}, {variant}")
+            probabilities = np.column_stack([part[name].to_numpy() for name in WINNERS])
+            models.setdefault(view["model"], {})[variant] = scores(probabilities[rows], votes)
+            if view["submitted"] and view["model"] == model:
+                submitted = {"model": model, "variant": variant}
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     lengths = run.styles_of(keys)[:, :LENGTHS]
     everything = run.voted()
@@ -275,7 +278,7 @@ def _test(run: Run, predictions: Path, solution: Path, truth: Path | None) -> Fi
         "bayes": None if truth is None else scores(true_probabilities(truth, keys), votes),
     }
     if not submitted:
-        raise InputError(f"{predictions}: no variant is marked as submitted")
+        raise InputError(f"{predictions[0].parent}: no variant of {model} is marked as submitted")
     best = models[submitted["model"]][submitted["variant"]]
     return {
         "rows": len(votes),

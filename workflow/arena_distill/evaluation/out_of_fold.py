@@ -16,7 +16,7 @@ from arena_distill.battles.folds import (
     validation_rows,
 )
 from arena_distill.battles.style_features import LENGTHS, style_features
-from arena_distill.evaluation.baselines import Yardstick
+from arena_distill.evaluation.baselines import Baseline
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.metrics import Figures, scores
@@ -98,13 +98,13 @@ class Run:
         parts[self.folds["fold"].to_numpy() >= 0] = parts_of(self.folds)
         return parts[self.validation]
 
-    def out_of_fold(self, yardstick: Yardstick) -> np.ndarray:
+    def out_of_fold(self, baseline: Baseline) -> np.ndarray:
         """Probabilities of the out-of-fold rows, each from the rows that train its fold."""
         probabilities = np.empty((len(self.folds), len(CLASSES)))
         for fold in self.fold_numbers():
             training, rows = training_rows(self.folds, fold), validation_rows(self.folds, fold)
             seen = self.lengths[training], self.votes(training)
-            probabilities[rows] = yardstick(*seen, self.lengths[rows])
+            probabilities[rows] = baseline(*seen, self.lengths[rows])
         return probabilities[self.validation]
 
     def by_fold(self, probabilities: np.ndarray) -> list[Figures]:

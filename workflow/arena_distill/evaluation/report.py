@@ -137,7 +137,7 @@ def signed(value: float, digits: int = 4) -> str:
 
 
 def _overview(metrics: Figures) -> list[Figures]:
-    """The rows of the main table: yardsticks and judges from the class prior to the Bayes limit."""
+    """The rows of the main table: baselines and judges from the class prior to the Bayes limit."""
     baselines = {name: f for name, f in metrics["baselines"].items() if f}
     bayes = baselines.pop("bayes", None)
     rows = [{"name": NAMES[name], "kind": "baseline", **f} for name, f in baselines.items()]
@@ -323,7 +323,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _log_loss(metrics: Figures) -> Figure:
-    """A row per yardstick and judge: its log loss, and that of each fold as small dots."""
+    """A row per baseline and judge: its log loss, and that of each fold as small dots."""
     rows = _overview(metrics)
     figure, axes = _figure(7.2, 0.9 + 0.36 * len(rows))
     colours = {"baseline": MUTED, "judge": ACCENT, "final": SECOND}

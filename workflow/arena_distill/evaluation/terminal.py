@@ -28,10 +28,10 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
     if metrics["baselines"]["bayes"]:
         legend += "; gap: the way from the class prior (0%) to Bayes (100%)"
     console.print(legend, style="dim")
-    flattered = [name for name, judge in metrics["judges"].items() if judge.get("flattered")]
-    if flattered:
+    optimistic = [name for name, judge in metrics["judges"].items() if judge.get("optimistic")]
+    if optimistic:
         console.print(
-            f"flattered out of fold: {', '.join(flattered)}, whose teachers have learned from these "
+            f"optimistic out of fold: {', '.join(optimistic)}, whose teachers have learned from these "
             "votes (the test battles are free of that)",
             style="dim",
         )

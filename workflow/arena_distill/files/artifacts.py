@@ -31,8 +31,8 @@ LIBRARIES = (
 )
 
 _PROVENANCE = b"arena_distill"
-_DIGEST = b"arena_distill.npy_sha256"
-_REBUILD = "delete it and run the workflow again: it will be rebuilt"
+DIGEST = b"arena_distill.npy_sha256"
+REBUILD = "delete it and run the workflow again: it will be rebuilt"
 
 
 def provenance(phase: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,9 +55,9 @@ def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any])
 
     Other metadata of the table is kept. Pages carry checksums, which `read_parquet` verifies.
     """
-    origin = {_PROVENANCE: _dumps(provenance).encode()}
+    origin = {_PROVENANCE: dumps(provenance).encode()}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **origin})
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
@@ -75,14 +75,14 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
             if absent:
                 raise InputError(
                     f"{path}: no column {', '.join(absent)}; the file has {', '.join(present)}; "
-                    f"{_REBUILD}"
+                    f"{REBUILD}"
                 )
             table = file.read(columns=None if columns is None else list(columns))
             return table if columns is None else table.select(list(columns))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a whole parquet file ({error}); {_REBUILD}") from error
+        raise InputError(f"{path}: not a whole parquet file ({error}); {REBUILD}") from error
 
 
 def read_provenance(path: StrPath) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_provenance(path: StrPath) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-        raise InputError(f"{path}: not written by Arena Distill ({error}); {_REBUILD}") from error
+        raise InputError(f"{path}: not written by Arena Distill ({error}); {REBUILD}") from error
     return dict(json.loads(origin))
 
 
@@ -104,7 +104,7 @@ def file_sha256(path: StrPath) -> str:
 
 def write_json(obj: Any, path: StrPath) -> None:
     """Write `obj` as JSON, keys in their order; NaN and infinity raise ValueError."""
-    write_text(_dumps(obj, indent=2) + "\n", path)
+    write_text(dumps(obj, indent=2) + "\n", path)
 
 
 def read_json(path: StrPath) -> Any:
@@ -114,12 +114,12 @@ def read_json(path: StrPath) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}); {_REBUILD}") from error
+        raise InputError(f"{path}: not a JSON file ({error}); {REBUILD}") from error
 
 
 def write_text(text: str, path: StrPath) -> None:
     """Write `text` as UTF-8."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
@@ -172,7 +172,7 @@ def full_disk_told(path: StrPath) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: StrPath) -> Iterator[Path]:
+def replacing(path: StrPath) -> Iterator[Path]:
     """Yield a name beside `path`; what is written there becomes `path` if the block succeeds."""
     path = Path(path)
     temporary = _beside(path)
@@ -197,7 +197,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _dumps(obj: Any, indent: int | None = None) -> str:
+def dumps(obj: Any, indent: int | None = None) -> str:
     return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
 
 

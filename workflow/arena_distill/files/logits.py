@@ -14,14 +14,14 @@ import pyarrow as pa
 
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
-    _DIGEST,
-    _REBUILD,
+    DIGEST,
+    REBUILD,
     StrPath,
-    _dumps,
-    _replacing,
     atomic_directory,
+    dumps,
     file_sha256,
     read_parquet,
+    replacing,
     write_parquet,
 )
 
@@ -69,12 +69,12 @@ def write_logits(
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(logits), allow_pickle=False)
     content = buffer.getvalue()
-    digests = {_DIGEST: hashlib.sha256(content).hexdigest().encode()}
+    digests = {DIGEST: hashlib.sha256(content).hexdigest().encode()}
     if states is not None:
-        digests[_STATES] = _dumps(_write_states(states_path(path), states, ids.num_rows)).encode()
+        digests[_STATES] = dumps(_write_states(states_path(path), states, ids.num_rows)).encode()
     ids = ids.replace_schema_metadata({**(ids.schema.metadata or {}), **digests})
     write_parquet(ids, ids_path(path), provenance)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -94,15 +94,15 @@ def read_logits(path: StrPath) -> tuple[np.ndarray, pa.Table]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    digest = (ids.schema.metadata or {}).get(_DIGEST)
+    digest = (ids.schema.metadata or {}).get(DIGEST)
     if digest != hashlib.sha256(content).hexdigest().encode():
-        raise InputError(f"{path}: damaged, or not the logits of {ids_path(path)}; {_REBUILD}")
+        raise InputError(f"{path}: damaged, or not the logits of {ids_path(path)}; {REBUILD}")
     try:
         logits = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a .npy file of numbers ({error}); {_REBUILD}") from error
+        raise InputError(f"{path}: not a .npy file of numbers ({error}); {REBUILD}") from error
     if fault := _logits_fault(logits, ids.num_rows):
-        raise InputError(f"{path}: {fault}; {_REBUILD}")
+        raise InputError(f"{path}: {fault}; {REBUILD}")
     return logits, ids
 
 
@@ -121,10 +121,10 @@ def read_states(path: StrPath, name: str) -> np.ndarray:
         digest = file_sha256(file)
         states: np.ndarray = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); {_REBUILD}") from error
+        raise InputError(f"{file}: cannot be read ({error}); {REBUILD}") from error
     written = (read_parquet(ids).schema.metadata or {}).get(_STATES, b"{}")
     if json.loads(written).get(name) != digest:
-        raise InputError(f"{file}: damaged, or not of the rows of {ids}; {_REBUILD}")
+        raise InputError(f"{file}: damaged, or not of the rows of {ids}; {REBUILD}")
     return states
 
 

@@ -19,17 +19,18 @@ def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     """Put a fresh adapter on a backbone with a fresh head; the seed decides both."""
     _head_in_float32(model)
     set_seed(seed)
+    modules = lora.target_modules
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,  # the head is trained too, and saved beside the adapter
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        target_modules=modules if isinstance(modules, str) else list(modules),
     )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"config: lora.targets: {error}") from None
+        raise InputError(f"config: lora.target_modules: {error}") from None
 
 
 def load_adapter(

@@ -46,7 +46,7 @@ class Outputs(ModelOutput):
     """float32 (batch, tokens)"""
 
 
-def watch(judge: Any, wanted: Collection[State]) -> tuple[RemovableHandle, ...]:
+def capture(judge: Any, wanted: Collection[State]) -> tuple[RemovableHandle, ...]:
     """Have a judge say more than logits: from now on its outputs are :class:`Outputs`.
 
     Attention costs one row of one layer's scores. (Eager attention, which would tell all of it, costs
@@ -66,7 +66,7 @@ def watch(judge: Any, wanted: Collection[State]) -> tuple[RemovableHandle, ...]:
         note = head.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
         handles.append(note)
     if "attention" in wanted:
-        _watch_last_attention(judge, seen)
+        _capture_last_attention(judge, seen)
 
     def say(_: nn.Module, args: Any, given: dict[str, Tensor], outputs: Any) -> Outputs:
         last = _last_token(given["input_ids"], judge.config.pad_token_id)
@@ -110,9 +110,9 @@ class Projections(nn.ModuleList):
         """
         layers = [nn.utils.skip_init(nn.Linear, features, size) for size in teachers]
         # From a generator of their own: whatever else draws numbers draws the same ones without them.
-        dice = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         for layer in layers:
-            nn.init.normal_(layer.weight, std=features**-0.5, generator=dice)
+            nn.init.normal_(layer.weight, std=features**-0.5, generator=rng)
             nn.init.zeros_(layer.bias)
         super().__init__(layers)
 
@@ -159,7 +159,7 @@ def _pooled(read: Tensor, last: Tensor) -> Tensor:
 # --- attention ----------------------------------------------------------------------------------------
 
 
-def _watch_last_attention(judge: Any, seen: dict[str, Any]) -> None:
+def _capture_last_attention(judge: Any, seen: dict[str, Any]) -> None:
     """Note what the last layer's attention is computed from, on its way to the kernel that computes it."""
     layers = [
         module

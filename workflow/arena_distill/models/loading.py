@@ -247,7 +247,7 @@ def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> 
     """
     import torch
 
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     for name, weight in model.named_parameters():
         if name in missing and name.partition(".")[0] in HEADS:
@@ -256,7 +256,7 @@ def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> 
                 if weight.ndim > 1:
                     outputs, inputs = weight.shape
                     last = outputs == model.config.num_labels
-                    start.normal_(std=std / inputs**0.5 if last else std, generator=dice)
+                    start.normal_(std=std / inputs**0.5 if last else std, generator=rng)
                 weight.copy_(start)
 
 

@@ -138,7 +138,7 @@ class Costs:
             "score_test_merged": self._score_test,
             "score_test_gptq": self._score_test,
             "compare_soups": self._compare_soups,
-            "ask_judge": self._ask,
+            "query_endpoint": self._ask,
         }
 
     def of(self, job: Planned, *, judge: Judge | None = None, device: Device | None = None) -> Cost:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.config import run as configuration
@@ -19,6 +21,7 @@ from arena_distill.config.derived import Family, derive
 from arena_distill.config.judge import Judge
 from arena_distill.config.run import Config, Plan
 from arena_distill.errors import InputError
+from arena_distill.files.artifacts import write_json
 from arena_distill.planning.costs import DEVICES, GIB, USABLE, Cost, Costs, Device
 from arena_distill.planning.workload import Battles
 from arena_distill.runs.graph import Planned, read_graph
@@ -110,6 +113,23 @@ class Forecast:
             "notes": self.notes,
             "jobs": jobs,
         }
+
+
+def write_forecast(configuration: str, snakefile: Path, output: Path) -> None:
+    """Write what a run will cost, and print it.
+
+    Args:
+        configuration: as JSON, as Snakemake has read it.
+
+    Raises:
+        InputError: as :func:`forecast`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "config.json"
+        given.write_text(configuration, encoding="utf-8")
+        found = forecast(["--snakefile", str(snakefile), "--configfile", str(given)])
+    write_json(found.as_json(), output)
+    print_forecast(found)
 
 
 def forecast(arguments: Sequence[str]) -> Forecast:

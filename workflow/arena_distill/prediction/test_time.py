@@ -13,7 +13,7 @@ that of the shortest length, of any other the average over all lengths, and in e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views, views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_provenance, write_parquet
-from arena_distill.files.keys import key, locate
+from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.metrics import softmax
 from arena_distill.models.heads import OUTPUTS, verdicts
@@ -226,18 +226,19 @@ def identical(first: Sequences, second: Sequences) -> np.ndarray:
 
 
 def predict_test(
-    logits: Mapping[Model, Path],
+    logits: Path,
     output: Path,
     *,
+    model: Model,
     settings: PredictionSettings,
     calibration: Path | None = None,
     battles: Path | None = None,
 ) -> None:
-    """Average the test logits in every way → `test.parquet`.
+    """Average the test logits of one model in every way → `predictions/<judge>/<model>.parquet`.
 
     Its columns are `id`, `model`, `variant` (such as ``256+512/AB+BA``), the probabilities
-    `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the
-    configured model's variant of all lengths and all orders.
+    `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the variant of
+    all lengths and all orders, which is submitted where this model is.
 
     With `settings.calibration` every variant is there twice: as it is, and calibrated, named after
     the method as well (``256+512/AB+BA/temperature``), and a calibrated one is submitted. The
@@ -245,18 +246,14 @@ def predict_test(
     averaged, and are taken for the merged models and all variants alike.
 
     Args:
-        logits: model → file of :func:`score_test`.
+        logits: a file of :func:`score_test`.
+        model: the model whose logits they are.
         calibration: the judge's file of :func:`arena_distill.calibration.fit_calibration`.
         battles: `battles.parquet`, where they are calibrated.
 
     Raises:
-        InputError: the model to submit is missing, a file was made with other lengths or orders,
-            the files are not of the same battles, or there is no calibration.
+        InputError: the file was made with other lengths or orders, or there is no calibration.
     """
-    if settings.model not in logits:
-        raise InputError(
-            f"prediction.model: {settings.model}, but there are only {_joined(logits)}"
-        )
     calibrate = None
     if settings.calibration != "none":
         if calibration is None or battles is None:
@@ -266,31 +263,23 @@ def predict_test(
         calibrate = read_calibration(calibration, settings.calibration)
     lengths, orders = settings.max_lengths, settings.orders
     submitted = submitted_variant(settings)
-    ids: pa.Table | None = None
-    styles: np.ndarray | None = None
+    scores, ids = _read_test_logits(logits, settings)
+    variants = averages(scores, lengths, orders, settings.average)
+    if calibrate:
+        # Each view, before any average; of logits, it is the same after: the map is affine.
+        styles = read_styles(battles, key(ids)) if battles else None
+        calibrated = averages(calibrate(scores, styles), lengths, orders, settings.average)
+        variants |= {f"{name}/{settings.calibration}": p for name, p in calibrated.items()}
     parts = []
-    for model, path in logits.items():
-        scores, rows = _read_test_logits(path, settings)
-        if ids is None:
-            ids = rows
-            styles = read_styles(battles, key(ids)) if battles and calibrate else None
-        if len(rows) != len(ids):
-            raise InputError(f"{path}: {len(rows)} battles, the other model's file has {len(ids)}")
-        scores = scores[locate(key(ids), key(rows), str(path))]
-        variants = averages(scores, lengths, orders, settings.average)
-        if calibrate:
-            # Each view, before any average; of logits, it is the same after: the map is affine.
-            mended = averages(calibrate(scores, styles), lengths, orders, settings.average)
-            variants |= {f"{name}/{settings.calibration}": p for name, p in mended.items()}
-        for name, probabilities in variants.items():
-            part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
-            part["variant"] = pa.repeat(name, len(ids))
-            part |= {w: probabilities[:, i] for i, w in enumerate(WINNERS)}
-            part["submitted"] = pa.repeat(model == settings.model and name == submitted, len(ids))
-            parts.append(pa.table(part))
+    for name, probabilities in variants.items():
+        part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
+        part["variant"] = pa.repeat(name, len(ids))
+        part |= {w: probabilities[:, i] for i, w in enumerate(WINNERS)}
+        part["submitted"] = pa.repeat(name == submitted, len(ids))
+        parts.append(pa.table(part))
     about = provenance("prediction", settings.model_dump(mode="json"))
     write_parquet(pa.concat_tables(parts), output, about)
-    print(f"{output}: {len(parts)} variants; submitted: {settings.model}, {submitted}")
+    print(f"{output}: {len(parts)} variants; to be submitted: {submitted}")
 
 
 def averages(

@@ -52,7 +52,7 @@ def wait_for_orphans(comments: Iterable[str], *, every: float = 10) -> None:
         time.sleep(every)
 
 
-def sweep(results: Path) -> None:
+def clean_up(results: Path) -> None:
     """Remove what a run that has succeeded needs no more: finished trainings, files half written.
 
     What another Snakemake may be working on stays.

@@ -42,7 +42,7 @@ def in_slurm() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
-def mind_signals() -> None:
+def ignore_signals() -> None:
     """Outlive the signals that announce a job's end, also while modules are still being imported.
 
     Slurm warns by SIGUSR1 (see the profile). It means to end a job where it sends SIGTERM, and kills it
@@ -69,7 +69,7 @@ def start(*, gpus: int, lock: Path | None = None) -> None:
     if "LOCAL_RANK" in os.environ:
         return
     if lock:
-        hold(lock)
+        lock_output(lock)
     claim_gpus(gpus)
     if gpus > 1:
         _run_processes(gpus)
@@ -136,7 +136,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
     return codes
 
 
-def tell(words: str) -> None:
+def print_error(words: str) -> None:
     """Print on stderr why the job ends; where several processes share it, once for all, at the end."""
     if LAST_WORDS not in os.environ:
         print(words, file=sys.stderr)
@@ -145,7 +145,7 @@ def tell(words: str) -> None:
         file.write(words)
 
 
-def hold(folder: Path) -> None:
+def lock_output(folder: Path) -> None:
     """Wait until no other job works on the output that `folder` stands for; keep others away.
 
     The kernel drops the lock with its last holder, however that ends.

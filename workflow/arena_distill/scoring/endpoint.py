@@ -1,4 +1,4 @@
-"""Asking an OpenAI-compatible endpoint: many requests at a time, and none that was answered again.
+"""Query an OpenAI-compatible endpoint: many requests at a time, and none that was answered again.
 
 Answers go to disk as they arrive, under a digest of what decides them. Whatever ends a job (a refusal, a
 signal, the cost limit), requests under way are waited for and their answers kept, and the next attempt asks
@@ -38,7 +38,7 @@ from tenacity import (
 )
 from tqdm.auto import tqdm
 
-from arena_distill.config.judge import Traffic
+from arena_distill.config.judge import EndpointLimits
 from arena_distill.errors import InputError, Stopped
 
 PASSING = (408, 409, 425, 429)
@@ -174,14 +174,19 @@ class Answers:
             ) from error
 
 
-def cost(prompt_tokens: int, completion_tokens: int, traffic: Traffic) -> float:
+def cost(prompt_tokens: int, completion_tokens: int, limits: EndpointLimits) -> float:
     """What tokens cost, in the currency of the prices; 0 where there are none."""
-    prompt, completion = traffic.prompt_price or 0.0, traffic.completion_price or 0.0
+    prompt, completion = limits.prompt_price or 0.0, limits.completion_price or 0.0
     return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
 
 
 def ask(
-    requests: Iterable[Request], answers: Answers, *, traffic: Traffic, spent: float, total: int
+    requests: Iterable[Request],
+    answers: Answers,
+    *,
+    limits: EndpointLimits,
+    spent: float,
+    total: int,
 ) -> None:
     """Ask all requests and keep the answers.
 
@@ -203,11 +208,11 @@ def ask(
     under_way: dict[Future[Completion], Request] = {}
 
     def most(request: Request) -> float:
-        return cost(len(request.content), request.most_tokens, traffic)
+        return cost(len(request.content), request.most_tokens, limits)
 
     def too_much(request: Request) -> bool:
         expected = spent + sum(map(most, under_way.values())) + most(request)
-        return traffic.max_cost is not None and expected > traffic.max_cost
+        return limits.max_cost is not None and expected > limits.max_cost
 
     def settle(until: int) -> None:
         """Take answers in until so many requests are under way."""
@@ -219,28 +224,28 @@ def ask(
                 try:
                     arrived[request.key] = future.result()
                 except (_Passing, _Refused) as error:
-                    failures.append(_failure(request, error, traffic))
+                    failures.append(_failure(request, error, limits))
                     stop.set()
             answers.put(arrived)
-            spent += sum(cost(*completion.counts(), traffic) for completion in arrived.values())
+            spent += sum(cost(*completion.counts(), limits) for completion in arrived.values())
             left -= len(arrived)
             bar.update(len(arrived))
 
     with (
-        closing(_Client(traffic, stop)) as client,
+        closing(_Client(limits, stop)) as client,
         _listening(stop) as heard,
-        ThreadPoolExecutor(traffic.concurrency) as pool,
+        ThreadPoolExecutor(limits.concurrency) as pool,
         tqdm(total=total, desc="asking", unit="request", mininterval=5, disable=not total) as bar,
     ):
         try:
             for request in requests:
-                settle(traffic.concurrency - 1)
+                settle(limits.concurrency - 1)
                 if too_much(request):
                     settle(0)  # what is under way costs less than feared
                 if stop.is_set():
                     break
                 if too_much(request):
-                    failures.append(_too_dear(spent, traffic))
+                    failures.append(_too_dear(spent, limits))
                     break
                 under_way[pool.submit(client.ask, request)] = request
             settle(0)
@@ -271,17 +276,17 @@ class _Refused(Exception):
 class _Client:
     """Sends requests, from several threads, at the agreed rate and again where that may help."""
 
-    def __init__(self, traffic: Traffic, stop: threading.Event) -> None:
-        self._traffic, self._stop = traffic, stop
-        self._key = _api_key(traffic.api_key_env)
+    def __init__(self, limits: EndpointLimits, stop: threading.Event) -> None:
+        self._traffic, self._stop = limits, stop
+        self._key = _api_key(limits.api_key_env)
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         connections = httpx2.Limits(
-            max_connections=traffic.concurrency, max_keepalive_connections=traffic.concurrency
+            max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency
         )
-        self._http = httpx2.Client(headers=headers, timeout=traffic.timeout, limits=connections)
-        self._pace = _Pace(traffic.requests_per_minute, stop)
+        self._http = httpx2.Client(headers=headers, timeout=limits.timeout, limits=connections)
+        self._pace = _Pace(limits.requests_per_minute, stop)
 
     def close(self) -> None:
         self._http.close()
@@ -411,16 +416,16 @@ def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
-def _failure(request: Request, error: Exception, traffic: Traffic) -> InputError:
+def _failure(request: Request, error: Exception, limits: EndpointLimits) -> InputError:
     if isinstance(error, _Refused):
         return InputError(f"{request.name}: {error}")
-    times = f"{traffic.retries + 1} attempts" if traffic.retries else "one attempt"
+    times = f"{limits.retries + 1} attempts" if limits.retries else "one attempt"
     return InputError(f"{request.name}: no answer in {times}, the last: {error}")
 
 
-def _too_dear(spent: float, traffic: Traffic) -> InputError:
+def _too_dear(spent: float, limits: EndpointLimits) -> InputError:
     return InputError(
-        f"{spent:.6g} is spent, and another request could exceed max_cost: {traffic.max_cost:g}; "
+        f"{spent:.6g} is spent, and another request could exceed max_cost: {limits.max_cost:g}; "
         "raise max_cost to go on"
     )
 
@@ -438,7 +443,7 @@ def _listening(stop: threading.Event) -> Iterator[list[signal.Signals]]:
         os.write(2, f"\n{heard[-1].name}: waiting for the requests under way\n".encode())
 
     for ending in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(ending) != signal.SIG_IGN:  # see `jobs.mind_signals`
+        if signal.getsignal(ending) != signal.SIG_IGN:  # see `jobs.ignore_signals`
             before[ending] = signal.signal(ending, hear)
     try:
         yield heard

@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
 from arena_distill.battles.reading import column_texts
-from arena_distill.config.judge import Asking, Traffic
-from arena_distill.config.phases import AskingSettings, LogitsSettings
+from arena_distill.config.judge import EndpointLimits, Query
+from arena_distill.config.phases import LogitsSettings, QuerySettings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
 from arena_distill.files.keys import key, locate
@@ -70,7 +70,7 @@ _TAG = r"(?i)<(/?\s*(?:question|answer_a|answer_b)\b)"
 _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
-def deal_logits(
+def split_external_logits(
     logits: Path, folds: Path, fold: int, output: Path, *, settings: LogitsSettings
 ) -> None:
     """Write the rows of a fold out of an external judge's logits → `fold_<k>.npy` and its ids.
@@ -98,7 +98,7 @@ def deal_logits(
 # --- a file -----------------------------------------------------------------------------------------
 
 
-def read_judged(file: Path, battles: Path, output: Path, *, version: int) -> None:
+def read_external_logits(file: Path, battles: Path, output: Path, *, version: int) -> None:
     """Read a judge's logits or probabilities from a parquet, CSV or JSONL file → `logits.npy` and its ids.
 
     The file has a row per battle, or one per battle and order, with the columns `id`, `source` (train,
@@ -130,7 +130,7 @@ def read_judged(file: Path, battles: Path, output: Path, *, version: int) -> Non
         )
     rows, logits, lacks = rows.filter(pa.array(~absent)), logits[~absent], lacks[~absent]
     logits = np.where(lacks[..., None], logits[:, ::-1], logits)
-    about = provenance("judged", {"version": version, "file": file.name})
+    about = provenance("external_logits", {"version": version, "file": file.name})
     write_logits(output, logits.astype(np.float32), rows, about)
     both = int((~lacks).all(axis=1).sum())
     others = len(keys) - int(np.count_nonzero(~lacks))
@@ -203,14 +203,14 @@ def _positions(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
 # --- an endpoint ------------------------------------------------------------------------------------
 
 
-def ask_judge(
+def query_endpoint(
     battles: Path,
     output: Path,
     cost: Path,
     answers: Path,
     *,
-    settings: AskingSettings,
-    traffic: Traffic,
+    settings: QuerySettings,
+    limits: EndpointLimits,
 ) -> None:
     """Ask an endpoint about all labelled battles in both orders → `logits.npy`, its ids, `cost.json`.
 
@@ -219,7 +219,7 @@ def ask_judge(
     Args:
         answers: folder in which answers are kept; what is there already is not asked again.
         settings: what decides the answers.
-        traffic: how they are asked for.
+        limits: how they are asked for.
 
     Raises:
         InputError: the endpoint refuses or keeps failing, `max_cost` is reached, or no answer holds a
@@ -246,8 +246,8 @@ def ask_judge(
             endpoint.ask(
                 (questions.request(int(first[number])) for number in unknown),
                 kept,
-                traffic=traffic,
-                spent=sum(endpoint.cost(*tokens, traffic) for tokens in known if tokens),
+                limits=limits,
+                spent=sum(endpoint.cost(*tokens, limits) for tokens in known if tokens),
                 total=len(unknown),
             )
         found = [verdict_scores(kept.get(key).tokens() or (), settings.verdicts) for key in keys]
@@ -262,7 +262,7 @@ def ask_judge(
     seen = _log_softmax(scores)[number_of].reshape(-1, len(ORDERS), len(CLASSES))
     logits = np.stack([seen[:, 0], swap_classes(seen[:, 1])], axis=1).astype(np.float32)
     prompt_tokens, completion_tokens = counted.sum(axis=0).tolist()
-    priced = traffic.prompt_price is not None
+    priced = limits.prompt_price is not None
     figures = {
         "url": settings.url,
         "model": settings.model,
@@ -272,16 +272,16 @@ def ask_judge(
         "asked_now": len(unknown),
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
-        "prompt_price": traffic.prompt_price,
-        "completion_price": traffic.completion_price,
-        "cost": endpoint.cost(prompt_tokens, completion_tokens, traffic) if priced else None,
+        "prompt_price": limits.prompt_price,
+        "completion_price": limits.completion_price,
+        "cost": endpoint.cost(prompt_tokens, completion_tokens, limits) if priced else None,
         "verdicts": {
             "probability": float(np.where(listed, np.exp(scores), 0).sum(axis=1).mean()),
             "unlisted": dict(zip(settings.verdicts, (~listed).sum(axis=0).tolist(), strict=True)),
             "answers_without": int((~listed).all(axis=1).sum()),
         },
     }
-    about = provenance("asking", settings.model_dump(mode="json"))
+    about = provenance("endpoint", settings.model_dump(mode="json"))
     write_json(figures | {"provenance": about}, cost)
     write_logits(output, logits, questions.rows, about)
     print(_summary(output, figures))
@@ -294,7 +294,7 @@ TEXTS = {"prompt": "question", "response_a": "answer_a", "response_b": "answer_b
 class Questions:
     """The requests about some battles: battle by battle, each in both orders."""
 
-    def __init__(self, battles: pa.Table, settings: Asking) -> None:
+    def __init__(self, battles: pa.Table, settings: Query) -> None:
         """
         Args:
             battles: canonical, columns `id`, `source` and `TEXTS`.

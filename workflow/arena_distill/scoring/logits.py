@@ -73,9 +73,9 @@ def predict_logits(
     model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}
     if settings.states:
-        from arena_distill.models.hidden_states import watch, widths
+        from arena_distill.models.hidden_states import capture, widths
 
-        watch(model, settings.states)
+        capture(model, settings.states)
         states = {
             name: np.zeros((len(rows), len(views), width), np.float16)
             for name, width in widths(model, settings).items()

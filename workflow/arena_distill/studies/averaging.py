@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arena_distill.config.phases import DriftStudySettings, SoupSettings
-from arena_distill.deployment.fold_weights import Pot, validation_weights
+from arena_distill.config.phases import AveragingSettings, SoupSettings
+from arena_distill.deployment.fold_weights import FoldMerger, validation_weights
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.files.artifacts import (
     provenance,
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 STARTS = {"shared": "one start for all folds", "own": "each fold its own start"}
 
 
-def draw_drift(soups: Sequence[Path], output: Path, *, settings: DriftStudySettings) -> None:
-    """Gather the judges' soups (``soups.compare_soups``) → `drift.json`, `drift.csv`, `drift.svg`."""
+def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSettings) -> None:
+    """Gather the judges' soups (``compare_soups``) → `averaging.json`, `averaging.csv`, `averaging.svg`."""
     import pandas as pd
 
     from arena_distill.evaluation.report import draw
 
     by_judge = {path.stem: read_json(path) for path in soups}
     points = []
-    for start, judges in settings.drifts.items():
+    for start, judges in settings.averaging.items():
         for epochs, judge in judges.items():
             soup = by_judge[judge]
             point = {"start": start, "epochs": float(epochs), "judge": judge}
@@ -50,11 +50,13 @@ def draw_drift(soups: Sequence[Path], output: Path, *, settings: DriftStudySetti
             points.append(point)
     figures = {
         "points": points,
-        "provenance": provenance("drift_study", settings.model_dump(mode="json")),
+        "provenance": provenance("averaging", settings.model_dump(mode="json")),
     }
-    write_json(figures, output / "drift.json")
-    write_text(pd.DataFrame(points).to_csv(index=False, lineterminator="\n"), output / "drift.csv")
-    write_text(draw("drift", _drawing, figures), output / "drift.svg")
+    write_json(figures, output / "averaging.json")
+    write_text(
+        pd.DataFrame(points).to_csv(index=False, lineterminator="\n"), output / "averaging.csv"
+    )
+    write_text(draw("averaging", _drawing, figures), output / "averaging.svg")
     print(f"{output}: {len(points)} points")
 
 
@@ -130,7 +132,7 @@ def compare_soups(
 
     read = read_tokens(tokens)
     read = read.take(np.asarray(pc.equal(read.sources, "test")))
-    pot = Pot(backbone, adapters, read, settings, batch_tokens)
+    pot = FoldMerger(backbone, adapters, read, settings, batch_tokens)
     n = len(adapters)
     by_validation = validation_weights(logits, folds)
     alone = [pot.logits([float(k == fold) for k in range(n)])[0] for fold in range(n)]

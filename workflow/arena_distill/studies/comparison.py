@@ -107,7 +107,7 @@ def compare(
         "run": settings.run,
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
-            | {"against": e.against, "tested": e.tested, "flattered": e.flattered}
+            | {"against": e.against, "tested": e.tested, "optimistic": e.optimistic}
             | {"calibration": e.prediction.calibration}
             | _cost(run, e, folds)
             for e in settings.entries
@@ -214,8 +214,8 @@ def _test(
             mended = calibration(views[row.label], styles)
             probabilities[name] = mean_of_views(mended, averages[row.label])
     voted, lengths = data.voted(), styles[:, :LENGTHS]
-    for name, yardstick in (("class prior", class_prior), ("length regression", length_regression)):
-        probabilities[name] = yardstick(*voted, lengths)
+    for name, baseline in (("class prior", class_prior), ("length regression", length_regression)):
+        probabilities[name] = baseline(*voted, lengths)
     true = None if truth is None else true_probabilities(truth, keys)
     if true is not None:
         probabilities["Bayes limit"] = true

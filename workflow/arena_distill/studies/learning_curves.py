@@ -54,16 +54,16 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
             if true is not None:
                 point |= truth_scores(true, p, votes)
             points.append(point)
-    yardsticks = {
+    baselines = {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
     }
     if true is not None:
-        yardsticks["Bayes limit"] = true
+        baselines["Bayes limit"] = true
     figures = {
         "rows": len(votes),
         "points": points,
-        "yardsticks": {name: scores(p, votes) for name, p in yardsticks.items()},
+        "baselines": {name: scores(p, votes) for name, p in baselines.items()},
         "provenance": provenance("curves", settings.model_dump(mode="json")),
     }
     write_json(figures, output / "curves.json")
@@ -93,10 +93,10 @@ def _drawing(figures: dict[str, Any]) -> Figure:
         panels[0].errorbar(battles, loss, bars, fmt="o-", elinewidth=1, label=label, **style)
         if known:
             panels[1].plot(battles, [p["kl"] for p in line], "o-", **style)
-    for (name, yardstick), dash in zip(
-        figures["yardsticks"].items(), [(0, (4, 3)), (0, (1, 1)), (0, (1, 3))], strict=False
+    for (name, baseline), dash in zip(
+        figures["baselines"].items(), [(0, (4, 3)), (0, (1, 1)), (0, (1, 3))], strict=False
     ):
-        panels[0].axhline(yardstick["log_loss"], color=MUTED, lw=0.9, ls=dash, label=name, zorder=0)
+        panels[0].axhline(baseline["log_loss"], color=MUTED, lw=0.9, ls=dash, label=name, zorder=0)
     panels[0].set_ylabel(f"log loss on {figures['rows']:,} battles, nats")
     if known:
         panels[1].set(ylabel="excess over Bayes: KL(truth ‖ judge)", ylim=(0, None))

@@ -24,7 +24,7 @@ FILLER = -100
 """The label that weighs nothing, as PyTorch and the Trainer know it."""
 
 
-_LOWER = "lower the learning rate (lr) or max_grad_norm"
+LOWER = "lower the learning rate (lr) or max_grad_norm"
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class ByLength(Sampler[int]):
         return len(self.lengths) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
-        dice = torch.Generator().manual_seed(self.seed + self.epoch())
-        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=dice)
+        rng = torch.Generator().manual_seed(self.seed + self.epoch())
+        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=rng)
         yield from range(len(self.lengths), len(self))
 
 
-def show(
+def make_examples(
     tokens: Tokens,
     labels: np.ndarray,
     targets: np.ndarray | None,
@@ -151,7 +151,7 @@ def optimization(settings: PretrainingSettings | TrainingSettings) -> Optimizati
     return settings.pretraining if isinstance(settings, PretrainingSettings) else settings.training
 
 
-def _collator(pad_token_id: int) -> Any:
+def collator(pad_token_id: int) -> Any:
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids, mask = pad([ids for item in items for ids in item["input_ids"]], pad_token_id)
         shape = len(items), -1, ids.shape[1]  # battles, sequences of each, tokens

@@ -22,7 +22,7 @@ from arena_distill.encoding.batching import token_batches
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
 from arena_distill.models.heads import battle_logits
-from arena_distill.models.hidden_states import head_layer, watch
+from arena_distill.models.hidden_states import capture, head_layer
 from arena_distill.models.scoring import score_batches
 from arena_distill.training.losses import losses
 
@@ -80,7 +80,7 @@ def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -
     width = head_layer(judge).in_features
     features = np.empty((len(views[0]), len(views), width), np.float32)
     wanted: State = "features"
-    handles = watch(judge, (wanted,))
+    handles = capture(judge, (wanted,))
     try:
         for view, sequences in enumerate(views):
             room = np.empty((len(sequences), width), np.float16)

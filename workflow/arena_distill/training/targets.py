@@ -6,7 +6,7 @@ key, so a file in another order changes nothing and a missing row is an error.
 What each kind of target knows: `in_sample` targets come from a teacher that was trained on the very rows,
 so they are over-confident. `out_of_fold` targets are honest about their rows, but the teacher of another
 fold was trained on the votes of the student's own validation rows, and extra rows were seen by every
-fold's teacher: a student's out-of-fold score is flattered by that (``Config.is_flattered``), its score on
+fold's teacher: a student's out-of-fold score is optimistic by that (``Config.is_optimistic``), its score on
 test is not. The more a teacher remembers of each vote, the more: a head fitted to the features of 1,000
 battles gained 0.047 by such targets out of fold, and 0.008 on battles that no teacher had seen.
 

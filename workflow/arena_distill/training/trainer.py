@@ -62,17 +62,17 @@ from arena_distill.files.artifacts import (
 from arena_distill.files.keys import key, locate
 from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.heads import battle_logits
-from arena_distill.models.hidden_states import project, projections_of, watch
+from arena_distill.models.hidden_states import capture, project, projections_of
 from arena_distill.models.loading import check_length, load_classifier
 from arena_distill.training.checkpoints import Checkpoints, digest, file_identities
 from arena_distill.training.examples import (
-    _LOWER,
     FILLER,
+    LOWER,
     ByLength,
     Examples,
-    _collator,
+    collator,
+    make_examples,
     optimization,
-    show,
 )
 from arena_distill.training.linear_probe import fit_head
 from arena_distill.training.losses import attention_divergences, feature_distances, losses
@@ -113,7 +113,7 @@ def pretrain_adapter(
     """Post-pretrain a judge's adapter on the votes of the UT battles."""
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
-    examples = show(read, read_votes(battles, read.keys()), None, None, settings)
+    examples = make_examples(read, read_votes(battles, read.keys()), None, None, settings)
     base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
     model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
@@ -156,7 +156,7 @@ def train_fold(
         # without a vote.)
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
         weights = teacher_weights(targets, labels, held_out, settings.loss)
-    examples = show(read, labels, targets, weights, settings, states)
+    examples = make_examples(read, labels, targets, weights, settings, states)
     if settings.training.fit_head:
         groups = rows["group"].to_numpy()
         examples = replace(examples, groups=np.tile(groups, len(examples) // len(groups)))
@@ -167,7 +167,7 @@ def train_fold(
     else:
         model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
     if states:
-        watch(model, states)
+        capture(model, states)
     if "features" in states:
         project(model, [of_teacher.shape[-1] for of_teacher in states["features"]], seed=seed)
     phase = "distillation" if settings.teachers else "training"
@@ -252,7 +252,7 @@ class JudgeTrainer(Trainer):
         for name in ("loss", "grad_norm"):
             value = float(logs.get(name, 0.0))
             if not math.isfinite(value):
-                raise InputError(f"step {self.state.global_step}: {name} is {value}: {_LOWER}")
+                raise InputError(f"step {self.state.global_step}: {name} is {value}: {LOWER}")
 
 
 class Progress(TrainerCallback):
@@ -305,7 +305,7 @@ def _fit(
                 model=model,
                 args=arguments,
                 train_dataset=examples,
-                data_collator=_collator(model.config.pad_token_id),
+                data_collator=collator(model.config.pad_token_id),
                 callbacks=[Progress, *([checkpoints] if checkpoints else [])],
                 loss=loss,
                 head=settings.head,
@@ -325,7 +325,7 @@ def _fit(
             if checkpoints:
                 checkpoints.raise_if_stopped(trainer.state)
             if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-                raise InputError(f"{output}: the last step left no finite weights: {_LOWER}")
+                raise InputError(f"{output}: the last step left no finite weights: {LOWER}")
             seconds = checkpoints.seconds if checkpoints else result.metrics["train_runtime"]
             if trainer.is_world_process_zero():
                 finished = checkpoints.finished if checkpoints else output

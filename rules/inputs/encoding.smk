@@ -1,0 +1,40 @@
+# Backbones, tokenizers and tokens of judges: what rules/encoding.smk is given.
+from arena_distill.config.judge import TINY
+
+PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in DOWNLOADS]
+
+
+@functools.cache
+def backbone_folder(judge):
+    """A judge's backbone: a folder that is there, or one that `prepare_backbone` makes."""
+    backbone = GRAPH.backbone_of(judge)
+    if not backbone.is_ready_folder():
+        return RUN.backbone(GRAPH.backbone_name(judge))
+    if backbone.tiny:
+        return local(f"{os.path.relpath(TINY / backbone.tiny)}/config.json")
+    return local(f"{backbone.path}/config.json")
+
+
+def backbone(wildcards):
+    return backbone_folder(wildcards.judge)
+
+
+def tokenizer(wildcards):
+    owners = (judge for judge, name in TOKENIZERS.items() if name == wildcards.tokenizer)
+    return backbone_folder(next(owners))
+
+
+def tokens(wildcards):
+    return RUN.tokens(TOKENIZERS[wildcards.judge])
+
+
+def download_of(wildcards):
+    """The whole model on the hub, of which a backbone is a part."""
+    return RUN.backbone(GRAPH.download_name(BACKBONES[wildcards.backbone]))
+
+
+def disk_of_download(wildcards, attempt):
+    """A backbone needs as much disk as the judges above it say that their jobs' files need."""
+    wanted = DOWNLOADS[wildcards.backbone]
+    judges = [judge for judge in TRAINED.values() if judge.backbone.download() == wanted]
+    return attempt * max(judge.compute.disk_mb for judge in judges)

@@ -1,0 +1,16 @@
+# What is fetched: what rules/fetch.smk is given.
+FETCHED = CONFIG.data.fetch
+
+
+def check_downloads():
+    """Before anything is spent: report every file and model that this run needs and cannot fetch."""
+    needed = [job.wildcards for job in workflow.dag.needrun_jobs() if job.resources.get("download")]
+    if needed:
+        from arena_distill.battles import fetching
+
+        origins = [FETCHED[w.file] for w in needed if w.get("file")]
+        backbones = [DOWNLOADS[w.backbone] for w in needed if w.get("backbone")]
+        try:
+            fetching.check_access(origins, backbones)
+        except InputError as error:
+            raise WorkflowError(str(error))

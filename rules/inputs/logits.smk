@@ -1,0 +1,30 @@
+# Shards and hidden states of a fold: what rules/logits.smk is given.
+SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1]
+
+
+WHOLE = [name for name in TRAINED if name not in SHARDED]
+
+
+CAPTURED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
+
+
+def shards(wildcards):
+    """The parts of a fold's logits."""
+    count = GRAPH.judges[wildcards.judge].logits.shards
+    return [RUN.shard(wildcards.judge, wildcards.fold, number) for number in range(count)]
+
+
+def shard_states(wildcards):
+    """The hidden states beside the parts, where students read them."""
+    return [layout.states(path) for path in shards(wildcards)]
+
+
+def shard(wildcards):
+    """Which part a scoring job does, as options."""
+    if not hasattr(wildcards, "shard"):
+        return ""
+    count = GRAPH.judges[wildcards.judge].logits.shards
+    return f"--shard {wildcards.shard} --shards {count}"
+
+
+LOGITS, SHARD = RUN.logits("{judge}", "{fold}"), RUN.shard("{judge}", "{fold}", "{shard}")

@@ -1,0 +1,22 @@
+# The folds that a merged model is made of: what rules/merging.smk is given.
+def folds_of(judge):
+    """The judge whose folds are merged: a study's may differ from another in how they are merged alone."""
+    return judge if judge in CONFIG.judges else FAMILY.trained_as(judge)
+
+
+def fold_adapters(wildcards):
+    return [RUN.adapter(folds_of(wildcards.judge), fold) for fold in FOLDS]
+
+
+def fold_logits(wildcards):
+    return [RUN.logits(folds_of(wildcards.judge), fold) for fold in FOLDS]
+
+
+def merge_evidence(wildcards):
+    """What decides how much each fold counts in the merged model, by option."""
+    weights = GRAPH.judges[wildcards.judge].merge.weights
+    if weights == "validation":
+        return {"folds": RUN.folds, "logits": fold_logits(wildcards)}
+    if weights == "greedy":
+        return {"folds": RUN.folds, "tokens": tokens(wildcards)}
+    return {}

@@ -1,0 +1,29 @@
+# Files and settings of studies: what rules/studies.smk is given.
+def study_settings(phase):
+    return lambda wildcards: phase.of(GRAPH, STUDIES).model_dump_json()
+
+
+def compared_files(wildcards):
+    """What the comparison reads of every judge in it."""
+    if STUDIES.problem:
+        raise WorkflowError(STUDIES.problem)
+    judges = list(dict.fromkeys(entry.folds for entry in STUDIES.compared))
+    tested = list(dict.fromkeys(entry.judge for entry in STUDIES.compared if entry.tested))
+    return [
+        *(RUN.logits(judge, fold) for judge in judges for fold in FOLDS),
+        *(RUN.adapter(judge, fold) for judge in judges if judge in TRAINED for fold in FOLDS),
+        *(RUN.merged(judge) for judge in tested),
+        *(RUN.test_logits(judge, "merged") for judge in tested if labelled_test(wildcards)),
+    ]
+
+
+def curve_files(wildcards):
+    """What learning curves read: the folds of every point."""
+    judges = [judge for points in STUDIES.curves.values() for judge in points.values()]
+    folds = range(min(CONFIG.studies.curve_folds, CONFIG.folds.n))
+    return [
+        file(judge, fold)
+        for file in (RUN.logits, RUN.adapter)
+        for judge in judges
+        for fold in folds
+    ]

@@ -1,0 +1,32 @@
+# What a judge learns from, and where its checkpoints go: what rules/training.smk is given.
+TEACHERS = [name for name, judge in TRAINED.items() if not judge.teachers]
+
+
+STUDENTS = [name for name, judge in GRAPH.judges.items() if judge.teachers]
+
+
+def pretrained(wildcards):
+    """The post-pretrained adapter a judge starts from; nothing where it starts from its backbone."""
+    owner = GRAPH.pretraining_owner(wildcards.judge)
+    return RUN.pretrained(owner) if owner else []
+
+
+def teacher_logits(wildcards):
+    """A student's targets: every fold of its teachers (out of fold), or its own fold (in sample)."""
+    judge = GRAPH.judges[wildcards.judge]
+    folds = FOLDS if judge.targets == "out_of_fold" else [wildcards.fold]
+    return [RUN.logits(teacher, fold) for teacher in judge.teachers for fold in folds]
+
+
+def teacher_states(wildcards):
+    """The hidden states beside them, where the student's loss reads them."""
+    if not GRAPH.judges[wildcards.judge].loss.states():
+        return []
+    return [layout.states(path) for path in teacher_logits(wildcards)]
+
+
+def checkpoints(wildcards, output):
+    """Where a training's checkpoints go: Snakemake deletes the outputs of a job that fails."""
+    adapter = Path(output.adapter)  # with a module's prefix
+    run = layout.Layout(str(adapter.parents[2]))
+    return run.checkpoints(wildcards.judge, adapter.name)

@@ -1,0 +1,185 @@
+"""Where the files of a run are: the contract between its rules, its studies, the planner and the tests.
+
+The same methods name one file (``run.logits("llama", 3)``) and the pattern of a rule, where a part of the
+name is a wildcard (``run.logits("{judge}", "{fold}")``). What a file holds stands beside its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Number = int | str
+"""The number of a fold or shard, or the wildcard for it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one run, as paths with forward slashes.
+
+    Args:
+        root: the folder of the run, ``<results>/<run>``.
+    """
+
+    root: str
+
+    # --- battles ------------------------------------------------------------------------------------
+
+    def arena(self, source: str) -> str:
+        """A source of the synthetic arena, or its `test_solution`, in the Kaggle schema."""
+        return f"{self.root}/arena/{source}.csv"
+
+    @property
+    def truth(self) -> str:
+        """The true vote probabilities of the synthetic arena."""
+        return f"{self.root}/arena/truth.parquet"
+
+    @property
+    def battles(self) -> str:
+        """All battles that were read, in the canonical schema."""
+        return f"{self.root}/battles.parquet"
+
+    @property
+    def rejected(self) -> str:
+        """Every refused row: its file, row, column and the reason."""
+        return f"{self.root}/rejected.parquet"
+
+    @property
+    def folds(self) -> str:
+        """The fold of each labelled battle."""
+        return f"{self.root}/folds.parquet"
+
+    @property
+    def audit(self) -> str:
+        """How many battles share a prompt with what a judge has learned from."""
+        return f"{self.root}/audit.json"
+
+    def tokens(self, tokenizer: str) -> str:
+        """The token ids of every field of every battle."""
+        return f"{self.root}/tokens/{tokenizer}/battles.parquet"
+
+    # --- judges -------------------------------------------------------------------------------------
+
+    def backbone(self, name: str) -> str:
+        """A Hugging Face folder that was downloaded, converted or cut."""
+        return f"{self.root}/backbones/{name}"
+
+    def pretrained(self, judge: str) -> str:
+        """The adapter after post-pretraining on UT battles."""
+        return f"{self.root}/adapters/{judge}/pretrained"
+
+    def adapter(self, judge: str, fold: Number) -> str:
+        """The PEFT adapter and head of one fold, with its metrics and history."""
+        return f"{self.root}/adapters/{judge}/fold_{fold}"
+
+    def logits(self, judge: str, fold: Number) -> str:
+        """Float32 (rows, orders, 3); rows are named in ``ids``, hidden states are in ``states``."""
+        return f"{self.root}/logits/{judge}/fold_{fold}.npy"
+
+    def shard(self, judge: str, fold: Number, shard: Number) -> str:
+        """A part of the rows of one fold's logits."""
+        return f"{self.root}/shards/{judge}/fold_{fold}/{shard}.npy"
+
+    def external(self, judge: str) -> str:
+        """The logits of all battles that an external judge has judged."""
+        return f"{self.root}/external/{judge}/logits.npy"
+
+    def cost(self, judge: str) -> str:
+        """What the answers of an endpoint cost."""
+        return f"{self.root}/external/{judge}/cost.json"
+
+    def calibration(self, judge: str) -> str:
+        """The fitted parameters of a judge's calibration."""
+        return f"{self.root}/calibration/{judge}.json"
+
+    # --- the deployed model -------------------------------------------------------------------------
+
+    def merged(self, judge: str) -> str:
+        """The folds' average in one dense Hugging Face folder."""
+        return f"{self.root}/merged/{judge}"
+
+    def gptq(self, judge: str) -> str:
+        """The merged model, quantised."""
+        return f"{self.root}/gptq/{judge}"
+
+    def drift_check(self, judge: str) -> str:
+        """Written once the quantisation error is within its bounds."""
+        return f"{self.root}/checks/{judge}_drift.json"
+
+    def test_logits(self, judge: str, model: str) -> str:
+        """Float32 (rows, views, 3) of the test battles; `model` is merged or gptq."""
+        return f"{self.root}/logits/{judge}/{model}_test.npy"
+
+    def predictions(self, judge: str, model: str) -> str:
+        """The averaged probabilities of the test battles, every variant; `model` is merged or gptq."""
+        return f"{self.root}/predictions/{judge}/{model}.parquet"
+
+    @property
+    def submission(self) -> str:
+        """`id,winner_model_a,winner_model_b,winner_tie`."""
+        return f"{self.root}/submission.csv"
+
+    # --- results ------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> str:
+        """The configuration with all defaults."""
+        return f"{self.root}/config.yaml"
+
+    @property
+    def metrics(self) -> str:
+        """Every figure of the report."""
+        return f"{self.root}/metrics.json"
+
+    @property
+    def report(self) -> str:
+        """The report, one page."""
+        return f"{self.root}/report.html"
+
+    def report_part(self, name: str) -> str:
+        """A figure or table of the report as a file of its own."""
+        return f"{self.root}/report/{name}"
+
+    def table(self, name: str) -> str:
+        """A table of figures as CSV."""
+        return f"{self.root}/tables/{name}.csv"
+
+    @property
+    def plan(self) -> str:
+        """What the run will cost."""
+        return f"{self.root}/plan.json"
+
+    def soups(self, judge: str) -> str:
+        """A judge's folds, merged in every way and scored."""
+        return f"{self.root}/soups/{judge}.json"
+
+    def study(self, name: str, file: str) -> str:
+        """A file of a study: compare, curves or averaging."""
+        return f"{self.root}/{name}/{file}"
+
+    # --- beside the results -------------------------------------------------------------------------
+
+    def log(self, job: str) -> str:
+        """The output of a job, named by its rule and wildcards: ``rule/wildcards``."""
+        return f"{self.root}/logs/{job}.log"
+
+    def benchmark(self, job: str) -> str:
+        """Time and memory of a job, as Snakemake measures them."""
+        return f"{self.root}/benchmarks/{job}.tsv"
+
+    def checkpoints(self, judge: str, adapter: str) -> str:
+        """The checkpoints of a training, outside its outputs, which Snakemake deletes on failure."""
+        return f"{self.root}/.checkpoints/{judge}/{adapter}"
+
+    def answers(self, judge: str) -> str:
+        """The answers of an endpoint, kept whatever happens to the job."""
+        return f"{self.root}/.cache/{judge}"
+
+
+def ids(logits: str) -> str:
+    """The file that names the rows of logits."""
+    return f"{logits.removesuffix('.npy')}.ids.parquet"
+
+
+def states(logits: str) -> str:
+    """The folder of hidden states beside logits."""
+    return f"{logits.removesuffix('.npy')}.states"
