@@ -93,7 +93,7 @@ class Bench:
 
     def call(self, *words: Any, python: Path = Path(sys.executable)) -> float:
         """Run a command of the workflow; the seconds it took."""
-        command = [str(python), "-m", "arena_distill", *map(str, words)]
+        command = [str(python), "-m", "arena_distill", "phase", *map(str, words)]
         path = os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])
         start = time.perf_counter()
         done = subprocess.run(

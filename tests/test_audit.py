@@ -524,7 +524,7 @@ def test_folds_of_other_battles_are_an_input_error(
 
 def test_the_command_line_audits(files: tuple[Path, Path], tmp_path: Path) -> None:
     battles, folds = map(str, files)
-    command = [sys.executable, "-m", "arena_distill", "audit-leaks", "--battles", battles]
+    command = [sys.executable, "-m", "arena_distill", "phase", "audit-leaks", "--battles", battles]
     command += ["--folds", folds, "--output", str(tmp_path / "audit.json")]
     command += ["--table", str(tmp_path / "leaks.csv"), "--settings", '{"version": 1}']
     subprocess.run(command, check=True, env={"PYTHONPATH": str(ROOT / "workflow")})

@@ -194,7 +194,7 @@ def test_the_order_of_rows_in_files_changes_nothing(
     for paths in run.logits.values():
         for path in paths:
             rewrite(path, shuffled)
-    for name in ("battles", "truth", "test"):
+    for name in ("battles", "truth", "merged", "gptq"):
         table = read_parquet(run.folder / f"{name}.parquet")
         table = table.take(pa.array(rng.permutation(len(table))))
         write_parquet(table, run.folder / f"{name}.parquet", provenance("edited", {}))

@@ -544,7 +544,7 @@ def test_an_answer_is_kept_as_it_was(
 
 def job(folder: Path, server: ChatServer, **limits: Any) -> subprocess.Popen[str]:
     """The command that a rule runs."""
-    command = [sys.executable, "-m", "arena_distill", "query-endpoint"]
+    command = [sys.executable, "-m", "arena_distill", "phase", "query-endpoint"]
     options = {
         "--battles": "battles.parquet",
         "--output": "external/big/logits.npy",

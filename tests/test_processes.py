@@ -140,8 +140,22 @@ def command(files: Files, output: Path, *options: str, gpus: int = 2, **changes:
         "--gpus": gpus,
     }
     words = [str(word) for option in named.items() for word in option]
-    teachers = [str(file) for _ in settings.teachers for file in files.logits]
-    return [sys.executable, "-m", "arena_distill", "train-fold", *words, *options, *teachers]
+    teachers = [
+        part
+        for _ in settings.teachers
+        for file in files.logits
+        for part in ("--teacher-logits", str(file))
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "arena_distill",
+        "phase",
+        "train-fold",
+        *words,
+        *options,
+        *teachers,
+    ]
 
 
 def environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import made_up_run
 
-from arena_distill import cli
+from arena_distill import phase_cli
 from arena_distill.battles.folds import (
     UNLABELLED,
     assign_folds,
@@ -158,7 +158,7 @@ def test_the_command_reads_them_after_all_others(tmp_path: Path) -> None:
     bare = write_csv(tmp_path / "u.csv", [battle(id=i) for i in range(3)])
     tables = []
     for name, options in {"without": {}, "with": {"unlabelled": [bare]}}.items():
-        cli.read_battles(tmp_path / name, tmp_path / "r", 1, [voted], [bare], **options)
+        phase_cli.read_battles(tmp_path / name, tmp_path / "r", 1, [voted], [bare], **options)
         tables.append(read_parquet(tmp_path / name))
     assert tables[1].slice(0, 7).equals(tables[0])
     assert tables[1]["source"].to_pylist()[7:] == ["unlabelled"] * 3
@@ -622,7 +622,7 @@ def test_an_endpoint_is_asked_about_those_that_students_learn(
         with chat_server() as server:
             query_endpoint(
                 make().battles, tmp_path / f"{wanted}.npy", tmp_path / "cost", tmp_path / str(wanted),
-                settings=settings.model_copy(update={"url": server.url}), traffic=EndpointLimits(),
+                settings=settings.model_copy(update={"url": server.url}), limits=EndpointLimits(),
             )  # fmt: skip
         ids = read_logits(tmp_path / f"{wanted}.npy")[1]
         assert ids["source"].to_pylist().count("unlabelled") == (BARE if wanted else 0)

@@ -32,10 +32,11 @@ def checkout(finished: Checkout) -> Iterator[Checkout]:
     """The finished run, with files of the workflow that a test edits put back afterwards."""
     texts = {
         path: path.read_bytes()
-        for name in ("mini.yaml", "rules/training.smk", "workflow/arena_distill/phases.py")
+        for name in ("mini.yaml", "rules/training.smk", "workflow/arena_distill/config/phases.py")
         for path in [finished.folder / name]
     }
-    texts |= {p: p.read_bytes() for p in (finished.folder / "workflow/arena_distill").glob("*.py")}
+    package = finished.folder / "workflow/arena_distill"
+    texts |= {p: p.read_bytes() for p in package.rglob("*.py")}
     yield finished
     for path, content in texts.items():
         if path.read_bytes() != content:
@@ -119,6 +120,7 @@ STUDENT = {
     "merge_folds": 1,
     "score_test_merged": 1,
     **DEPLOYED,
+    "predict_test": 2,  # of the merged and of the quantised model
 }
 
 
@@ -175,15 +177,17 @@ def test_threads_and_resources_rebuild_nothing(checkout: Checkout) -> None:
 
 
 def test_docstrings_and_the_look_of_rules_rebuild_nothing(checkout: Checkout) -> None:
-    checkout.edit("workflow/arena_distill/training.py", '"""Judges learn', '"""All judges learn')
+    checkout.edit(
+        "workflow/arena_distill/training/trainer.py", '"""Judges learn', '"""All judges learn'
+    )
     checkout.edit("rules/training.smk", "    message:\n", "    # a comment\n    message:\n")
-    checkout.edit("rules/training.smk", " --folds {input.folds}", "  --folds  {input.folds}")
+    checkout.edit("rules/training.smk", " --folds {input.folds:q}", "  --folds  {input.folds:q}")
     assert checkout.would_run() == {}
 
 
 def test_a_raised_version_rebuilds_that_phase_and_what_follows(checkout: Checkout) -> None:
     def edit(phase: str, before: int, after: int) -> None:
-        path = "workflow/arena_distill/phases.py"
+        path = "workflow/arena_distill/config/phases.py"
         checkout.edit(path, f'"{phase}": {before}', f'"{phase}": {after}')
 
     distillation, submission = VERSIONS["distillation"], VERSIONS["submission"]
