@@ -97,7 +97,11 @@ class Bench:
         path = os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])
         start = time.perf_counter()
         done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+            command,
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()
@@ -330,11 +334,13 @@ def make_backbone(family: str, folder: Path, size: str) -> None:
     if size == "tiny":
         folder.symlink_to(TINY / family)
         return
-    tiny = AutoConfig.from_pretrained(TINY / family)
+    tiny = AutoConfig.from_pretrained(TINY / family, trust_remote_code=False)
     shape = {k: v for k, v in tiny.to_dict().items() if k != "layer_types"}
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModel.from_config(type(tiny)(**shape | LARGE), dtype=torch.bfloat16)
+        model = AutoModel.from_config(
+            type(tiny)(**shape | LARGE), dtype=torch.bfloat16, trust_remote_code=False
+        )
     model.save_pretrained(folder)
     load_tokenizer(TINY / family).save_pretrained(folder)
 

@@ -141,7 +141,13 @@ def of_snakemake(function: Function) -> bool:
 def run(command: list[str], folder: Path) -> tuple[str, resource.struct_rusage]:
     """Run a command to its end: what it printed, and what it used."""
     with open(folder / "output", "w+") as output:
-        child = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)

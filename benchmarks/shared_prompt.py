@@ -101,7 +101,11 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens = tokenized(arguments.backbone, arguments.battles, arguments.rows)
     model = AutoModel.from_pretrained(
-        arguments.backbone, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        arguments.backbone,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     ).eval()
     print(f"{'length':>7}{'apart':>10}{'shared':>10}{'ratio':>8}{'s':>9}{'s':>9}{'ratio':>8}")
     for length in arguments.max_length:

@@ -73,8 +73,12 @@ class shell(shell):
 
 
 def runs_in(environment):
-    """The beginning of a job's command: it replaces the shell, so that signals reach the job."""
-    return f'exec {shlex.quote(interpreter(environment))} -m arena_distill phase "$@"'
+    """How a job's command starts.
+
+    It replaces the shell, so that signals reach the job. Its stdin is empty: nothing typed there, nor
+    `yes |`, may answer a question that a library asks.
+    """
+    return f'exec {shlex.quote(interpreter(environment))} -m arena_distill phase "$@" < /dev/null'
 
 
 # Jobs call `arena` in the main environment and `arena_gptq` in the one that quantises; both import the

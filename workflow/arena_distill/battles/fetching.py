@@ -142,7 +142,10 @@ def _from_kaggle(competition: str, name: str, folder: Path) -> None:
     """Have Kaggle's own client download a file of a competition into a folder."""
     command = [sys.executable, "-m", "kaggle", "competitions", "download", competition]
     done = subprocess.run(
-        [*command, "-f", name, "-p", str(folder), "-q"], capture_output=True, text=True
+        [*command, "-f", name, "-p", str(folder), "-q"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     packed = folder / f"{Path(name).name}.zip"
     if packed.exists():

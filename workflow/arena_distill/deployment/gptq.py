@@ -35,6 +35,7 @@ from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.files.hub import brief
 from arena_distill.models.heads import verdicts
 
 if TYPE_CHECKING:
@@ -187,29 +188,36 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     _prepare_gptqmodel()
     import torch
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from arena_distill.models.loading import choose_attention, pool_mean
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         quantization = config.quantization_config
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: no GPTQ model can be read from there: {error}") from None
+        raise InputError(
+            f"{folder}: no GPTQ model can be read from there: {brief(error)}"
+        ) from None
     dtype = config.dtype or torch.float32
     kernel = choose_attention(config, attention, dtype) if attention else None
     cuda = torch.cuda.is_available()
     if not cuda or dtype == torch.float32:
         quantization["backend"] = "gptq_torch"
-    with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto",
-            attn_implementation=kernel,
-            device_map={"": "cuda:0" if cuda else "cpu"},
-            local_files_only=True,
-        )
+    try:
+        with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                attn_implementation=kernel,
+                device_map={"": "cuda:0" if cuda else "cpu"},
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
     if getattr(config, "head_pooling", "last") == "mean":
         pool_mean(model)
     return model
@@ -440,12 +448,12 @@ def _layer_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             auto: Any = AutoModelForSequenceClassification
-            model = auto.from_config(config)
+            model = auto.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a judge: {error}") from None
+        raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
     path, blocks = _blocks(model)
     return {
         f"{path}.{i}.{name}": (layer.in_features, layer.out_features)

@@ -76,7 +76,9 @@ def load_classifier(
     logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
     try:
         if attention:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             kernel = choose_attention(config, attention, options["dtype"])
             options["attn_implementation"] = kernel
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -86,6 +88,7 @@ def load_classifier(
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **options,
         )

@@ -73,7 +73,7 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
     }
     if backbone.gguf:
         where["gguf_file"] = source.name
-    config = AutoConfig.from_pretrained(**where, local_files_only=True)
+    config = AutoConfig.from_pretrained(**where, local_files_only=True, trust_remote_code=False)
     if backbone.layers:
         if backbone.layers > config.num_hidden_layers:
             raise InputError(
@@ -82,7 +82,9 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
             )
         keep_layers(config, backbone.layers)
     dtype = torch.float32 if backbone.gguf else "auto"
-    model = AutoModel.from_pretrained(**where, config=config, dtype=dtype, local_files_only=True)
+    model = AutoModel.from_pretrained(
+        **where, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
     if backbone.gguf:  # the weights are plain tensors now, whatever the file packed them as
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
@@ -103,7 +105,9 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
     elif backbone.gguf:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where, local_files_only=True, trust_remote_code=False
+        )
     else:
         tokenizer = load_tokenizer(source)
     model.save_pretrained(folder)

@@ -113,7 +113,7 @@ def pretrain_tiny(
     held_out = _Examples.of(simulate(rows=1_000, seed=test_seed, voters="pool"), tokenizer)
 
     torch.manual_seed(seed)
-    backbone = AutoModel.from_config(tiny_config(family, tokenizer))
+    backbone = AutoModel.from_config(tiny_config(family, tokenizer), trust_remote_code=False)
     _initialise(backbone, examples)
     heads = _fit(backbone, examples, epochs=epochs, seed=seed)
     log_loss, bayes = _expected_log_loss(backbone, heads, held_out)

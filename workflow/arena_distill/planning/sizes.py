@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from arena_distill.config.judge import TINY, Backbone, Head, Lora, Precision
 from arena_distill.errors import InputError
+from arena_distill.files.hub import brief
 from arena_distill.models.heads import OUTPUTS
 from arena_distill.models.loading import HEADS
 from arena_distill.models.preparation import keep_layers
@@ -131,13 +132,17 @@ def read_config(backbone: Backbone, prepared: Path) -> PreTrainedConfig:
     for folder in (prepared, own):
         if (folder / "config.json").is_file():
             try:
-                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                config = AutoConfig.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
-                raise InputError(f"{folder}: no model's config.json: {error}") from None
+                raise InputError(f"{folder}: no model's config.json: {brief(error)}") from None
             return config if folder == prepared else _rebuilt(config, backbone)
     if backbone.gguf and Path(backbone.gguf).is_file():
         file = Path(backbone.gguf)
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
         return _rebuilt(config, backbone)
     source = backbone.hub or backbone.path or backbone.gguf or ""
     published = _published()
@@ -253,7 +258,7 @@ def _judge_on_meta(
                 "ignore", FutureWarning
             )  # peft asks for what transformers renamed
             model = AutoModelForSequenceClassification.from_config(
-                config, dtype=dtype, attn_implementation=attention
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
             return new_judge(model, lora, seed=0)
     except ValueError as error:

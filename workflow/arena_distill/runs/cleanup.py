@@ -34,7 +34,7 @@ def wait_for_orphans(comments: Iterable[str], *, every: float = 10) -> None:
     said = False
     while True:
         command = ["squeue", "--noheader", "--format=%i|%Z|%k"]
-        answer = subprocess.run(command, capture_output=True, text=True)
+        answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if answer.returncode:
             raise InputError(f"squeue: {answer.stderr.strip()}")
         jobs = [line.split("|", 2) for line in answer.stdout.splitlines()]

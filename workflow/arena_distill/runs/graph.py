@@ -74,7 +74,9 @@ def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Gra
     source = f"from __future__ import annotations\n{source}\n_print_graph({without_inputs})"
     # A dry run leaves no log behind in .snakemake/log, a summary alone does.
     command = [sys.executable, "-c", source, "--dry-run", "--detailed-summary", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     found = [line for line in done.stdout.splitlines() if line.startswith('{"arena_distill": ')]
     if done.returncode or not found:
         raise InputError(_refusal(done.stdout, done.stderr))

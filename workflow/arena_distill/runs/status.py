@@ -235,7 +235,9 @@ def ask_squeue(jobs: Iterable[str]) -> dict[str, State] | None:
         return {} if not ids else None
     command = ["squeue", "--noheader", "--array", f"--jobs={','.join(ids)}", "--format=%i|%T"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     # Slurm forgets a job some minutes after its end; asked for that one alone, squeue fails.

@@ -100,7 +100,9 @@ def _run_processes(count: int) -> NoReturn:
         processes = []
         for rank in range(count):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=own, close_fds=False))  # with the locks
+            # With the locks, and without stdin.
+            process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, close_fds=False)
+            processes.append(process)
         _pass_signals_on(processes)
         while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
             time.sleep(0.1)
