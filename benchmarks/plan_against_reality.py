@@ -53,7 +53,9 @@ def compare(
     weights = (2 if half else 4) * sizes.base + 2 * 4 * sizes.head + 4 * sizes.lora
     memory = weights + 4 * (sizes.lora + sizes.head) + beside.at(sizes.layers, sequences)
 
-    base = load_classifier(folder, dtype=torch.bfloat16 if half else None, pad_token_id=0)
+    base = load_classifier(
+        folder, dtype=torch.bfloat16 if half else None, pad_token_id=0, head_seed=0
+    )
     judge: Any = new_judge(base, lora, seed=0)
     judge.train()
     if again:

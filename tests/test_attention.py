@@ -69,7 +69,7 @@ def test_auto_leaves_it_to_transformers_elsewhere(
 
 
 def test_left_to_itself_transformers_soft_caps(run: Run, family: str) -> None:
-    model = load_classifier(run.backbone, precision="fp32", attention="auto")
+    model = load_classifier(run.backbone, precision="fp32", attention="auto", head_seed=0)
     expected = "eager" if family == "gemma2" else "sdpa"
     assert model.config._attn_implementation == expected
 
@@ -111,9 +111,11 @@ def test_kernels_agree(kernel: Any, make_run: Callable[..., Run]) -> None:
     judge = settings.judges["j"]
     sequences = encode_views(tokens, judge.encoding, judge.head)[0]
     options: Any = {"precision": "fp32", "pad_token_id": tokens.vocabulary.pad}
-    model = load_classifier(run.backbone, attention=kernel, **options)
+    model = load_classifier(run.backbone, attention=kernel, **options, head_seed=0)
     assert model.config._attn_implementation == kernel
-    expected = score(load_classifier(run.backbone, **options), sequences, batch_tokens=512)
+    expected = score(
+        load_classifier(run.backbone, **options, head_seed=0), sequences, batch_tokens=512
+    )
     torch.testing.assert_close(
         torch.from_numpy(score(model, sequences, batch_tokens=512)), torch.from_numpy(expected)
     )

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone
+from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone, make_config
+from safetensors.torch import load_file, save_file
 
 from arena_distill.config.judge import Backbone, Head
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json
-from arena_distill.models.loading import HEADS, check_length, load_classifier
+from arena_distill.models.loading import HEADS, TINY, check_length, load_classifier
 from arena_distill.models.preparation import prepare_backbone
 
 GGUF = ROOT / "models" / "smollm2-135m-instruct.gguf"
@@ -55,13 +56,13 @@ def test_a_fresh_judge_is_nearly_indifferent(family: str, backbones: Folders) ->
 
 
 def test_a_judge_says_what_its_logits_mean(backbone: Path) -> None:
-    model = load_classifier(backbone, pad_token_id=2)
+    model = load_classifier(backbone, pad_token_id=2, head_seed=0)
     assert model.config.num_labels == 3
     assert model.config.id2label == {0: "model_a", 1: "model_b", 2: "tie"}
     assert model.config.pad_token_id == 2
     assert not model.config.use_cache  # keys and values are never read again
     assert model.dtype == torch.float32
-    assert load_classifier(backbone, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_classifier(backbone, dtype=torch.bfloat16, head_seed=0).dtype == torch.bfloat16
 
 
 def test_a_saved_head_is_kept(backbone: Path, tmp_path: Path) -> None:
@@ -95,6 +96,84 @@ def test_damaged_weights_are_an_error(backbones: Folders, tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged: cannot be loaded as a judge"):
         load_classifier(folder)
+
+
+# --- tensors that are missing -----------------------------------------------------------------------
+
+
+def edited(source: Path, folder: Path, change: Callable[[str], str | None]) -> Path:
+    """A copy of a model, its tensors under the names that `change` gives; None leaves one out."""
+    shutil.copytree(source, folder)
+    weights = {change(k): v for k, v in load_file(folder / "model.safetensors").items()}
+    weights.pop(None, None)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+LACKS: dict[str, tuple[Callable[[str], str | None], str]] = {
+    "layer": (
+        lambda name: None if "layers.1." in name else name,
+        r"missing: 9 \(model\.layers\.1\.\S+, \S+, \S+, …\): its weights are incomplete",
+    ),
+    "norm": (lambda name: None if name.endswith("norm.weight") else name, r"missing: 5 \(model\."),
+    "prefix": (
+        lambda name: "other." + name,
+        r"missing: \d+ \(model\..*, and \d+ \(other\..*\) are unknown to the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("lacks", LACKS)
+def test_a_judge_of_an_incomplete_model_is_refused(
+    lacks: str, backbones: Folders, tmp_path: Path
+) -> None:
+    change, message = LACKS[lacks]
+    folder = edited(backbones("llama"), tmp_path / "incomplete", change)
+    with pytest.raises(InputError, match=f"incomplete: tensors are {message}") as error:
+        load_classifier(folder, head_seed=0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lacks", LACKS)
+def test_no_backbone_is_prepared_of_an_incomplete_model(
+    lacks: str, backbones: Folders, tmp_path: Path
+) -> None:
+    folder = edited(backbones("llama"), tmp_path / "incomplete", LACKS[lacks][0])
+    backbone = Backbone(path=str(folder), tokenizer=str(backbones("bert")))
+    with pytest.raises(InputError, match="incomplete: tensors are missing: "):
+        prepare_backbone(backbone, tmp_path / "x", version=1)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+def test_a_finished_judge_has_its_head(family: str, backbones: Folders, tmp_path: Path) -> None:
+    load_classifier(backbones(family), head_seed=0).save_pretrained(tmp_path / "merged")
+    load_classifier(tmp_path / "merged")
+    headless = edited(
+        tmp_path / "merged", tmp_path / "headless", lambda n: None if n.startswith(HEADS) else n
+    )
+    with pytest.raises(
+        InputError, match=r"headless: tensors are missing: [12] \((score|classifier)"
+    ):
+        load_classifier(headless)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_language_models_head_is_neither_missing_nor_in_the_way(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(family, 64)
+    config.tie_word_embeddings = tied
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_classifier(tmp_path, head_seed=0).num_labels == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shipped_backbones_are_whole(family: str) -> None:
+    assert load_classifier(TINY / family, head_seed=0).num_labels == 3
 
 
 # --- prepared backbones -----------------------------------------------------------------------------
@@ -134,8 +213,17 @@ def test_a_cut_backbone_scores_like_the_whole_one_stopped_early(tmp_path: Path) 
     prepare_backbone(Backbone(path=str(source), layers=2), tmp_path / "cut", version=1)
     ids = torch.tensor([[0, 40, 41, 42, 43]])
     with torch.inference_mode():
-        states = load_classifier(source).eval().model(ids, output_hidden_states=True).hidden_states
-        cut = load_classifier(tmp_path / "cut").eval().model(ids, output_hidden_states=True)
+        states = (
+            load_classifier(source, head_seed=0)
+            .eval()
+            .model(ids, output_hidden_states=True)
+            .hidden_states
+        )
+        cut = (
+            load_classifier(tmp_path / "cut", head_seed=0)
+            .eval()
+            .model(ids, output_hidden_states=True)
+        )
     torch.testing.assert_close(states[1], cut.hidden_states[1])
 
 
@@ -156,11 +244,11 @@ def test_another_tokenizer_gives_embeddings_of_its_size(
         prepare_backbone(backbone, tmp_path / name, version=1)
     tokenizer = load_tokenizer(tmp_path / "one")
     assert tokenizer.cls_token == "[CLS]"
-    model = load_classifier(tmp_path / "one", pad_token_id=safe_pad_id(tokenizer))
+    model = load_classifier(tmp_path / "one", pad_token_id=safe_pad_id(tokenizer), head_seed=0)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    before = load_classifier(backbones(family)).model.layers[0].state_dict()
+    before = load_classifier(backbones(family), head_seed=0).model.layers[0].state_dict()
     for name, weight in model.model.layers[0].state_dict().items():
         assert torch.equal(weight, before[name])
 
@@ -201,7 +289,7 @@ def test_a_hub_model_is_downloaded_and_cut(
     def download(repo: str, *, local_dir: Path, **options: Any) -> None:
         asked.update(options, repo=repo)
         shutil.copytree(backbones("llama"), local_dir, dirs_exist_ok=True)
-        model = load_classifier(backbones("llama")).model
+        model = load_classifier(backbones("llama"), head_seed=0).model
         Path(local_dir, "model.safetensors").unlink()
         model.save_pretrained(local_dir, max_shard_size="20KB")
 
@@ -224,7 +312,7 @@ def test_a_hub_model_is_downloaded_and_cut(
     made = read_json(tmp_path / "whole/provenance.json")["settings"]
     assert (made["revision"], made["commit"]) == ("abc", commit)
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
-    model = load_classifier(tmp_path / "x")
+    model = load_classifier(tmp_path / "x", head_seed=0)
     assert model.config.num_hidden_layers == (layers or 2)
     names = {path.name for path in (tmp_path / "x").iterdir()}
     assert ("model.safetensors.index.json" in names) == (layers is None)
@@ -253,7 +341,7 @@ def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "x")
     pad = safe_pad_id(tokenizer)
     assert pad != tokenizer.eos_token_id
-    judge = load_classifier(tmp_path / "x", pad_token_id=pad).eval()
+    judge = load_classifier(tmp_path / "x", pad_token_id=pad, head_seed=0).eval()
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert np.isfinite(judge(input_ids=ids).logits.numpy()).all()
@@ -279,7 +367,7 @@ def test_a_real_tokenizer_keeps_its_ids_on_another_model(
     assert before(text, **ask).input_ids == after(text, **ask).input_ids
     assert (before.bos_token_id, before.eos_token_id) == (after.bos_token_id, after.eos_token_id)
     assert safe_pad_id(after) == safe_pad_id(before)
-    model = load_classifier(tmp_path / "x", pad_token_id=safe_pad_id(after))
+    model = load_classifier(tmp_path / "x", pad_token_id=safe_pad_id(after), head_seed=0)
     assert model.get_input_embeddings().num_embeddings == len(after)
 
 
@@ -299,7 +387,9 @@ def test_the_mean_is_over_the_sequences_own_tokens(family: str, backbones: Folde
     """A head that reads the mean says the mean of what it says of each token, padding aside."""
     folder = backbones(family)
     mean, last = (
-        load_classifier(folder, head=Head(kind="joint", pooling=pooling), pad_token_id=3).eval()
+        load_classifier(
+            folder, head=Head(kind="joint", pooling=pooling), pad_token_id=3, head_seed=0
+        ).eval()
         for pooling in ("mean", "last")
     )
     ids = torch.tensor([[10, 11, 12, 13, 14], [15, 16, 3, 3, 3]])
@@ -314,13 +404,13 @@ def test_the_mean_is_over_the_sequences_own_tokens(family: str, backbones: Folde
 
 def test_an_encoder_pools_in_its_own_way(backbones: Folders) -> None:
     with pytest.raises(InputError, match=r"head\.pooling: mean is for decoders; a bert"):
-        load_classifier(backbones("bert"), head=Head(kind="joint", pooling="mean"))
+        load_classifier(backbones("bert"), head=Head(kind="joint", pooling="mean"), head_seed=0)
 
 
 def test_a_judge_of_means_may_become_a_backbone_of_others(
     backbones: Folders, tmp_path: Path
 ) -> None:
-    mean = load_classifier(backbones("llama"), head=Head(kind="joint", pooling="mean"))
+    mean = load_classifier(backbones("llama"), head=Head(kind="joint", pooling="mean"), head_seed=0)
     mean.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["head_pooling"] == "mean"
     last = load_classifier(tmp_path, head=Head(kind="joint"))

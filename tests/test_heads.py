@@ -253,7 +253,8 @@ def test_pretrained_trained_scored_merged_asked(
 
     merged = load_classifier(tmp_path / "m", head=head, pad_token_id=tokens.vocabulary.pad)
     unmerged = load_adapter(
-        load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad), adapter
+        load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad, head_seed=0),
+        adapter,
     )
     one, other = (
         score_variants(tokens, settings, lambda s, m=m: score(m, s, batch_tokens=900))[0]

@@ -60,7 +60,9 @@ def any_run(request: pytest.FixtureRequest, make_run: Callable[..., Run]) -> Run
 
 def test_a_batch_scores_like_its_sequences_alone(any_run: Run) -> None:
     tokens = read_tokens(any_run.tokens)
-    model = load_classifier(any_run.backbone, pad_token_id=tokens.vocabulary.pad).eval()
+    model = load_classifier(
+        any_run.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=0
+    ).eval()
     sequences = encode(tokens, ENCODING, "AB")
     assert len(set(sequences.lengths)) > 5
     alone = one_by_one(model, sequences)
@@ -75,7 +77,7 @@ def test_a_batch_scores_like_its_sequences_alone(any_run: Run) -> None:
 def test_padding_on_either_side_changes_nothing(family: str, make_run: Callable[..., Run]) -> None:
     run = make_run(family)
     tokens = read_tokens(run.tokens).take(np.arange(6))
-    model = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad).eval()
+    model = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=0).eval()
     sequences = encode(tokens, ENCODING, "AB")
     alone = one_by_one(model, sequences)
     ids, mask = pad(list(sequences), tokens.vocabulary.pad)
@@ -103,15 +105,15 @@ def test_padding_with_the_end_of_sequence_would_pool_another_token(
     tokens = read_tokens(run.tokens)
     end = tokens.vocabulary.frames["markers"][3][-1]
     sequences = encode(tokens, ENCODING, "AB")
-    wrong = load_classifier(run.backbone, pad_token_id=end).eval()
-    right = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad).eval()
+    wrong = load_classifier(run.backbone, pad_token_id=end, head_seed=0).eval()
+    right = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=0).eval()
     apart = np.abs(one_by_one(wrong, sequences) - one_by_one(right, sequences))
     assert apart.max() > 0.1
 
 
 def test_a_pad_token_the_model_does_not_know_is_an_error(make_run: Callable[..., Run]) -> None:
     with pytest.raises(InputError, match="pad token 9999 is outside"):
-        load_classifier(make_run("llama").backbone, pad_token_id=9999)
+        load_classifier(make_run("llama").backbone, pad_token_id=9999, head_seed=0)
 
 
 # --- rows -------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def test_every_train_row_is_out_of_fold_in_exactly_one_file(make_run: Callable[.
 @pytest.fixture
 def adapter(run: Run, tmp_path: Path) -> Path:
     pad_id = read_tokens(run.tokens).vocabulary.pad
-    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id, head_seed=0), LORA, 4)
     torch.manual_seed(1)
     for name, parameter in judge.named_parameters():
         if "lora_B" in name:
@@ -202,7 +204,7 @@ def of_rows(run: Run, ids: Any) -> Tokens:
 def module_judge(run: Run, adapter: Path, tokens: Tokens) -> Any:
     from arena_distill.models.adapters import load_adapter
 
-    model = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad)
+    model = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=0)
     return load_adapter(model, adapter).eval()
 
 
@@ -217,7 +219,7 @@ def test_half_precision_is_near_full_precision(run: Run, adapter: Path, tmp_path
 def test_the_same_judge_writes_the_same_bytes(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run("qwen2")
     pad_id = read_tokens(run.tokens).vocabulary.pad
-    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id, head_seed=0), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     for name in ("one", "two"):
         predict(run, tmp_path / "adapter", tmp_path / f"{name}.npy", logits_settings())
@@ -294,7 +296,7 @@ def test_logits_that_are_not_finite_are_an_error(
 ) -> None:
     run = make_run("llama")
     pad_id = read_tokens(run.tokens).vocabulary.pad
-    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id, head_seed=0), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.setattr(
         module, "score_batches", lambda _, rows, *__: np.full((len(rows), 3), np.nan, np.float32)
@@ -337,7 +339,7 @@ class Scorer:
 def scorer(make_run: Callable[..., Run], tmp_path: Path) -> Scorer:
     run = make_run("llama")
     pad_id = read_tokens(run.tokens).vocabulary.pad
-    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id), LORA, 4)
+    judge = new_judge(load_classifier(run.backbone, pad_token_id=pad_id, head_seed=0), LORA, 4)
     judge.save_pretrained(str(tmp_path / "adapter"))
     return Scorer(run, tmp_path / "adapter", logits_settings("training", "extra"))
 

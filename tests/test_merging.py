@@ -74,7 +74,7 @@ def save_adapter(folder: Path, backbone: Path, seed: int, **options: Any) -> Pat
     from arena_distill.models.loading import load_classifier
 
     choices = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "SEQ_CLS"} | options
-    model = get_peft_model(load_classifier(backbone), LoraConfig(**choices))
+    model = get_peft_model(load_classifier(backbone, head_seed=0), LoraConfig(**choices))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -99,7 +99,9 @@ def judge(backbone: Path, adapter: Path) -> Any:
 
     from arena_distill.models.loading import load_classifier
 
-    return PeftModel.from_pretrained(load_classifier(backbone, pad_token_id=0), adapter)
+    return PeftModel.from_pretrained(
+        load_classifier(backbone, pad_token_id=0, head_seed=0), adapter
+    )
 
 
 def logits(model: Any) -> Any:
@@ -322,6 +324,18 @@ def test_folds_with_other_targets(backbone: Path, adapters: list[Path], tmp_path
     other = save_adapter(tmp_path / "other", backbone, 0, target_modules=["q_proj", "v_proj"])
     with pytest.raises(InputError, match=r"down_proj is in one of them only"):
         merge(backbone, [adapters[0], other], tmp_path / "m")
+
+
+def test_half_a_pair_of_factors(backbone: Path, adapters: list[Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    half = Path(shutil.copytree(adapters[0], tmp_path / "half"))
+    file = half / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"half: .* missing: 1 \(\S*layers\.1\S*lora_B\.weight\)"):
+        merge(backbone, [half, adapters[1]], tmp_path / "m")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_nf4_is_not_spread_over_gpus() -> None:
 @pytest.mark.skipif(HERE, reason="bitsandbytes is installed here")
 def test_without_bitsandbytes_one_line_says_so(make_run: Callable[..., Run]) -> None:
     with pytest.raises(InputError, match=r"needs bitsandbytes.*pip install") as error:
-        load_classifier(make_run("llama").backbone, precision="nf4")
+        load_classifier(make_run("llama").backbone, precision="nf4", head_seed=0)
     assert "\n" not in str(error.value)
 
 
@@ -104,7 +104,7 @@ def unpacked(run: Run) -> Callable[[Any], Any]:
     def twin(model: Any) -> Any:
         from bitsandbytes.functional import dequantize_4bit
 
-        dense: Any = load_classifier(run.backbone, precision="bf16", pad_token_id=0)
+        dense: Any = load_classifier(run.backbone, precision="bf16", pad_token_id=0, head_seed=0)
         layers = dict(dense.named_modules())
         for name, layer in packed(model).items():
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -149,7 +149,7 @@ def gradients(judge: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_gradients_after_an_evaluation_are_those_over_the_unpacked_weights(
     run: Run, unpacked: Callable[[Any], Any]
 ) -> None:
-    packed_base = load_classifier(run.backbone, precision="nf4", pad_token_id=0)
+    packed_base = load_classifier(run.backbone, precision="nf4", pad_token_id=0, head_seed=0)
     dense = new_judge(unpacked(packed_base), LORA, 0)
     judge = new_judge(packed_base, LORA, 0)
     for one in (dense, judge):  # LoRA's B starts at zero, and so would the gradients of A
@@ -177,7 +177,7 @@ def test_a_fold_learns_scores_and_is_merged_into_the_dense_backbone(
     weights = fit(run, tmp_path / "fold_0", precision="nf4", epochs=2)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     metrics = read_json(tmp_path / "fold_0/metrics.json")
-    dense = sum(p.numel() for p in load_classifier(run.backbone).parameters())
+    dense = sum(p.numel() for p in load_classifier(run.backbone, head_seed=0).parameters())
     assert metrics["parameters"] - metrics["trainable_parameters"] == dense
 
     predict_logits(
@@ -207,7 +207,7 @@ def test_a_fold_learns_scores_and_is_merged_into_the_dense_backbone(
     )
     pad = read_tokens(run.tokens).vocabulary.pad
     merged = load_classifier(tmp_path / "merged", pad_token_id=pad)
-    backbone = load_classifier(run.backbone, dtype=torch.float32, pad_token_id=pad)
+    backbone = load_classifier(run.backbone, dtype=torch.float32, pad_token_id=pad, head_seed=0)
     judge: Any = load_adapter(backbone, tmp_path / "fold_0").merge_and_unload()
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(value, judge.state_dict()[name], rtol=0.01, atol=0.01)

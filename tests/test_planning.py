@@ -120,7 +120,7 @@ def test_parameters_are_those_that_were_published(name: str) -> None:
 
 def test_parameters_are_those_of_the_real_judge() -> None:
     for family in FAMILIES:
-        judge = new_judge(load_classifier(TINY / family), LORA, seed=0)
+        judge = new_judge(load_classifier(TINY / family, head_seed=0), LORA, seed=0)
         learned = {n: p.numel() for n, p in judge.named_parameters() if p.requires_grad}
         sizes = measure(read_config(Backbone(tiny=family), Path("nowhere")), JOINT, LORA)
         assert sizes.lora == sum(count for name, count in learned.items() if "lora_" in name)
@@ -159,7 +159,9 @@ def test_a_model_that_nobody_knows_is_one_clear_line() -> None:
 def test_operations_of_a_training_step(family: str, again: bool) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    judge: Any = new_judge(load_classifier(TINY / family, pad_token_id=0), LORA, seed=0)
+    judge: Any = new_judge(
+        load_classifier(TINY / family, pad_token_id=0, head_seed=0), LORA, seed=0
+    )
     if again:
         judge.activation_checkpointing_enable({"use_reentrant": False})
     judge.train()
@@ -177,7 +179,7 @@ def test_operations_of_a_training_step(family: str, again: bool) -> None:
 def test_memory_of_a_training_step(family: str, again: bool, half: bool) -> None:
     """Four layers and three sequences, told by what two layers and two sequences held."""
     dtype = torch.bfloat16 if half else torch.float32
-    base = load_classifier(TINY / family, dtype=dtype, pad_token_id=0)
+    base = load_classifier(TINY / family, dtype=dtype, pad_token_id=0, head_seed=0)
     ids = torch.randint(5, 900, (3, 96))
     real = step_bytes(new_judge(base, LORA, seed=0), ids, half, True, again)
     config = read_config(Backbone(tiny=family), Path("nowhere"))

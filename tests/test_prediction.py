@@ -247,6 +247,12 @@ def tokens(backbone: Path, tmp_path: Path) -> Path:
     return tmp_path / "tokens.parquet"
 
 
+@pytest.fixture
+def merged(backbone: Path, tmp_path: Path) -> Path:
+    load_classifier(backbone, head_seed=0).save_pretrained(tmp_path / "merged")
+    return tmp_path / "merged"
+
+
 LONG = (96, 256)
 
 
@@ -256,19 +262,19 @@ def only_test(tokens: Path) -> Tokens:
 
 
 def test_scores_are_those_of_each_sequence_alone_in_the_canonical_frame(
-    backbone: Path, tokens: Path, tmp_path: Path
+    merged: Path, tokens: Path, tmp_path: Path
 ) -> None:
     import torch
 
     settings = scoring_settings(max_lengths=LONG)
     output = tmp_path / "merged_test.npy"
-    score_test(backbone, tokens, output, quantized=False, settings=settings, batch_tokens=700)
+    score_test(merged, tokens, output, quantized=False, settings=settings, batch_tokens=700)
     logits, ids = read_logits(output)
     assert logits.shape == (4, 2, 2, 3)
     assert ids_path(output).exists()
     assert key(ids).to_pylist() == [f"test:{i}" for i in range(4)]
     read = only_test(tokens)
-    judge = load_classifier(backbone, pad_token_id=read.vocabulary.pad).eval()
+    judge = load_classifier(merged, pad_token_id=read.vocabulary.pad).eval()
     for i, length in enumerate(LONG):
         for j, order in enumerate(ORDERS):
             for row, sequence in enumerate(encode(read, settings.encoding, order, length)):
@@ -280,7 +286,7 @@ def test_scores_are_those_of_each_sequence_alone_in_the_canonical_frame(
 
 
 def test_identical_sequences_are_scored_once(
-    backbone: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[Sequences] = []
     original = arena_distill.models.scoring.score
@@ -292,7 +298,7 @@ def test_identical_sequences_are_scored_once(
     monkeypatch.setattr(arena_distill.models.scoring, "score", counting)
     settings = scoring_settings(max_lengths=(*LONG, 64))
     output = tmp_path / "merged_test.npy"
-    score_test(backbone, tokens, output, quantized=False, settings=settings, batch_tokens=700)
+    score_test(merged, tokens, output, quantized=False, settings=settings, batch_tokens=700)
     read = only_test(tokens)
     shown = [encode(read, Encoding(), o, n) for n in settings.max_lengths for o in ORDERS]
     distinct = {(row, part[row].tobytes()) for part in shown for row in range(len(part))}
@@ -328,20 +334,20 @@ def position(sequence: np.ndarray, part: tuple[int, ...]) -> int:
 
 
 def test_half_precision_scores_are_near_those_of_full_precision(
-    backbone: Path, tokens: Path, tmp_path: Path
+    merged: Path, tokens: Path, tmp_path: Path
 ) -> None:
     found = {}
     for precision in ("fp32", "bf16"):
         settings = scoring_settings(max_lengths=LONG, precision=precision)
         path = tmp_path / f"{precision}_test.npy"
-        score_test(backbone, tokens, path, quantized=False, settings=settings, batch_tokens=700)
+        score_test(merged, tokens, path, quantized=False, settings=settings, batch_tokens=700)
         found[precision], _ = read_logits(path)
     np.testing.assert_allclose(found["bf16"], found["fp32"], atol=0.2)
     assert not (found["bf16"] == found["fp32"]).all()
 
 
 def test_a_quantized_model_is_loaded_by_the_loader_for_it(
-    backbone: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
 
@@ -352,8 +358,8 @@ def test_a_quantized_model_is_loaded_by_the_loader_for_it(
     monkeypatch.setattr(arena_distill.deployment.gptq, "load_quantized", load)
     path = tmp_path / "gptq_test.npy"
     settings = scoring_settings(max_lengths=LONG)
-    score_test(backbone, tokens, path, quantized=True, settings=settings, batch_tokens=700)
-    assert loaded == [backbone]
+    score_test(merged, tokens, path, quantized=True, settings=settings, batch_tokens=700)
+    assert loaded == [merged]
     assert read_provenance(ids_path(path))["settings"]["quantized"] is True
 
 

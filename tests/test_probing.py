@@ -107,7 +107,9 @@ def test_one_prompt_alone_leaves_nothing_to_choose_by() -> None:
 def test_features_are_what_the_head_reads(family: str, run: Run, head: Head) -> None:
     tokens = read_tokens(run.tokens).take(np.arange(7))
     pad = tokens.vocabulary.pad
-    judge = new_judge(load_classifier(run.backbone, head=head, pad_token_id=pad), LORA, 4)
+    judge = new_judge(
+        load_classifier(run.backbone, head=head, pad_token_id=pad, head_seed=0), LORA, 4
+    )
     shown = make_examples(tokens, np.zeros(7, np.int64), None, None, training_settings(head=head))
     features = torch.from_numpy(read_features(judge, shown.views, 300))
     assert features.shape == (len(shown), len(shown.views), 32)
@@ -132,7 +134,7 @@ def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path
     votes = rows["label"].to_numpy().astype(np.int64)
     settings = training_settings(head=head)
     shown = make_examples(tokens, votes, None, None, settings)
-    base = load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad)
+    base = load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad, head_seed=0)
     judge = new_judge(base, LORA, settings.training.seed)
     features = torch.from_numpy(read_features(judge, shown.views, 300))
     groups = np.tile(rows["group"].to_numpy(), len(shown) // len(rows))
@@ -164,7 +166,9 @@ def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> No
     loss = Loss(ce=0, kl=1, temperature=1)
     said = {}
     for examples, by in ((taught, loss), (replace(taught, teachers=None, weights=None), VOTES)):
-        judge = new_judge(load_classifier(run.backbone, head=MEAN, pad_token_id=pad), LORA, 4)
+        judge = new_judge(
+            load_classifier(run.backbone, head=MEAN, pad_token_id=pad, head_seed=0), LORA, 4
+        )
         fit_head(judge, examples, loss=by, head=MEAN, batch_tokens=500)
         features = torch.from_numpy(read_features(judge, shown.views, 500))
         logits = battle_logits(head_layer(judge)(features), MEAN).detach().numpy()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,25 @@ class TestGPTQ:
     def test_seed_decides_the_sample(self, work: Path) -> None:
         a, b = tensors(work / "llama-8"), tensors(work / "llama-8-seed")
         assert any(not a[name].equal(b[name]) for name in a)
+
+    @pytest.mark.parametrize("lost", ["score.weight", "model.layers.1.mlp.up_proj.qweight"])
+    def test_a_folder_that_lacks_a_tensor_is_refused(
+        self, work: Path, lost: str, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import save_file
+
+        shutil.copytree(work / "llama-8", tmp_path / "lost")
+        rest = {name: tensor for name, tensor in tensors(work / "llama-8").items() if name != lost}
+        save_file(rest, tmp_path / "lost/model.safetensors", {"format": "pt"})
+        load = "import pathlib, arena_distill.quantization as q; q.load_quantized(pathlib.Path('lost'))"
+        done = subprocess.run(
+            [interpreter(), "-c", load],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")},
+            capture_output=True,
+            text=True,
+        )
+        assert f"InputError: lost: tensors are missing: 1 ({lost}): its" in done.stderr
 
     def test_folder_says_what_it_is(self, work: Path) -> None:
         card = (work / "llama-8" / "README.md").read_text()

@@ -64,7 +64,7 @@ def any_run(request: pytest.FixtureRequest, make_run: Callable[..., Run]) -> Run
 
 def batch_of(run: Run) -> tuple[Any, dict[str, torch.Tensor]]:
     tokens = read_tokens(run.tokens).take(np.arange(7))
-    base = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad)
+    base = load_classifier(run.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=0)
     (sequences,) = encode_views(tokens, ENCODING, Head(kind="joint"), ("AB",))
     assert len(set(sequences.lengths)) > 3
     ids, mask = map(torch.from_numpy, pad(list(sequences), tokens.vocabulary.pad))
@@ -147,7 +147,7 @@ def logits_settings(*states: Any, head: str = "joint") -> LogitsSettings:
 def adapter_of(run: Run, folder: Path, head: str = "joint") -> Path:
     """A judge whose adapter does something."""
     pad_id = read_tokens(run.tokens).vocabulary.pad
-    base = load_classifier(run.backbone, head=Head(kind=head), pad_token_id=pad_id)
+    base = load_classifier(run.backbone, head=Head(kind=head), pad_token_id=pad_id, head_seed=0)
     judge = new_judge(base, LORA, 4)
     torch.manual_seed(1)
     for name, parameter in judge.named_parameters():
@@ -177,7 +177,7 @@ def test_stored_features_are_what_the_head_reads(any_run: Run, head: Any, tmp_pa
     assert features.dtype == np.float16
     assert features.shape == (len(ids), 2, 32)
     pad_id = read_tokens(any_run.tokens).vocabulary.pad
-    base = load_classifier(any_run.backbone, head=Head(kind=head), pad_token_id=pad_id)
+    base = load_classifier(any_run.backbone, head=Head(kind=head), pad_token_id=pad_id, head_seed=0)
     judge = load_adapter(base, adapter)
     with torch.inference_mode():
         outputs = last_layer(judge)(torch.from_numpy(features).float()).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from conftest import FAMILIES, Run, make_backbone
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, validation_rows
 from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Training
@@ -282,7 +283,7 @@ def test_folds_start_from_the_post_pretrained_adapter(
 
 
 def test_no_adapter_to_start_from_is_an_error(llama: Run, tmp_path: Path) -> None:
-    model = load_classifier(llama.backbone, pad_token_id=3)
+    model = load_classifier(llama.backbone, pad_token_id=3, head_seed=0)
     with pytest.raises(InputError, match="no adapter"):
         load_adapter(model, tmp_path / "missing")
 
@@ -292,21 +293,37 @@ def test_an_adapter_of_another_backbone_is_an_error(
     family: str, layers: int, pretrained: Path, tmp_path: Path
 ) -> None:
     """PEFT loads what fits and warns of the rest: half a judge would go unseen."""
-    other = load_classifier(make_backbone(family, tmp_path / "other", layers=layers))
+    other = load_classifier(make_backbone(family, tmp_path / "other", layers=layers), head_seed=0)
     with pytest.raises(InputError, match="no adapter for this backbone"):
         load_adapter(other, pretrained)
 
 
+@pytest.mark.parametrize("lost", ["layers.1.self_attn.q_proj.lora_A", "score"])
+def test_an_adapter_that_lacks_a_tensor_is_an_error(
+    lost: str, llama: Run, pretrained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pretrained, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if lost not in name}
+    save_file(kept, file, {"format": "pt"})
+    model = load_classifier(llama.backbone, pad_token_id=3, head_seed=0)
+    with pytest.raises(
+        InputError, match=f"adapter: no adapter for this backbone: .*{lost}"
+    ) as error:
+        load_adapter(model, tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+
+
 def test_unknown_lora_targets_are_an_error(llama: Run) -> None:
     with pytest.raises(InputError, match=r"lora\.target_modules"):
-        new_judge(load_classifier(llama.backbone), Lora(targets=("q_prok",)), 0)
+        new_judge(load_classifier(llama.backbone, head_seed=0), Lora(target_modules=("q_prok",)), 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_trained_is_float32(precision: Any, llama: Run) -> None:
     """At 1e-5, steps of AdamW are smaller than what bfloat16 can add to a weight."""
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
-    judge = new_judge(load_classifier(llama.backbone, dtype=frozen), LORA, 0)
+    judge = new_judge(load_classifier(llama.backbone, dtype=frozen, head_seed=0), LORA, 0)
     for name, parameter in judge.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name
@@ -403,7 +420,9 @@ def test_gradient_checkpointing_changes_nothing(
     plain = fit(run, tmp_path / "plain")
     saved = fit(run, tmp_path / "saved", launch=Launch(gradient_checkpointing=True))
     assert distance(plain, saved) < 1e-6
-    start = new_judge(load_classifier(run.backbone), LORA, training_settings().training.seed)
+    start = new_judge(
+        load_classifier(run.backbone, head_seed=0), LORA, training_settings().training.seed
+    )
     names = [
         name for name, p in start.named_parameters() if "layers.0" in name and "lora_B" in name
     ]

@@ -137,6 +137,7 @@ class FoldMerger:
             head=self.settings.outputs,
             precision=self.settings.precision,
             pad_token_id=self.pad,
+            head_seed=0,  # the folds bring theirs
         )
         used = [(fold, w) for fold, w in zip(self.folds, weights, strict=True) if w]
         folds, shares = [fold for fold, _ in used], [w for _, w in used]

@@ -182,8 +182,8 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
         attention: the kernel (see ``backbones.choose_attention``); None leaves it to transformers.
 
     Raises:
-        InputError: gptqmodel is not installed, the folder holds no GPTQ model, or the kernel is not to
-            be had.
+        InputError: gptqmodel is not installed, the folder holds no GPTQ model or lacks tensors, or
+            the kernel is not to be had.
     """
     _prepare_gptqmodel()
     import torch
@@ -191,7 +191,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from arena_distill.models.loading import choose_attention, pool_mean
+    from arena_distill.models.loading import check_tensors, choose_attention, pool_mean
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -207,7 +207,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
         quantization["backend"] = "gptq_torch"
     try:
         with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 config=config,
                 dtype="auto",
@@ -215,9 +215,11 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
                 device_map={"": "cuda:0" if cuda else "cpu"},
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
+    check_tensors(folder, loaded)
     if getattr(config, "head_pooling", "last") == "mean":
         pool_mean(model)
     return model

@@ -92,7 +92,13 @@ def merge_folds(
     # Padding is recognised by its id alone: give whoever loads the folder the same one.
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     wide = torch.float32 if target == torch.float32 else "auto"
-    model: Any = load_classifier(backbone, head=outputs, dtype=wide, pad_token_id=pad)
+    model: Any = load_classifier(
+        backbone,
+        head=outputs,
+        dtype=wide,
+        pad_token_id=pad,
+        head_seed=0,  # the folds bring theirs
+    )
     gap = merge_into(model, folds, weights, average, head, target)
     model.to(target)
 
@@ -176,6 +182,8 @@ def _read(folder: Path) -> Adapter:
         )
     names = [key.removeprefix(_PREFIX) for key in file.keys()]  # noqa: SIM118 (it is no dict)
     targets = {name.removesuffix(s) for name in names for s in _FACTORS if name.endswith(s)}
+    if alone := sorted({t + s for t in targets for s in _FACTORS}.difference(names)):
+        raise InputError(f"{folder}: tensors are missing: {len(alone)} ({alone[0]}): train it anew")
     head = [name for name in names if not name.endswith(_FACTORS)]
     # Whatever else is in the file would be lost: magnitudes of DoRA, biases, embeddings.
     saved = set(config.modules_to_save or ())

@@ -51,6 +51,10 @@ def load_adapter(
             stored = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{adapter}: no adapter for this backbone: {error}") from None
+    except KeyError as error:  # PEFT takes the head for granted
+        raise InputError(
+            f"{adapter}: no adapter for this backbone: the tensor {error} is missing"
+        ) from None
     # PEFT only warns of layers that the adapter or the backbone lacks.
     differing = stored ^ set(get_peft_model_state_dict(judge, save_embedding_layers=False))
     if differing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,26 +36,27 @@ def load_classifier(
     attention: Attention | None = None,
     device_map: dict[str, Any] | str | None = None,
     pad_token_id: int | None = None,
-    head_seed: int = 0,
+    head_seed: int | None = None,
     shards: int = 1,
 ) -> PreTrainedModel:
     """Load a model as a judge: a sequence classifier with the outputs of its head (``heads.OUTPUTS``).
 
     Args:
-        folder: a local Hugging Face folder, with or without a head of that kind.
+        folder: a local Hugging Face folder.
         precision: of a judge that is to run: it decides dtype and quantisation of the weights, and they
             go to where this process computes (:func:`placement`).
         dtype: without `precision`, of weights that stay on the host; float32 by default.
         attention: the kernel (:func:`choose_attention`); None leaves it to transformers.
         device_map: where the weights go, as accelerate has it, if not to :func:`placement`.
         pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
-        head_seed: decides a fresh head's weights, where the folder has no head.
+        head_seed: decides a fresh head's weights, where the folder has no head; None: it has to have one,
+            as a finished judge has.
         shards: processes that share the weights (FSDP2): each loads and holds its part of them, and
             the whole head, which is small and learns.
 
     Raises:
-        InputError: the folder is no model, or one that cannot classify sequences; or `precision` or
-            `attention` needs what is not there.
+        InputError: the folder is no model, or one that cannot classify sequences, or lacks tensors; or
+            `precision` or `attention` needs what is not there.
     """
     import torch
     from safetensors import SafetensorError
@@ -94,11 +95,13 @@ def load_classifier(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
+    check_tensors(folder, loaded, fresh_head=head_seed is not None)
     if shards > 1:
         _hold_whole_head(model)
     if precision == "nf4":
         _keep_as_packed(model)
-    _start_head(model, loaded["missing_keys"], head_seed)
+    if head_seed is not None:
+        _start_head(model, loaded["missing_keys"], head_seed)
     if head.pooling == "mean":
         pool_mean(model)
     elif hasattr(model.config, "head_pooling"):  # of a judge that is a backbone now
@@ -116,6 +119,38 @@ def load_classifier(
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
     return model
+
+
+def check_tensors(
+    source: Path, loaded: Mapping[str, Collection[str]], *, fresh_head: bool = False
+) -> None:
+    """Refuse a model that lacks tensors: transformers draws them at random, in every job anew.
+
+    What is tied to another tensor, and what transformers computes by itself, does not lack.
+
+    Args:
+        source: the folder or file that was loaded, for the message.
+        loaded: what transformers tells of it (`output_loading_info`).
+        fresh_head: the head may lack.
+
+    Raises:
+        InputError: says how many lack, and names the first.
+    """
+    missing = sorted(loaded["missing_keys"])
+    if fresh_head:
+        missing = [name for name in missing if name.partition(".")[0] not in HEADS]
+    if missing:
+        unknown = sorted(loaded["unexpected_keys"])
+        others = f", and {_some(unknown)} are unknown to the model" if unknown else ""
+        raise InputError(
+            f"{source}: tensors are missing: {_some(missing)}{others}: its weights are incomplete, or "
+            "another model's; get or make it anew"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def placement() -> dict[str, int] | Literal["auto"] | None:

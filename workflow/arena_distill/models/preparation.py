@@ -10,6 +10,7 @@ from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
 from arena_distill.files.hub import brief, download
+from arena_distill.models.loading import check_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,7 +25,7 @@ def prepare_backbone(
         source: of a part of a model on the hub, the folder of that model.
 
     Raises:
-        InputError: the source is missing or no model, or has fewer layers than asked for.
+        InputError: the source is missing or no model, lacks tensors, or has fewer layers than asked for.
     """
     settings = {"version": version} | backbone.model_dump(exclude_none=True)
     with atomic_directory(output) as folder:
@@ -82,9 +83,15 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
             )
         keep_layers(config, backbone.layers)
     dtype = torch.float32 if backbone.gguf else "auto"
-    model = AutoModel.from_pretrained(
-        **where, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+    model, loaded = AutoModel.from_pretrained(
+        **where,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    check_tensors(source, loaded)
     if backbone.gguf:  # the weights are plain tensors now, whatever the file packed them as
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):

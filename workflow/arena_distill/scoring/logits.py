@@ -69,6 +69,7 @@ def predict_logits(
         precision=settings.precision,
         attention=attention,
         pad_token_id=read.vocabulary.pad,
+        head_seed=0,  # the adapter brings its own
     )
     model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}
