@@ -16,7 +16,7 @@ if CHECKOUT:
     sys.path.insert(0, str(CHECKOUT / "workflow"))
 
 from arena_distill import layout
-from arena_distill.config import derived, run
+from arena_distill.config import checks, derived, run
 from arena_distill.config import phases as phase
 from arena_distill.config.phases import VERSIONS
 from arena_distill.errors import InputError
@@ -122,6 +122,25 @@ def as_options(*names):
         return options
 
     return of_job
+
+
+@functools.cache
+def missing_paths():
+    """What the configuration names, is not there, and is made by no rule, also of who uses this one."""
+    made = lambda path: any(rule.is_producer(path) for rule in workflow.rules)
+    return checks.missing_paths(CONFIG, made)
+
+
+def existing(path):
+    """A path of the configuration, as an input that has to exist whatever an earlier run left.
+
+    Runs and dry runs check what they need: neither a plan nor `--report` needs any, and Snakemake itself
+    looks for the inputs of a job on another node. This exits, because Snakemake takes any error here for
+    a job that cannot run, and is content with the output that exists.
+    """
+    if workflow.is_main_process and workflow.executor_plugin and path in missing_paths():
+        sys.exit("\n".join(missing_paths().values()))
+    return local(path)
 
 
 def compute(knob):

@@ -29,6 +29,8 @@ rule download_backbone:
 
 
 rule prepare_backbone:
+    input:
+        prepared_from,
     output:
         directory(RUN.backbone("{backbone}")),
     log:

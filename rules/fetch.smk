@@ -5,7 +5,7 @@ include: "inputs/fetch.smk"
 rule fetch_battles:
     # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
     input:
-        without=lambda wildcards: [local(file) for file in FETCHED[wildcards.file].without],
+        without=lambda wildcards: [existing(file) for file in FETCHED[wildcards.file].without],
     output:
         file=local("{file}"),
     log:

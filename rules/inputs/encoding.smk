@@ -12,7 +12,14 @@ def backbone_folder(judge):
         return RUN.backbone(GRAPH.backbone_name(judge))
     if backbone.tiny:
         return local(f"{os.path.relpath(TINY / backbone.tiny)}/config.json")
-    return local(f"{backbone.path}/config.json")
+    return existing(f"{backbone.path}/config.json")
+
+
+def prepared_from(wildcards):
+    """No input that could rebuild a backbone: only a check that what it is made of exists."""
+    for _, path in checks.backbone_files(BACKBONES[wildcards.backbone]):
+        existing(path)
+    return []
 
 
 def backbone(wildcards):

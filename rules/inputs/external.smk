@@ -21,7 +21,7 @@ def answers(wildcards, output):
 
 def logits_file(wildcards):
     """The file with an external judge's logits."""
-    return local(EXTERNAL[wildcards.judge].file)
+    return existing(EXTERNAL[wildcards.judge].file)
 
 
 EXTERNAL_LOGITS = RUN.external("{judge}")
