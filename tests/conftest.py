@@ -7,6 +7,7 @@ token, Qwen2-like without begin of sequence, Gemma2-like with both and with soft
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from checkouts import Checkout, make_checkout
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,16 @@ DATA = ROOT.parent / "shared" / "data"
 REAL_TOKENIZERS = ROOT / "models" / "tokenizers"
 
 FAMILIES = ("llama", "qwen2", "gemma2")
+
+REAL = {"real_tokenizer", "reader", "llama_server", "auto_gptq"}
+"""Fixtures of real tokenizers, models and libraries that `make test-real` fetches."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if REAL & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real")
+
 
 SPECIAL_TOKENS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -248,7 +260,14 @@ def run(family: str, make_run: Callable[..., Run]) -> Run:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A finished run."""
-    checkout = make_checkout(tmp_path_factory.mktemp("finished") / "checkout")
-    checkout.run()
-    return checkout
+    """A finished run: made once for all processes of the tests, copied for each."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "finished.lock"):
+        if not (shared / "finished").exists():
+            checkout = make_checkout(shared / "unfinished")
+            checkout.run()
+            checkout.folder.rename(shared / "finished")
+    mine = base / "finished-run"
+    shutil.copytree(shared / "finished", mine, symlinks=True)
+    return Checkout(mine)

@@ -15,11 +15,11 @@ import torch
 from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone, make_config
 from safetensors.torch import load_file, save_file
 
-from arena_distill.config.judge import Backbone, Head
+from arena_distill.config.judge import TINY, Backbone, Head
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json
-from arena_distill.models.loading import HEADS, TINY, check_length, load_classifier
+from arena_distill.models.loading import HEADS, check_length, load_classifier
 from arena_distill.models.preparation import prepare_backbone
 
 GGUF = ROOT / "models" / "smollm2-135m-instruct.gguf"
@@ -331,6 +331,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error(
         prepare_backbone(Backbone(hub="org/model", revision="abc"), tmp_path / "x", version=1)
 
 
+@pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.skipif(not GGUF.is_file(), reason=f"no {GGUF}; scripts/fetch_weights.sh fetches it")
 def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
@@ -348,6 +349,7 @@ def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
     assert tokenizer.decode(ids[0]) == "The capital of France is"
 
 
+@pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"), [("llama", "llama3"), ("qwen2", "qwen2_5"), ("gemma2", "gemma2")]

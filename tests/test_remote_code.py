@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkouts import GPTQ, ROOT, make_checkout
 
-from arena_distill.models.loading import TINY
+from arena_distill.config.judge import TINY
 
 SOURCES = sorted(
     [*ROOT.glob("workflow/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")]
