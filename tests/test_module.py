@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,24 @@ def snakemake(folder: Path, *arguments: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
+
+
+def make_wheel(folder: Path) -> Path:
+    """The package as it is installed: unpacked from its wheel."""
+    source = folder / "source"
+    (source / "workflow").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(
+        ROOT / "workflow/arena_distill",
+        source / "workflow/arena_distill",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, source], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    return folder / "site"
 
 
 def replace(file: Path, old: str, new: str) -> None:
@@ -42,8 +61,14 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def test_another_repository_uses_it_as_a_module(repository: Path) -> None:
+def test_another_repository_uses_it_as_a_module(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the package from its wheel: beside the rules there is none."""
+    site = make_wheel(tmp_path / "wheel")
+    monkeypatch.setenv("PYTHONPATH", str(site))
     checkout = repository.parent / "arena-distill"
+    shutil.rmtree(checkout / "workflow/arena_distill")
     before = set(checkout.rglob("*"))
     snakemake(repository, "--cores", "2")
 
@@ -77,6 +102,9 @@ def test_another_repository_uses_it_as_a_module(repository: Path) -> None:
     assert (repository / "prefixed.txt").read_text() == "here\n" * 3
 
     assert "Nothing to be done" in snakemake(repository, "--cores", "2")
+    assert "backbones/" not in snakemake(repository, "-n"), "tiny backbones come with the package"
+    log = (judge / "logs/evaluate.log").read_text()
+    assert "Traceback" not in log
 
 
 def test_without_a_prefix_the_same_battles_are_read(repository: Path) -> None:
@@ -90,3 +118,12 @@ def test_the_checkout_beside_it_is_a_workflow_still(repository: Path) -> None:
     checkout = repository.parent / "arena-distill"
     assert "good condition" in snakemake(checkout, "--lint")
     assert "Job stats" in snakemake(checkout, "-n")
+
+
+def test_a_plan_of_another_repository_prices_the_jobs_of_the_module(repository: Path) -> None:
+    command = [sys.executable, "-m", "arena_distill", "plan", "--json"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jobs = {job["rule"]: job for job in json.loads(done.stdout)["jobs"]}
+    assert jobs["arena_train_teacher"]["flops"] > 0
+    assert jobs["rank_bots"]["flops"] == 0

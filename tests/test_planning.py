@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from arena_distill.errors import InputError
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier
 from arena_distill.planning import forecast
-from arena_distill.planning.costs import DEVICES, GIB, NF4_BYTES, USABLE, Cost, Costs
+from arena_distill.planning.costs import DEVICES, GIB, NF4_BYTES, ON_THE_HOST, USABLE, Cost, Costs
 from arena_distill.planning.forecast import critical_path, simulate
 from arena_distill.planning.sizes import alive, measure, read_config, step_bytes
 from arena_distill.planning.workload import Battles, assumed_sequence
@@ -518,3 +519,15 @@ def test_the_plan_is_a_target_of_the_workflow(tmp_path: Path) -> None:
     assert {"train_teacher", "distill_student", "quantize_model", "render_report"} <= rules
     assert plan["battles"]["counted"] and not plan["battles"]["measured"]
     assert not list(checkout.results.glob("*.parquet"))  # nothing else was done
+
+
+def test_the_planner_knows_every_rule() -> None:
+    rules = {
+        name
+        for file in [ROOT / "Snakefile", *(ROOT / "rules").glob("*.smk")]
+        for name in re.findall(r"(?m)^(?:rule|use rule \w+ as) (\w+)", file.read_text())
+    }
+    config = configuration.load(yaml.safe_load((ROOT / "config/config.yaml").read_text()))
+    known = Costs(config, Battles(config, Path("none")), Path("none")).by_rule.keys() | ON_THE_HOST
+    targets = set(re.findall(r"(?m)^rule (\w+)", (ROOT / "rules/targets.smk").read_text()))
+    assert rules - targets - {"all"} == known

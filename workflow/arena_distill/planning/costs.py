@@ -109,6 +109,19 @@ class Cost:
 # --- jobs -------------------------------------------------------------------------------------------
 
 
+ON_THE_HOST = frozenset(
+    {
+        *("fetch_battles", "simulate_arena", "read_battles", "assign_folds", "audit_leaks"),
+        *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
+        *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),
+        *("check_drift", "fit_calibration", "predict_test", "write_submission"),
+        *("write_config", "evaluate", "render_report", "write_plan"),
+        *("draw_averaging", "draw_curves", "compare_judges"),
+    }
+)
+"""The rules that run no judge."""
+
+
 class Costs:
     """What the jobs of a run cost.
 
@@ -125,7 +138,7 @@ class Costs:
         self._models: dict[str, Any] = {}
         self._sizes: dict[str, Sizes] = {}
         train, score = self._train, self._score_fold
-        self._by_rule: dict[str, Callable[[Planned, Judge, Device], Cost]] = {
+        self.by_rule: dict[str, Callable[[Planned, Judge, Device], Cost]] = {
             "pretrain_adapter": train,
             "train_teacher": train,
             "distill_student": train,
@@ -149,9 +162,9 @@ class Costs:
         """
         node = judge or self.config.judges.get(job.wildcards.get("judge", ""))
         device = device or DEVICES[self.config.plan.accelerator]
-        if node is None or job.rule not in self._by_rule:
+        if node is None or job.phase not in self.by_rule:
             return self._host(job)
-        return self._by_rule[job.rule](job, node, device)
+        return self.by_rule[job.phase](job, node, device)
 
     def sizes(self, judge: str) -> Sizes:
         """How big a judge is."""
@@ -172,7 +185,7 @@ class Costs:
     def _train(self, job: Planned, judge: Judge, device: Device) -> Cost:
         name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
         how: Optimization
-        if job.rule == "pretrain_adapter":
+        if job.phase == "pretrain_adapter":
             assert judge.pretraining
             how, battles = judge.pretraining, {"ut": float(self.battles.counts["ut"])}
         else:
@@ -312,10 +325,10 @@ class Costs:
         tokens = self.config.plan.tokens_per_battle
         battles = sum(self.battles.counts.values())
         seconds, stored, host = self.config.plan.startup, 0.0, 1.0 * GIB
-        if job.rule in ("read_battles", "simulate_arena"):
+        if job.phase in ("read_battles", "simulate_arena"):
             seconds += battles / _READ
             stored = battles * tokens * _TEXT_BYTES
-        elif job.rule == "tokenize_battles":
+        elif job.phase == "tokenize_battles":
             seconds += battles / _TOKENIZED
             stored = battles * tokens * _TEXT_BYTES
             host += 2 * battles * tokens * _TEXT_BYTES
@@ -372,7 +385,7 @@ class Costs:
         return memory
 
     def _merged(self, job: Planned, sizes: Sizes, judge: Judge) -> dict[str, float]:
-        if job.rule == "score_test_gptq":
+        if job.phase == "score_test_gptq":
             return {"weights": self._quantized_bytes(sizes, judge)}
         return {"weights": _dense_bytes(judge) * (sizes.base + sizes.head)}
 

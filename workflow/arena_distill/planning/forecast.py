@@ -147,7 +147,7 @@ def forecast(arguments: Sequence[str]) -> Forecast:
     family = Family(dict(read.judges))
     derive(read, graph.config, family)
     config = read.with_judges(family.judges)
-    run = graph.folder / config.results / config.run
+    run = graph.folder / graph.run
     costs = Costs(config, battles := Battles(config, run), run)
     found = [costs.of(job) for job in graph.jobs]
     _refuse_what_does_not_fit(graph.jobs, found, costs)
@@ -263,14 +263,14 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
             value //= 2
     # Weights in NF4 cannot be spread: one change or the other.
     if judge.precision != "nf4":
-        if not job.rule.startswith(("score_test", "quantize")):
+        if not job.phase.startswith(("score_test", "quantize")):
             told = f"judges.{job.wildcards['judge']}.precision: nf4"
             yield _Change("weights", told, {"fsdp": 0}, {"precision": "nf4"})
         if "fsdp" in asked:
             for count in (n for n in (2, 4, 8) if n <= plan.gpus_per_node):
                 told = f"{compute}.fsdp: true, gpus: {count}"
                 yield _Change("weights", told, {"fsdp": 1, "gpu": count}, {})
-    if job.rule.startswith(("predict", "score_test_merged")):
+    if job.phase.startswith(("predict", "score_test_merged")):
         for count in (n for n in (2, 4, 8) if int(asked["gpu"]) < n <= plan.gpus_per_node):
             told = f"judges.{job.wildcards['judge']}.logits.gpus: {count}"
             yield _Change("spread", told, {"gpu": count}, {})

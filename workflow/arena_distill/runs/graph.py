@@ -38,6 +38,13 @@ class Planned:
     threads: int = 1
     resources: dict[str, int | str] = field(default_factory=dict)
     """What its rule asks for, at the first attempt."""
+    original: str = ""
+    """The name of its rule in this workflow, where another repository uses it under its own."""
+
+    @property
+    def phase(self) -> str:
+        """The name of its rule in this workflow."""
+        return self.original or self.rule
 
     @property
     def name(self) -> str:
@@ -51,10 +58,13 @@ class Graph:
     """The jobs in the order of their rules, and what they were planned from.
 
     folder: where Snakemake works.
-    config: the configuration as it was read, all files and `--config` laid over each other.
+    run: the folder of the run, relative to it.
+    config: the configuration of this workflow as it was read, all files and `--config` laid over each
+        other; where another repository uses it as a module, the part that it is given.
     """
 
     folder: Path
+    run: Path
     config: dict[str, Any]
     jobs: list[Planned]
 
@@ -82,7 +92,7 @@ def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Gra
         raise InputError(_refusal(done.stdout, done.stderr))
     graph = json.loads(found[-1])["arena_distill"]
     jobs = [Planned(**job) for job in graph["jobs"]]
-    return Graph(Path(graph["folder"]), graph["config"], jobs)
+    return Graph(Path(graph["folder"]), Path(graph["run"]), graph["config"], jobs)
 
 
 def _print_graph(without_inputs: bool) -> None:
@@ -110,6 +120,12 @@ def _print_graph(without_inputs: bool) -> None:
 
         jobs = sorted((job for job in dag.jobs if job.output), key=place)
         number = {job: i for i, job in enumerate(jobs)}
+        # This workflow's own names, in whatever workflow it is a module.
+        names = [rule.module_globals for rule in dag.workflow.rules]
+        own = next((n for n in names if {"STUDIES", "RUN"} <= n.keys()), dag.workflow.globals)
+        proxies = vars(own["rules"]).get("_rules", {})
+        originals = {proxy.rule.name: name for name, proxy in proxies.items()}
+        battles = proxies["read_battles"].output.battles if "read_battles" in proxies else ""
         shown = [
             {
                 "rule": job.rule.name,
@@ -124,10 +140,16 @@ def _print_graph(without_inputs: bool) -> None:
                     for key, value in job.resources.items()
                     if isinstance(value, (int, str)) and key not in ("_cores", "_nodes", "tmpdir")
                 },
+                "original": originals.get(job.rule.name, ""),
             }
             for job in jobs
         ]
-        graph = {"folder": os.getcwd(), "config": dag.workflow.globals["config"], "jobs": shown}
+        graph = {
+            "folder": os.getcwd(),
+            "run": os.path.dirname(str(battles)),
+            "config": own["config"],
+            "jobs": shown,
+        }
         yield json.dumps({"arena_distill": graph})
 
     DAG.summary = summary
