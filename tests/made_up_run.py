@@ -14,13 +14,14 @@ import pyarrow as pa
 from arena_distill.battles import reading as raw
 from arena_distill.battles.folds import assign_folds
 from arena_distill.config.phases import EvaluationSettings, PredictionSettings
+from arena_distill.config.vocabulary import ModelKind
 from arena_distill.evaluation.evaluate import evaluate
 from arena_distill.files.artifacts import provenance as origin
 from arena_distill.files.artifacts import write_json, write_parquet, write_text
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.prediction.submission import WINNERS
-from arena_distill.prediction.test_time import Costs, Model, predict_test, softmax
+from arena_distill.prediction.test_time import Costs, predict_test, softmax
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3
@@ -146,7 +147,7 @@ def _write_test(run: MadeUpRun, error: float, rng: np.random.Generator) -> None:
     logits = run.true_logits(test)[:, None, None] + rng.normal(0, error, shape)
     costs = _costs(len(test))
     test = pa.table({n: test[n] for n in test.column_names} | costs.columns(LENGTHS))
-    drifts: dict[Model, float] = {"merged": 0.0, "gptq": 0.01}
+    drifts: dict[ModelKind, float] = {"merged": 0.0, "gptq": 0.01}
     for model, drift in drifts.items():
         path = run.folder / "logits" / "small" / f"{model}_test.npy"
         shuffled = rng.permutation(len(test))

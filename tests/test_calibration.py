@@ -19,6 +19,7 @@ from made_up_run import FOLDS, MadeUpRun, made_up_run
 from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.style_features import read_styles, style_features
 from arena_distill.config.phases import PredictionSettings
+from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
 from arena_distill.files.keys import key
@@ -29,7 +30,6 @@ from arena_distill.prediction.calibration import (
     HOTTEST,
     METHODS,
     Calibration,
-    Method,
     cross_fit,
     fit,
     fit_calibration,
@@ -81,7 +81,7 @@ def test_known_scales_and_a_known_bias_are_found() -> None:
 
 @each_method
 @given(seed=seeds)
-def test_the_fit_is_where_the_gradient_is_zero(method: Method, seed: int) -> None:
+def test_the_fit_is_where_the_gradient_is_zero(method: CalibrationMethod, seed: int) -> None:
     rng = np.random.default_rng(seed)
     seen = rng.normal(0, 2, (200, 3))
     votes = drawn(softmax(seen / 2), rng)
@@ -96,7 +96,7 @@ def test_the_fit_is_where_the_gradient_is_zero(method: Method, seed: int) -> Non
 @each_method
 @given(seed=seeds, rows=st.integers(1, 40), size=st.sampled_from([0.0, 1e-3, 1.0, 30.0]))
 def test_a_fit_is_never_worse_on_its_own_rows(
-    method: Method, seed: int, rows: int, size: float
+    method: CalibrationMethod, seed: int, rows: int, size: float
 ) -> None:
     rng = np.random.default_rng(seed)
     seen, votes = rng.normal(0, size, (rows, 3)), rng.integers(0, 3, rows)
@@ -108,7 +108,7 @@ def test_a_fit_is_never_worse_on_its_own_rows(
 
 
 @each_method
-def test_what_votes_do_not_decide_stays_as_it_is(method: Method) -> None:
+def test_what_votes_do_not_decide_stays_as_it_is(method: CalibrationMethod) -> None:
     none, no_votes = np.empty((0, 3)), np.empty(0, np.int64)
     empty = fit(method, none, no_votes)
     assert empty.scale.tolist() == [1, 1, 1]
@@ -139,7 +139,9 @@ def test_a_kind_of_vote_that_is_absent_becomes_rare_not_impossible() -> None:
 
 @each_method
 @given(seed=seeds)
-def test_exchanging_the_answers_exchanges_the_calibrated_verdict(method: Method, seed: int) -> None:
+def test_exchanging_the_answers_exchanges_the_calibrated_verdict(
+    method: CalibrationMethod, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
     found = fit(method, seen, votes)
@@ -152,7 +154,7 @@ def test_exchanging_the_answers_exchanges_the_calibrated_verdict(method: Method,
 
 @each_method
 @given(seed=seeds)
-def test_a_constant_on_all_logits_changes_nothing(method: Method, seed: int) -> None:
+def test_a_constant_on_all_logits_changes_nothing(method: CalibrationMethod, seed: int) -> None:
     rng = np.random.default_rng(seed)
     seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
     found, shift = fit(method, seen, votes), rng.normal(0, 5, (50, 1))
@@ -168,7 +170,7 @@ def test_a_temperature_changes_no_verdict(seed: int) -> None:
 
 
 @each_method
-def test_the_same_rows_give_the_same_bits(method: Method) -> None:
+def test_the_same_rows_give_the_same_bits(method: CalibrationMethod) -> None:
     rng = np.random.default_rng(4)
     seen, votes = rng.normal(0, 2, (300, 3)), rng.integers(0, 3, 300)
     assert fit(method, seen, votes).parameters == fit(method, seen, votes).parameters
@@ -178,7 +180,7 @@ def test_the_same_rows_give_the_same_bits(method: Method) -> None:
 
 
 @each_method
-def test_luck_is_no_gain(method: Method) -> None:
+def test_luck_is_no_gain(method: CalibrationMethod) -> None:
     """A judge that knows the truth cannot be mended: what fits its luck does worse elsewhere."""
     own, crossed = [], []
     for seed in range(60):
@@ -192,7 +194,7 @@ def test_luck_is_no_gain(method: Method) -> None:
 
 
 @each_method
-def test_votes_of_a_part_do_not_move_its_own_probabilities(method: Method) -> None:
+def test_votes_of_a_part_do_not_move_its_own_probabilities(method: CalibrationMethod) -> None:
     rng = np.random.default_rng(5)
     seen, votes, parts = (
         rng.normal(size=(90, 3)),
@@ -432,7 +434,7 @@ def predict(folder: Path, logits: np.ndarray, **changes: Any) -> tuple[Any, dict
 @each_method
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 def test_every_variant_is_there_as_it_is_and_calibrated(
-    method: Method, average: str, calibration: Path, tmp_path: Path
+    method: CalibrationMethod, average: str, calibration: Path, tmp_path: Path
 ) -> None:
     logits = np.random.default_rng(6).normal(size=(8, 2, 2, 3)).astype(np.float32)
     raw, _ = predict(tmp_path / "raw", logits, average=average)

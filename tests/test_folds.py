@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from arena_distill.battles import reading as raw
 from arena_distill.battles.folds import (
     SCHEMA,
-    Method,
     assign_folds,
     dropped_extra,
     fold_settings,
@@ -25,13 +24,14 @@ from arena_distill.battles.folds import (
     validation_rows,
     write_folds,
 )
+from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, read_provenance, write_parquet
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real battles in {DATA}")
 
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[FoldMethod, ...] = get_args(FoldMethod)
 
 
 def made_up(prompts: int = 40, per_prompt: int = 3, extra: int = 30) -> pa.Table:
@@ -62,7 +62,7 @@ def battles_of(prompts: list[list[str]]) -> pa.Table:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_train_battle_validates_once(method: Method) -> None:
+def test_every_train_battle_validates_once(method: FoldMethod) -> None:
     folds = assign_folds(made_up(), method=method, n=5, seed=1)
     assert folds.schema == SCHEMA
     source = folds["source"].to_numpy()
@@ -78,7 +78,7 @@ def test_every_train_battle_validates_once(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_folds(method: Method) -> None:
+def test_same_seed_same_folds(method: FoldMethod) -> None:
     first, again, other = (
         assign_folds(made_up(), method=method, n=4, seed=seed) for seed in (2025, 2025, 42)
     )
@@ -109,7 +109,7 @@ def test_no_prompt_is_in_several_folds() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_choices_see_is_neither_trained_on_nor_reported(method: Method) -> None:
+def test_what_choices_see_is_neither_trained_on_nor_reported(method: FoldMethod) -> None:
     folds = assign_folds(made_up(), method=method, n=4, seed=3, holdout=0.2)
     groups = folds["group"].to_numpy()
     held = held_out_rows(folds)
@@ -144,7 +144,7 @@ def test_prompts_never_leak_whatever_the_battles(rows: list[tuple[int, int]], n:
 
 
 @pytest.mark.parametrize("method", ["kfold", "stratified"])
-def test_leak_of_the_historical_folds_is_counted(method: Method) -> None:
+def test_leak_of_the_historical_folds_is_counted(method: FoldMethod) -> None:
     folds = assign_folds(made_up(), method=method, n=5, seed=0)
     assert all(dropped_extra(folds, fold) == 0 for fold in range(5))
     for fold in range(5):
@@ -181,7 +181,7 @@ def test_groups_number_prompts_in_order_of_appearance(prompts: list[list[str]]) 
         ("kfold", 128, "n is 128, 2 to 127 expected"),
     ],
 )
-def test_too_many_folds(method: Method, n: int, message: str) -> None:
+def test_too_many_folds(method: FoldMethod, n: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         assign_folds(made_up(prompts=2, per_prompt=6), method=method, n=n, seed=0)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from arena_distill import phase_cli
+from arena_distill.config.vocabulary import Family
 from arena_distill.errors import InputError, Stopped
 from arena_distill.runtime import launch
 
@@ -94,7 +95,7 @@ def show_results(
 
 @app.command()
 def pretrain_tiny(
-    family: Annotated[Literal["llama", "qwen2", "gemma2"], typer.Option(help="Architecture.")],
+    family: Annotated[Family, typer.Option(help="Architecture.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     battles: Annotated[int, typer.Option(help="Battles of the pool.")] = 40_000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 4,

@@ -35,6 +35,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
+def mean_over_views(logits: np.ndarray) -> np.ndarray:
+    """The softmax of the mean logits of each battle's views: (rows, views, 3) → float64 (rows, 3)."""
+    return softmax(logits.mean(axis=1, dtype=np.float64))
+
+
 # --- votes ----------------------------------------------------------------------------------------
 
 
@@ -236,7 +241,7 @@ def position_bias(logits: np.ndarray, votes: np.ndarray) -> Figures:
     verdicts, probabilities = logits.argmax(axis=-1), softmax(logits)
     first, second = np.array([0, 1]), np.array([1, 0])  # the class of that answer, in AB and in BA
     seen: dict[str, np.ndarray] = {order: probabilities[:, i] for i, order in enumerate(ORDERS)}
-    seen["both"] = softmax(logits.mean(axis=1, dtype=np.float64))
+    seen["both"] = mean_over_views(logits)
     distance = abs(probabilities[:, 0] - probabilities[:, 1]).sum(axis=-1) / 2
     return {
         "flip_rate": float((verdicts[:, 0] != verdicts[:, 1]).mean()),

@@ -469,9 +469,10 @@ def predict_test(
     battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
 ) -> None:
     """Average the test logits over lengths and orders, every variant of it; calibrate them."""
-    from arena_distill.prediction.test_time import Model, predict_test
+    from arena_distill.config.vocabulary import ModelKind
+    from arena_distill.prediction.test_time import predict_test
 
-    model = next(model for model in get_args(Model) if logits.stem == f"{model}_test")
+    model = next(model for model in get_args(ModelKind) if logits.stem == f"{model}_test")
     parsed = parse(phase.PredictionSettings, settings)
     predict_test(
         logits, output, model=model, settings=parsed, calibration=calibration, battles=battles

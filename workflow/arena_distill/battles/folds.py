@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +28,10 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.similarity import near_groups
 from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
 from arena_distill.verdicts import NO_VOTE
-
-Method = Literal["kfold", "stratified", "stratified_group"]
 
 EVERY_FOLD = -1
 """The "fold" of extra battles: they train every model and validate none."""
@@ -93,7 +92,7 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping
 def assign_folds(
     battles: pa.Table,
     *,
-    method: Method,
+    method: FoldMethod,
     n: int,
     seed: int,
     holdout: float = 0.0,
@@ -120,9 +119,9 @@ def assign_folds(
         ValueError: an unknown method.
         InputError: too few rows, votes of a kind, or prompts for `n` folds.
     """
-    if method not in get_args(Method):
+    if method not in get_args(FoldMethod):
         raise ValueError(
-            f"unknown method {method!r}: one of {', '.join(get_args(Method))} expected"
+            f"unknown method {method!r}: one of {', '.join(get_args(FoldMethod))} expected"
         )
     if not 2 <= n <= MOST_FOLDS:
         raise InputError(f"folds: n is {n}, 2 to {MOST_FOLDS} expected")
@@ -282,7 +281,9 @@ def fold_settings(folds: pa.Table) -> dict[str, Any]:
         ) from None
 
 
-def _deal(labels: np.ndarray, groups: np.ndarray, method: Method, n: int, seed: int) -> np.ndarray:
+def _deal(
+    labels: np.ndarray, groups: np.ndarray, method: FoldMethod, n: int, seed: int
+) -> np.ndarray:
     """Return the fold (int8) of each train row."""
     _check_enough(labels, groups, method, n)
     # Imported here: the module also serves jobs that only read folds.
@@ -315,7 +316,7 @@ def _joined(groups: np.ndarray, prompts: pa.StringArray, near: Mapping[str, Any]
     return joined
 
 
-def _check_enough(labels: np.ndarray, groups: np.ndarray, method: Method, n: int) -> None:
+def _check_enough(labels: np.ndarray, groups: np.ndarray, method: FoldMethod, n: int) -> None:
     """Raise InputError where a fold would lack rows, prompts, or votes of a kind."""
     advice = f"for {n} folds; lower n, give more battles or choose another method"
     if len(labels) < n:

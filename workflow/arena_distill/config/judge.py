@@ -24,10 +24,11 @@ from pydantic import (
     model_validator,
 )
 
+from arena_distill.config.vocabulary import Family, FoldAverage, FoldHeads
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Order = Literal["AB", "BA"]
 Targets = Literal["out_of_fold", "in_sample"]
 Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
@@ -64,7 +65,7 @@ class Backbone(Section):
     """The commit on the hub, or a tag or branch: which commit that was, provenance.json tells."""
     gguf: str | None = None
     """A GGUF file, converted once to an ordinary folder."""
-    tiny: Literal["llama", "qwen2", "gemma2"] | None = None
+    tiny: Family | None = None
     """One of the tiny pretrained models that ship with the workflow."""
     layers: PositiveInt | None = None
     """Keep only the first N layers: a cheap student of the same family."""
@@ -340,9 +341,9 @@ class Loss(Section):
 class Merge(Section):
     """How the folds' adapters become one dense model."""
 
-    average: Literal["factors", "products"] = "factors"
+    average: FoldAverage = "factors"
     """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
-    heads: Literal["average", "first"] = "first"
+    heads: FoldHeads = "first"
     """The folds' mean head, or fold 0's."""
     weights: Literal["equal", "validation", "greedy"] = "equal"
     """Of the folds: by their validation loss, or a greedy soup on held-out battles (folds.holdout)."""

@@ -20,7 +20,6 @@ from arena_distill.config.judge import (
     Loss,
     Merge,
     Name,
-    Order,
     Precision,
     Pretraining,
     Quantization,
@@ -32,7 +31,9 @@ from arena_distill.config.judge import (
     is_none,
 )
 from arena_distill.config.run import Audit, Cascade, Config, Folds, Prediction, explain
+from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
 from arena_distill.errors import InputError
+from arena_distill.verdicts import Order
 
 if TYPE_CHECKING:
     from arena_distill.config.derived import Studies
@@ -240,7 +241,7 @@ class SoupSettings(Settings):
     encoding: Encoding
     outputs: Head
     precision: Precision
-    average: Literal["factors", "products"] = "products"
+    average: FoldAverage = "products"
 
     @classmethod
     def of(cls, config: Config, judge: str) -> SoupSettings:
@@ -315,11 +316,9 @@ class PredictionSettings(Settings):
 
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
-    average: Literal["logits", "probabilities"]
+    average: ViewAverage
     # Left out where nothing is calibrated: such predictions are what they were before it was a key.
-    calibration: Literal["none", "temperature", "vector", "style"] = Field(
-        "none", exclude_if=lambda method: method == "none"
-    )
+    calibration: Calibration = Field("none", exclude_if=lambda method: method == "none")
     cascade: Cascade | None = Field(None, exclude_if=is_none)
 
     @classmethod
@@ -340,7 +339,7 @@ class EvaluationSettings(Settings):
     optimistic: tuple[str, ...] = Field((), exclude_if=not_)
     """Students whose teachers have learned from the very votes that they are scored by out of fold."""
     final: str
-    model: Literal["gptq", "merged"]
+    model: ModelKind
     """The model of the final judge that is submitted."""
 
     @classmethod

@@ -39,15 +39,15 @@ from arena_distill.config.judge import (
     Judge,
     JudgeDefaults,
     Name,
-    Order,
     Section,
     Share,
     State,
     is_none,
 )
+from arena_distill.config.vocabulary import Calibration, FoldMethod, ModelKind, ViewAverage
 from arena_distill.errors import InputError
+from arena_distill.verdicts import Order
 
-Calibration = Literal["none", "temperature", "vector", "style"]
 Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4090"]
 
 
@@ -182,7 +182,7 @@ class Data(Section):
 class Folds(Section):
     """Cross-validation. Only `stratified_group` keeps battles of one prompt together."""
 
-    method: Literal["kfold", "stratified", "stratified_group"] = "kfold"
+    method: FoldMethod = "kfold"
     """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
     n: Annotated[int, Field(ge=2, le=127)] = 5
     """How many folds."""
@@ -228,9 +228,9 @@ class Prediction(Section):
     """Tokens per sequence; several are averaged."""
     orders: tuple[Order, ...] = Field(("AB", "BA"), min_length=1)
     """Several are averaged, the verdict of BA exchanged back first."""
-    average: Literal["logits", "probabilities"] = "logits"
+    average: ViewAverage = "logits"
     """What is averaged."""
-    model: Literal["gptq", "merged"] = "gptq"
+    model: ModelKind = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
     calibration: Calibration = "none"
     """Fitted to logits out of fold, so they may not flatter; `style` also knows how answers look."""

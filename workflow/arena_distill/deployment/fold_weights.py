@@ -27,6 +27,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
+from arena_distill.metrics import mean_over_views
 from arena_distill.models.heads import verdicts
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
     Args:
         logits: `fold_<k>.npy` of the folds, in their order.
     """
-    from arena_distill.metrics import losses, softmax
+    from arena_distill.metrics import losses
 
     table = read_parquet(folds, ["id", "source", "label"])
     means, errors = [], []
@@ -51,7 +52,7 @@ def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
             .to_numpy()
             .astype(np.int64)[locate(key(ids.take(rows)), key(table), str(folds))]
         )
-        loss = losses(softmax(scores[rows].mean(axis=1, dtype=np.float64)), votes)
+        loss = losses(mean_over_views(scores[rows]), votes)
         means.append(loss.mean())
         errors.append(loss.std() / np.sqrt(len(loss)))
     weights = np.exp(-(np.array(means) - np.mean(means)) / max(float(np.mean(errors)), 1e-12))
@@ -147,8 +148,8 @@ class FoldMerger:
 
     def log_loss(self, some: Sequence[int], votes: np.ndarray) -> float:
         """That of the equal soup of some folds, by the mean of both orders' logits."""
-        from arena_distill.metrics import losses, softmax
+        from arena_distill.metrics import losses
 
         weights = [1 / len(some) if fold in some else 0.0 for fold in range(len(self.folds))]
         logits, _ = self.logits(weights, self.settings.average)
-        return float(losses(softmax(logits.mean(axis=1, dtype=np.float64)), votes).mean())
+        return float(losses(mean_over_views(logits), votes).mean())

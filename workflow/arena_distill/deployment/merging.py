@@ -19,9 +19,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from arena_distill.config.judge import Head
+from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
 from arena_distill.verdicts import CLASSES
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-Average = Literal["factors", "products"]
-HeadOf = Literal["average", "first"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Short names of dtypes; torch's own names are understood too."""
@@ -49,8 +48,8 @@ def merge_folds(
     output: Path,
     *,
     outputs: Head,
-    average: Average,
-    head: HeadOf,
+    average: FoldAverage,
+    head: FoldHeads,
     dtype: str,
     settings: Mapping[str, Any],
     weights: Sequence[float] | None = None,
@@ -223,8 +222,8 @@ def merge_into(
     model: torch.nn.Module,
     folds: Sequence[Adapter],
     weights: Sequence[float],
-    average: Average,
-    head: HeadOf,
+    average: FoldAverage,
+    head: FoldHeads,
     dtype: torch.dtype,
 ) -> float | None:
     """Merge folds into `model` in place, by their weights (which sum to 1).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import prompt_groups
 from arena_distill.battles.reading import read_solution
+from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.files.artifacts import read_parquet, read_provenance
 from arena_distill.files.keys import locate
 from arena_distill.files.logits import ids_path, read_logits
@@ -29,7 +29,7 @@ THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
 
 
 def _cascade(
-    test_logits: Path, battles: Path, solution: Path, average: Literal["logits", "probabilities"]
+    test_logits: Path, battles: Path, solution: Path, average: ViewAverage
 ) -> list[Figures] | None:
     """The :func:`cascade_curve` of a file of `score_test`; None where it says nothing of costs."""
     logits, scored = read_logits(test_logits)

@@ -47,6 +47,7 @@ from arena_distill.metrics import (
     class_reliability,
     gap_closed,
     losses,
+    mean_over_views,
     paired_difference,
     position_bias,
     reliability,
@@ -129,8 +130,8 @@ def evaluate(
         name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in probabilities_of.items()
     }
     baselines.setdefault("bayes", None)
-    reference = losses(both_orders(seen[settings.final]), votes)
-    compared = [(judges[name], both_orders(logits)) for name, logits in seen.items()]
+    reference = losses(mean_over_views(seen[settings.final]), votes)
+    compared = [(judges[name], mean_over_views(logits)) for name, logits in seen.items()]
     compared += [(baselines[name] or {}, p) for name, p in probabilities_of.items()]
     for figures, probabilities in compared:
         loss = losses(probabilities, votes)
@@ -202,7 +203,7 @@ def _rejections(path: Path | None) -> list[Figures]:
 def _judge(run: Run, logits: np.ndarray) -> Figures:
     """The figures of one judge: the mean of both orders' logits, and each order alone."""
     votes = run.votes()
-    probabilities = both_orders(logits)
+    probabilities = mean_over_views(logits)
     position = position_bias(logits, votes)
     return {
         "folds": run.by_fold(probabilities),
@@ -225,7 +226,7 @@ def _calibrations(
     """What calibrating a judge would give, cross-fitted; and how far from the truth it is then."""
     mean = logits.mean(axis=1, dtype=np.float64)
     figures = {}
-    seen = {"raw": both_orders(logits)}
+    seen = {"raw": mean_over_views(logits)}
     for method in METHODS:
         seen[method] = p = softmax(cross_fit(method, mean, votes, parts, styles))
         figures[method] = {
@@ -239,14 +240,6 @@ def _calibrations(
         return {"calibration": figures, "truth": None}
     distances = {name: truth_scores(truth, p, votes) for name, p in seen.items()}
     return {"calibration": figures, "truth": distances}
-
-
-def both_orders(logits: np.ndarray) -> np.ndarray:
-    """Probabilities by the mean of both orders' logits (rows, orders, 3): float64 (rows, 3)."""
-    return softmax(logits.mean(axis=1, dtype=np.float64))
-
-
-# --- test battles and quantisation ----------------------------------------------------------------
 
 
 def _test(

@@ -31,19 +31,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arena_distill.battles.simulation import QUALITIES, SimulatedBattles, simulate
+from arena_distill.config.vocabulary import Family
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["llama", "qwen2", "gemma2"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 # Architecture. Sizes of linear layers are multiples of 32, a quantisation group.

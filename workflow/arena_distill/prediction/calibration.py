@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -41,14 +41,14 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_settings
 from arena_distill.battles.style_features import read_styles
+from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
 from arena_distill.files.keys import key
 from arena_distill.metrics import Figures, calibration_scores, scores, softmax
 from arena_distill.scoring.logits import read_out_of_fold
 
-Method = Literal["temperature", "vector", "style"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 
 COLDEST, HOTTEST = 0.01, 100.0
 """The bounds of a temperature: of T, and of the inverse of each scale of `vector`."""
@@ -62,8 +62,12 @@ STYLE_RIDGE = 10.0
 # Each parameter is a scale or a bias of these classes (A, B, tie).
 _ALL, _APART = np.array([[1.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 _NONE, _TIE = np.empty((0, 3)), np.array([[0.0, 0.0, 1.0]])
-_SCALES: dict[Method, np.ndarray] = {"temperature": _ALL, "vector": _APART, "style": _APART}
-_BIASES: dict[Method, np.ndarray] = {"temperature": _NONE, "vector": _TIE, "style": _TIE}
+_SCALES: dict[CalibrationMethod, np.ndarray] = {
+    "temperature": _ALL,
+    "vector": _APART,
+    "style": _APART,
+}
+_BIASES: dict[CalibrationMethod, np.ndarray] = {"temperature": _NONE, "vector": _TIE, "style": _TIE}
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,10 @@ def _by_style(styles: np.ndarray) -> np.ndarray:
 
 
 def fit(
-    method: Method, logits: np.ndarray, votes: np.ndarray, styles: np.ndarray | None = None
+    method: CalibrationMethod,
+    logits: np.ndarray,
+    votes: np.ndarray,
+    styles: np.ndarray | None = None,
 ) -> Calibration:
     """Fit a calibration by maximum likelihood; with no rows, it is the identity.
 
@@ -180,7 +187,7 @@ def fit(
 
 
 def cross_fit(
-    method: Method,
+    method: CalibrationMethod,
     logits: np.ndarray,
     votes: np.ndarray,
     parts: np.ndarray,
@@ -279,7 +286,7 @@ def fit_calibration(
     print(f"{output}: log loss on {len(votes):,} battles out of fold: {', '.join(told)}")
 
 
-def read_calibration(path: Path, method: Method) -> Calibration:
+def read_calibration(path: Path, method: CalibrationMethod) -> Calibration:
     """Read what :func:`fit_calibration` found by one of its methods.
 
     Raises:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,19 +25,19 @@ import pyarrow.compute as pc
 from arena_distill.battles.style_features import read_styles
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases import PredictionSettings, ScoringSettings
+from arena_distill.config.vocabulary import ModelKind, ViewAverage
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views, views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_provenance, write_parquet
 from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
-from arena_distill.metrics import softmax
+from arena_distill.metrics import mean_over_views, softmax
 from arena_distill.models.heads import OUTPUTS, verdicts
 from arena_distill.prediction.calibration import read_calibration
 from arena_distill.prediction.submission import WINNERS
 from arena_distill.verdicts import CLASSES, Order
 
-Model = Literal["merged", "gptq"]
 """The deployed forms of a judge that are scored."""
 
 
@@ -208,7 +207,7 @@ def confidence(logits: np.ndarray) -> np.ndarray:
     Returns:
         float64 (rows,), at least a third.
     """
-    certain: np.ndarray = softmax(logits.mean(axis=1, dtype=np.float64)).max(axis=-1)
+    certain: np.ndarray = mean_over_views(logits).max(axis=-1)
     return certain
 
 
@@ -229,7 +228,7 @@ def predict_test(
     logits: Path,
     output: Path,
     *,
-    model: Model,
+    model: ModelKind,
     settings: PredictionSettings,
     calibration: Path | None = None,
     battles: Path | None = None,
@@ -286,7 +285,7 @@ def averages(
     logits: np.ndarray,
     lengths: Sequence[int],
     orders: Sequence[Order],
-    average: Literal["logits", "probabilities"],
+    average: ViewAverage,
 ) -> dict[str, np.ndarray]:
     """Probabilities of every variant: each length and all of them × each order and all of them.
 
@@ -305,10 +304,10 @@ def averages(
     return variants
 
 
-def mean_of_views(logits: np.ndarray, average: Literal["logits", "probabilities"]) -> np.ndarray:
+def mean_of_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
     """Average the views of each battle: logits (rows, views, 3) → probabilities, float64 (rows, 3)."""
     if average == "logits":
-        return softmax(logits.mean(axis=1, dtype=np.float64))
+        return mean_over_views(logits)
     return np.asarray(softmax(logits).mean(axis=1))
 
 

@@ -128,7 +128,7 @@ def compare_soups(
 
     from arena_distill.battles.folds import prompt_groups
     from arena_distill.battles.reading import read_solution
-    from arena_distill.metrics import losses, paired_difference, scores, softmax
+    from arena_distill.metrics import losses, mean_over_views, paired_difference, scores
 
     read = read_tokens(tokens)
     read = read.take(np.asarray(pc.equal(read.sources, "test")))
@@ -161,9 +161,7 @@ def compare_soups(
         table = read_parquet(battles, ["id", "source", "prompt"])
         groups = prompt_groups(table)[locate(keys, key(table), str(battles))]
         votes = solved["label"].to_numpy().astype(np.int64)
-        p = {
-            name: softmax(each[place].mean(axis=1, dtype=np.float64)) for name, each in ways.items()
-        }
+        p = {name: mean_over_views(each[place]) for name, each in ways.items()}
         reference = losses(p["ensemble"], votes)
         figures["ways"] = {
             name: scores(each, votes)

@@ -22,9 +22,9 @@ from arena_distill.battles.folds import prompt_groups
 from arena_distill.battles.reading import read_solution
 from arena_distill.battles.style_features import LENGTHS
 from arena_distill.config.phases import CompareSettings, Entry
+from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
-from arena_distill.evaluation.evaluate import both_orders
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
 from arena_distill.files.keys import key, locate
@@ -34,12 +34,13 @@ from arena_distill.metrics import (
     bootstrap,
     calibration_scores,
     losses,
+    mean_over_views,
     position_bias,
     scores,
     softmax,
     truth_scores,
 )
-from arena_distill.prediction.calibration import Method, cross_fit, fit
+from arena_distill.prediction.calibration import cross_fit, fit
 from arena_distill.prediction.test_time import mean_of_views
 from arena_distill.verdicts import CLASSES
 
@@ -52,7 +53,7 @@ class _Calibrated(NamedTuple):
 
     label: str
     """The judge's; `STYLE_ALONE`: a judge that knows nothing."""
-    method: Method
+    method: CalibrationMethod
     known: np.ndarray
     """Float64 (rows, 3), out of fold."""
 
@@ -84,7 +85,7 @@ def compare(
         )
         for entry in settings.entries
     }
-    probabilities = {label: both_orders(logits) for label, logits in seen.items()}
+    probabilities = {label: mean_over_views(logits) for label, logits in seen.items()}
     calibrated = _calibrated(seen, settings)
     parts, styles = data.parts(), data.styles[data.validation]
     for name, row in calibrated.items():
@@ -261,8 +262,8 @@ def _other_run(
         if not all(file.exists() for file in files):
             continue
         logits = theirs.judge_logits(folder.name, files)[rows]
-        probabilities = {f"{other.name}: {folder.name}": both_orders(logits)}
-        probabilities |= {label: both_orders(own[shared]) for label, own in seen.items()}
+        probabilities = {f"{other.name}: {folder.name}": mean_over_views(logits)}
+        probabilities |= {label: mean_over_views(own[shared]) for label, own in seen.items()}
         votes, groups = data.votes()[shared], data.groups()[shared]
         yield {"run": str(other), "judge": folder.name} | _table(
             probabilities, votes, groups, settings, None

@@ -14,10 +14,16 @@ import numpy as np
 
 from arena_distill.config.phases import CurveSettings
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
-from arena_distill.evaluation.evaluate import both_orders
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
-from arena_distill.metrics import Figures, calibration_scores, losses, scores, truth_scores
+from arena_distill.metrics import (
+    Figures,
+    calibration_scores,
+    losses,
+    mean_over_views,
+    scores,
+    truth_scores,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +49,7 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
     for label, judges in settings.curves.items():
         for share, judge in judges.items():
             files = [run / "logits" / judge / f"fold_{k}.npy" for k in folds]
-            p = both_orders(data.judge_logits(judge, files))
+            p = mean_over_views(data.judge_logits(judge, files))
             adapters = [run / "adapters" / judge / f"fold_{k}" / "metrics.json" for k in folds]
             seen = [read_json(path)["battles"] for path in adapters]
             drawn = bootstrap(losses(p, votes)[None], data.groups(), resamples=2000)[:, 0]

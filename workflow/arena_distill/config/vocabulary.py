@@ -1,0 +1,29 @@
+"""Every choice that a configuration offers and that more than one module names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Family = Literal["llama", "qwen2", "gemma2"]
+"""The families of the tiny backbones that ship with the package."""
+
+FoldMethod = Literal["kfold", "stratified", "stratified_group"]
+"""How battles are assigned to folds."""
+
+FoldAverage = Literal["factors", "products"]
+"""What the folds' adapters are averaged by: LoRA's A and B apart, or B·A."""
+
+FoldHeads = Literal["average", "first"]
+"""The head of a merged model: the mean of the folds' heads, or the first fold's."""
+
+ModelKind = Literal["merged", "gptq"]
+"""The two models that can be deployed."""
+
+ViewAverage = Literal["logits", "probabilities"]
+"""What is averaged over the views of a battle."""
+
+CalibrationMethod = Literal["temperature", "vector", "style"]
+"""What can be fitted to out-of-fold logits."""
+
+Calibration = Literal["none"] | CalibrationMethod
+"""A calibration, or none."""
