@@ -48,7 +48,7 @@ editor) are written by `scripts/write_config_reference.py` from the models in
 | `recipes/best.yaml` | ours: every choice measured |
 | `progressive.yaml` | teacher → middle → small, beside teacher → small |
 | `ablation.yaml` | `snakemake compare`: the embedded default, one key changed at a time |
-| `curves.yaml`, `drift.yaml` | `snakemake curves`, `snakemake drift`: both studies on the synthetic arena |
+| `curves.yaml`, `averaging.yaml` | `snakemake curves`, `snakemake averaging`: both studies on the synthetic arena |
 
 ## Axes of a recipe
 
@@ -60,7 +60,7 @@ Each is a key of its own: any mix runs.
 | text | `encoding.template`, `.truncation`, `.sizes` | `winners`: their code; `markers`, `rounds`: the summary; `sizes`: ours, what is cut off cannot be seen |
 | head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967); `pooling`: the `last` token, or ours, the `mean` |
 | start | `training.fit_head` | a linear probe first: Kumar et al. 2022, arXiv:2202.10054 |
-| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary, which flatters the student's score out of fold |
+| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary, which makes the student's score optimistic out of fold |
 | teachers | `loss.combine`, `loss.weights` | `mean_logits`: the summary; `separate`: the winners; `mean_probabilities`: a linear pool; `fitted`: stacking on the simplex (Breiman 1996); `confidence`: Zhang et al. 2022, arXiv:2201.00007 |
 | loss | `loss.*` | `kl`, `temperature`: Hinton et al. 2015, arXiv:1503.02531; `cosine`: the winners' code; `label_smoothing`: Szegedy et al. 2016, arXiv:1512.00567; `focal`: Lin et al. 2017, arXiv:1708.02002 |
 | merge | `merge.*` | `factors`: both documents; `products`: exact; `greedy`: Wortsman et al. 2022, arXiv:2203.05482 |

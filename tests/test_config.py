@@ -132,7 +132,7 @@ def test_a_wrong_value_is_told_with_its_key(broken: dict[str, Any], start: str) 
     assert len(told) == 1, told
 
 
-def test_who_is_flattered_out_of_fold() -> None:
+def test_whose_out_of_fold_score_is_optimistic() -> None:
     """Students of teachers that saw their votes, and whoever learns from such a student."""
     config = load(
         judged(s={"teachers": ["l"]}, t={"backbone": {"tiny": "llama"}, "teachers": ["s"]})
@@ -150,7 +150,7 @@ def test_who_is_flattered_out_of_fold() -> None:
     )
 
 
-def test_no_calibration_is_fitted_to_scores_that_flatter() -> None:
+def test_no_calibration_is_fitted_to_optimistic_scores() -> None:
     calibrated = {"calibration": "temperature"}
     (line,) = lines(raw(prediction=calibrated))
     assert line.startswith("config: prediction.calibration: temperature is fitted to scores out of")

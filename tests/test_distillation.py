@@ -414,7 +414,9 @@ def test_swapped_rows_have_their_targets_exchanged() -> None:
 # --- what targets know --------------------------------------------------------------------------------
 
 
-def test_targets_out_of_fold_flatter_and_those_in_sample_do_not(tmp_path: Path) -> None:
+def test_targets_out_of_fold_make_scores_optimistic_and_those_in_sample_do_not(
+    tmp_path: Path,
+) -> None:
     """Votes are drawn by lot: who foresees them has been told, by teachers that learned from them."""
     rng, rows, folds = np.random.default_rng(0), 240, 3
     features = torch.from_numpy(rng.normal(size=(rows, 1, 120)).astype(np.float32))

@@ -159,7 +159,9 @@ def test_calibration_and_position_are_shown_for_every_judge(
     assert "prediction.calibration" in page
 
 
-def test_students_that_are_flattered_are_named(run: MadeUpRun, page: str, tmp_path: Path) -> None:
+def test_students_with_optimistic_scores_are_named(
+    run: MadeUpRun, page: str, tmp_path: Path
+) -> None:
     assert "optimistic" not in page
     metrics = json.loads((run.folder / "metrics.json").read_text())
     metrics["judges"]["small"]["optimistic"] = True

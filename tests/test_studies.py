@@ -147,7 +147,7 @@ def test_folds_drift_from_one_start_or_from_their_own() -> None:
             assert not judge.teachers
 
 
-def test_whom_its_score_flatters_is_compared_uncalibrated() -> None:
+def test_a_judge_with_an_optimistic_score_is_compared_uncalibrated() -> None:
     """The recipe's targets out of fold do not keep a calibrated run from being compared with it."""
     _, found, graph = derived(
         compare={"recipes": ["summary", "blackpearl"]},

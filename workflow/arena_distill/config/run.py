@@ -233,7 +233,7 @@ class Prediction(Section):
     model: ModelKind = "gptq"
     """The one whose predictions are submitted; both are scored where both exist."""
     calibration: Calibration = "none"
-    """Fitted to logits out of fold, so they may not flatter; `style` also knows how answers look."""
+    """Fitted to out-of-fold logits, so these may not be optimistic; `style` also knows how answers look."""
     cascade: Cascade | None = Field(None, exclude_if=is_none)
     """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
 
@@ -487,7 +487,7 @@ class Config(Section):
         )
 
     def calibration_of(self, judge: str) -> Calibration:
-        """What may mend a judge's probabilities: fitted to a optimistic score, it makes them too sure."""
+        """The calibration of a judge: none is fitted to an optimistic score, which would make it too sure."""
         return "none" if self.is_optimistic(judge) else self.prediction.calibration
 
     def backbone_of(self, judge: str) -> Backbone:

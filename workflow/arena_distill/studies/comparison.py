@@ -89,8 +89,8 @@ def compare(
     calibrated = _calibrated(seen, settings)
     parts, styles = data.parts(), data.styles[data.validation]
     for name, row in calibrated.items():
-        mended = cross_fit(row.method, row.known, data.votes(), parts, styles)
-        probabilities[name] = softmax(mended)
+        calibrated_logits = cross_fit(row.method, row.known, data.votes(), parts, styles)
+        probabilities[name] = softmax(calibrated_logits)
     probabilities |= {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
@@ -212,8 +212,8 @@ def _test(
     for name, row in calibrated.items():
         if row.label in views:
             calibration = fit(row.method, row.known, data.votes(), known)
-            mended = calibration(views[row.label], styles)
-            probabilities[name] = mean_of_views(mended, averages[row.label])
+            calibrated_logits = calibration(views[row.label], styles)
+            probabilities[name] = mean_of_views(calibrated_logits, averages[row.label])
     voted, lengths = data.voted(), styles[:, :LENGTHS]
     for name, baseline in (("class prior", class_prior), ("length regression", length_regression)):
         probabilities[name] = baseline(*voted, lengths)
