@@ -487,7 +487,7 @@ class Config(Section):
         )
 
     def calibration_of(self, judge: str) -> Calibration:
-        """The calibration of a judge: none is fitted to an optimistic score, which would make it too sure."""
+        """A judge's calibration: none is fitted to an optimistic score, which would make it too sure."""
         return "none" if self.is_optimistic(judge) else self.prediction.calibration
 
     def backbone_of(self, judge: str) -> Backbone:
