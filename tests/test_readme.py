@@ -1,50 +1,321 @@
-"""What the README tells people to type is typed here, as dry runs."""
+"""Every command of the README and of the documentation is run, dry-run or parsed; links and paths exist.
+
+A command that no handler here knows fails the test, so that none is left out.
+"""
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from checkouts import ROOT, make_checkout
+from made_up_run import made_up_run
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    re.sub(r"\s+#.*", "", line).strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("snakemake ") and "--report" not in line
-]
+from arena_distill.config import checks, run
 
-pytestmark = pytest.mark.slow
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "workflow/arena_distill"
 
 
-def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 5
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in a language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of a page that people type."""
+
+    page: str
+    line: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.line, comments=True)
+
+
+def commands() -> Iterator[Command]:
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.splitlines():
+                if line.strip() and not line.lstrip().startswith("#"):
+                    yield Command(page.name, line.strip())
+
+
+COMMANDS = list(dict.fromkeys(commands()))
+SNAKEMAKE = [c for c in COMMANDS if c.words[0] == "snakemake"]
+OTHERS = [c for c in COMMANDS if c.words[0] != "snakemake"]
+
+
+def name(command: Command) -> str:
+    return f"{command.page}: {' '.join(command.words)}"
+
+
+def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    path = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
+    return subprocess.run(words, cwd=folder, env=path, capture_output=True, text=True)
+
+
+LANGUAGES = {"sh", "yaml", "text", "python", "snakemake", "mermaid"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_hides_a_command(page: Path) -> None:
+    """Blocks of other languages, and indented ones, would be left out above."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^( *)```([^\n]*)$", text, re.MULTILINE)
+    assert [indent for indent, _ in fences if indent] == []
+    assert {language for _, language in fences[::2]} <= LANGUAGES
+    assert {language for _, language in fences[1::2]} <= {""}
+    for block in blocks(page, "sh"):
+        assert not re.search(r"\\$|[|&;<>]", re.sub(r"'[^']*'|#.*", "", block), re.MULTILINE)
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec")
+
+
+# --- snakemake --------------------------------------------------------------------------------------
+
+
+def put_in_place(folder: Path, config: run.Config) -> None:
+    """Empty files where a configuration names some: a dry run asks no more than that they are there."""
+    battles = config.data
+    named = [*battles.train, *battles.extra, *battles.ut, *battles.test, *battles.unlabelled]
+    named += [battles.solution] if battles.solution else []
+    named = [path for path in named if path not in battles.fetch]
+    for judge in config.judges.values():
+        named += [judge.external.file] if judge.external and judge.external.file else []
+        for key, path in checks.backbone_files(judge.backbone) if judge.backbone else ():
+            named.append(f"{path}/tokenizer.json" if key == "tokenizer" else path)
+    for path in named:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with the configuration and the files that the README supposes."""
+    """A checkout with the configuration and the files that the pages suppose."""
     folder = make_checkout(tmp_path_factory.mktemp("readme") / "checkout").folder
-    mine = next(b for b in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "mine.yaml" in b)
+    mine = next(b for b in blocks(ROOT / "README.md", "yaml") if b.startswith("# mine.yaml\n"))
     (folder / "mine.yaml").write_text(mine)
-    for name in re.findall(r"(?:mine|models)/[\w.-]+", mine):
-        if name != "mine.yaml":
-            path = folder / name if name.endswith(".csv") else folder / name / "config.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+    for file in (folder / "mine.yaml", *(folder / "config").glob("*.yaml")):
+        put_in_place(folder, run.load(yaml.safe_load(file.read_text())))
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_readme(checkout: Path, command: str) -> None:
-    words = [sys.executable, "-m", *shlex.split(command), "-n"]
-    done = subprocess.run(words, cwd=checkout, capture_output=True, text=True)
+def dry(words: list[str]) -> list[str]:
+    """The dry run of a snakemake command."""
+    if "--report" in words:  # it needs a finished run; what it would read is the graph of `all`
+        del words[words.index("--report") : words.index("--report") + 2]
+    if "--sdm" in words and not shutil.which("conda"):  # Snakemake asks conda even in a dry run
+        del words[words.index("--sdm") : words.index("--sdm") + 2]
+    return [sys.executable, "-m", *words, *(() if "-n" in words else ("-n",))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SNAKEMAKE, ids=name)
+def test_snakemake_commands_are_dry_run(checkout: Path, command: Command) -> None:
+    if "--lint" in command.words:
+        pytest.skip("make lint runs it")
+    done = run_in(checkout, *dry(command.words))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+
+# --- all other commands -----------------------------------------------------------------------------
+
+
+def of_make(words: list[str], folder: Path) -> None:
+    done = run_in(ROOT, "make", "-n", *words[1:])
     assert done.returncode == 0, done.stderr
+
+
+def of_arena_distill(words: list[str], folder: Path) -> None:
+    start = [sys.executable, "-m", "arena_distill"]
+    match words[1:]:
+        case ["show-results", metrics]:
+            made = made_up_run(folder / "run").evaluate()
+            assert Path(metrics).name == made.name
+            done = run_in(folder, *start, "show-results", str(made))
+        case ["plan" | "status" as command, *arguments]:
+            # Their arguments are snakemake's: the graph that they ask it for is made without running it.
+            done = run_in(folder, *start, command, "--help")
+            assert done.returncode == 0, done.stderr
+            own = [word for word in ("--json",) if word in arguments]
+            assert all(word in done.stdout for word in own)
+            rest = [word for word in arguments if word not in own]
+            done = run_in(folder, *dry(["snakemake", *rest]))
+        case _:
+            pytest.fail(f"no test knows how to check {shlex.join(words)}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+
+def of_script(words: list[str], folder: Path) -> None:
+    done = run_in(ROOT, "bash", "-n", words[0])
+    assert done.returncode == 0 and os.access(ROOT / words[0], os.X_OK), done.stderr
+
+
+def of_python(words: list[str], folder: Path) -> None:
+    """A benchmark: its file compiles, its options are among those of its text, its files are ours."""
+    text = (ROOT / words[1]).read_text(encoding="utf-8")
+    compile(text, words[1], "exec")
+    options = [word for word in words[2:] if word.startswith("--")]
+    assert all(f'"{option}"' in text for option in options)
+    assert all(word in text for word in words[2:] if "/" in word)
+
+
+def of_pip(words: list[str], folder: Path) -> None:
+    assert words[1] == "install"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"^\.\[(.*)\]$", words[2])
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def of_export(words: list[str], folder: Path) -> None:
+    """A variable that the code reads, or one that the page's own configuration names."""
+    variable = words[1].partition("=")[0]
+    known = [*PACKAGE.rglob("*.py"), *PAGES]
+    used = [file for file in known if re.search(rf"{variable}(?!=)", file.read_text())]
+    assert used, variable
+
+
+def of_source(words: list[str], folder: Path) -> None:
+    assert words[1] == ".venv/bin/activate"
+    assert "\nsetup: .venv/.ready" in (ROOT / "Makefile").read_text()
+
+
+HANDLERS: dict[str, Callable[[list[str], Path], None]] = {
+    "make": of_make,
+    "arena-distill": of_arena_distill,
+    "python": of_python,
+    "pip": of_pip,
+    "export": of_export,
+    "source": of_source,
+    "scripts/fetch_tokenizers.sh": of_script,
+    "scripts/fetch_weights.sh": of_script,
+}
+
+
+def test_every_command_has_a_handler() -> None:
+    assert len(SNAKEMAKE) >= 20
+    assert len(OTHERS) >= 10
+    unknown = [name(command) for command in OTHERS if command.words[0] not in HANDLERS]
+    assert not unknown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", OTHERS, ids=name)
+def test_other_commands(checkout: Path, command: Command) -> None:
+    HANDLERS[command.words[0]](command.words, checkout)
+
+
+def test_targets_that_the_text_names_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {name for page in PAGES for name in re.findall(r"`make ([\w-]+)`", page.read_text())}
+    assert named and named <= set(targets)
+
+
+def test_the_targets_of_the_demo_print_the_results(tmp_path: Path) -> None:
+    done = run_in(ROOT, "make", "-n", "demo")
+    (shown,) = re.findall(r"arena-distill (show-results .*)", done.stdout)
+    of_arena_distill(["arena-distill", *shown.split()], tmp_path)
+
+
+# --- configurations, links, paths, messages ---------------------------------------------------------
+
+
+def configurations() -> list[tuple[str, str]]:
+    return [(page.name, block) for page in PAGES for block in blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize(("page", "block"), configurations())
+def test_configurations_are_valid(page: str, block: str) -> None:
+    """Whole ones as they stand, parts laid over the demo's."""
+    given = yaml.safe_load(block)
+    if not {"data", "judges", "final"} <= set(given):
+        demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+        given = run.overlay(demo, given)
+    assert run.load(given)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    made = ("results/", "compare/", "external/", "mine/", "audit.", "https:")
+    for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|smk|yaml|sh|json))`", text):
+        if not path.startswith(made):
+            assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+    for what, path in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
+        assert re.search(rf"^(?:def|class) {what}\b|^{what}\b.*=", source(path), re.MULTILINE), what
+
+
+@cache
+def source(path: str) -> str:
+    return (PACKAGE / path).read_text(encoding="utf-8")
+
+
+def texts() -> Iterator[str]:
+    """Every text of the package; what is filled in is a NUL."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "\0"
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 30
+    known = list(texts())
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("…")]
+        pattern = re.compile("(?s:.*)".join(parts))
+        assert any(pattern.search(text) for text in known), message
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_citation_and_catalogue_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    usage = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())["usage"]
+    assert set(usage) == {"mandatory-flags", "software-stack-deployment", "report"}
+    assert usage["software-stack-deployment"]["conda"]
+    assert (ROOT / "config/README.md").exists()
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
