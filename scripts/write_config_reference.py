@@ -45,7 +45,7 @@ editor) are written by `scripts/write_config_reference.py` from the models in
 | `lmsys.yaml` | full scale: Llama-3-70B and Qwen2-72B teach Gemma-2-9B, on nodes of 8 A100 |
 | `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
 | `recipes/blackpearl.yaml` | what the winners' published code does |
-| `recipes/best.yaml` | ours: every choice measured |
+| `recipes/best.yaml` | ours: the summary with folds by prompt and the exact merge |
 | `progressive.yaml` | teacher → middle → small, beside teacher → small |
 | `ablation.yaml` | `snakemake compare`: the embedded default, one key changed at a time |
 | `curves.yaml`, `averaging.yaml` | `snakemake curves`, `snakemake averaging`: both studies on the synthetic arena |

@@ -19,20 +19,20 @@ SOURCES = sorted(
     [*ROOT.glob("workflow/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")]
 )
 LOADS = {
-    "load_classifier": "from arena_distill.backbones import load_classifier as load",
-    "load_tokenizer": "from arena_distill.backbones import load_tokenizer as load",
+    "load_classifier": "from arena_distill.models.loading import load_classifier as load",
+    "load_tokenizer": "from arena_distill.encoding.tokenization import load_tokenizer as load",
     "prepare_backbone": """\
-from arena_distill.backbones import prepare_backbone
-from arena_distill.judge import Backbone
+from arena_distill.models.preparation import prepare_backbone
+from arena_distill.config.judge import Backbone
 def load(folder):
     prepare_backbone(Backbone(path=str(folder), layers=1), Path("made"), version=1)""",
     "read_config": """\
-from arena_distill.judge import Backbone
-from arena_distill.sizes import read_config
+from arena_distill.config.judge import Backbone
+from arena_distill.planning.sizes import read_config
 def load(folder):
     read_config(Backbone(path=str(folder)), Path("nowhere"))""",
-    "layer_sizes": "from arena_distill.quantization import _layer_sizes as load",
-    "load_quantized": "from arena_distill.quantization import load_quantized as load",
+    "layer_sizes": "from arena_distill.deployment.gptq import _layer_sizes as load",
+    "load_quantized": "from arena_distill.deployment.gptq import load_quantized as load",
 }
 ANSWERED = """\
 from pathlib import Path

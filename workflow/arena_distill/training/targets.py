@@ -1,4 +1,4 @@
-"""What a student learns from: its teachers' logits and states, and the loss that follows them.
+"""What a student learns from: the logits and hidden states of its teachers.
 
 The targets are gathered here from the teachers' files, row by row of the student's training set and by
 key, so a file in another order changes nothing and a missing row is an error.
@@ -7,8 +7,7 @@ What each kind of target knows: `in_sample` targets come from a teacher that was
 so they are over-confident. `out_of_fold` targets are honest about their rows, but the teacher of another
 fold was trained on the votes of the student's own validation rows, and extra rows were seen by every
 fold's teacher: a student's out-of-fold score is optimistic by that (``Config.is_optimistic``), its score on
-test is not. The more a teacher remembers of each vote, the more: a head fitted to the features of 1,000
-battles gained 0.047 by such targets out of fold, and 0.008 on battles that no teacher had seen.
+test is not. The more a teacher remembers of each vote, the more.
 
 Unlabelled battles have nothing but their targets. No teacher has seen their votes, as there are none, so
 out of fold they get the mean of all folds' teachers, as extra rows do: the better teacher, but again one
