@@ -349,7 +349,8 @@ class TestGPTQ:
         shutil.copytree(work / "llama-8", tmp_path / "lost")
         rest = {name: tensor for name, tensor in tensors(work / "llama-8").items() if name != lost}
         save_file(rest, tmp_path / "lost/model.safetensors", {"format": "pt"})
-        load = "import pathlib, arena_distill.quantization as q; q.load_quantized(pathlib.Path('lost'))"
+        load = "import pathlib; from arena_distill.deployment.gptq import load_quantized as load"
+        load += "; load(pathlib.Path('lost'))"
         done = subprocess.run(
             [interpreter(), "-c", load],
             cwd=tmp_path,

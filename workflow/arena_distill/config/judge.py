@@ -220,7 +220,7 @@ class Encoding(Section):
 
 
 class Head(Section):
-    """What a judge is shown at once, and what it says of it; see ``heads``."""
+    """What a judge reads at once, and what it answers; see ``models.heads``."""
 
     kind: Literal["joint", "pointwise"]
     """`joint`: both answers in one sequence, three logits; `pointwise`: one answer, its strength."""

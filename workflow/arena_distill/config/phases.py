@@ -172,7 +172,7 @@ class LogitsSettings(Settings):
     """Validation rows always; training (with extra), extra or unlabelled rows where a student learns
     from them."""
     states: tuple[State, ...] = ()
-    """What students want of it beside logits (see ``states``)."""
+    """What students read of it beside logits (see ``models.hidden_states``)."""
 
     @classmethod
     def of(cls, config: Config, judge: str) -> LogitsSettings:

@@ -4,7 +4,7 @@ Every key is a field below; its docstring says what it means, ``config/README.md
 ``workflow/schemas/config.schema.json`` is generated from them. An unknown key, a wrong type, an unknown
 teacher or a cycle among judges gives one line each, never a traceback.
 
-What a phase is told of it is in ``settings``.
+The part that each phase gets is in ``config.phases``.
 """
 
 from __future__ import annotations

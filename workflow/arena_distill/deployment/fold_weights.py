@@ -1,4 +1,4 @@
-"""How much each fold counts in the merged model, and what every way of merging is worth.
+"""How much each fold counts in the merged model.
 
 A mean of models that started alike is called a soup (Wortsman et al. 2022, Model soups,
 arXiv:2203.05482). Equal weights need no evidence. Others do, and what they are chosen by must be battles

@@ -1,4 +1,4 @@
-"""A dense judge → its GPTQ twin of 2, 3, 4 or 8 bits, and how far the two drifted apart.
+"""A dense judge → its GPTQ twin of 2, 3, 4 or 8 bits.
 
 GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a layer's weights one column at a time and lets
 the columns not yet rounded make up for the error, measured on inputs the layer really gets. The
@@ -179,7 +179,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     half a minute per job and gains it nothing. On a CPU the weights are unpacked once and kept.
 
     Args:
-        attention: the kernel (see ``backbones.choose_attention``); None leaves it to transformers.
+        attention: the kernel (see ``loading.choose_attention``); None leaves it to transformers.
 
     Raises:
         InputError: gptqmodel is not installed, the folder holds no GPTQ model or lacks tensors, or

@@ -66,7 +66,7 @@ def merge_folds(
         average: see the module.
         head: the mean of the folds' heads, or the head of the first.
         dtype: of the result: fp32 or bf16.
-        weights: of the folds, summing to 1 (see ``soups``); None: equal.
+        weights: of the folds, summing to 1 (see ``fold_weights``); None: equal.
         settings: JSON values for the provenance; the model card names `judge` and `template`.
 
     Raises:

@@ -1,11 +1,4 @@
-"""Battles → token ids, once per tokenizer; token ids → sequences, for any length and order.
-
-``tokenize`` turns every field of every battle into ids and stores them with what the templates need
-(their own ids, begin and end of sequence, a safe pad), so that no later job loads a tokenizer.
-``encode`` assembles sequences out of that file: truncation decides which stretch of each field is kept,
-a template sets the stretches between its literals, and both work on ids. Nothing is ever decoded and
-encoded again, and all of it is array arithmetic over all rows at once.
-"""
+"""What stands around the parts of a battle: the literals of each template, and how long they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Text to token ids: every field of every battle, once per tokenizer."""
+"""Text to token ids: every field of every battle, once per tokenizer.
+
+The ids are stored with what the templates need (their own ids, begin and end of sequence, a safe pad),
+so that no later job loads a tokenizer. Nothing is ever decoded and encoded again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Battles as the sequences that a judge reads: one view per order, or per answer."""
+"""Battles as the sequences that a judge reads: one view per order, or per answer.
+
+``encode`` assembles them out of the token file: truncation decides which part of each field is kept, a
+template sets the parts between its literals. Both work on ids, over all rows at once.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def write_logits(
         ids: one row per row of `logits`, in the same order.
         provenance: goes into the ids' file.
         states: float16 (rows, views, width) by name, a file each in the folder `states_path(path)`
-            (see ``states``); None writes no folder.
+            (see ``models.hidden_states``); None writes no folder.
 
     The ids are written before the logits and carry the digests of the other files: whatever
     interrupts the renames, files that do not belong together are never read.

@@ -6,7 +6,7 @@
                the mean over the heads.
 
 A judge that is watched says them with its logits, in scoring and in training alike. Teachers' states
-lie beside their logits (``artifacts.write_logits``), float16, a view after another:
+lie beside their logits (``files.logits.write_logits``), float16, a view after another:
 
     logits/<judge>/fold_<k>.states/features.npy      (rows, views, hidden size)
     logits/<judge>/fold_<k>.states/attention.npy     (rows, views, max_length), 0 behind a sequence's end

@@ -1,7 +1,6 @@
-"""Pretrained models: prepare one as an ordinary Hugging Face folder, load one as a judge.
+"""Load an ordinary Hugging Face folder as a judge, on the device and with the kernel that fit.
 
-Whatever a backbone comes from (a folder, the hub, a GGUF file, its own first layers), every later phase
-sees an ordinary folder and loads it in one way. The network is reached for `hub` alone.
+Whatever a backbone comes from, ``preparation`` makes such a folder of it: every phase loads it here.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def load_classifier(
         dtype: without `precision`, of weights that stay on the host; float32 by default.
         attention: the kernel (:func:`choose_attention`); None leaves it to transformers.
         device_map: where the weights go, as accelerate has it, if not to :func:`placement`.
-        pad_token_id: the id that pads (``encoding.safe_pad_id``): pooling looks for the last other one.
+        pad_token_id: the id that pads (``tokenization.safe_pad_id``): pooling looks for the last other one.
         head_seed: decides a fresh head's weights, where the folder has no head; None: it has to have one,
             as a finished judge has.
         shards: processes that share the weights (FSDP2): each loads and holds its part of them, and
@@ -157,7 +156,7 @@ def placement() -> dict[str, int] | Literal["auto"] | None:
     """Where the weights of a judge that runs go, as accelerate's device map; None is the CPU.
 
     On the GPU of this process. A process that has several alone spreads the layers over all of them:
-    jobs get as many as they ask for (``jobs.claim_gpus``), and training has a process for each.
+    jobs get as many as they ask for (``launch.claim_gpus``), and training has a process for each.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""Make an ordinary Hugging Face folder of a hub model, a GGUF file or the first layers of a model."""
+"""Make an ordinary Hugging Face folder of a hub model, a GGUF file or the first layers of a model.
+
+The network is reached for `hub` alone.
+"""
 
 from __future__ import annotations
 

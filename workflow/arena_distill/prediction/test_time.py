@@ -1,4 +1,4 @@
-"""The final judge on the test battles: logits of every length and order, averages, submission.
+"""The final judge on the test battles: logits of every length and order, and their averages.
 
 Test-time augmentation (TTA) shows a battle several times: cut to several lengths, and with the
 answers in both orders. The forward passes are done once and kept as logits; every average of them
@@ -94,7 +94,7 @@ def score_test(
     Args:
         model: a dense folder, or a GPTQ one where `quantized`.
         batch_tokens: tokens per forward pass, padding included.
-        attention: the kernel (see ``backbones.choose_attention``).
+        attention: the kernel (see ``loading.choose_attention``).
 
     Raises:
         InputError: there is no test battle, or a file or the model cannot be read.

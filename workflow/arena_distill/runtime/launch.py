@@ -1,4 +1,4 @@
-"""What a job is given (a lock, GPUs, processes) and what is left when a run has succeeded.
+"""What a job is given: a lock, GPUs, processes.
 
 Snakemake or Slurm say how many GPUs a job has; here it gets the very devices, and starts itself once
 per device where it has several.

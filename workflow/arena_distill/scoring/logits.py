@@ -1,5 +1,7 @@
-"""Judges score battles: logits per fold, both orders, float32, for evaluation and for students; and
-beside them what students want to know of the judge's last token (see ``states``)."""
+"""Score the battles of a fold in both orders, for evaluation and for students: float32 logits.
+
+Beside them are the hidden states that students read (see ``models.hidden_states``).
+"""
 
 from __future__ import annotations
 

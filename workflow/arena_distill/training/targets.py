@@ -106,7 +106,7 @@ def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:
 
 
 def teacher_states(selected: Sequence[Selection], state: State) -> tuple[np.ndarray, ...]:
-    """Each teacher's states (see ``states``): float16 (rows, views, width).
+    """Each teacher's states (see ``models.hidden_states``): float16 (rows, views, width).
 
     Extra rows get the mean over folds as their logits do: a teacher's folds start from one adapter and
     stay near each other. (Of the tiny teachers, the cosine between two folds' features is 0.98 for the
