@@ -193,7 +193,7 @@ class External(Section):
     """A judge that is not trained here: exactly one of `file`, `endpoint`."""
 
     file: str | None = None
-    """Its logits or probabilities: parquet, CSV or JSONL with `id`, `source`, `order`; see docs/external-judges.md."""
+    """Its logits or probabilities: a table, see docs/external-judges.md."""
     endpoint: Endpoint | None = None
     """A model to ask."""
 

@@ -28,7 +28,7 @@ def class_prior(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np
 
 
 def length_regression(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Predict by multinomial logistic regression on lengths (``battles.style_features``): float64 (rows, 3)."""
+    """Predict by multinomial logistic regression on the lengths of the answers: float64 (rows, 3)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
