@@ -1023,8 +1023,8 @@ def test_the_workflow_asks_reads_and_deals(tmp_path: Path, server: ChatServer) -
     assert "judges.qwen2-teacher is external: it has no backbone" in done.stdout + done.stderr
 
 
-def test_the_readme_shows_a_configuration_that_loads() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_shows_a_configuration_that_loads() -> None:
+    text = (ROOT / "docs/external-judges.md").read_text(encoding="utf-8")
     (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "external:" in b]
     config = load(raw() | yaml.safe_load(block))
     assert {name for name, judge in config.judges.items() if judge.external}
