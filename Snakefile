@@ -2,7 +2,7 @@
 #
 #   snakemake --cores all             the whole graph of config/config.yaml
 #   snakemake -n                      what would run, and why
-#   snakemake --configfile X.yaml …   a run of your own: a file with `judges` stands alone, one without
+#   snakemake --configfile X.yaml …   a run of your own: a first file with `judges` stands alone, one without
 #                                     them (config/recipes/*.yaml) is laid over config/config.yaml
 from snakemake.utils import min_version
 

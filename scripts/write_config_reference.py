@@ -27,9 +27,9 @@ INTRO = """\
 
 Every key, its default and what it means. This file and `workflow/schemas/config.schema.json` (for your
 editor) are written by `scripts/write_config_reference.py` from the models in
-`workflow/arena_distill/config.py` and `judge.py`.
+`workflow/arena_distill/config/run.py` and `judge.py`.
 
-- `config.yaml` is the embedded default. A file given by `--configfile` that names `judges` stands alone;
+- `config.yaml` is the embedded default. A first file given by `--configfile` that names `judges` stands alone;
   one that does not (the recipes) is laid over `config.yaml`, or over the file before it:
   `snakemake all --configfile mine.yaml config/recipes/blackpearl.yaml`.
 - `defaults` holds what every judge is; a judge overrides what differs, key by key, and `null` switches a

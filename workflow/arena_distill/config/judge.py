@@ -60,7 +60,7 @@ class Backbone(Section):
     path: str | None = None
     """A local Hugging Face folder."""
     hub: str | None = None
-    """A Hugging Face hub id; needs `revision`. Beside data.fetch what reaches for the network."""
+    """A Hugging Face hub id; needs `revision`. Only this, data.fetch and endpoints use the network."""
     revision: str | None = None
     """The commit on the hub, or a tag or branch: which commit that was, provenance.json tells."""
     gguf: str | None = None
@@ -298,7 +298,7 @@ class Training(Optimization):
 
 
 class Loss(Section):
-    """A judge's loss: the mean of its terms, weighted; see ``distillation``."""
+    """A judge's loss: the mean of its terms, weighted; see ``training.losses``."""
 
     ce: NonNegativeFloat = 0.3
     """Weight of the cross-entropy with the vote. Without teachers it is the only term."""

@@ -55,7 +55,7 @@ Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4
 
 
 class Arena(Section):
-    """The synthetic arena: battles with known vote probabilities (see ``simulation``)."""
+    """The synthetic arena: battles with known vote probabilities (see ``battles.simulation``)."""
 
     seed: int = 2025
     """Another seed, other battles."""
@@ -76,7 +76,7 @@ class Fetch(Section):
     """Where a file of battles is fetched from: exactly one of `kaggle`, `hub`."""
 
     kaggle: str | None = None
-    """A competition on Kaggle; its rules have to be accepted there, and a token be had."""
+    """A competition on Kaggle; accept its rules there; you need a token."""
     hub: str | None = None
     """A data set on the Hugging Face hub; needs `revision`."""
     revision: str | None = None
@@ -209,7 +209,7 @@ class Audit(Section):
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Prompts as similar as this are nearly the same: Jaccard's index of their runs of 5 characters."""
     permutations: Annotated[int, Field(ge=64, le=1024)] = 128
-    """Of MinHash, which finds the candidates: the more, the fewer are compared in vain."""
+    """Of MinHash, which finds candidates: more permutations, fewer needless comparisons."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
     """Of MinHash."""
 
@@ -247,7 +247,7 @@ class Prediction(Section):
 
 
 class Compare(Section):
-    """`snakemake compare`: the final judge and its teachers under several recipes (see ``studies``)."""
+    """`snakemake compare`: the final judge and its teachers under several recipes."""
 
     recipes: tuple[Name, ...] = ("summary", "blackpearl", "best")
     """Names of config/recipes/*.yaml; what two of them share is computed once."""
@@ -292,7 +292,7 @@ class PlannedBattles(Section):
 
 
 class Plan(Section):
-    """`arena-distill plan`: the machines, and what is assumed of what is not there. Rebuilds nothing."""
+    """`arena-distill plan`: the machines, and assumptions for missing data. Rebuilds nothing."""
 
     accelerator: Accelerator = "a100-80g"
     """The GPU of every job that has one."""
@@ -477,7 +477,7 @@ class Config(Section):
         """Whether a judge's score out of fold is better than the judge.
 
         A student's targets out of fold come from teachers which were trained on the votes that it is
-        then scored by (see ``distillation``), and what it learns is handed on to its own students.
+        then scored by (see ``training.targets``), and what it learns is handed on to its own students.
         """
         node = self.judges[judge]
         return any(
