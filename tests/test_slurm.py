@@ -232,7 +232,7 @@ class Victim:
     @property
     def process(self) -> int:
         """The process that trains."""
-        for pid in ask("pgrep", "--full", "arena_distill train-fold").split():
+        for pid in ask("pgrep", "--full", "arena_distill phase train-fold").split():
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if b"train-fold" in words and Path(f"/proc/{pid}/cwd").samefile(self.checkout.folder):
                 return int(pid)
