@@ -1,4 +1,4 @@
-# Files of battles: what rules/battles.smk is given.
+# Inputs of rules/battles.smk: files of battles.
 SOURCES = CONFIG.data.sources()
 
 

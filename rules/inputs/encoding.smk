@@ -1,4 +1,4 @@
-# Backbones, tokenizers and tokens of judges: what rules/encoding.smk is given.
+# Inputs of rules/encoding.smk: backbones, tokenizers and tokens of judges.
 from arena_distill.config.judge import TINY
 
 PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in DOWNLOADS]

@@ -1,9 +1,7 @@
-# External judges: their files, limits and kept answers: what rules/external.smk is given.
+# Inputs of rules/external.smk: external judges: their files, limits and kept answers.
 from arena_distill.config.judge import EndpointLimits
 
 ENDPOINTS = [name for name, external in EXTERNAL.items() if external.endpoint]
-
-
 FILES = [name for name in EXTERNAL if name not in ENDPOINTS]
 
 

@@ -1,4 +1,4 @@
-# What is fetched: what rules/fetch.smk is given.
+# Inputs of rules/fetch.smk: what is fetched.
 FETCHED = CONFIG.data.fetch
 
 

@@ -1,10 +1,6 @@
-# Shards and hidden states of a fold: what rules/logits.smk is given.
+# Inputs of rules/logits.smk: shards and hidden states of a fold.
 SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1]
-
-
 WHOLE = [name for name in TRAINED if name not in SHARDED]
-
-
 CAPTURED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 
 

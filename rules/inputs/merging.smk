@@ -1,4 +1,4 @@
-# The folds that a merged model is made of: what rules/merging.smk is given.
+# Inputs of rules/merging.smk: the folds that a merged model is made of.
 def folds_of(judge):
     """The judge whose folds are merged: a study's may differ from another in how they are merged alone."""
     return judge if judge in CONFIG.judges else FAMILY.trained_as(judge)

@@ -1,4 +1,4 @@
-# What calibrates predictions: what rules/prediction.smk is given.
+# Inputs of rules/prediction.smk: what calibrates predictions.
 def calibration(wildcards):
     """What calibrates the test predictions of a judge, where they are to be calibrated."""
     if CONFIG.prediction.calibration == "none":

@@ -1,4 +1,4 @@
-# Files and settings of studies: what rules/studies.smk is given.
+# Inputs of rules/studies.smk: files and settings of studies.
 def study_settings(phase):
     return lambda wildcards: phase.of(GRAPH, STUDIES).model_dump_json()
 

@@ -1,7 +1,5 @@
-# What a judge learns from, and where its checkpoints go: what rules/training.smk is given.
+# Inputs of rules/training.smk: what a judge learns from, and where its checkpoints go.
 TEACHERS = [name for name, judge in TRAINED.items() if not judge.teachers]
-
-
 STUDENTS = [name for name, judge in GRAPH.judges.items() if judge.teachers]
 
 
