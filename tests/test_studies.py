@@ -173,7 +173,7 @@ def test_settings_of_the_comparison_survive_json() -> None:
 
 
 @pytest.mark.slow
-def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) -> None:
+def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path) -> None:
     """Two variants, two points of each curve, one of each start: all files, and figures that fit."""
     checkout = make_checkout(tmp_path / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
@@ -189,7 +189,7 @@ def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) 
     config["folds"]["holdout"] = 0.1
     config["studies"] = {"curve_shares": [0.5, 1], "averaging_epochs": [1]}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
-    checkout.run("compare", "curves", "drift")
+    checkout.run("compare", "curves", "averaging")
     compared = json.loads((checkout.results / "compare/compare.json").read_text())
     labels = [entry["label"] for entry in compared["entries"]]
     assert {"soup", "soup, votes", "pointwise", "llama-teacher"} <= set(labels)
@@ -216,11 +216,11 @@ def test_a_comparison_a_curve_and_a_drift_from_one_command_each(tmp_path: Path) 
     assert len(curve["points"]) == 4
     for small, whole in (curve["points"][:2], curve["points"][2:]):
         assert small["battles"] == pytest.approx(whole["battles"] / 2, abs=1)
-    drift = json.loads((checkout.results / "drift/drift.json").read_text())["points"]
-    shared = [point["factors_gap"] for point in drift if point["start"] == "shared"]
-    apart = [point["factors_gap"] for point in drift if point["start"] == "own"]
+    points = json.loads((checkout.results / "averaging/averaging.json").read_text())["points"]
+    shared = [point["factors_gap"] for point in points if point["start"] == "shared"]
+    apart = [point["factors_gap"] for point in points if point["start"] == "own"]
     assert max(shared) < min(apart)
-    assert not checkout.would_run("compare", "curves", "drift")
+    assert not checkout.would_run("compare", "curves", "averaging")
 
 
 # --- the bootstrap --------------------------------------------------------------------------------
