@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.io import expand
 
 # The package lies beside this file: where the workflow is a module, `workflow.basedir` is another
 # repository. Where Snakemake fetches the rules by `github(...)`, the package has to be installed.
@@ -100,12 +99,12 @@ def slurm_comment(job):
 # --- what a job is given ----------------------------------------------------------------------------
 
 
-def settings_of(phase, *more):
+def settings_of(phase):
     """The settings of a phase as a rule's params: its version and its own part of the configuration."""
 
     @functools.cache  # a judge's settings are the same in each of its folds and shards
     def of_judge(judge):
-        return (phase.of(GRAPH, judge, *more) if judge else phase.of(CONFIG)).model_dump_json()
+        return (phase.of(GRAPH, judge) if judge else phase.of(CONFIG)).model_dump_json()
 
     return lambda wildcards: of_judge(getattr(wildcards, "judge", None))
 

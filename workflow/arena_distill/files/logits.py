@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from arena_distill import layout
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     DIGEST,
@@ -30,12 +31,12 @@ _STATES = b"arena_distill.states_sha256"
 
 def ids_path(path: StrPath) -> Path:
     """Return where the ids of a logits file lie: ``fold_0.npy`` → ``fold_0.ids.parquet``."""
-    return Path(path).with_suffix(".ids.parquet")
+    return Path(layout.ids(str(path)))
 
 
 def states_path(path: StrPath) -> Path:
     """Return where the states of a logits file's rows lie: ``fold_0.npy`` → ``fold_0.states``."""
-    return Path(path).with_suffix(".states")
+    return Path(layout.states(str(path)))
 
 
 def write_logits(
