@@ -42,10 +42,18 @@ REAL = {"real_tokenizer", "reader", "llama_server", "auto_gptq"}
 """Fixtures of real tokenizers, models and libraries that `make test-real` fetches."""
 
 
+def fixtures_of(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark real components; of the files that need the finished run, one starts first, the others last."""
     for item in items:
-        if REAL & set(getattr(item, "fixturenames", ())):
+        if REAL & fixtures_of(item):
             item.add_marker("real")
+    waiting = {item.path for item in items if "finished" in fixtures_of(item)}
+    first = max(waiting, default=None)
+    items.sort(key=lambda item: 0 if item.path == first else 1 + (item.path in waiting))
 
 
 SPECIAL_TOKENS: dict[str, dict[str, Any]] = {
@@ -260,9 +268,13 @@ def run(family: str, make_run: Callable[..., Run]) -> Run:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A finished run: made once for all processes of the tests, copied for each."""
+    """A finished run: made once for all processes of the tests, copied for each.
+
+    Two pytests that run at the same time share it in the folder ARENA_FINISHED.
+    """
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    own = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared = Path(os.environ.get("ARENA_FINISHED", own))
     with FileLock(shared / "finished.lock"):
         if not (shared / "finished").exists():
             checkout = make_checkout(shared / "unfinished")

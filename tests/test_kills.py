@@ -18,8 +18,11 @@ import pytest
 import yaml
 from checkouts import GPTQ, Checkout, make_checkout
 
-KILLS = int(os.environ.get("ARENA_KILLS", "1"))
-"""Twenty (`make soak`) take a quarter of an hour on two idle cores."""
+KILLS = int(os.environ.get("ARENA_KILLS", "0"))
+"""Kills of a whole run. Twenty (`make soak`) take a quarter of an hour on two idle cores; none: one kill of
+a run that makes the logits of one fold alone."""
+
+TARGETS = [] if KILLS else ["results/mini/logits/qwen2-teacher/fold_1.npy"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +49,7 @@ def done(checkout: Checkout) -> int:
 
 def kill_at(checkout: Checkout, jobs: float, rng: random.Random) -> bool:
     """Start the run, and kill it some seconds after as many jobs are done; False: it was through."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "mini.yaml"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "mini.yaml", *TARGETS]
     with open(checkout.folder / "snakemake.log", "a") as log:
         snakemake = subprocess.Popen(
             command, cwd=checkout.folder, stdout=log, stderr=log, start_new_session=True
@@ -70,29 +73,36 @@ def kill_at(checkout: Checkout, jobs: float, rng: random.Random) -> bool:
     return True
 
 
+ALWAYS = [
+    "battles.parquet",
+    "folds.parquet",
+    "adapters/qwen2-teacher/pretrained/adapter_model.safetensors",
+    "adapters/qwen2-teacher/fold_1/adapter_model.safetensors",
+    "logits/qwen2-teacher/fold_1.npy",
+]
+WHOLE = [
+    "submission.csv",
+    "adapters/llama-teacher/fold_0/adapter_model.safetensors",
+    "adapters/gemma2-student/fold_1/adapter_model.safetensors",
+    "logits/gemma2-student/gptq_test.npy",
+    "merged/gemma2-student/model.safetensors",
+]
+
+
 def assert_same(victim: Checkout, finished: Checkout) -> None:
-    for name in (
-        "submission.csv",
-        "battles.parquet",
-        "folds.parquet",
-        "adapters/llama-teacher/fold_0/adapter_model.safetensors",
-        "adapters/gemma2-student/fold_1/adapter_model.safetensors",
-        "logits/qwen2-teacher/fold_1.npy",
-        "logits/gemma2-student/gptq_test.npy",
-        "merged/gemma2-student/model.safetensors",
-    ):
+    for name in [*ALWAYS, *(WHOLE if KILLS else [])]:
         assert (victim.results / name).read_bytes() == (finished.results / name).read_bytes(), name
 
 
 def test_kills_at_random_moments_change_nothing(victim: Checkout, finished: Checkout) -> None:
     rng = random.Random(20)
-    jobs, kills = done(finished), 0
-    while kills < KILLS:
-        if kill_at(victim, jobs * (kills + 0.5) / KILLS, rng):
+    jobs, kills, wanted = sum(victim.would_run(*TARGETS).values()), 0, max(KILLS, 1)
+    while kills < wanted:
+        if kill_at(victim, jobs * (kills + 0.5) / wanted, rng):
             kills += 1
         else:  # through before its turn to be killed came: once more
             assert_same(victim, finished)
             shutil.rmtree(victim.results)
-    victim.run()
+    victim.run(*TARGETS)
     assert_same(victim, finished)
-    assert "Nothing to be done" in victim.run()
+    assert "Nothing to be done" in victim.run(*TARGETS)

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkouts import ROOT, make_checkout
+import yaml
+from checkouts import GPTQ, ROOT, make_checkout
 
-pytestmark = pytest.mark.slow  # its judge is not quantised: no `gptq`
+from arena_distill.config.run import overlay
+
+pytestmark = pytest.mark.slow
 
 
 def snakemake(folder: Path, *arguments: str) -> str:
@@ -61,10 +64,27 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
+def use_the_other_recipe(config: Path) -> None:
+    """The recipe that no other whole run of these tests follows, and a quantised judge."""
+    given = yaml.safe_load(config.read_text())
+    recipe = yaml.safe_load((ROOT / "config/recipes/blackpearl.yaml").read_text())
+    sizes = {"bits": 8, "group_size": 32, "samples": 16, "validation_rows": 16}
+    mine = {
+        "defaults": {"quantization": sizes},
+        "prediction": {"model": "gptq"},
+        "environments": {"gptq": str(GPTQ)},
+    }
+    given["arena"] = overlay(overlay(given["arena"], recipe), mine)
+    config.write_text(yaml.safe_dump(given))
+
+
+@pytest.mark.gptq
+@pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}")
 def test_another_repository_uses_it_as_a_module(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the package from its wheel: beside the rules there is none."""
+    """With the package from its wheel: beside the rules there is none. And with the other recipe."""
+    use_the_other_recipe(repository / "config/config.yaml")
     site = make_wheel(tmp_path / "wheel")
     monkeypatch.setenv("PYTHONPATH", str(site))
     checkout = repository.parent / "arena-distill"
@@ -82,10 +102,13 @@ def test_another_repository_uses_it_as_a_module(
         "report/log_loss.svg",
         "adapters/student/fold_1/adapter_model.safetensors",
         "merged/student/model.safetensors",
+        "gptq/student/drift.json",
         "logs/evaluate.log",
         "benchmarks/evaluate.tsv",
     ):
         assert (judge / name).is_file(), name
+    metrics = json.loads((judge / "metrics.json").read_text())
+    assert metrics["folding"]["method"] == "stratified"
     assert not (judge / ".checkpoints").exists()
     assert all("__pycache__" in path.parts for path in set(checkout.rglob("*")) - before)
 
