@@ -49,7 +49,16 @@ def done(checkout: Checkout) -> int:
 
 def kill_at(checkout: Checkout, jobs: float, rng: random.Random) -> bool:
     """Start the run, and kill it some seconds after as many jobs are done; False: it was through."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "mini.yaml", *TARGETS]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--configfile",
+        "mini.yaml",
+        *TARGETS,
+    ]
     with open(checkout.folder / "snakemake.log", "a") as log:
         snakemake = subprocess.Popen(
             command, cwd=checkout.folder, stdout=log, stderr=log, start_new_session=True
