@@ -1,4 +1,7 @@
 # Every figure of the run, and the report that shows them.
+include: "inputs/evaluation.smk"
+
+
 REPORTED = {  # file of `render_report` → caption
     "log_loss.svg": "log_loss.rst",
     "reliability.svg": "reliability.rst",
@@ -37,7 +40,7 @@ rule evaluate:
         folds=RUN.folds,
         battles=RUN.battles,
         rejected=RUN.rejected,
-        logits=[RUN.logits(judge, fold) for judge in CONFIG.judges for fold in FOLDS],
+        logits=[RUN.logits(judge, fold) for judge, fold in SCORED],
         predictions=[RUN.predictions(CONFIG.final, model) for model in MODELS],
         test_logits=RUN.test_logits(CONFIG.final, CONFIG.prediction.model),
         solution=labelled_test,
@@ -59,12 +62,13 @@ rule evaluate:
         settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
         files=as_options("predictions", "solution", "quantized", "truth", "audit"),
+        logits=judged_folds,
     message:
         "Evaluating judges, variants and quantisation"
     shell:
         "arena evaluate --folds {input.folds:q} --battles {input.battles:q} --rejected {input.rejected:q}"
         " --test-logits {input.test_logits:q} --output {output.metrics:q} --tables {params.tables:q}"
-        " --settings {params.settings:q} {params.files:q} {input.logits:q} > {log:q} 2>&1"
+        " --settings {params.settings:q} {params.files:q} {params.logits:q} > {log:q} 2>&1"
 
 
 rule render_report:

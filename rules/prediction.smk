@@ -73,7 +73,7 @@ rule predict_test:
         "Averaging the test predictions of {wildcards.judge}, {wildcards.model}"
     shell:
         "arena predict-test --output {output.predictions:q} --settings {params.settings:q}"
-        " {params.optional:q} --logits {input.logits:q} > {log:q} 2>&1"
+        " {params.optional:q} --logits {input.logits:q} --model {wildcards.model} > {log:q} 2>&1"
 
 
 rule write_submission:

@@ -52,7 +52,7 @@ rule train_teacher:
     params:
         settings=settings_of(phase.TrainingSettings),
         checkpoints=checkpoints,
-        learned_from=as_options("pretrained", "teacher_logits"),
+        learned_from=learned_from,
     message:
         f"Training teacher {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:

@@ -356,13 +356,22 @@ def test_the_file_is_cross_fitted_by_the_folds_and_fitted_to_all(
     np.testing.assert_array_equal(read(seen), fit("temperature", seen, votes)(seen))
 
 
-def test_a_fold_without_logits_is_told(run: MadeUpRun, tmp_path: Path) -> None:
-    files = run.logits["small"][1:]
-    with pytest.raises(InputError, match=r"judge small: logits of the folds \[0, 1, 2\]"):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([1, 2], r"judge small: logits of the folds \[0, 1, 2\]"),
+        ([1, 0, 2], r"fold_1\.ids\.parquet: 40 of 40 rows are missing"),
+    ],
+    ids=["a fold is missing", "folds in another order"],
+)
+def test_every_fold_is_read_in_its_place(
+    run: MadeUpRun, tmp_path: Path, files: list[int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
         fit_calibration(
             run.folder / "folds.parquet",
             run.folder / "battles.parquet",
-            files,
+            [run.logits["small"][number] for number in files],
             tmp_path / "x.json",
             judge="small",
             version=1,

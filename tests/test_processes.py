@@ -142,9 +142,9 @@ def command(files: Files, output: Path, *options: str, gpus: int = 2, **changes:
     words = [str(word) for option in named.items() for word in option]
     teachers = [
         part
-        for _ in settings.teachers
+        for name in settings.teachers
         for file in files.logits
-        for part in ("--teacher-logits", str(file))
+        for part in ("--teacher-logits", f"{name}={file}")
     ]
     return [
         sys.executable,

@@ -9,11 +9,15 @@ def pretrained(wildcards):
     return RUN.pretrained(owner) if owner else []
 
 
-def teacher_logits(wildcards):
+def target_folds(wildcards):
     """A student's targets: every fold of its teachers (out of fold), or its own fold (in sample)."""
     judge = GRAPH.judges[wildcards.judge]
     folds = FOLDS if judge.targets == "out_of_fold" else [wildcards.fold]
-    return [RUN.logits(teacher, fold) for teacher in judge.teachers for fold in folds]
+    return [(teacher, fold) for teacher in judge.teachers for fold in folds]
+
+
+def teacher_logits(wildcards):
+    return [RUN.logits(teacher, fold) for teacher, fold in target_folds(wildcards)]
 
 
 def teacher_states(wildcards):
@@ -21,6 +25,15 @@ def teacher_states(wildcards):
     if not GRAPH.judges[wildcards.judge].loss.states():
         return []
     return [layout.states(path) for path in teacher_logits(wildcards)]
+
+
+def learned_from(wildcards, input):
+    """The adapter and the targets that a job starts from, as options."""
+    options = as_options("pretrained")(wildcards, input)
+    files = input.get("teacher_logits", [])
+    for (teacher, _), file in zip(target_folds(wildcards), files, strict=True):
+        options += ["--teacher-logits", f"{teacher}={file}"]
+    return options
 
 
 def checkpoints(wildcards, output):

@@ -7,14 +7,16 @@ Each can be run by hand. `--settings` takes what the rule hands over: JSON of on
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
 from arena_distill.config import judge, run
 from arena_distill.config import phases as phase
 from arena_distill.config.phases import parse
+from arena_distill.config.vocabulary import ModelKind
 from arena_distill.runtime import launch
 
 app = typer.Typer(
@@ -201,7 +203,8 @@ def train_fold(
     checkpoint_minutes: CheckpointMinutes = 30,
     attention: Attention = "auto",
     teacher_logits: Annotated[
-        list[Path] | None, typer.Option(help="A student's targets: logits/<teacher>/fold_<k>.npy")
+        list[str] | None,
+        typer.Option(help="A student's targets: <teacher>=logits/<teacher>/fold_<k>.npy"),
     ] = None,
 ) -> None:
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
@@ -209,7 +212,6 @@ def train_fold(
     from arena_distill.training.trainer import Launch, train_fold
 
     parsed = parse(phase.TrainingSettings, settings)
-    files = teacher_logits or []
     train_fold(
         _folder(backbone),
         pretrained,
@@ -217,7 +219,7 @@ def train_fold(
         folds,
         fold,
         output,
-        teachers={name: [f for f in files if f.parent.name == name] for name in parsed.teachers},
+        teachers=_by_judge(teacher_logits or (), parsed.teachers),
         settings=parsed,
         launch=Launch(
             micro_batch_size,
@@ -345,7 +347,7 @@ def merge_folds(
     tokens: Annotated[Path | None, typer.Option(help="For greedy weights.")] = None,
     folds: Annotated[Path | None, typer.Option(help="For weights other than equal.")] = None,
     logits: Annotated[
-        list[Path] | None, typer.Option(help="logits/<judge>/fold_<k>.npy, for validation weights.")
+        list[Path] | None, typer.Option(help="The folds' logits, for validation weights.")
     ] = None,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
@@ -452,7 +454,7 @@ def fit_calibration(
     judge: Annotated[str, typer.Option(help="Its name.")],
     output: Output,
     version: Version,
-    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
+    logits: Annotated[list[Path], typer.Argument(help="The folds' logits, in their order.")],
 ) -> None:
     """Fit every calibration to a judge's out-of-fold logits."""
     from arena_distill.prediction.calibration import fit_calibration
@@ -465,14 +467,13 @@ def predict_test(
     output: Output,
     settings: Settings,
     logits: Annotated[Path, typer.Option(help="logits/<judge>/<model>_test.npy")],
+    model: Annotated[ModelKind, typer.Option(help="Which model they are of.")],
     calibration: Annotated[Path | None, typer.Option(help="calibration/<judge>.json")] = None,
     battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
 ) -> None:
     """Average the test logits over lengths and orders, every variant of it; calibrate them."""
-    from arena_distill.config.vocabulary import ModelKind
     from arena_distill.prediction.test_time import predict_test
 
-    model = next(model for model in get_args(ModelKind) if logits.stem == f"{model}_test")
     parsed = parse(phase.PredictionSettings, settings)
     predict_test(
         logits, output, model=model, settings=parsed, calibration=calibration, battles=battles
@@ -502,7 +503,9 @@ def evaluate(
     output: Output,
     tables: Annotated[Path, typer.Option(help="Folder of the flat tables.")],
     settings: Settings,
-    logits: Annotated[list[Path], typer.Argument(help="logits/<judge>/fold_<k>.npy")],
+    logits: Annotated[
+        list[str], typer.Argument(help="<judge>=logits/<judge>/fold_<k>.npy, in the folds' order.")
+    ],
     solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
     quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
@@ -519,7 +522,7 @@ def evaluate(
     evaluate(
         folds,
         battles,
-        {name: [f for f in logits if f.parent.name == name] for name in parsed.judges},
+        _by_judge(logits, parsed.judges),
         output,
         tables,
         settings=parsed,
@@ -578,7 +581,7 @@ def compare_soups(
     output: Output,
     settings: Settings,
     adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
-    logits: Annotated[list[Path], typer.Option(help="logits/<judge>/fold_<k>.npy")],
+    logits: Annotated[list[Path], typer.Option(help="The folds' logits, in their order.")],
     solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
@@ -649,6 +652,12 @@ def compare(
         truth=truth,
     )
     render_comparison(figures, output)
+
+
+def _by_judge(pairs: Sequence[str], judges: Iterable[str]) -> dict[str, list[Path]]:
+    """The files of each judge, of arguments ``<judge>=<file>``."""
+    files = [pair.split("=", 1) for pair in pairs]
+    return {judge: [Path(file) for name, file in files if name == judge] for judge in judges}
 
 
 def _folder(path: Path) -> Path:

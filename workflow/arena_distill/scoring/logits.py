@@ -5,7 +5,6 @@ Beside them are the hidden states that students read (see ``models.hidden_states
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
 
     Args:
         folds: `folds.parquet`.
-        paths: the judge's files `fold_<k>.npy`, one per fold, in any order.
+        paths: the judge's files, one per fold, in the order of the folds.
         judge: its name, for messages.
 
     Returns:
@@ -162,12 +161,11 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
     """
     logits = np.empty((len(folds), len(ORDERS), len(CLASSES)), np.float32)
     fold_of = folds["fold"].to_numpy()
-    files = {_fold_number(path): path for path in paths}
     expected = np.unique(fold_of[fold_of >= 0]).tolist()
-    if len(files) < len(paths) or sorted(files) != expected:
+    if len(paths) != len(expected):
         given = ", ".join(map(str, paths)) or "none"
         raise InputError(f"judge {judge}: logits of the folds {expected} expected, got {given}")
-    for fold, path in files.items():
+    for fold, path in zip(expected, paths, strict=True):
         found, ids = read_logits(path)
         if found.shape[1:] != logits.shape[1:]:
             raise InputError(f"{path}: {found.shape[1:]} logits a row, {logits.shape[1:]} expected")
@@ -186,10 +184,3 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
                 f"{foreign[0]} among them"
             )
     return logits[fold_of >= 0]
-
-
-def _fold_number(path: Path) -> int:
-    match = re.fullmatch(r"fold_(\d+)\.npy", path.name)
-    if match is None:
-        raise InputError(f"{path}: logits of a fold are named fold_<k>.npy")
-    return int(match[1])

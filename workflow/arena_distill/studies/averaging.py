@@ -34,20 +34,25 @@ STARTS = {"shared": "one start for all folds", "own": "each fold its own start"}
 
 
 def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSettings) -> None:
-    """Gather the judges' soups (``compare_soups``) → `averaging.json`, `averaging.csv`, `averaging.svg`."""
+    """Gather the judges' soups (``compare_soups``) → `averaging.json`, `averaging.csv`, `averaging.svg`.
+
+    Args:
+        soups: a file per judge, in the order of `settings.averaging`.
+    """
     import pandas as pd
 
     from arena_distill.evaluation.report import draw
 
-    by_judge = {path.stem: read_json(path) for path in soups}
+    named = [
+        {"start": start, "epochs": float(epochs), "judge": judge}
+        for start, judges in settings.averaging.items()
+        for epochs, judge in judges.items()
+    ]
     points = []
-    for start, judges in settings.averaging.items():
-        for epochs, judge in judges.items():
-            soup = by_judge[judge]
-            point = {"start": start, "epochs": float(epochs), "judge": judge}
-            point |= {"distance": soup["distance"], "factors_gap": soup["factors_gap"]}
-            point |= {name: way["log_loss"] for name, way in soup["ways"].items()}
-            points.append(point)
+    for point, path in zip(named, soups, strict=True):
+        soup = read_json(path)
+        point |= {"distance": soup["distance"], "factors_gap": soup["factors_gap"]}
+        points.append(point | {name: way["log_loss"] for name, way in soup["ways"].items()})
     figures = {
         "points": points,
         "provenance": provenance("averaging", settings.model_dump(mode="json")),

@@ -29,6 +29,7 @@ from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
+from arena_distill.layout import Layout
 from arena_distill.metrics import (
     Figures,
     bootstrap,
@@ -69,19 +70,20 @@ def compare(
     """Compare the judges of `settings.entries` → `compare.json`.
 
     Args:
-        run: the run's folder; `logits/<judge>/fold_<k>.npy` and `merged_test.npy`, `adapters/<judge>`
-            and `merged/<judge>` of every entry are read, and of the runs in `settings.runs` the logits.
+        run: the run's folder; of every entry its folds' adapters and logits, its merged model and that
+            one's test logits are read, and of the runs in `settings.runs` the logits.
         solution: the test battles' votes, where they are known.
         truth: the synthetic arena's true vote probabilities.
 
     Raises:
         InputError: a file is missing or damaged, or a row is missing.
     """
-    data = Run.read(run / "folds.parquet", run / "battles.parquet")
+    files = Layout(str(run))
+    data = Run.read(Path(files.folds), Path(files.battles))
     folds = data.fold_numbers()
     seen = {
         entry.label: data.judge_logits(
-            entry.folds, [run / "logits" / entry.folds / f"fold_{k}.npy" for k in folds]
+            entry.folds, [Path(files.logits(entry.folds, k)) for k in folds]
         )
         for entry in settings.entries
     }
@@ -103,14 +105,14 @@ def compare(
         held_out["judges"][label]["position"] = position_bias(logits, data.votes())
     test = None
     if solution is not None:
-        test = _test(run, data, calibrated, settings, solution, truth)
+        test = _test(files, data, calibrated, settings, solution, truth)
     figures = {
         "run": settings.run,
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
             | {"against": e.against, "tested": e.tested, "optimistic": e.optimistic}
             | {"calibration": e.prediction.calibration}
-            | _cost(run, e, folds)
+            | _cost(files, e, folds)
             for e in settings.entries
         ],
         "out_of_fold": held_out,
@@ -189,7 +191,7 @@ def _difference(each: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
 
 
 def _test(
-    run: Path,
+    files: Layout,
     data: Run,
     calibrated: Mapping[str, _Calibrated],
     settings: CompareSettings,
@@ -201,10 +203,10 @@ def _test(
     votes = solved["label"].to_numpy().astype(np.int64)
     ids = solved["id"].combine_chunks()
     keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
-    battles = read_parquet(run / "battles.parquet", ["id", "source", "prompt"])
+    battles = read_parquet(Path(files.battles), ["id", "source", "prompt"])
     groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
     tested = [entry for entry in settings.entries if entry.tested]
-    views = {entry.label: _test_views(run, entry.judge, keys) for entry in tested}
+    views = {entry.label: _test_views(files, entry.judge, keys) for entry in tested}
     averages = {entry.label: entry.prediction.average for entry in tested}
     probabilities = {label: mean_of_views(views[label], averages[label]) for label in views}
     views[STYLE_ALONE], averages[STYLE_ALONE] = np.zeros((len(keys), 1, len(CLASSES))), "logits"
@@ -223,25 +225,25 @@ def _test(
     return _table(probabilities, votes, groups, settings, true)
 
 
-def _test_views(run: Path, judge: str, keys: pa.Array) -> np.ndarray:
+def _test_views(files: Layout, judge: str, keys: pa.Array) -> np.ndarray:
     """What the merged model says of the battles of `keys`: float (rows, lengths · orders, 3)."""
-    path = run / "logits" / judge / "merged_test.npy"
+    path = Path(files.test_logits(judge, "merged"))
     logits, rows = read_logits(path)
     return logits[locate(keys, key(rows), str(path))].reshape(len(keys), -1, len(CLASSES))
 
 
-def _cost(run: Path, entry: Entry, folds: Sequence[int]) -> Figures:
+def _cost(files: Layout, entry: Entry, folds: Sequence[int]) -> Figures:
     """What a judge took: its folds' training seconds and tokens; its size, and the model's bytes."""
-    adapters_of = run / "adapters" / entry.folds
-    if not adapters_of.exists():  # it was not trained here
+    folders = [Path(files.adapter(entry.folds, k)) for k in folds]
+    if not folders[0].exists():  # it was not trained here
         return {"seconds": None, "tokens": None, "parameters": None, "bytes": 0}
-    adapters = [read_json(adapters_of / f"fold_{k}" / "metrics.json") for k in folds]
+    adapters = [read_json(folder / "metrics.json") for folder in folders]
     return {
         "seconds": sum(a["seconds"] for a in adapters),
         "tokens": sum(round(a["tokens"] * a["epochs"]) for a in adapters),
         "parameters": adapters[0]["parameters"],
         "bytes": sum(
-            f.stat().st_size for f in (run / "merged" / entry.judge).glob("*.safetensors")
+            f.stat().st_size for f in Path(files.merged(entry.judge)).glob("*.safetensors")
         ),
         "teacher_weights": [a["teacher_weights"] for a in adapters if "teacher_weights" in a],
     }
@@ -251,14 +253,15 @@ def _other_run(
     other: Path, data: Run, seen: Mapping[str, np.ndarray], settings: CompareSettings
 ) -> Iterator[Figures]:
     """The judges of another run against this one's, on the battles that both score out of fold."""
-    theirs = Run.read(other / "folds.parquet", other / "battles.parquet")
+    layout = Layout(str(other))
+    theirs = Run.read(Path(layout.folds), Path(layout.battles))
     ours, their_keys = data.keys(), theirs.keys()
     shared = pc.is_in(ours, their_keys).to_numpy(zero_copy_only=False)
     if not shared.any():
         raise InputError(f"config: compare.runs: {other} has no battle in common with this run")
     rows = locate(ours.filter(pa.array(shared)), their_keys, str(other))
     for folder in sorted(path for path in (other / "logits").iterdir() if path.is_dir()):
-        files = [folder / f"fold_{k}.npy" for k in theirs.fold_numbers()]
+        files = [Path(layout.logits(folder.name, k)) for k in theirs.fold_numbers()]
         if not all(file.exists() for file in files):
             continue
         logits = theirs.judge_logits(folder.name, files)[rows]

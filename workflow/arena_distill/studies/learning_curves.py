@@ -16,6 +16,7 @@ from arena_distill.config.phases import CurveSettings
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
+from arena_distill.layout import Layout
 from arena_distill.metrics import (
     Figures,
     calibration_scores,
@@ -33,7 +34,7 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
     """Score every point's folds → `curves.json`, `curves.csv`, `curves.svg`.
 
     Args:
-        run: the run's folder: `logits/<judge>/fold_<k>.npy` and `adapters/<judge>/fold_<k>` are read.
+        run: the run's folder: the adapters and logits of every point's folds are read.
         truth: the synthetic arena's true vote probabilities.
     """
     import pandas as pd
@@ -41,17 +42,18 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
     from arena_distill.evaluation.report import draw
     from arena_distill.metrics import bootstrap
 
-    data = Run.read(run / "folds.parquet", run / "battles.parquet").of_folds(settings.folds)
+    layout = Layout(str(run))
+    data = Run.read(Path(layout.folds), Path(layout.battles)).of_folds(settings.folds)
     folds = data.fold_numbers()
     votes = data.votes()
     true = None if truth is None else true_probabilities(truth, data.keys())
     points: list[Figures] = []
     for label, judges in settings.curves.items():
         for share, judge in judges.items():
-            files = [run / "logits" / judge / f"fold_{k}.npy" for k in folds]
+            files = [Path(layout.logits(judge, k)) for k in folds]
             p = mean_over_views(data.judge_logits(judge, files))
-            adapters = [run / "adapters" / judge / f"fold_{k}" / "metrics.json" for k in folds]
-            seen = [read_json(path)["battles"] for path in adapters]
+            adapters = [Path(layout.adapter(judge, k)) for k in folds]
+            seen = [read_json(folder / "metrics.json")["battles"] for folder in adapters]
             drawn = bootstrap(losses(p, votes)[None], data.groups(), resamples=2000)[:, 0]
             low, high = np.quantile(drawn, [0.025, 0.975])
             point = {"curve": label, "judge": judge, "share": float(share)}

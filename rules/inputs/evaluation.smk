@@ -1,0 +1,7 @@
+# Inputs of rules/evaluation.smk: the folds of every judge.
+SCORED = [(judge, fold) for judge in CONFIG.judges for fold in FOLDS]
+
+
+def judged_folds(wildcards, input):
+    """The logits of every fold, each with the name of its judge."""
+    return [f"{judge}={file}" for (judge, _), file in zip(SCORED, input.logits, strict=True)]
