@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,9 @@ class Bench:
         )
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()
-            raise Failed(f"{words[0]}: {said[-1][:200]}")
+            # Some exceptions' texts go on for pages, and end in advice.
+            errors = [line for line in said if re.match(r"(error|[\w.]+(Error|Exception)): ", line)]
+            raise Failed(f"{words[0]}: {(errors or said)[-1][:200]}")
         return time.perf_counter() - start
 
     def train(self, name: str, *options: Any, gpus: int = 1, **changes: Any) -> Path:

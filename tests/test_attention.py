@@ -101,6 +101,28 @@ def test_flash_attention_is_for_half_precision(gpus: Callable[..., None]) -> Non
         choose_attention(config("llama"), "flash_attention_2", torch.float32)
 
 
+def test_short_sequences_have_the_flex_kernel_of_long_ones(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernel for generation refuses more than 128 queries of a key (100 tokens, 2 heads)."""
+    from transformers import AttentionInterface
+    from transformers.integrations import flex_attention
+
+    gpus()
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {})
+    assert choose_attention(config("llama"), "flex_attention", torch.bfloat16) == "flex_attention"
+    asked: list[Any] = []
+
+    def attend(query: Any, key: Any, value: Any, *, kernel_options: Any, **_: Any) -> Any:
+        asked.append(kernel_options)
+        return query
+
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", attend)
+    query, key = torch.zeros(1, 4, 100, 16), torch.zeros(1, 2, 100, 16)
+    AttentionInterface()["flex_attention"](torch.nn.Module(), query, key, key, None)
+    assert asked == [{"BACKEND": "TRITON"}]
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_kernels_agree(kernel: Any, make_run: Callable[..., Run]) -> None:
     run = make_run("llama")

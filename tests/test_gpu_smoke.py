@@ -59,3 +59,24 @@ def test_what_fails_is_told_and_what_lacks_is_skipped(
     _, failed, skipped = capsys.readouterr().out.splitlines()
     assert failed.split()[:3] == ["fails", "llama", "FAIL"]
     assert skipped.split()[2:] == ["skip", "no", "such", "thing"]
+
+
+def test_the_error_is_shown_and_not_the_advice_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_smoke
+
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        "echo 'Traceback (most recent call last):' >&2\n"
+        "echo 'torch._inductor.exc.InductorError: no kernel' >&2\n"
+        "echo '  target: flex_attention' >&2\n"
+        "echo 'Set TORCHDYNAMO_VERBOSE=1 for more' >&2\n"
+        "exit 1\n"
+    )
+    python.chmod(0o755)
+    bench = gpu_smoke.Bench("llama", tmp_path, None, 0, Path())
+    with pytest.raises(gpu_smoke.Failed, match=r"^train-fold: torch\..*InductorError: no kernel$"):
+        bench.call("train-fold", python=python)

@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,6 +172,36 @@ def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.Monke
         gptq.quantize_model(tmp_path, tmp_path / "o", calibration=rows, samples=64, **options)
     with pytest.raises(InputError, match="gptqmodel is not installed"):
         gptq.load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_loading_needs_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, gpu: bool
+) -> None:
+    """GPTQModel's own choice on a GPU is a kernel that it builds with CUDA's compiler."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    asked: list[Any] = []
+
+    def load(folder: Path, *, config: Any, **options: Any) -> Any:
+        asked.append((config.quantization_config["backend"], options["device_map"]))
+        raise ValueError("that was all")
+
+    kernels = SimpleNamespace(TorchLinear=type("TorchLinear", (), {"optimize": None}))
+    monkeypatch.setitem(sys.modules, "gptqmodel.nn_modules.qlinear.torch", kernels)
+    for name in ("gptqmodel", "gptqmodel.nn_modules", "gptqmodel.nn_modules.qlinear"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setattr(gptq, "_prepare_gptqmodel", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
+    about = {"quant_method": "gptq", "bits": 8, "group_size": 32}
+    config = {"model_type": "llama", "dtype": dtype, "quantization_config": about}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="that was all"):
+        gptq.load_quantized(tmp_path)
+    assert asked == [("gptq_torch", {"": "cuda:0" if gpu else "cpu"})]
 
 
 # --- GPTQ -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a layer's weights one column
 the columns not yet rounded make up for the error, measured on inputs the layer really gets. The
 arithmetic and the packing are GPTQModel's, as transformers' own quantiser uses them. The walk over
 the blocks is ours, because classifiers need three things: sequences as the judge is asked them,
-each block's own mask and rotation (Gemma's blocks differ), and no compiler at run time.
+each block's own mask and rotation (Gemma's blocks differ), and no need of a compiler.
 
 The folder is loaded by plain transformers wherever gptqmodel and optimum are installed.
 :func:`check_drift` is a phase of its own, so that a bound that is exceeded stops the graph but
@@ -174,9 +174,12 @@ def quantize_model(
 def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     """Load a GPTQ folder for scoring, on the GPU where there is one, in the dtype of its config.
 
-    It is transformers' ``from_pretrained`` with two choices made: GPTQModel's reference kernel
-    where the fast ones do not serve (no GPU, or float32), and no compiler, which costs that kernel
-    half a minute per job and gains it nothing. On a CPU the weights are unpacked once and kept.
+    It is transformers' ``from_pretrained`` with two choices made: GPTQModel's PyTorch kernel, and
+    no compilation of it, which costs half a minute per job and gains nothing. The kernel it would
+    choose on a GPU (Marlin) is built by CUDA's compiler when it is first used: minutes where there
+    is one, and an error elsewhere. It is for generation, a token at a time; a judge reads batches of
+    thousands, where unpacking the weights first costs nothing that can be measured. On a CPU they
+    are unpacked once and kept.
 
     Args:
         attention: the kernel (see ``loading.choose_attention``); None leaves it to transformers.
@@ -195,16 +198,13 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        quantization = config.quantization_config
+        config.quantization_config["backend"] = "gptq_torch"
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{folder}: no GPTQ model can be read from there: {brief(error)}"
         ) from None
     dtype = config.dtype or torch.float32
     kernel = choose_attention(config, attention, dtype) if attention else None
-    cuda = torch.cuda.is_available()
-    if not cuda or dtype == torch.float32:
-        quantization["backend"] = "gptq_torch"
     try:
         with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -212,7 +212,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
                 config=config,
                 dtype="auto",
                 attn_implementation=kernel,
-                device_map={"": "cuda:0" if cuda else "cpu"},
+                device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,

@@ -189,7 +189,25 @@ def choose_attention(
         raise InputError(
             f"config: compute.attention: {wanted} is not to be had: {obstacle}; set auto"
         )
+    if wanted == "flex_attention":
+        _use_one_flex_kernel()
     return wanted
+
+
+def _use_one_flex_kernel() -> None:
+    """Have flex attention compute every batch by the same kernel.
+
+    For sequences of less than 128 tokens PyTorch (2.11 to 2.13) takes its kernel for generation, which
+    holds a key's queries in one block of at most 128: tokens times the heads that share the key. With
+    more of them the job would end: `NoValidChoicesError`.
+    """
+    from functools import partial
+
+    from transformers import AttentionInterface
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    forward = partial(flex_attention_forward, kernel_options={"BACKEND": "TRITON"})
+    AttentionInterface.register("flex_attention", forward)
 
 
 def _obstacle(config: PretrainedConfig, kernel: str, dtype: torch.dtype | str) -> str | None:
