@@ -31,6 +31,7 @@ import numpy as np
 
 from arena_distill.config.judge import TINY
 from arena_distill.config.phases import (
+    ArenaSettings,
     FoldsSettings,
     LogitsSettings,
     MergeSettings,
@@ -39,7 +40,7 @@ from arena_distill.config.phases import (
     Settings,
     TrainingSettings,
 )
-from arena_distill.config.run import Arena, Config, load
+from arena_distill.config.run import Config, load
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode
 from arena_distill.files.artifacts import read_json
@@ -90,7 +91,7 @@ class Bench:
     def settings(self, phase: Any, **changes: Any) -> str:
         of_judge = ("judge",) if phase is not FoldsSettings else ()
         settings: Settings = phase.of(self.config, *of_judge)
-        return settings.model_copy(update=changes).model_dump_json()
+        return settings.model_copy(update=changes).as_params()
 
     def call(self, *words: Any, python: Path = Path(sys.executable)) -> float:
         """Run a command of the workflow; the seconds it took."""
@@ -302,14 +303,14 @@ def prepare(family: str, folder: Path, size: str, gpus: int, gptq: Path) -> Benc
     }
     bench = Bench(family, folder, load(raw), gpus, gptq)
     make_backbone(family, bench.backbone, size)
-    settings = Arena(**arena).model_dump_json()
+    settings = ArenaSettings(version=1, **arena).as_params()
     bench.call("simulate-arena", "--output", folder / "arena", "--settings", settings)
     battles = folder / "battles.parquet"
     bench.call(
         *("read-battles", "--output", battles, "--rejected", folder / "rejected.parquet"),
         *(
-            "--version",
-            1,
+            "--settings",
+            Settings(version=1).as_params(),
             "--train",
             folder / "arena/train.csv",
             "--test",
@@ -321,8 +322,8 @@ def prepare(family: str, folder: Path, size: str, gpus: int, gptq: Path) -> Benc
         *("--settings", bench.settings(FoldsSettings)),
     )
     bench.call(
-        *("tokenize-battles", "--battles", battles, "--backbone", bench.backbone, "--version", 1),
-        *("--output", folder / "tokens.parquet"),
+        *("tokenize-battles", "--battles", battles, "--backbone", bench.backbone),
+        *("--settings", Settings(version=1).as_params(), "--output", folder / "tokens.parquet"),
     )
     return bench
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
 from arena_distill.config.judge import JOINT, TINY, Backbone, Lora  # noqa: E402
+from arena_distill.config.phases import BackboneSettings  # noqa: E402
 from arena_distill.models.adapters import new_judge  # noqa: E402
 from arena_distill.models.loading import load_classifier  # noqa: E402
 from arena_distill.models.preparation import prepare_backbone  # noqa: E402
@@ -102,7 +103,9 @@ def main() -> None:
     for file, layers in itertools.product(sys.argv[1:], (4,)):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "backbone"
-            prepare_backbone(Backbone(gguf=file, layers=layers), folder, version=1)
+            prepare_backbone(
+                folder, settings=BackboneSettings.of(Backbone(gguf=file, layers=layers))
+            )
             for half, again in itertools.product((False, True), (False, True)):
                 compare(
                     f"{Path(file).stem[:13]}, {layers}",

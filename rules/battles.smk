@@ -16,8 +16,7 @@ rule simulate_arena:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["simulate"],
-        settings=CONFIG.data.arena.model_dump_json() if CONFIG.data.arena else None,
+        settings=settings_of(phase.ArenaSettings),
         folder=lambda wildcards, output: os.path.dirname(output.truth),
     message:
         "Simulating the synthetic arena"
@@ -42,13 +41,13 @@ rule read_battles:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["battles"],
+        settings=version_of("battles"),
         files=as_options(*SOURCES),
     message:
         "Reading battles: {input}"
     shell:
         "arena read-battles --output {output.battles:q} --rejected {output.rejected:q}"
-        " --version {params.version} {params.files:q} > {log:q} 2>&1"
+        " --settings {params.settings:q} {params.files:q} > {log:q} 2>&1"
 
 
 rule assign_folds:

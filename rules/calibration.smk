@@ -16,10 +16,10 @@ rule fit_calibration:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["calibration"],
+        settings=version_of("calibration"),
     message:
         "Calibrating {wildcards.judge}"
     shell:
         "arena fit-calibration --folds {input.folds:q} --battles {input.battles:q}"
-        " --judge {wildcards.judge} --output {output.calibration:q} --version {params.version}"
+        " --judge {wildcards.judge} --output {output.calibration:q} --settings {params.settings:q}"
         " {input.logits:q} > {log:q} 2>&1"

@@ -17,7 +17,6 @@ if CHECKOUT:
 from arena_distill import layout
 from arena_distill.config import checks, derived, run
 from arena_distill.config import phases as phase
-from arena_distill.config.phases import VERSIONS
 from arena_distill.errors import InputError
 
 try:
@@ -104,9 +103,14 @@ def settings_of(phase):
 
     @functools.cache  # a judge's settings are the same in each of its folds and shards
     def of_judge(judge):
-        return (phase.of(GRAPH, judge) if judge else phase.of(CONFIG)).model_dump_json()
+        return (phase.of(GRAPH, judge) if judge else phase.of(CONFIG)).as_params()
 
     return lambda wildcards: of_judge(getattr(wildcards, "judge", None))
+
+
+def version_of(name):
+    """The settings of a phase that reads nothing of the configuration: its version."""
+    return lambda wildcards: phase.Settings(version=phase.VERSIONS[name]).as_params()
 
 
 def as_options(*names):

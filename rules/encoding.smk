@@ -19,13 +19,12 @@ rule download_backbone:
         download=1,
         disk_mb=disk_of_download,
     params:
-        version=VERSIONS["backbone"],
-        settings=lambda wildcards: DOWNLOADS[wildcards.backbone].model_dump_json(),
+        settings=backbone_settings(DOWNLOADS),
     message:
         "Downloading backbone {wildcards.backbone} ({resources.disk_mb} MB of disk)"
     shell:
-        "arena prepare-backbone --output {output:q} --version {params.version}"
-        " --settings {params.settings:q} > {log:q} 2>&1"
+        "arena prepare-backbone --output {output:q} --settings {params.settings:q}"
+        " > {log:q} 2>&1"
 
 
 rule prepare_backbone:
@@ -42,13 +41,12 @@ rule prepare_backbone:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["backbone"],
-        settings=lambda wildcards: BACKBONES[wildcards.backbone].model_dump_json(),
+        settings=backbone_settings(BACKBONES),
     message:
         "Preparing backbone {wildcards.backbone}"
     shell:
-        "arena prepare-backbone {input:q} --output {output:q} --version {params.version}"
-        " --settings {params.settings:q} > {log:q} 2>&1"
+        "arena prepare-backbone {input:q} --output {output:q} --settings {params.settings:q}"
+        " > {log:q} 2>&1"
 
 
 use rule prepare_backbone as cut_download with:
@@ -75,9 +73,9 @@ rule tokenize_battles:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["tokens"],
+        settings=version_of("tokens"),
     message:
         "Tokenising battles with {wildcards.tokenizer}"
     shell:
         "arena tokenize-battles --battles {input.battles:q} --backbone {input.backbone:q}"
-        " --output {output.tokens:q} --version {params.version} > {log:q} 2>&1"
+        " --output {output.tokens:q} --settings {params.settings:q} > {log:q} 2>&1"

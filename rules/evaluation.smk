@@ -28,7 +28,7 @@ rule write_config:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=lambda wildcards: CONFIG.described(),  # a plain text's {} would be wildcards
+        settings=lambda wildcards: CONFIG.as_params(),  # a plain text's {} would be wildcards
     message:
         "Writing down the configuration"
     shell:
@@ -93,7 +93,7 @@ rule render_report:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["report"],
+        version=phase.VERSIONS["report"],
         parts=lambda wildcards, output: os.path.dirname(output.parts[0]),
     message:
         "Writing the report: {output.page}"

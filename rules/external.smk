@@ -49,12 +49,12 @@ rule read_external_logits:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["external_logits"],
+        settings=version_of("external_logits"),
     message:
         "Reading the logits of {wildcards.judge}: {input.file}"
     shell:
         "arena read-external-logits --battles {input.battles:q} --file {input.file:q}"
-        " --output {output.logits:q} --version {params.version} > {log:q} 2>&1"
+        " --output {output.logits:q} --settings {params.settings:q} > {log:q} 2>&1"
 
 
 rule split_external_logits:

@@ -20,11 +20,10 @@ rule fetch_battles:
     resources:
         download=1,
     params:
-        version=VERSIONS["fetch"],
-        settings=lambda wildcards: FETCHED[wildcards.file].model_dump_json(),
+        settings=lambda wildcards: phase.FetchSettings.of(FETCHED[wildcards.file]).as_params(),
         without=as_options("without"),
     message:
         "Fetching {wildcards.file}"
     shell:
-        "arena fetch-battles --output {output.file:q} --version {params.version}"
-        " --settings {params.settings:q} {params.without:q} > {log:q} 2>&1"
+        "arena fetch-battles --output {output.file:q} --settings {params.settings:q}"
+        " {params.without:q} > {log:q} 2>&1"

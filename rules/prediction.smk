@@ -90,7 +90,7 @@ rule write_submission:
     conda:
         "../envs/arena.yaml"
     params:
-        version=VERSIONS["submission"],
+        version=phase.VERSIONS["submission"],
     message:
         "Writing the submission"
     shell:

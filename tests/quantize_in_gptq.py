@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from arena_distill.config.judge import JOINT
+from arena_distill.config.judge import Encoding
+from arena_distill.config.phases import QuantizationSettings
 from arena_distill.deployment.gptq import load_quantized, quantize_model
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
@@ -40,15 +41,18 @@ def main(folder: Path) -> None:
             quantize_model(
                 model,
                 output,
-                head=JOINT,
+                settings=QuantizationSettings(
+                    version=1,
+                    encoding=Encoding(),
+                    samples=48,
+                    bits=case["bits"],
+                    group_size=case["group_size"],
+                    seed=case.get("seed", 0),
+                    validation_rows=len(validation),
+                ),
                 calibration=calibration,
                 validation=[validation],
-                samples=48,
-                bits=case["bits"],
-                group_size=case["group_size"],
-                seed=case.get("seed", 0),
                 batch_tokens=2048,
-                settings={"bits": case["bits"]},
                 labels=labels,
             )
         except InputError as error:

@@ -16,6 +16,7 @@ from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone, make_config
 from safetensors.torch import load_file, save_file
 
 from arena_distill.config.judge import TINY, Backbone, Head
+from arena_distill.config.phases import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json
@@ -141,7 +142,7 @@ def test_no_backbone_is_prepared_of_an_incomplete_model(
     folder = edited(backbones("llama"), tmp_path / "incomplete", LACKS[lacks][0])
     backbone = Backbone(path=str(folder), tokenizer=str(backbones("bert")))
     with pytest.raises(InputError, match="incomplete: tensors are missing: "):
-        prepare_backbone(backbone, tmp_path / "x", version=1)
+        prepare_backbone(tmp_path / "x", settings=BackboneSettings.of(backbone))
     assert not (tmp_path / "x").exists()
 
 
@@ -191,7 +192,9 @@ def plain(folder: Path) -> Any:
 @pytest.mark.parametrize("family", [*FAMILIES, "bert"])
 def test_the_first_layers_make_a_backbone(family: str, tmp_path: Path) -> None:
     source = make_backbone(family, tmp_path / "whole", layers=3)
-    prepare_backbone(Backbone(path=str(source), layers=2), tmp_path / "cut", version=1)
+    prepare_backbone(
+        tmp_path / "cut", settings=BackboneSettings.of(Backbone(path=str(source), layers=2))
+    )
     config = json.loads((tmp_path / "cut" / "config.json").read_text(encoding="utf-8"))
     assert config["num_hidden_layers"] == 2
     if "layer_types" in config:
@@ -205,12 +208,14 @@ def test_the_first_layers_make_a_backbone(family: str, tmp_path: Path) -> None:
     tokenizers = [load_tokenizer(folder) for folder in (source, tmp_path / "cut")]
     assert tokenizers[0]("a b").input_ids == tokenizers[1]("a b").input_ids
     origin = read_json(tmp_path / "cut" / "provenance.json")
-    assert origin["settings"] == {"version": 1, "path": str(source), "layers": 2}
+    assert origin["settings"]["backbone"]["path"] == str(source)
 
 
 def test_a_cut_backbone_scores_like_the_whole_one_stopped_early(tmp_path: Path) -> None:
     source = make_backbone("gemma2", tmp_path / "whole", layers=3)
-    prepare_backbone(Backbone(path=str(source), layers=2), tmp_path / "cut", version=1)
+    prepare_backbone(
+        tmp_path / "cut", settings=BackboneSettings.of(Backbone(path=str(source), layers=2))
+    )
     ids = torch.tensor([[0, 40, 41, 42, 43]])
     with torch.inference_mode():
         states = (
@@ -230,7 +235,8 @@ def test_a_cut_backbone_scores_like_the_whole_one_stopped_early(tmp_path: Path) 
 def test_more_layers_than_there_are_is_an_error(backbones: Folders, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"backbone\.layers: 3, but .* has only 2"):
         prepare_backbone(
-            Backbone(path=str(backbones("llama")), layers=3), tmp_path / "x", version=1
+            tmp_path / "x",
+            settings=BackboneSettings.of(Backbone(path=str(backbones("llama")), layers=3)),
         )
     assert not list(tmp_path.iterdir())
 
@@ -241,7 +247,7 @@ def test_another_tokenizer_gives_embeddings_of_its_size(
 ) -> None:
     backbone = Backbone(path=str(backbones(family)), tokenizer=str(backbones("bert")))
     for name in ("one", "two"):
-        prepare_backbone(backbone, tmp_path / name, version=1)
+        prepare_backbone(tmp_path / name, settings=BackboneSettings.of(backbone))
     tokenizer = load_tokenizer(tmp_path / "one")
     assert tokenizer.cls_token == "[CLS]"
     model = load_classifier(tmp_path / "one", pad_token_id=safe_pad_id(tokenizer), head_seed=0)
@@ -263,7 +269,7 @@ def test_another_tokenizer_gives_embeddings_of_its_size(
 )
 def test_a_source_that_is_missing_is_an_error(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such backbone"):
-        prepare_backbone(backbone, tmp_path / "x", version=1)
+        prepare_backbone(tmp_path / "x", settings=BackboneSettings.of(backbone))
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +277,8 @@ def test_a_source_that_is_no_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot be made a backbone"):
         prepare_backbone(
-            Backbone(path=str(tmp_path / "folder"), layers=1), tmp_path / "x", version=1
+            tmp_path / "x",
+            settings=BackboneSettings.of(Backbone(path=str(tmp_path / "folder"), layers=1)),
         )
     assert not (tmp_path / "x").exists()
 
@@ -300,17 +307,19 @@ def test_a_hub_model_is_downloaded_and_cut(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
     whole = Backbone(hub="org/model", revision="abc")
-    prepare_backbone(whole, tmp_path / "whole", version=1)
+    prepare_backbone(tmp_path / "whole", settings=BackboneSettings.of(whole))
     backbone = Backbone(hub="org/model", revision="abc", layers=layers)
     if layers:
         with pytest.raises(InputError, match="download org/model first"):
-            prepare_backbone(backbone, tmp_path / "x", version=1)
-        prepare_backbone(backbone, tmp_path / "x", source=tmp_path / "whole", version=1)
+            prepare_backbone(tmp_path / "x", settings=BackboneSettings.of(backbone))
+        prepare_backbone(
+            tmp_path / "x", settings=BackboneSettings.of(backbone), source=tmp_path / "whole"
+        )
     else:
-        prepare_backbone(backbone, tmp_path / "x", version=1)
+        prepare_backbone(tmp_path / "x", settings=BackboneSettings.of(backbone))
     assert (asked["repo"], asked["revision"]) == ("org/model", commit)
     made = read_json(tmp_path / "whole/provenance.json")["settings"]
-    assert (made["revision"], made["commit"]) == ("abc", commit)
+    assert (made["backbone"]["revision"], made["commit"]) == ("abc", commit)
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
     model = load_classifier(tmp_path / "x", head_seed=0)
     assert model.config.num_hidden_layers == (layers or 2)
@@ -328,14 +337,18 @@ def test_a_hub_that_cannot_be_reached_is_an_error(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fail)
     with pytest.raises(InputError, match=r"org/model@abc: cannot be downloaded: no route; check"):
-        prepare_backbone(Backbone(hub="org/model", revision="abc"), tmp_path / "x", version=1)
+        prepare_backbone(
+            tmp_path / "x", settings=BackboneSettings.of(Backbone(hub="org/model", revision="abc"))
+        )
 
 
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.skipif(not GGUF.is_file(), reason=f"no {GGUF}; scripts/fetch_weights.sh fetches it")
 def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
-    prepare_backbone(Backbone(gguf=str(GGUF), layers=2), tmp_path / "x", version=1)
+    prepare_backbone(
+        tmp_path / "x", settings=BackboneSettings.of(Backbone(gguf=str(GGUF), layers=2))
+    )
     model = plain(tmp_path / "x")
     assert model.config.num_hidden_layers == 2
     assert model.dtype == torch.bfloat16
@@ -362,7 +375,7 @@ def test_a_real_tokenizer_keeps_its_ids_on_another_model(
     if not source.is_dir():
         pytest.skip(f"no tokenizer in {source}; scripts/fetch_tokenizers.sh fetches it")
     backbone = Backbone(path=str(backbones(family)), tokenizer=str(source))
-    prepare_backbone(backbone, tmp_path / "x", version=1)
+    prepare_backbone(tmp_path / "x", settings=BackboneSettings.of(backbone))
     before, after = load_tokenizer(source), load_tokenizer(tmp_path / "x")
     text = "What's 12345 + 67890?\n\n\tdef f(x):  return x\u2028é 你好 🏳️‍🌈"
     ask = {"add_special_tokens": False, "split_special_tokens": True}

@@ -26,6 +26,7 @@ from arena_distill.battles.reading import (
     read_solution,
     write_battles,
 )
+from arena_distill.config.phases import Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, read_provenance
 from arena_distill.files.keys import key
@@ -130,7 +131,7 @@ def test_battles_survive_their_file(
     folder = tmp_path_factory.mktemp("file")
     rows = [battle(i, prompt=turns) for i, turns in enumerate(texts)]
     raw = {"train": [write_jsonl(folder / "t.jsonl", rows)]}
-    write_battles(raw, folder / "battles.parquet", folder / "rejected.parquet", {})
+    write_battles(raw, folder / "battles.parquet", folder / "rejected.parquet", Settings(version=1))
     assert read_parquet(folder / "battles.parquet").equals(read_battles(raw)[0])
 
 
@@ -317,7 +318,7 @@ def test_unreadable_test_battle_is_kept_as_raw_text(
         "train": [write_csv(tmp_path / "train.csv", [battle(1), battle(2, winner_tie=1)])],
         "test": [write_csv(tmp_path / "test.csv", test)],
     }
-    write_battles(files, tmp_path / "b.parquet", tmp_path / "r.parquet", {"version": 1})
+    write_battles(files, tmp_path / "b.parquet", tmp_path / "r.parquet", Settings(version=1))
     battles = read_parquet(tmp_path / "b.parquet").to_pylist()
     assert [row["id"] for row in battles if row["source"] == "test"] == ["1", "2", "3"]
     assert [row["response_a"] for row in battles[1:]] == [['["cut'], ["a"], ["a"]]
@@ -460,7 +461,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{name}: no such file"):
             read(tmp_path / name)
     with pytest.raises(InputError, match="no train files"):
-        write_battles({"train": []}, tmp_path / "b", tmp_path / "r", {})
+        write_battles({"train": []}, tmp_path / "b", tmp_path / "r", Settings(version=1))
 
 
 def test_broken_line_refuses_its_row(tmp_path: Path) -> None:

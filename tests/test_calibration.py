@@ -18,7 +18,7 @@ from made_up_run import FOLDS, MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.style_features import read_styles, style_features
-from arena_distill.config.phases import PredictionSettings
+from arena_distill.config.phases import PredictionSettings, Settings
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
@@ -312,7 +312,7 @@ def calibration(run: MadeUpRun) -> Path:
         run.logits["small"],
         output,
         judge="small",
-        version=1,
+        settings=Settings(version=1),
     )
     return output
 
@@ -374,7 +374,7 @@ def test_every_fold_is_read_in_its_place(
             [run.logits["small"][number] for number in files],
             tmp_path / "x.json",
             judge="small",
-            version=1,
+            settings=Settings(version=1),
         )
 
 
@@ -475,7 +475,7 @@ def test_every_variant_is_there_as_it_is_and_calibrated(
 def test_without_calibration_nothing_tells_of_it(calibration: Path, tmp_path: Path) -> None:
     logits = np.zeros((3, 2, 2, 3), np.float32)
     _, about = predict(tmp_path / "a", logits, average="logits")
-    assert "calibration" not in about["settings"]
+    assert about["settings"]["calibration"] == "none"
     predict(tmp_path / "b", logits, average="logits", file=calibration)
     one, other = (tmp_path / name / "test.parquet" for name in "ab")
     assert one.read_bytes() == other.read_bytes()

@@ -17,7 +17,7 @@ from made_up_run import LENGTHS, MadeUpRun, made_up_run
 from test_encoding import tokens_of
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import PredictionSettings, ScoringSettings
+from arena_distill.config.phases import PredictionSettings, ScoringSettings, Settings
 from arena_distill.config.run import Cascade, load
 from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
@@ -229,7 +229,9 @@ def test_a_models_file_says_who_was_scored_where(
     ]
     write_parquet(battles_table(rows), tmp_path / "battles.parquet", {})
     tokens = tmp_path / "tokens.parquet"
-    tokenize_battles(tmp_path / "battles.parquet", backbones("llama"), tokens, version=1)
+    tokenize_battles(
+        tmp_path / "battles.parquet", backbones("llama"), tokens, settings=Settings(version=1)
+    )
     model = tmp_path / "model"
     base = load_classifier(
         backbones("llama"), head=head, pad_token_id=read_tokens(tokens).vocabulary.pad, head_seed=0
@@ -405,10 +407,10 @@ def config(**prediction: Any) -> Any:
 def test_phases_are_told_of_a_cascade_only_where_there_is_one() -> None:
     """So that no finished run is rebuilt because the key exists."""
     for phase in (ScoringSettings, PredictionSettings):
-        assert "cascade" not in phase.of(config(), "small").model_dump_json()
+        assert "cascade" not in phase.of(config(), "small").as_params()
         told = phase.of(config(cascade={"threshold": 0.6}), "small")
         assert told.cascade == Cascade(threshold=0.6)
-        assert phase.model_validate_json(told.model_dump_json()) == told
+        assert phase.model_validate_json(told.as_params()) == told
 
 
 @pytest.mark.parametrize(

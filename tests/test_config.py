@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from conftest import ROOT
+from pydantic import BaseModel
 
-from arena_distill.config.judge import Backbone, Compute, JudgeDefaults, Loss
+from arena_distill.config.judge import Backbone, Compute, Encoding, JudgeDefaults, Loss, Section
 from arena_distill.config.phases import (
     VERSIONS,
+    ArenaSettings,
+    AuditSettings,
+    AveragingSettings,
+    BackboneSettings,
+    CompareSettings,
+    CurveSettings,
     DriftSettings,
+    EvaluationSettings,
+    FetchSettings,
+    FoldsSettings,
     LogitsSettings,
+    MergeSettings,
+    PredictionSettings,
     PretrainingSettings,
     QuantizationSettings,
     QuerySettings,
+    ScoringSettings,
     Settings,
+    SoupSettings,
     TrainingSettings,
     parse,
 )
@@ -368,7 +383,9 @@ def all_settings(config: Config) -> dict[tuple[str, str], Any]:
     for model in Settings.__subclasses__():
         phase = model.__name__.removesuffix("Settings").lower()
         asked = inspect.signature(model.of).parameters
-        if "studies" in asked:  # they name judges and files: nothing of what a judge is
+        if "config" not in asked or "studies" in asked:  # parts of data, backbones; judges' names
+            continue
+        if model is ArenaSettings and not config.data.arena:
             continue
         judges = tuple(config.judges) if "judge" in asked else ("",)
         if model is QuerySettings:  # of judges that are asked alone
@@ -382,7 +399,7 @@ def changed(base: dict[str, Any] | None = None, **changes: Any) -> set[tuple[str
     """The phases, and their judges, whose settings differ where the configuration does."""
     base = base or raw()
     before, after = all_settings(load(base)), all_settings(load(overlay(base, changes)))
-    return {k for k in before if before[k].model_dump_json() != after[k].model_dump_json()}
+    return {k for k in before if before[k].as_params() != after[k].as_params()}
 
 
 def test_compute_is_in_no_settings() -> None:
@@ -394,7 +411,7 @@ def test_compute_is_in_no_settings() -> None:
     assert set(compute) == set(Compute.model_fields)
     assert changed(defaults={"compute": compute}) == set()
     for settings in all_settings(load(raw())).values():
-        assert not set(compute) & set(json.loads(settings.model_dump_json()))
+        assert not set(compute) & set(settings.model_dump())
 
 
 def test_shards_and_their_gpus_are_in_no_settings() -> None:
@@ -431,9 +448,77 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
 def test_settings_survive_json() -> None:
     config = load(judged(l={"lora": {"target_modules": ["q_proj", "v_proj"]}}))
     for settings in all_settings(config).values():
-        assert parse(type(settings), settings.model_dump_json()) == settings
+        assert parse(type(settings), settings.as_params()) == settings
         assert settings.version >= 1
-        assert json.loads(settings.model_dump_json()) == settings.model_dump(mode="json")
+
+
+def test_a_new_key_changes_no_params() -> None:
+    """Params hold what differs from the defaults: no finished run is rebuilt because a key exists."""
+
+    class NewEncoding(Encoding):
+        new: int = 7
+
+    class NewSettings(TrainingSettings):
+        encoding: NewEncoding
+        other: Encoding = Encoding(max_length=64)
+
+    class NewConfig(Config):
+        new: Encoding = Encoding(max_length=64)
+
+    config = load(raw(defaults={"encoding": {"sizes": True}}))
+    before = TrainingSettings.of(config, "s")
+    after = parse(NewSettings, before.model_dump_json())
+    assert after.as_params() == before.as_params()
+    assert (
+        after.model_copy(update={"encoding": NewEncoding(new=8)}).as_params() != before.as_params()
+    )
+    assert (
+        NewConfig(**raw(defaults={"encoding": {"sizes": True}})).as_params() == config.as_params()
+    )
+
+
+PHASES = {
+    "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
+    "folds": FoldsSettings, "audit": AuditSettings, "pretraining": PretrainingSettings,
+    "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
+    "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
+    "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
+    "prediction": PredictionSettings, "evaluation": EvaluationSettings,
+    "comparison": CompareSettings, "curves": CurveSettings, "averaging": AveragingSettings,
+}  # fmt: skip
+DEFAULTS = Path(__file__).with_name("defaults.jsonl")
+
+
+def defaults_of(model: type[BaseModel]) -> dict[str, str]:
+    """Every default below a model, by the key's path."""
+    found = {}
+    for name, field in model.model_fields.items():
+        if not field.is_required():
+            value = field.default
+            found[name] = value.as_params() if isinstance(value, Section) else repr(value)
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= {f"{name}.{key}": value for key, value in defaults_of(part).items()}
+    return found
+
+
+def test_a_changed_default_raises_the_version() -> None:
+    """Params hold no default: nothing but the version rebuilds what was made by another one.
+
+    `ARENA_WRITE_DEFAULTS=1 pytest tests/test_config.py` writes the file anew.
+    """
+    assert set(PHASES.values()) == set(Settings.__subclasses__()), "name its phase in PHASES"
+    found = {name: [VERSIONS[name], defaults_of(model)] for name, model in PHASES.items()}
+    if os.environ.get("ARENA_WRITE_DEFAULTS"):
+        DEFAULTS.write_text("".join(json.dumps(line) + "\n" for line in found.items()))
+    known = dict(map(json.loads, DEFAULTS.read_text().splitlines()))
+    for name, (version, defaults) in found.items():
+        old_version, old_defaults = known[name]
+        changed = {k for k, v in old_defaults.items() if k in defaults and defaults[k] != v}
+        assert not changed or version != old_version, f"raise VERSIONS[{name!r}]: {changed}"
+    assert found == known, (
+        f"write {DEFAULTS.name} anew: {test_a_changed_default_raises_the_version.__doc__}"
+    )
 
 
 def test_a_phase_version_is_part_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,6 +552,7 @@ def read(path: Path) -> Any:
 def test_shipped_configurations_are_valid(path: Path) -> None:
     config = load(read(path))
     assert config.final in config.judges
+    assert load(json.loads(config.as_params())).described() == config.described()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -474,7 +560,7 @@ def test_recipes_lay_over_the_default(recipe: Path) -> None:
     default = read(ROOT / "config" / "config.yaml")
     config = load(overlay(default, read(recipe)))
     for settings in all_settings(config).values():
-        assert parse(type(settings), settings.model_dump_json()) == settings
+        assert parse(type(settings), settings.as_params()) == settings
 
 
 def test_the_summary_recipe_is_what_every_key_defaults_to() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_encoding import FRAME, SMALLEST, Turns, lengths, rows_of_turns, split, tokens_of
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import ScoringSettings, TrainingSettings
+from arena_distill.config.phases import ScoringSettings, Settings, TrainingSettings
 from arena_distill.config.run import load
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.templates import ROOM, View
@@ -192,7 +192,9 @@ def test_only_the_files_training_battles_decide(
         table = battles_table([{"id": str(n), **row} for n, row in enumerate(rows)])
         write_parquet(table, tmp_path / "battles.parquet", {})
         path = tmp_path / f"{i}.parquet"
-        tokenize_battles(tmp_path / "battles.parquet", backbones("llama"), path, version=1)
+        tokenize_battles(
+            tmp_path / "battles.parquet", backbones("llama"), path, settings=Settings(version=1)
+        )
         tokens = read_tokens(path)
         encoding = Encoding(tokens_per_battle=90)
         lines.append([length_budget(tokens, encoding, view, 1000) for view in VIEWS])
@@ -224,7 +226,7 @@ def test_phases_are_told_of_a_budget_only_where_there_is_one() -> None:
     """So that no finished run is rebuilt because the key exists."""
     for phase in (ScoringSettings, TrainingSettings):
         off, null, on = (
-            phase.of(config(**encoding), "small").model_dump_json()
+            phase.of(config(**encoding), "small").as_params()
             for encoding in ({}, {"tokens_per_battle": None}, {"tokens_per_battle": 300})
         )
         assert off == null

@@ -37,7 +37,7 @@ from made_up_run import JUDGES, MadeUpRun, made_up_run
 from arena_distill.battles.folds import assign_folds, fold_rows
 from arena_distill.config.derived import Family, derive
 from arena_distill.config.judge import Endpoint, EndpointLimits
-from arena_distill.config.phases import EvaluationSettings, LogitsSettings, QuerySettings
+from arena_distill.config.phases import EvaluationSettings, LogitsSettings, QuerySettings, Settings
 from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet
@@ -658,7 +658,10 @@ def read(folder: Path, frame: pd.DataFrame, suffix: str = ".csv") -> np.ndarray:
     else:
         frame.to_csv(file, index=False)
     read_external_logits(
-        file, folder / "battles.parquet", folder / "external/gpt/logits.npy", version=1
+        file,
+        folder / "battles.parquet",
+        folder / "external/gpt/logits.npy",
+        settings=Settings(version=1),
     )
     return read_logits(folder / "external/gpt/logits.npy")[0]
 
@@ -752,7 +755,9 @@ def test_a_row_that_is_cut_off_is_told(folder: Path) -> None:
     judged(folder / "battles.parquet").to_csv(file, index=False)
     file.write_text(file.read_text() + "17,train\n")
     with pytest.raises(InputError, match=r"judged\.csv, row 47: has 2 cells"):
-        read_external_logits(file, folder / "battles.parquet", folder / "x.npy", version=1)
+        read_external_logits(
+            file, folder / "battles.parquet", folder / "x.npy", settings=Settings(version=1)
+        )
 
 
 # --- dealt to the folds -----------------------------------------------------------------------------
@@ -962,8 +967,8 @@ def test_how_an_endpoint_is_asked_is_in_no_settings() -> None:
 def test_a_configuration_without_external_judges_is_what_it_was() -> None:
     config = load(raw(small={"backbone": {"tiny": "gemma2"}}, big={"backbone": {"tiny": "llama"}},
                       gpt={"backbone": {"tiny": "llama"}}))  # fmt: skip
-    assert "external" not in config.described()
-    assert "external" not in EvaluationSettings.of(config).model_dump_json()
+    assert '"external":' not in config.as_params()
+    assert "external" not in EvaluationSettings.of(config).as_params()
 
 
 def test_what_is_written_down_of_a_run_is_its_configuration() -> None:

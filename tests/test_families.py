@@ -18,6 +18,7 @@ import torch
 from conftest import REAL_TOKENIZERS, battles_table
 
 from arena_distill.config.judge import Backbone, Encoding, Head
+from arena_distill.config.phases import BackboneSettings, Settings
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize_battles
@@ -77,9 +78,14 @@ def reader(
         assert found == expected[family]
     tokenizer.save_pretrained(folder / "tokenizer")
     backbone: Any = Backbone(tiny=family, tokenizer=str(folder / "tokenizer"))  # type: ignore[arg-type]
-    prepare_backbone(backbone, folder / "backbone", version=1)
+    prepare_backbone(folder / "backbone", settings=BackboneSettings.of(backbone))
     write_parquet(battles_table(BATTLES), folder / "battles.parquet", {"phase": "battles"})
-    tokenize_battles(folder / "battles.parquet", folder / "backbone", folder / "tokens", version=1)
+    tokenize_battles(
+        folder / "battles.parquet",
+        folder / "backbone",
+        folder / "tokens",
+        settings=Settings(version=1),
+    )
     end = load_tokenizer(folder / "backbone").eos_token_id
     return Reader(folder / "backbone", read_tokens(folder / "tokens"), end)
 

@@ -26,6 +26,7 @@ from arena_distill.battles.fetching import (
     ultrafeedback_battles,
 )
 from arena_distill.battles.reading import read_battles
+from arena_distill.config.phases import FetchSettings
 from arena_distill.config.run import Fetch, load
 from arena_distill.errors import InputError
 from arena_distill.files import hub
@@ -187,7 +188,7 @@ def test_ultrafeedback_is_fetched_and_read(
 ) -> None:
     dataset({"b.jsonl": [rated("q \ud800", 1, 2)], "a.jsonl": [rated("p", 2, 2)], "README.md": []})
     origin = Fetch(hub="o/d", revision="main", files=("*.jsonl",), format="ultrafeedback")
-    fetch_battles(origin, tmp_path / "in/ut.parquet", without=[], version=1)
+    fetch_battles(tmp_path / "in/ut.parquet", without=[], settings=FetchSettings.of(origin))
     battles, rejected = read_battles({"ut": [tmp_path / "in/ut.parquet"]})
     assert not len(rejected)
     assert battles["prompt"].to_pylist() == [["p"], ["q ?"]]
@@ -207,7 +208,7 @@ def test_conversations_are_fetched_without_what_train_has(
     origin = Fetch(
         hub="o/d", revision=COMMIT, files=("data/train-*.parquet",), format="arena", without=("t",)
     )
-    fetch_battles(origin, tmp_path / "extra.parquet", without=[train], version=1)
+    fetch_battles(tmp_path / "extra.parquet", without=[train], settings=FetchSettings.of(origin))
     battles, rejected = read_battles({"extra": [tmp_path / "extra.parquet"]})
     assert (battles["id"].to_pylist(), battles["label"].to_pylist()) == (["q2"], [0])
     assert not len(rejected)
@@ -219,7 +220,7 @@ def test_a_data_set_without_the_file_is_an_error(
     dataset({"other.jsonl": []})
     origin = Fetch(hub="o/d", revision=COMMIT, files=("a.jsonl",))
     with pytest.raises(InputError, match=r"o/d@a+ has no file a\.jsonl"):
-        fetch_battles(origin, tmp_path / "x.jsonl", without=[], version=1)
+        fetch_battles(tmp_path / "x.jsonl", without=[], settings=FetchSettings.of(origin))
     assert not list(tmp_path.iterdir())
 
 
@@ -293,7 +294,7 @@ def test_a_file_of_a_competition_is_taken_as_it_is(
     client: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KAGGLE_API_TOKEN", "t")
-    fetch_battles(kaggle(), client / "in/battles.csv", without=[], version=1)
+    fetch_battles(client / "in/battles.csv", without=[], settings=FetchSettings.of(kaggle()))
     assert (client / "in/battles.csv").read_text() == "id,prompt\n1,x\n"
     assert [path.name for path in (client / "in").iterdir()] == ["battles.csv"]
 
@@ -304,7 +305,7 @@ def test_a_refusal_is_told_in_one_line(client: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         InputError, match="403 - Forbidden; have you accepted the rules at"
     ) as error:
-        fetch_battles(kaggle("closed"), client / "train.csv", without=[], version=1)
+        fetch_battles(client / "train.csv", without=[], settings=FetchSettings.of(kaggle("closed")))
     assert "\n" not in str(error.value)
 
 
@@ -337,7 +338,7 @@ def test_a_file_of_kaggle_has_the_same_name_there() -> None:
 
 
 def test_without_it_nothing_of_it_is_told() -> None:
-    assert "fetch" not in load(raw()).described()
+    assert "fetch" not in load(raw()).as_params()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from arena_distill.battles.folds import (
     validation_rows,
     write_folds,
 )
+from arena_distill.config.phases import FoldsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, read_provenance, write_parquet
@@ -209,20 +210,19 @@ def test_file_remembers_how_it_was_dealt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_parquet(made_up(), tmp_path / "battles.parquet", {})
-    chosen = {"version": 1, "method": "stratified_group", "n": 3, "seed": 7}
+    chosen = FoldsSettings(version=1, method="stratified_group", n=3, seed=7)
     for name in ("a", "b"):
         write_folds(tmp_path / "battles.parquet", tmp_path / name, settings=chosen)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     folds = read_parquet(tmp_path / "a")
     assert folds.schema == SCHEMA
-    assert read_provenance(tmp_path / "a")["settings"] == chosen
+    assert read_provenance(tmp_path / "a")["settings"] == chosen.model_dump()
     assert fold_settings(folds) == {"method": "stratified_group", "n": 3, "seed": 7}
     assert not set.intersection(*in_fold(folds, 0))
     printed = capsys.readouterr().out
     assert f"{dropped_extra(folds, 0)} extra rows dropped" in printed
-    write_folds(
-        tmp_path / "battles.parquet", tmp_path / "c", settings={**chosen, "method": "kfold"}
-    )
+    by_row = chosen.model_copy(update={"method": "kfold"})
+    write_folds(tmp_path / "battles.parquet", tmp_path / "c", settings=by_row)
     assert "validation rows share a prompt with training rows" in capsys.readouterr().out
 
 

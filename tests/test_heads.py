@@ -19,8 +19,10 @@ from arena_distill.battles.folds import training_rows
 from arena_distill.config.judge import Encoding, Head, Lora, Loss, Pretraining, Training
 from arena_distill.config.phases import (
     LogitsSettings,
+    MergeSettings,
     PretrainingSettings,
     ScoringSettings,
+    Settings,
     TrainingSettings,
 )
 from arena_distill.deployment.merging import merge_folds
@@ -240,10 +242,10 @@ def test_pretrained_trained_scored_merged_asked(
     np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
     assert np.isfinite(logits).all()
 
-    merge_folds(
-        run.backbone, [adapter], tmp_path / "m", outputs=head, average="factors",
-        head="average", dtype="fp32", settings={"judge": "j", **ENCODING.model_dump()},
-    )  # fmt: skip
+    merging = MergeSettings(
+        version=1, judge="j", encoding=ENCODING, head=head, precision="fp32", heads="average"
+    )
+    merge_folds(run.backbone, [adapter], tmp_path / "m", settings=merging)
     tokens = read_tokens(run.tokens)
     settings = ScoringSettings(
         version=1, encoding=ENCODING, head=head, precision="fp32", max_lengths=(96, 1500),
@@ -272,7 +274,12 @@ def test_pretrained_trained_scored_merged_asked(
         {"prompt": "[PROMPT]", "response_a": "[RES", "response_b": ""},
     ])  # fmt: skip
     write_parquet(asked, tmp_path / "asked.parquet", {"phase": "battles"})
-    tokenize_battles(tmp_path / "asked.parquet", tmp_path / "m", tmp_path / "t.parquet", version=1)
+    tokenize_battles(
+        tmp_path / "asked.parquet",
+        tmp_path / "m",
+        tmp_path / "t.parquet",
+        settings=Settings(version=1),
+    )
     tokens = read_tokens(tmp_path / "t.parquet")
     known = score_variants(tokens, settings, lambda s: score(merged, s, batch_tokens=900))[0]
     for battle, logits in zip(asked.to_pylist(), known[:, 1, 0], strict=True):

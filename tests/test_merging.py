@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill.config.judge import JOINT
+from arena_distill.config.judge import Encoding
+from arena_distill.config.phases import MergeSettings
 from arena_distill.deployment import merging
 from arena_distill.deployment.merging import merge_folds
 from arena_distill.errors import InputError
@@ -86,11 +87,9 @@ def save_adapter(folder: Path, backbone: Path, seed: int, **options: Any) -> Pat
 def merge(backbone: Path, adapters: list[Path], output: Path, **options: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    choices: dict[str, Any] = {"average": "products", "head": "average", "dtype": "fp32"}
-    choices |= {"outputs": JOINT} | options
-    merge_folds(
-        backbone, adapters, output, settings={"judge": "j", "template": "markers"}, **choices
-    )
+    choices: dict[str, Any] = {"average": "products", "heads": "average", "precision": "fp32"}
+    settings = MergeSettings(version=1, judge="j", encoding=Encoding(), **(choices | options))
+    merge_folds(backbone, adapters, output, settings=settings)
     return AutoModelForSequenceClassification.from_pretrained(output)
 
 
@@ -210,8 +209,8 @@ def test_one_fold_is_that_fold(family: str, average: str, tmp_path: Path) -> Non
 def test_identical_folds_leave_no_gap(backbone: Path, adapters: list[Path], tmp_path: Path) -> None:
     same = [adapters[0]] * 3
     means = [
-        merge(backbone, same, tmp_path / average, average=average, head=head)
-        for average, head in (("factors", "first"), ("products", "average"))
+        merge(backbone, same, tmp_path / average, average=average, heads=heads)
+        for average, heads in (("factors", "first"), ("products", "average"))
     ]
     assert torch.allclose(logits(means[0]), logits(means[1]), atol=1e-5)
     assert json.loads((tmp_path / "factors" / "merge.json").read_text())["factors_gap"] < 1e-6
@@ -240,8 +239,8 @@ def test_head_is_averaged_or_the_first(
     backbone: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
     heads = [judge(backbone, a).merge_and_unload().score.weight for a in adapters]
-    first = merge(backbone, adapters, tmp_path / "f", head="first").score.weight
-    mean = merge(backbone, adapters, tmp_path / "a", head="average").score.weight
+    first = merge(backbone, adapters, tmp_path / "f", heads="first").score.weight
+    mean = merge(backbone, adapters, tmp_path / "a", heads="average").score.weight
     assert torch.equal(first, heads[0])
     assert torch.allclose(mean, sum(heads) / 3, atol=1e-6)
 
@@ -252,7 +251,7 @@ def test_head_is_averaged_or_the_first(
 def test_folder_is_an_ordinary_model(backbone: Path, adapters: list[Path], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    model = merge(backbone, adapters, tmp_path / "m", dtype="bf16")
+    model = merge(backbone, adapters, tmp_path / "m", precision="bf16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.id2label == {0: "model_a", 1: "model_b", 2: "tie"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
@@ -297,11 +296,6 @@ def test_no_adapter(backbone: Path, tmp_path: Path) -> None:
 def test_missing_adapter(backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"fold_7: no adapter can be read"):
         merge(backbone, [tmp_path / "fold_7"], tmp_path / "m")
-
-
-def test_unknown_dtype(backbone: Path, adapters: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dtype 'int8' is unknown"):
-        merge(backbone, adapters, tmp_path / "m", dtype="int8")
 
 
 def test_adapter_of_another_backbone(adapters: list[Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, Run
 from test_training import LORA, fit, training_settings
 
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.judge import Encoding
 from arena_distill.config.phases import LogitsSettings, MergeSettings, ScoringSettings
 from arena_distill.config.run import load
 from arena_distill.deployment.merging import merge_folds
@@ -199,11 +199,14 @@ def test_a_fold_learns_scores_and_is_merged_into_the_dense_backbone(
         run.backbone,
         [tmp_path / "fold_0"],
         tmp_path / "merged",
-        outputs=Head(kind="joint"),
-        average="products",
-        head="average",
-        dtype="bf16",
-        settings={},
+        settings=MergeSettings(
+            version=1,
+            judge="j",
+            encoding=Encoding(),
+            precision="bf16",
+            average="products",
+            heads="average",
+        ),
     )
     pad = read_tokens(run.tokens).vocabulary.pad
     merged = load_classifier(tmp_path / "merged", pad_token_id=pad)

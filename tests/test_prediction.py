@@ -17,7 +17,7 @@ from made_up_run import SIZES, MadeUpRun, made_up_run
 import arena_distill.deployment.gptq
 import arena_distill.models.scoring
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import PredictionSettings, ScoringSettings
+from arena_distill.config.phases import PredictionSettings, ScoringSettings, Settings
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode
@@ -243,7 +243,12 @@ def tokens(backbone: Path, tmp_path: Path) -> Path:
     rows = [{**row, "id": str(i), "source": "test"} for i, row in enumerate(answers)]
     table = battles_table([{"id": "0", "source": "train"}, *rows])
     write_parquet(table, tmp_path / "battles.parquet", {})
-    tokenize_battles(tmp_path / "battles.parquet", backbone, tmp_path / "tokens.parquet", version=1)
+    tokenize_battles(
+        tmp_path / "battles.parquet",
+        backbone,
+        tmp_path / "tokens.parquet",
+        settings=Settings(version=1),
+    )
     return tmp_path / "tokens.parquet"
 
 

@@ -39,10 +39,13 @@ from arena_distill.battles.simulation import WINNERS, write_arena
 from arena_distill.config.derived import Family
 from arena_distill.config.judge import Encoding, EndpointLimits, Head, Lora, Loss, Training
 from arena_distill.config.phases import (
+    ArenaSettings,
     CompareSettings,
     Entry,
+    FoldsSettings,
     LogitsSettings,
     QuerySettings,
+    Settings,
     TrainingSettings,
 )
 from arena_distill.config.run import Arena, Config, Prediction, load, overlay
@@ -106,8 +109,10 @@ def make(
                 battles = with_unlabelled(battles)
             files = [folder / f"{name}.parquet" for name in ("battles", "tokens", "folds")]
             write_parquet(battles, files[0], {})
-            tokenize_battles(files[0], backbones(family), files[1], version=1)
-            write_folds(files[0], files[2], settings={"method": method, "n": 3, "seed": 3})
+            tokenize_battles(files[0], backbones(family), files[1], settings=Settings(version=1))
+            write_folds(
+                files[0], files[2], settings=FoldsSettings(version=1, method=method, n=3, seed=3)
+            )
             made[family, method, unlabelled] = Run(backbones(family), *files)
         return made[family, method, unlabelled]
 
@@ -158,7 +163,10 @@ def test_the_command_reads_them_after_all_others(tmp_path: Path) -> None:
     bare = write_csv(tmp_path / "u.csv", [battle(id=i) for i in range(3)])
     tables = []
     for name, options in {"without": {}, "with": {"unlabelled": [bare]}}.items():
-        phase_cli.read_battles(tmp_path / name, tmp_path / "r", 1, [voted], [bare], **options)
+        settings = Settings(version=1).as_params()
+        phase_cli.read_battles(
+            tmp_path / name, tmp_path / "r", settings, [voted], [bare], **options
+        )
         tables.append(read_parquet(tmp_path / name))
     assert tables[1].slice(0, 7).equals(tables[0])
     assert tables[1]["source"].to_pylist()[7:] == ["unlabelled"] * 3
@@ -169,8 +177,10 @@ def test_the_command_reads_them_after_all_others(tmp_path: Path) -> None:
 
 def test_an_arena_with_unlabelled_battles_changes_no_other(tmp_path: Path) -> None:
     sizes = {"train": 40, "extra": 10, "ut": 10, "test": 10}
-    write_arena(tmp_path / "without", seed=5, **sizes)
-    write_arena(tmp_path / "with", seed=5, **sizes, unlabelled=30)
+    arena = ArenaSettings(version=1, seed=5, **sizes)
+    more = arena.model_copy(update={"unlabelled": 30})
+    write_arena(tmp_path / "without", settings=arena)
+    write_arena(tmp_path / "with", settings=more)
     without = {path.name: path.read_bytes() for path in (tmp_path / "without").iterdir()}
     for name in set(without) - {"truth.parquet"}:
         assert (tmp_path / "with" / name).read_bytes() == without[name]
@@ -186,18 +196,16 @@ def test_an_arena_with_unlabelled_battles_changes_no_other(tmp_path: Path) -> No
     assert truth.slice(0, 70).equals(before)
     assert truth.slice(70)["id"].to_pylist() == [str(id_) for id_ in bare["id"]]
     again = tmp_path / "again"
-    write_arena(again, seed=5, **sizes, unlabelled=30)
+    write_arena(again, settings=more)
     assert (again / "unlabelled.csv").read_bytes() == (
         tmp_path / "with/unlabelled.csv"
     ).read_bytes()
-    with pytest.raises(ValueError, match="unlabelled must not be negative, got -1"):
-        write_arena(tmp_path / "x", seed=5, **sizes, unlabelled=-1)
 
 
 def test_an_arena_without_them_is_told_nothing_new() -> None:
     """What simulates an arena is a rule's params: another word would simulate it again."""
-    assert "unlabelled" not in json.loads(Arena().model_dump_json())
-    assert json.loads(Arena(unlabelled=7).model_dump_json())["unlabelled"] == 7
+    assert "unlabelled" not in json.loads(Arena().as_params())
+    assert json.loads(Arena(unlabelled=7).as_params())["unlabelled"] == 7
 
 
 # --- folds ------------------------------------------------------------------------------------------
@@ -591,7 +599,9 @@ def test_a_file_judges_those_that_students_learn(make: Callable[..., Run], tmp_p
     )
     for sources in (("train", "extra"), ("train", "extra", "unlabelled")):
         file = judged_file(tmp_path, *sources)
-        read_external_logits(file, run.battles, tmp_path / "logits.npy", version=1)
+        read_external_logits(
+            file, run.battles, tmp_path / "logits.npy", settings=Settings(version=1)
+        )
         whole, ids = read_logits(tmp_path / "logits.npy")
         assert set(ids["source"].to_pylist()) == set(sources)
         output = tmp_path / "fold_1.npy"
@@ -618,7 +628,7 @@ def test_an_endpoint_is_asked_about_those_that_students_learn(
         student = {"teachers": ["l", "e"], "pseudo_labels": wanted}
         config = configured(e=endpoint, s=student)
         settings = QuerySettings.of(config, "e")
-        assert ("unlabelled" in settings.model_dump()) == wanted
+        assert settings.unlabelled == wanted
         with chat_server() as server:
             query_endpoint(
                 make().battles, tmp_path / f"{wanted}.npy", tmp_path / "cost", tmp_path / str(wanted),
@@ -679,7 +689,7 @@ def configured(unlabelled: bool = True, **judges: Any) -> Config:
 def params(config: Config) -> dict[str, str]:
     """What the judges' training and scoring jobs are told."""
     return {
-        f"{phase.__name__} {name}": phase.of(config, name).model_dump_json()
+        f"{phase.__name__} {name}": phase.of(config, name).as_params()
         for phase in (TrainingSettings, LogitsSettings)
         for name in config.judges
     }

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from arena_distill.config.judge import JOINT
+from arena_distill.config.judge import Encoding
+from arena_distill.config.phases import DriftSettings, QuantizationSettings
 from arena_distill.deployment import gptq
 from arena_distill.deployment.gptq import check_layers, check_settings
 from arena_distill.deployment.quantization_error import check_drift, drift
@@ -85,8 +86,12 @@ def drifted(tmp_path: Path) -> Path:
     return path
 
 
+def bounds(max_kl: float, max_flip_rate: float) -> DriftSettings:
+    return DriftSettings(version=1, max_kl=max_kl, max_flip_rate=max_flip_rate)
+
+
 def test_drift_within_bounds_is_written_down(drifted: Path, tmp_path: Path) -> None:
-    check_drift(drifted, tmp_path / "ok.json", max_kl=0.12, max_flip_rate=0.05)
+    check_drift(drifted, tmp_path / "ok.json", settings=bounds(0.12, 0.05))
     within = json.loads((tmp_path / "ok.json").read_text())["within_bounds"]
     assert within["kl"] == {"value": 0.12, "bound": 0.12}
 
@@ -102,7 +107,7 @@ def test_drift_beyond_a_bound_keeps_the_model(
     drifted: Path, tmp_path: Path, max_kl: float, max_flip_rate: float, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as error:
-        check_drift(drifted, tmp_path / "ok.json", max_kl=max_kl, max_flip_rate=max_flip_rate)
+        check_drift(drifted, tmp_path / "ok.json", settings=bounds(max_kl, max_flip_rate))
     assert f"kept in {drifted.parent}" in str(error.value)
     assert drifted.exists() and not (tmp_path / "ok.json").exists()
 
@@ -110,7 +115,7 @@ def test_drift_beyond_a_bound_keeps_the_model(
 def test_drift_that_is_not_a_number_is_beyond_any_bound(drifted: Path, tmp_path: Path) -> None:
     drifted.write_text(drifted.read_text().replace("0.12", "NaN"))
     with pytest.raises(InputError, match="mean KL nan"):
-        check_drift(drifted, tmp_path / "ok.json", max_kl=1, max_flip_rate=1)
+        check_drift(drifted, tmp_path / "ok.json", settings=bounds(1, 1))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -164,12 +169,12 @@ def test_layers_that_do_not_divide(
 def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq.importlib.util, "find_spec", lambda name: None)
     rows = Sequences(np.zeros(0, np.int32), np.zeros(65, np.int64))
-    options: dict[str, Any] = {
-        "bits": 8, "group_size": 32, "seed": 0, "batch_tokens": 64, "settings": {},
-    }  # fmt: skip
-    options |= {"head": JOINT, "validation": [rows]}
+    settings = QuantizationSettings(
+        version=1, encoding=Encoding(), bits=8, group_size=32, samples=64, seed=0, validation_rows=1
+    )
+    options: dict[str, Any] = {"settings": settings, "batch_tokens": 64, "validation": [rows]}
     with pytest.raises(InputError, match=r"gptqmodel is not installed .*environments\.gptq"):
-        gptq.quantize_model(tmp_path, tmp_path / "o", calibration=rows, samples=64, **options)
+        gptq.quantize_model(tmp_path, tmp_path / "o", calibration=rows, **options)
     with pytest.raises(InputError, match="gptqmodel is not installed"):
         gptq.load_quantized(tmp_path)
 
@@ -320,7 +325,7 @@ class TestGPTQ:
         assert found["rows"] == 64 and found["bits"] == 8 and found["group_size"] == 32
         assert abs(found["log_loss_change"]) < 0.01
         assert found["bytes"] < found["bytes_before"]
-        assert found["provenance"]["settings"] == {"bits": 8}
+        assert found["provenance"]["settings"]["bits"] == 8
 
     def test_fewer_bits_drift_more(self, work: Path) -> None:
         divergences = [report(work, f"llama-{bits}")["kl"] for bits in (8, 4, 3, 2)]

@@ -24,8 +24,10 @@ LOADS = {
     "prepare_backbone": """\
 from arena_distill.models.preparation import prepare_backbone
 from arena_distill.config.judge import Backbone
+from arena_distill.config.phases import BackboneSettings
 def load(folder):
-    prepare_backbone(Backbone(path=str(folder), layers=1), Path("made"), version=1)""",
+    settings = BackboneSettings.of(Backbone(path=str(folder), layers=1))
+    prepare_backbone(Path("made"), settings=settings)""",
     "read_config": """\
 from arena_distill.config.judge import Backbone
 from arena_distill.planning.sizes import read_config

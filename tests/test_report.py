@@ -162,7 +162,7 @@ def test_calibration_and_position_are_shown_for_every_judge(
 def test_students_with_optimistic_scores_are_named(
     run: MadeUpRun, page: str, tmp_path: Path
 ) -> None:
-    assert "optimistic" not in page
+    assert "is optimistic" not in page
     metrics = json.loads((run.folder / "metrics.json").read_text())
     metrics["judges"]["small"]["optimistic"] = True
     write_json(metrics, tmp_path / "metrics.json")

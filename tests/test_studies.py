@@ -56,7 +56,7 @@ def test_what_recipes_share_is_there_once() -> None:
     (blackpearl,) = [entry for entry in found.compared if entry.label == "blackpearl"]
     for teacher in graph.judges[blackpearl.judge].teachers:
         assert teacher.endswith(".blackpearl"), "another template makes another teacher"
-    seen = [TrainingSettings.of(graph, name).model_dump_json() for name in graph.judges]
+    seen = [TrainingSettings.of(graph, name).as_params() for name in graph.judges]
     backbones = [judge.backbone for judge in graph.judges.values()]
     starts = [graph.judges[name].pretraining for name in graph.judges]
     distinct = {(s, b, p) for s, b, p in zip(seen, backbones, starts, strict=True)}
@@ -166,7 +166,7 @@ def test_a_judge_with_an_optimistic_score_is_compared_uncalibrated() -> None:
 def test_settings_of_the_comparison_survive_json() -> None:
     _, found, graph = derived()
     told = CompareSettings.of(graph, found)
-    assert CompareSettings.model_validate_json(told.model_dump_json()) == told
+    assert CompareSettings.model_validate_json(told.as_params()) == told
 
 
 # --- through the workflow -------------------------------------------------------------------------

@@ -15,6 +15,11 @@ def backbone_folder(judge):
     return existing(f"{backbone.path}/config.json")
 
 
+def backbone_settings(backbones):
+    """The settings of a job that makes one of `backbones`, by name."""
+    return lambda wildcards: phase.BackboneSettings.of(backbones[wildcards.backbone]).as_params()
+
+
 def prepared_from(wildcards):
     """No input that could rebuild a backbone: only a check that what it is made of exists."""
     for _, path in checks.backbone_files(BACKBONES[wildcards.backbone]):

@@ -1,6 +1,6 @@
 # Inputs of rules/studies.smk: files and settings of studies.
 def study_settings(phase):
-    return lambda wildcards: phase.of(GRAPH, STUDIES).model_dump_json()
+    return lambda wildcards: phase.of(GRAPH, STUDIES).as_params()
 
 
 def compared_files(wildcards):

@@ -7,6 +7,7 @@ Each can be run by hand. `--settings` takes what the rule hands over: JSON of on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +45,6 @@ CheckpointFolder = Annotated[
     Path | None, typer.Option(help="Where this output's checkpoints go; none: none are written.")
 ]
 CheckpointMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.", min=0)]
-Version = Annotated[int, typer.Option(help="The phase's version (see `config.phases.VERSIONS`).")]
 
 
 # --- battles and folds ------------------------------------------------------------------------------
@@ -54,7 +54,6 @@ Version = Annotated[int, typer.Option(help="The phase's version (see `config.pha
 def fetch_battles(
     output: Output,
     settings: Settings,
-    version: Version,
     without: Annotated[
         list[Path] | None, typer.Option(help="Battles whose prompts are left out (repeatable).")
     ] = None,
@@ -62,8 +61,8 @@ def fetch_battles(
     """Fetch a file of battles from Kaggle or the Hugging Face hub."""
     from arena_distill.battles.fetching import fetch_battles
 
-    origin = parse(run.Fetch, settings)
-    fetch_battles(origin, output, without=without or [], version=version)
+    parsed = parse(phase.FetchSettings, settings)
+    fetch_battles(output, without=without or [], settings=parsed)
 
 
 @app.command()
@@ -71,15 +70,14 @@ def simulate_arena(output: Output, settings: Settings) -> None:
     """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
     from arena_distill.battles.simulation import write_arena
 
-    arena = parse(run.Arena, settings)
-    write_arena(output, **arena.model_dump())
+    write_arena(output, settings=parse(phase.ArenaSettings, settings))
 
 
 @app.command()
 def read_battles(
     output: Output,
     rejected: Annotated[Path, typer.Option(help="Where refused rows go.")],
-    version: Version,
+    settings: Settings,
     train: Annotated[list[Path], typer.Option(help="Labelled battles (repeatable).")],
     test: Annotated[list[Path], typer.Option(help="Battles to predict (repeatable).")],
     extra: Annotated[list[Path] | None, typer.Option(help="More labelled battles.")] = None,
@@ -93,7 +91,7 @@ def read_battles(
 
     files = {"train": train, "extra": extra or [], "ut": ut or [], "test": test}
     files |= {"unlabelled": unlabelled or []}
-    write_battles(files, output, rejected, {"version": version})
+    write_battles(files, output, rejected, parse(phase.Settings, settings))
 
 
 @app.command()
@@ -101,8 +99,7 @@ def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
     """Deal the training battles into folds."""
     from arena_distill.battles.folds import write_folds
 
-    parsed = parse(phase.FoldsSettings, settings)
-    write_folds(battles, output, settings=parsed.model_dump())
+    write_folds(battles, output, settings=parse(phase.FoldsSettings, settings))
 
 
 @app.command()
@@ -126,7 +123,6 @@ def audit_leaks(
 def prepare_backbone(
     output: Output,
     settings: Settings,
-    version: Version,
     source: Annotated[
         Path | None, typer.Argument(help="The whole model, where it was downloaded from the hub.")
     ] = None,
@@ -134,17 +130,18 @@ def prepare_backbone(
     """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
     from arena_distill.models.preparation import prepare_backbone
 
-    prepare_backbone(parse(judge.Backbone, settings), output, source=source, version=version)
+    prepare_backbone(output, settings=parse(phase.BackboneSettings, settings), source=source)
 
 
 @app.command()
 def tokenize_battles(
-    battles: Battles, backbone: Backbone, output: Output, version: Version
+    battles: Battles, backbone: Backbone, output: Output, settings: Settings
 ) -> None:
     """Tokenise every field of every battle, once per tokenizer."""
     from arena_distill.encoding.tokenization import tokenize_battles
 
-    tokenize_battles(battles, _folder(backbone), output, version=version)
+    parsed = parse(phase.Settings, settings)
+    tokenize_battles(battles, _folder(backbone), output, settings=parsed)
 
 
 # --- judges -----------------------------------------------------------------------------------------
@@ -311,12 +308,12 @@ def read_external_logits(
     battles: Battles,
     file: Annotated[Path, typer.Option(help="A judge's logits: parquet, CSV or JSONL.")],
     output: Output,
-    version: Version,
+    settings: Settings,
 ) -> None:
     """Read the logits of all labelled battles from a file."""
     from arena_distill.scoring.external import read_external_logits
 
-    read_external_logits(file, battles, output, version=version)
+    read_external_logits(file, battles, output, settings=parse(phase.Settings, settings))
 
 
 @app.command()
@@ -371,12 +368,8 @@ def merge_folds(
         _folder(backbone),
         adapters,
         output,
-        outputs=parsed.outputs,
-        average=parsed.average,
-        head=parsed.heads,
-        dtype=parsed.precision,
+        settings=parsed,
         weights=weights,
-        settings=parsed.model_dump(mode="json") | parsed.encoding.model_dump(),
     )
 
 
@@ -413,8 +406,7 @@ def check_drift(
     """Fail where quantisation changed the model by more than the configured bound."""
     from arena_distill.deployment.quantization_error import DRIFT, check_drift
 
-    parsed = parse(phase.DriftSettings, settings)
-    check_drift(model / DRIFT, output, max_kl=parsed.max_kl, max_flip_rate=parsed.max_flip_rate)
+    check_drift(model / DRIFT, output, settings=parse(phase.DriftSettings, settings))
 
 
 # --- predictions and results ------------------------------------------------------------------------
@@ -453,13 +445,14 @@ def fit_calibration(
     battles: Battles,
     judge: Annotated[str, typer.Option(help="Its name.")],
     output: Output,
-    version: Version,
+    settings: Settings,
     logits: Annotated[list[Path], typer.Argument(help="The folds' logits, in their order.")],
 ) -> None:
     """Fit every calibration to a judge's out-of-fold logits."""
     from arena_distill.prediction.calibration import fit_calibration
 
-    fit_calibration(folds, battles, logits, output, judge=judge, version=version)
+    parsed = parse(phase.Settings, settings)
+    fit_calibration(folds, battles, logits, output, judge=judge, settings=parsed)
 
 
 @app.command()
@@ -537,11 +530,14 @@ def evaluate(
 
 
 @app.command()
-def write_config(output: Output, settings: Settings) -> None:
+def write_config(
+    output: Output,
+    settings: Annotated[str, typer.Option(help="What of the configuration decides, as JSON.")],
+) -> None:
     """Write down the configuration that made a run."""
     from arena_distill.files.artifacts import write_text
 
-    write_text(settings, output)
+    write_text(run.load(json.loads(settings)).described(), output)
 
 
 @app.command()

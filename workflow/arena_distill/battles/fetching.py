@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from arena_distill.battles.reading import read_battles
 from arena_distill.config.judge import Backbone
+from arena_distill.config.phases import FetchSettings
 from arena_distill.config.run import Fetch
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, write_parquet
@@ -50,11 +51,10 @@ KAGGLE_FILES = ("kaggle.json", "access_token", "credentials.json")
 """Where Kaggle's client finds who is asking, below ~/.kaggle (or KAGGLE_CONFIG_DIR)."""
 
 
-def fetch_battles(origin: Fetch, output: Path, *, without: Sequence[Path], version: int) -> None:
+def fetch_battles(output: Path, *, without: Sequence[Path], settings: FetchSettings) -> None:
     """Fetch one file of battles.
 
     Args:
-        origin: where it comes from, and what it is there.
         output: the file to write.
         without: files of battles, in the Kaggle schema; what asks one of their prompts is left out.
 
@@ -62,43 +62,47 @@ def fetch_battles(origin: Fetch, output: Path, *, without: Sequence[Path], versi
         InputError: a token or a package is missing, the network does not answer, the file is not there,
             or it is not of the format it is said to be.
     """
-    if problem := _problem(origin):
+    if problem := _problem(settings):
         raise InputError(problem)
     with tempfile.TemporaryDirectory(dir=_folder(output)) as scratch:
-        if origin.kaggle:
-            _from_kaggle(origin.kaggle, origin.files[0], Path(scratch))
-            commit, files = None, [Path(scratch) / Path(origin.files[0]).name]
+        if settings.kaggle:
+            _from_kaggle(settings.kaggle, settings.files[0], Path(scratch))
+            commit, files = None, [Path(scratch) / Path(settings.files[0]).name]
         else:
-            assert origin.hub and origin.revision
+            assert settings.hub and settings.revision
             commit = download(
-                origin.hub,
-                origin.revision,
+                settings.hub,
+                settings.revision,
                 Path(scratch),
-                patterns=origin.files,
+                patterns=settings.files,
                 repo_type="dataset",
                 advice="download it elsewhere, and remove it from data.fetch",
             )
-            files = sorted(f for p in origin.files for f in Path(scratch).glob(p) if f.is_file())
+            files = sorted(f for p in settings.files for f in Path(scratch).glob(p) if f.is_file())
         if not files:
-            raise InputError(f"{output}: {origin.source()} has no file {', '.join(origin.files)}")
-        if origin.format == "battles":
+            raise InputError(
+                f"{output}: {settings.source()} has no file {', '.join(settings.files)}"
+            )
+        if settings.format == "battles":
             if len(files) > 1:
                 raise InputError(
-                    f"{output}: {len(files)} files of {origin.source()} would be one; name one of them"
+                    f"{output}: {len(files)} files of {settings.source()} would be one; name one of them"
                 )
             os.replace(files[0], output)
-            print(f"{output}: {origin.source()}")
+            print(f"{output}: {settings.source()}")
             return
         rows = (row for file in files for row in _rows(file))
-        if origin.format == "ultrafeedback":
-            battles = ultrafeedback_battles(rows, seed=origin.seed)
+        if settings.format == "ultrafeedback":
+            battles = ultrafeedback_battles(rows, seed=settings.seed)
         else:
             battles = arena_battles(rows, without=_prompts(without))
     if not len(battles):
-        raise InputError(f"{output}: {origin.source()} holds no battle as {origin.format} has them")
-    settings = {"version": version, "commit": commit} | origin.model_dump(mode="json")
-    write_parquet(battles, output, provenance("fetch", settings))
-    print(f"{output}: {len(battles):,} battles of {origin.source()}")
+        raise InputError(
+            f"{output}: {settings.source()} holds no battle as {settings.format} has them"
+        )
+    about = {"commit": commit} | settings.model_dump(mode="json")
+    write_parquet(battles, output, provenance("fetch", about))
+    print(f"{output}: {len(battles):,} battles of {settings.source()}")
 
 
 def check_access(origins: Iterable[Fetch], backbones: Iterable[Backbone]) -> None:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.similarity import near_groups
-from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.phases import FoldsSettings, LogitsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
@@ -56,26 +56,24 @@ SCHEMA = pa.schema(
 _SPLIT = b"arena_distill.split"
 
 
-def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: Mapping[str, Any]) -> None:
+def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSettings) -> None:
     """Deal the battles of a file into folds, write them, and print what each fold holds.
 
     Args:
         battles_path: file of `arena_distill.battles.write_battles`.
         folds_path: where the table of `assign_folds` goes.
-        settings: JSON values: ``method``, ``n`` and ``seed`` of `assign_folds`, and as ``audit`` its
-            ``near``; more are allowed, and all of them go into the file's provenance.
     """
     battles = read_parquet(battles_path, ["id", "source", "prompt", "label"])
-    method, n, seed = (settings[name] for name in ("method", "n", "seed"))
+    method, n, seed = settings.method, settings.n, settings.seed
     folds = assign_folds(
         battles,
         method=method,
         n=n,
         seed=seed,
-        holdout=settings.get("holdout", 0.0),
-        near=settings.get("audit"),
+        holdout=settings.holdout,
+        near=settings.audit.model_dump() if settings.audit else None,
     )
-    write_parquet(folds, folds_path, provenance("folds", settings))
+    write_parquet(folds, folds_path, provenance("folds", settings.model_dump()))
     print(f"{n} folds, {method}, seed {seed}: {_prompts(folds)} prompts")
     for fold in range(n):
         training, validation = training_rows(folds, fold), validation_rows(folds, fold)

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.config.phases import Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
@@ -112,7 +113,7 @@ def write_battles(
     files: Mapping[str, Sequence[StrPath]],
     battles_path: StrPath,
     rejected_path: StrPath,
-    settings: Mapping[str, Any],
+    settings: Settings,
 ) -> None:
     """Read `files`, write both tables of `read_battles`, and print the counts of each source.
 
@@ -120,12 +121,11 @@ def write_battles(
         files: as for `read_battles`; ``train`` must be among them.
         battles_path: where the battles go.
         rejected_path: where the refused rows and their reasons go.
-        settings: JSON values that go into the files' provenance.
     """
     if not files.get("train"):
         raise InputError("no train files: give at least one file of labelled battles")
     battles, rejected = read_battles(files)
-    origin = provenance("battles", settings)
+    origin = provenance("battles", settings.model_dump())
     write_parquet(rejected, rejected_path, origin)
     write_parquet(battles, battles_path, origin)
     raw = pc.starts_with(rejected["reason"], KEPT_AS_RAW_TEXT)

@@ -43,6 +43,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from arena_distill.config.phases import ArenaSettings
 from arena_distill.files.artifacts import provenance, write_parquet, write_text
 
 QUALITIES = ("correctness", "completeness", "style", "language", "verbosity", "formatting")
@@ -292,9 +293,7 @@ def vote_probabilities(qualities: NDArray[np.float64], voters: Voters) -> NDArra
     return odds / odds.sum(axis=1, keepdims=True)
 
 
-def write_arena(
-    folder: Path, *, seed: int, train: int, extra: int, ut: int, test: int, unlabelled: int = 0
-) -> None:
+def write_arena(folder: Path, *, settings: ArenaSettings) -> None:
     """Write an arena as files of the Kaggle schema, and the truth beside them.
 
     ``train.csv``, ``extra.csv`` and ``ut.csv`` hold labelled battles, ``test.csv`` battles without
@@ -304,21 +303,14 @@ def write_arena(
 
     Args:
         folder: created if missing.
-        seed: the same seed and sizes give the same bytes.
-        train, extra, ut, test: number of battles of each; other voters label `ut`.
-        unlabelled: number of battles without votes; the others' files do not depend on it.
-
-    Raises:
-        ValueError: a number is negative.
+        settings: seed and number of battles of each source; the same give the same bytes. Other voters
+            label `ut`. The other files do not depend on `unlabelled`.
     """
-    sizes = {"train": train, "extra": extra, "ut": ut, "test": test}
-    for source, rows in (sizes | {"unlabelled": unlabelled}).items():
-        if rows < 0:
-            raise ValueError(f"{source} must not be negative, got {rows}")
-    stream = np.random.SeedSequence(seed)
+    sizes = {source: getattr(settings, source) for source in ("train", "extra", "ut", "test")}
+    stream = np.random.SeedSequence(settings.seed)
     seeds = stream.generate_state(len(sizes)).tolist()
-    if unlabelled:  # a stream of their own, and ids after all others
-        sizes["unlabelled"] = unlabelled
+    if settings.unlabelled:  # a stream of their own, and ids after all others
+        sizes["unlabelled"] = settings.unlabelled
         seeds += stream.spawn(1)[0].generate_state(1).tolist()
     truths = []
     offset = 0
@@ -341,7 +333,7 @@ def write_arena(
         truth.insert(1, "id", frame["id"].astype(str))
         truths.append(truth)
     table = pa.Table.from_pandas(pd.concat(truths), preserve_index=False)
-    write_parquet(table, folder / "truth.parquet", provenance("simulation", {"seed": seed} | sizes))
+    write_parquet(table, folder / "truth.parquet", provenance("simulation", settings.model_dump()))
 
 
 # Prompts ----------------------------------------------------------------------------------------

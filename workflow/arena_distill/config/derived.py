@@ -79,7 +79,7 @@ class Family:
 def _folds(judge: Judge) -> tuple[Any, ...]:
     """What decides a judge's folds: neither how jobs run, nor the loss of teachers it lacks."""
     if judge.external:
-        return (judge.external.model_dump_json(),)
+        return (judge.external.as_params(),)
     student = bool(judge.teachers)
     return (
         judge.before_folds(),

@@ -6,7 +6,6 @@ The part of the configuration that ``judges`` and ``defaults`` hold; the whole i
 from __future__ import annotations
 
 import re
-from operator import not_
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 
@@ -38,11 +37,6 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 """The tiny pretrained models that ship with the package, a folder per family."""
 
 
-def is_none(value: object) -> bool:
-    """For keys that are left out of a phase's settings where they are off: as before there were any."""
-    return value is None
-
-
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys it does not know."""
 
@@ -52,6 +46,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,  # JSON, in which settings are handed over, has neither
     )
+
+    def as_params(self) -> str:
+        """What decides results, for a rule's params and for names: JSON of what differs from the defaults.
+
+        A new key changes nothing as long as nobody sets it. A changed default would change nothing
+        either: it has to raise the versions of its phases (``config.phases.VERSIONS``).
+        """
+        return self.model_dump_json(exclude_defaults=True)
 
 
 class Backbone(Section):
@@ -213,9 +215,9 @@ class Encoding(Section):
     """`winners`: word caps, question to 256 tokens, longer answer first; `rounds`: keep last rounds."""
     max_length: Annotated[int, Field(ge=32)] = 1024
     """Tokens per sequence in training and in the folds' logits."""
-    sizes: bool = Field(False, exclude_if=not_)
+    sizes: bool = False
     """State behind each answer how many tokens it has in full: what is cut off cannot be seen."""
-    tokens_per_battle: Annotated[int, Field(ge=32)] | None = Field(None, exclude_if=is_none)
+    tokens_per_battle: Annotated[int, Field(ge=32)] | None = None
     """Tokens per sequence on average: all, in tests too, are cut where training battles average that."""
 
 
@@ -408,7 +410,7 @@ class Logits(Section):
 
     shards: PositiveInt = 1
     """Jobs that share a fold's scoring; what they gather is what one job would have written."""
-    gpus: PositiveInt | None = Field(None, exclude_if=is_none)
+    gpus: PositiveInt | None = None
     """GPUs of each job that scores: several share the layers of one judge. null: one, or all with fsdp."""
 
 
@@ -452,12 +454,9 @@ class JudgeDefaults(Section):
 class Judge(JudgeDefaults):
     """A node of the graph. Without teachers it learns from votes, with teachers it is distilled."""
 
-    # Excluded where it is not given: configurations without it are what they were.
-    external: External | None = Field(None, exclude_if=lambda value: value is None)
+    external: External | None = None
     """In the place of a backbone: a file of logits, or an endpoint that is asked."""
-    backbone: Backbone | None = Field(
-        None, validate_default=True, exclude_if=lambda value: value is None
-    )
+    backbone: Backbone | None = Field(None, validate_default=True)
     """The pretrained model under it; required unless the judge is external."""
     teachers: tuple[Name, ...] = ()
     """Judges whose logits it learns from; none: it learns from votes."""

@@ -2,18 +2,19 @@
 
 A phase's settings are its rule's ``params``: changing them rebuilds that phase and what follows, and
 nothing else does. So they hold no more than the phase reads, and never `compute`, which decides only
-how a job runs. Rules hand them over as JSON; the command line reads them back with :func:`parse`.
+how a job runs. Rules hand them over as JSON of what differs from the defaults (``Section.as_params``), so
+a new key rebuilds nothing; the command line reads them back with :func:`parse`.
 """
 
 from __future__ import annotations
 
-from operator import not_
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from arena_distill.config.judge import (
     JOINT,
+    Backbone,
     Encoding,
     Head,
     Lora,
@@ -28,9 +29,17 @@ from arena_distill.config.judge import (
     State,
     Targets,
     Training,
-    is_none,
 )
-from arena_distill.config.run import Audit, Cascade, Config, Folds, Prediction, explain
+from arena_distill.config.run import (
+    Arena,
+    Audit,
+    Cascade,
+    Config,
+    Fetch,
+    Folds,
+    Prediction,
+    explain,
+)
 from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
@@ -77,12 +86,38 @@ class Settings(Section):
     version: int
 
 
+class ArenaSettings(Settings, Arena):
+    """What is simulated."""
+
+    @classmethod
+    def of(cls, config: Config) -> ArenaSettings:
+        if config.data.arena is None:
+            raise InputError("data.arena is null: there is nothing to simulate")
+        return cls(version=VERSIONS["simulate"], **config.data.arena.model_dump())
+
+
+class FetchSettings(Settings, Fetch):
+    """What is fetched."""
+
+    @classmethod
+    def of(cls, origin: Fetch) -> FetchSettings:
+        return cls(version=VERSIONS["fetch"], **origin.model_dump())
+
+
+class BackboneSettings(Settings):
+    """What is made an ordinary folder."""
+
+    backbone: Backbone
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> BackboneSettings:
+        return cls(version=VERSIONS["backbone"], backbone=backbone)
+
+
 class FoldsSettings(Settings, Folds):
     """How battles are dealt."""
 
-    # Left out where they are not used: folds that were dealt without them stay as they are.
-    near_duplicates: bool = Field(False, exclude_if=lambda used: not used)
-    audit: Audit | None = Field(None, exclude_if=lambda used: used is None)
+    audit: Audit | None = None
     """What nearly the same prompts are, where these are kept together."""
 
     @classmethod
@@ -138,8 +173,7 @@ class TrainingSettings(Settings):
     teachers: tuple[Name, ...] = ()
     targets: Targets | None = None
     loss: Loss
-    # Left out where there are none: what was trained without them stays as it is.
-    pseudo_labels: bool = Field(False, exclude_if=not_)
+    pseudo_labels: bool = False
     """Learn the unlabelled battles too, from the teachers alone."""
 
     @classmethod
@@ -199,8 +233,7 @@ class LogitsSettings(Settings):
 class QuerySettings(Settings, Query):
     """What an endpoint is asked."""
 
-    # Left out where there are none: what was asked without them stays as it is.
-    unlabelled: bool = Field(False, exclude_if=not_)
+    unlabelled: bool = False
     """Ask about battles without votes too: a student learns them."""
 
     @classmethod
@@ -218,8 +251,7 @@ class MergeSettings(Settings, Merge):
 
     judge: Name
     encoding: Encoding
-    outputs: Head
-    """What the model says of a sequence. (`head` is what becomes of the folds' heads.)"""
+    head: Head = JOINT
     precision: Precision
 
     @classmethod
@@ -229,7 +261,7 @@ class MergeSettings(Settings, Merge):
             version=VERSIONS["merging"],
             judge=judge,
             encoding=node.encoding,
-            outputs=node.head,
+            head=node.head,
             precision=node.dense_precision(),
             **node.merge.model_dump(),
         )
@@ -239,7 +271,7 @@ class SoupSettings(Settings):
     """What every way of merging a judge's folds is worth."""
 
     encoding: Encoding
-    outputs: Head
+    head: Head = JOINT
     precision: Precision
     average: FoldAverage = "products"
 
@@ -249,7 +281,7 @@ class SoupSettings(Settings):
         return cls(
             version=VERSIONS["soups"],
             encoding=node.encoding,
-            outputs=node.head,
+            head=node.head,
             precision=node.dense_precision(),
         )
 
@@ -295,7 +327,7 @@ class ScoringSettings(Settings):
     precision: Precision
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
-    cascade: Cascade | None = Field(None, exclude_if=is_none)
+    cascade: Cascade | None = None
 
     @classmethod
     def of(cls, config: Config, judge: str) -> ScoringSettings:
@@ -317,9 +349,8 @@ class PredictionSettings(Settings):
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
     average: ViewAverage
-    # Left out where nothing is calibrated: such predictions are what they were before it was a key.
-    calibration: Calibration = Field("none", exclude_if=lambda method: method == "none")
-    cascade: Cascade | None = Field(None, exclude_if=is_none)
+    calibration: Calibration = "none"
+    cascade: Cascade | None = None
 
     @classmethod
     def of(cls, config: Config, judge: str) -> PredictionSettings:
@@ -334,9 +365,9 @@ class EvaluationSettings(Settings):
     run: str
     judges: dict[str, tuple[str, ...]]
     """Teachers by judge."""
-    external: tuple[str, ...] = Field((), exclude_if=not_)
+    external: tuple[str, ...] = ()
     """Judges that are not trained here."""
-    optimistic: tuple[str, ...] = Field((), exclude_if=not_)
+    optimistic: tuple[str, ...] = ()
     """Students whose teachers have learned from the very votes that they are scored by out of fold."""
     final: str
     model: ModelKind

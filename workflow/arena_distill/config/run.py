@@ -16,7 +16,6 @@ import itertools
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from operator import not_
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
@@ -42,7 +41,6 @@ from arena_distill.config.judge import (
     Section,
     Share,
     State,
-    is_none,
 )
 from arena_distill.config.vocabulary import Calibration, FoldMethod, ModelKind, ViewAverage
 from arena_distill.errors import InputError
@@ -67,8 +65,7 @@ class Arena(Section):
     """Battles for post-pretraining, voted on by another population."""
     test: PositiveInt = 500
     """Battles to predict."""
-    # Left out where there are none: an arena without them stays as it was simulated.
-    unlabelled: NonNegativeInt = Field(0, exclude_if=not_)
+    unlabelled: NonNegativeInt = 0
     """Battles without votes, which students learn from their teachers."""
 
 
@@ -130,7 +127,7 @@ class Data(Section):
     """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
     solution: str | None = None
     """The test battles' votes, where known: the report then scores every variant on them."""
-    fetch: dict[str, Fetch] = Field({}, exclude_if=not_)
+    fetch: dict[str, Fetch] = {}
     """By file: where those of the above that are not there come from. Else nothing is fetched."""
 
     @field_validator("fetch")
@@ -234,7 +231,7 @@ class Prediction(Section):
     """The one whose predictions are submitted; both are scored where both exist."""
     calibration: Calibration = "none"
     """Fitted to out-of-fold logits, so these may not be optimistic; `style` also knows how answers look."""
-    cascade: Cascade | None = Field(None, exclude_if=is_none)
+    cascade: Cascade | None = None
     """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
 
     @model_validator(mode="after")
@@ -440,25 +437,24 @@ class Config(Section):
         return self
 
     def described(self) -> str:
-        """The whole configuration as YAML, defaults filled in: what was computed, not how."""
-        how: dict[str, Any] = {"compute": True}
-        untold: dict[str, Any] = dict.fromkeys(JudgeDefaults.model_fields, True) | {
-            "teachers": True,
-            "external": {"endpoint": dict.fromkeys(EndpointLimits.model_fields, True)},
-        }
-        judges = {name: untold if judge.external else how for name, judge in self.judges.items()}
-        shown = self.model_dump(
-            mode="json",
-            exclude={
-                "environments": True,
-                "compare": True,
-                "studies": True,
-                "plan": True,
-                "defaults": how,
-                "judges": judges,
-            },
-        )
+        """What was computed, not how, as YAML: every key, the defaults filled in."""
+        shown = self.model_dump(mode="json", exclude=self._how())
         return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+
+    def as_params(self) -> str:
+        """What was computed, not how: JSON, which :func:`load` takes, of what differs from the defaults."""
+        return self.model_dump_json(exclude=self._how(), exclude_defaults=True)
+
+    def _how(self) -> dict[str, Any]:
+        """What decides no result of `all`. (And `defaults`, which are in the judges.)"""
+        untold: dict[str, Any] = dict.fromkeys(
+            (*JudgeDefaults.model_fields, "backbone", "teachers"), True
+        )
+        untold["external"] = {"endpoint": dict.fromkeys(EndpointLimits.model_fields, True)}
+        trained = {"compute": True, "external": True}
+        judges = {n: untold if judge.external else trained for n, judge in self.judges.items()}
+        parts = ("environments", "compare", "studies", "plan", "defaults")
+        return {**dict.fromkeys(parts, True), "judges": judges}
 
     def ordered(self) -> list[str]:
         """Judges' names, every teacher before its students."""
@@ -535,7 +531,7 @@ class Config(Section):
         return self._pretraining_owners[self.judges[judge].before_folds()]
 
     def _unique_name(self, backbone: Backbone) -> str:
-        stem, described = backbone.stem(), backbone.model_dump_json()
+        stem, described = backbone.stem(), backbone.as_params()
         if self._backbones[stem] == {described}:
             return stem
         digest = hashlib.sha256(described.encode()).hexdigest()
@@ -550,7 +546,7 @@ class Config(Section):
         given = [judge.backbone for judge in self.judges.values() if judge.backbone]
         downloads = filter(None, (backbone.download() for backbone in given))
         for backbone in (*given, *(backbone.whole() for backbone in given), *downloads):
-            found.setdefault(backbone.stem(), set()).add(backbone.model_dump_json())
+            found.setdefault(backbone.stem(), set()).add(backbone.as_params())
         return found
 
     @cached_property

@@ -123,7 +123,7 @@ class FoldMerger:
         self.settings = settings
         self.batch_tokens = batch_tokens
         self.pad = tokens.vocabulary.pad
-        self.views: list[Sequences] = encode_views(tokens, settings.encoding, settings.outputs)
+        self.views: list[Sequences] = encode_views(tokens, settings.encoding, settings.head)
 
     def logits(
         self, weights: Sequence[float], average: str = "products"
@@ -135,7 +135,7 @@ class FoldMerger:
 
         model: Any = load_classifier(
             self.backbone,
-            head=self.settings.outputs,
+            head=self.settings.head,
             precision=self.settings.precision,
             pad_token_id=self.pad,
             head_seed=0,  # the folds bring theirs
@@ -144,7 +144,7 @@ class FoldMerger:
         folds, shares = [fold for fold, _ in used], [w for _, w in used]
         gap = merge_into(model, folds, shares, average, "average", model.dtype)  # type: ignore[arg-type]
         outputs = [score(model, view, batch_tokens=self.batch_tokens) for view in self.views]
-        return verdicts(np.stack(outputs, axis=1), self.settings.outputs), gap
+        return verdicts(np.stack(outputs, axis=1), self.settings.head), gap
 
     def log_loss(self, some: Sequence[int], votes: np.ndarray) -> float:
         """That of the equal soup of some folds, by the mean of both orders' logits."""

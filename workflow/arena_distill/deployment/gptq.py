@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from arena_distill.battles.reading import read_votes
-from arena_distill.config.judge import Attention, Head
+from arena_distill.config.judge import Attention
 from arena_distill.config.phases import QuantizationSettings
 from arena_distill.deployment.quantization_error import DRIFT, drift
 from arena_distill.encoding.sequences import Sequences, read_tokens
@@ -74,15 +74,10 @@ def quantize_judge(
     quantize_model(
         model,
         output,
-        head=settings.head,
+        settings=settings,
         calibration=encode_views(pool, settings.encoding, settings.head, ("AB",))[0],
         validation=encode_views(held_out, settings.encoding, settings.head, ("AB",)),
-        samples=settings.samples,
-        bits=settings.bits,
-        group_size=settings.group_size,
-        seed=settings.seed,
         batch_tokens=batch_tokens,
-        settings=settings.model_dump(mode="json"),
         labels=read_votes(battles, held_out.keys()),
     )
 
@@ -91,15 +86,10 @@ def quantize_model(
     model: Path,
     output: Path,
     *,
-    head: Head,
+    settings: QuantizationSettings,
     calibration: Sequences,
     validation: Sequence[Sequences],
-    samples: int,
-    bits: int,
-    group_size: int,
-    seed: int,
     batch_tokens: int,
-    settings: Mapping[str, Any],
     labels: np.ndarray | None = None,
 ) -> None:
     """Quantise a dense judge → a folder with the model, its tokenizer and card, and ``drift.json``.
@@ -109,21 +99,16 @@ def quantize_model(
 
     Args:
         model: a dense folder, such as ``merging`` writes.
-        head: what the judge says of a sequence.
         calibration: sequences to draw from, as the judge is asked them.
         validation: the views of other battles, on which the drift is measured.
-        samples: how many sequences calibrate.
-        bits: per weight.
-        group_size: so many weights of a row share one scale.
-        seed: decides which sequences calibrate.
         batch_tokens: per forward pass while the drift is measured; calibration goes row by row.
-        settings: JSON values for the provenance.
         labels: int (validation rows,), the votes as shown: adds the log loss before and after.
 
     Raises:
         InputError: before any heavy work, where the settings do not fit the model, there are too
             few sequences, or gptqmodel is not installed.
     """
+    bits, group_size, samples = settings.bits, settings.group_size, settings.samples
     check_settings(bits, group_size, samples, len(calibration))
     if not len(validation[0]):
         raise InputError("quantisation: there is no validation row to measure the drift on")
@@ -135,14 +120,14 @@ def quantize_model(
     from arena_distill.models.scoring import score
 
     check_layers(_layer_sizes(model), bits, group_size)
-    rows = np.random.default_rng(seed).choice(len(calibration), samples, replace=False)
+    rows = np.random.default_rng(settings.seed).choice(len(calibration), samples, replace=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def verdict(judge: Any) -> np.ndarray:
         outputs = [score(judge, view, batch_tokens=batch_tokens) for view in validation]
-        return verdicts(np.stack(outputs, axis=1), head, ("AB",))[:, 0]
+        return verdicts(np.stack(outputs, axis=1), settings.head, ("AB",))[:, 0]
 
-    judge: Any = load_classifier(model, head=head, dtype="auto")
+    judge: Any = load_classifier(model, head=settings.head, dtype="auto")
     judge.to(device)
     before = verdict(judge)
     _quantize(judge, calibration.take(np.sort(rows)), bits, group_size)
@@ -162,7 +147,7 @@ def quantize_model(
             "samples": samples,
             "bytes_before": _bytes(model),
             "bytes": _bytes(folder),
-            "provenance": provenance("quantization", settings),
+            "provenance": provenance("quantization", settings.model_dump(mode="json")),
         }
         write_json(report, folder / DRIFT)
     print(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arena_distill.config.judge import Head
+from arena_distill.config.phases import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Short names of dtypes; torch's own names are understood too."""
 
 _PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -47,11 +44,7 @@ def merge_folds(
     adapters: Sequence[Path],
     output: Path,
     *,
-    outputs: Head,
-    average: FoldAverage,
-    head: FoldHeads,
-    dtype: str,
-    settings: Mapping[str, Any],
+    settings: MergeSettings,
     weights: Sequence[float] | None = None,
 ) -> None:
     """Merge the folds' adapters and heads into the backbone → an ordinary Hugging Face folder.
@@ -62,12 +55,7 @@ def merge_folds(
         backbone: the folder the folds were trained from, not quantised.
         adapters: one PEFT folder per fold, in the order of the folds.
         output: the folder to write: model, tokenizer, model card, ``merge.json``.
-        outputs: what the judge says of a sequence.
-        average: see the module.
-        head: the mean of the folds' heads, or the head of the first.
-        dtype: of the result: fp32 or bf16.
         weights: of the folds, summing to 1 (see ``fold_weights``); None: equal.
-        settings: JSON values for the provenance; the model card names `judge` and `template`.
 
     Raises:
         InputError: there is no adapter, one is not plain LoRA with a head, they do not fit each
@@ -80,9 +68,7 @@ def merge_folds(
 
     if not adapters:
         raise InputError(f"{output}: there is no adapter to merge")
-    target = getattr(torch, DTYPES.get(dtype, dtype), None)
-    if not isinstance(target, torch.dtype) or not target.is_floating_point:
-        raise InputError(f"config: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    target = torch.float32 if settings.precision == "fp32" else torch.bfloat16
     folds = read_adapters(adapters)
     weights = weights or [1 / len(folds)] * len(folds)
 
@@ -93,12 +79,12 @@ def merge_folds(
     wide = torch.float32 if target == torch.float32 else "auto"
     model: Any = load_classifier(
         backbone,
-        head=outputs,
+        head=settings.head,
         dtype=wide,
         pad_token_id=pad,
         head_seed=0,  # the folds bring theirs
     )
-    gap = merge_into(model, folds, weights, average, head, target)
+    gap = merge_into(model, folds, weights, settings.average, settings.heads, target)
     model.to(target)
 
     with atomic_directory(output) as folder:
@@ -107,19 +93,19 @@ def merge_folds(
         about = {
             "backbone": backbone.name,
             "folds": len(folds),
-            "average": average,
-            "head": head,
+            "average": settings.average,
+            "heads": settings.heads,
             "weights": list(weights),
             "dtype": str(target).removeprefix("torch."),
             "targets": len(folds[0].targets),
             "ranks": [fold.rank for fold in folds],
             "factors_gap": gap,
-            "provenance": provenance("merging", settings),
+            "provenance": provenance("merging", settings.model_dump(mode="json")),
         }
         write_json(about, folder / "merge.json")
-        write_text(_card(about, tokenizer, outputs, settings), folder / "README.md")
+        write_text(_card(about, tokenizer, settings), folder / "README.md")
     distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
-    print(f"{output}: {len(folds)} folds merged by their {average}{distance}")
+    print(f"{output}: {len(folds)} folds merged by their {settings.average}{distance}")
 
 
 @dataclass(frozen=True)
@@ -223,7 +209,7 @@ def merge_into(
     folds: Sequence[Adapter],
     weights: Sequence[float],
     average: FoldAverage,
-    head: FoldHeads,
+    heads: FoldHeads,
     dtype: torch.dtype,
 ) -> float | None:
     """Merge folds into `model` in place, by their weights (which sum to 1).
@@ -269,13 +255,13 @@ def merge_into(
         layer.weight.data = (before + delta.to(before.device)).to(dtype)
     parameters = dict(model.named_parameters())
     for name in folds[0].head:
-        heads = [fold.tensor(name) for fold in folds]
-        if name not in parameters or any(h.shape != parameters[name].shape for h in heads):
-            shape = " × ".join(map(str, heads[0].shape))
+        each = [fold.tensor(name) for fold in folds]
+        if name not in parameters or any(h.shape != parameters[name].shape for h in each):
+            shape = " × ".join(map(str, each[0].shape))
             raise InputError(
                 f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
             )
-        merged = heads[0] if head == "first" else _mean(heads, weights)
+        merged = each[0] if heads == "first" else _mean(each, weights)
         parameters[name].data = merged.to(parameters[name].device, dtype)
     if gap is None:
         return None
@@ -308,19 +294,16 @@ def _mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Te
 
 
 def _card(
-    about: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    outputs: Head,
-    settings: Mapping[str, Any],
+    about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: MergeSettings
 ) -> str:
     """The model card: what the model is, where it is from, how to ask it."""
     from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
 
-    template = str(settings.get("template", "markers"))
-    joint = outputs.kind == "joint"
+    template, head = settings.encoding.template, settings.head
+    joint = head.kind == "joint"
     literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
     fields = ("prompt", "answer_a", "answer_b", "") if joint else ("prompt", "answer", "")
-    sizes = bool(settings.get("sizes"))
+    sizes = settings.encoding.sizes
     pieces = []
     for literal, name in zip(literals, fields, strict=True):
         stated = [f"size({name})"] if sizes and name.startswith("answer") else []
@@ -340,12 +323,12 @@ library_name: transformers
 pipeline_tag: text-classification
 tags: [preference-judge, arena-distill]
 ---
-# {settings.get("judge", "judge")}: which of two answers do people prefer?
+# {settings.judge}: which of two answers do people prefer?
 
 {_JOINT if joint else _POINTWISE}
 
 - Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
-- Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["head"]]}.
+- Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["heads"]]}.
 - Weights: {about["dtype"]}.
 - Prompt layout `{template}`: {" + ".join(pieces)}
 - Written by Arena Distill; `merge.json` holds settings, versions, and how far the two ways of
@@ -364,9 +347,9 @@ def ids(text):  # text is data: a special token spelled out in it means nothing
 def ask({", ".join(fields[:-1])}):
     pieces = [{", ".join(pieces)}]
     tokens = [i for piece in pieces for i in ids(piece)]  # each for itself, as in training
-    {_READ[outputs.pooling].format(ids=ids)}
+    {_READ[head.pooling].format(ids=ids)}
 
-{_ASK_JOINT if joint else _ASK_POINTWISE[outputs.ties]}
+{_ASK_JOINT if joint else _ASK_POINTWISE[head.ties]}
 ```
 
 Pad on the right, with the tokenizer's pad token and an attention mask.\

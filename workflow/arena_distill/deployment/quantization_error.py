@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from arena_distill.config.phases import DriftSettings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, write_json
 
@@ -45,21 +46,19 @@ def drift(
     }
 
 
-def check_drift(drift: Path, output: Path, *, max_kl: float, max_flip_rate: float) -> None:
+def check_drift(drift: Path, output: Path, *, settings: DriftSettings) -> None:
     """Write a small file that says the drift is within bounds, or refuse.
 
     Args:
         drift: the ``drift.json`` inside the folder of a quantised model.
-        max_kl: bound of the mean KL, in nats.
-        max_flip_rate: bound of the share of changed verdicts.
 
     Raises:
         InputError: a bound is exceeded. The quantised model stays where it is.
     """
     report = read_json(drift)
     bounds = {
-        "kl": ("mean KL", "max_kl", max_kl),
-        "flip_rate": ("share of changed verdicts", "max_flip_rate", max_flip_rate),
+        "kl": ("mean KL", "max_kl", settings.max_kl),
+        "flip_rate": ("share of changed verdicts", "max_flip_rate", settings.max_flip_rate),
     }
     beyond = [
         f"{what} {report[name]:.3g} > {bound:g} (config: judges.*.quantization.{option})"

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.style_features import WORD
+from arena_distill.config.phases import Settings
 from arena_distill.encoding.sequences import FIELDS, Sequences, gather, list_array, offsets_of
 from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
 from arena_distill.errors import InputError
@@ -47,13 +48,13 @@ WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The winners cut fields to so many words before they tokenise."""
 
 
-def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, version: int) -> None:
+def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, settings: Settings) -> None:
     """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
     from arena_distill.encoding.tokenization import load_tokenizer
 
     table = read_parquet(battles, columns=["id", "source", *FIELDS])
     tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer))
-    about = provenance("tokens", {"version": version, "tokenizer": tokenizer.name})
+    about = provenance("tokens", settings.model_dump() | {"tokenizer": tokenizer.name})
     write_parquet(tokens, output, about | {"vocabulary": vocabulary})
     counts = pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0
     print(f"{len(tokens):,} battles tokenised by {tokenizer.name}; prompts: {counts:,} tokens")

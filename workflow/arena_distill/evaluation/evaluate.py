@@ -288,11 +288,12 @@ def _final(
     """The final judge: the submitted model's variants, their calibration, what quantising changed."""
     submitted = test["submitted"] if test else None
     variants = test["models"][submitted["model"]] if test and submitted else {}
+    method = (prediction or {}).get("calibration", "none")
     return {
         "judge": judge,
         "submitted": submitted,
         "variants": variants,
-        "calibration": prediction.get("calibration") if prediction else None,
+        "calibration": None if method == "none" else method,
         "gptq": _gptq(test, drift),
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.config.judge import TINY, Backbone
+from arena_distill.config.phases import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare_backbone(
-    backbone: Backbone, output: Path, *, source: Path | None = None, version: int
+    output: Path, *, settings: BackboneSettings, source: Path | None = None
 ) -> None:
     """Make the ordinary folder of a backbone that is not one yet.
 
@@ -30,10 +31,11 @@ def prepare_backbone(
     Raises:
         InputError: the source is missing or no model, lacks tensors, or has fewer layers than asked for.
     """
-    settings = {"version": version} | backbone.model_dump(exclude_none=True)
+    backbone = settings.backbone
+    about = settings.model_dump()
     with atomic_directory(output) as folder:
         if backbone == backbone.download():
-            settings["commit"] = _download(backbone, folder)
+            about["commit"] = _download(backbone, folder)
         elif backbone.hub and source is None:
             raise InputError(
                 f"{backbone.stem()}: download {backbone.hub} first, and give its folder"
@@ -46,7 +48,7 @@ def prepare_backbone(
                 _rebuild(backbone, source, folder)
             except (OSError, ValueError, RuntimeError) as error:
                 raise InputError(f"{source}: cannot be made a backbone: {brief(error)}") from error
-        write_json(provenance("backbone", settings), folder / "provenance.json")
+        write_json(provenance("backbone", about), folder / "provenance.json")
     print(f"{output}: {backbone.stem()} is ready")
 
 

@@ -41,6 +41,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_settings
 from arena_distill.battles.style_features import read_styles
+from arena_distill.config.phases import Settings
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
@@ -247,7 +248,13 @@ def _centred(logits: np.ndarray) -> np.ndarray:
 
 
 def fit_calibration(
-    folds: Path, battles: Path, logits: Sequence[Path], output: Path, *, judge: str, version: int
+    folds: Path,
+    battles: Path,
+    logits: Sequence[Path],
+    output: Path,
+    *,
+    judge: str,
+    settings: Settings,
 ) -> None:
     """Fit every method to a judge's out-of-fold logits, both orders averaged → JSON.
 
@@ -277,7 +284,7 @@ def fit_calibration(
         parameters = fit(method, seen, votes, styles).parameters
         after = scored(cross_fit(method, seen, votes, parts, styles))
         figures[method] = {"parameters": parameters, **after}
-    figures["provenance"] = provenance("calibration", {"version": version})
+    figures["provenance"] = provenance("calibration", settings.model_dump())
     write_json(figures, output)
     told = (
         f"{name} {figures[name]['log_loss']:.4f} (ECE {figures[name]['ece']:.3f})"

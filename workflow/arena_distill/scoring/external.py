@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from arena_distill.battles.folds import fold_rows
 from arena_distill.battles.reading import column_texts
 from arena_distill.config.judge import EndpointLimits, Query
-from arena_distill.config.phases import LogitsSettings, QuerySettings
+from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
 from arena_distill.files.keys import key, locate
@@ -98,7 +98,7 @@ def split_external_logits(
 # --- a file -----------------------------------------------------------------------------------------
 
 
-def read_external_logits(file: Path, battles: Path, output: Path, *, version: int) -> None:
+def read_external_logits(file: Path, battles: Path, output: Path, *, settings: Settings) -> None:
     """Read a judge's logits or probabilities from a parquet, CSV or JSONL file → `logits.npy` and its ids.
 
     The file has a row per battle, or one per battle and order, with the columns `id`, `source` (train,
@@ -130,7 +130,7 @@ def read_external_logits(file: Path, battles: Path, output: Path, *, version: in
         )
     rows, logits, lacks = rows.filter(pa.array(~absent)), logits[~absent], lacks[~absent]
     logits = np.where(lacks[..., None], logits[:, ::-1], logits)
-    about = provenance("external_logits", {"version": version, "file": file.name})
+    about = provenance("external_logits", settings.model_dump() | {"file": file.name})
     write_logits(output, logits.astype(np.float32), rows, about)
     both = int((~lacks).all(axis=1).sum())
     others = len(keys) - int(np.count_nonzero(~lacks))

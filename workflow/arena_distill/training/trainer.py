@@ -297,7 +297,8 @@ def _fit(
         folder, checkpoints = Path(scratch), None
         arguments = _arguments(folder, optimization(settings), settings.precision, launch)
         if launch.checkpoints:
-            folder = launch.checkpoints / _key(model, examples, about, arguments.world_size)
+            decided = about | {"settings": settings.as_params()}  # a new key discards nothing
+            folder = launch.checkpoints / _key(model, examples, decided, arguments.world_size)
             checkpoints = Checkpoints(folder, every=60 * launch.checkpoint_minutes)
             arguments.output_dir = str(folder)
         if checkpoints is None or not checkpoints.finished.exists():
