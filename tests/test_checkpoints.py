@@ -17,9 +17,10 @@ from test_training import training_settings
 from arena_distill.config.judge import Lora
 from arena_distill.errors import Stopped
 from arena_distill.files.artifacts import read_json, read_parquet
+from arena_distill.runtime.launch import Launch
 from arena_distill.training import trainer
 from arena_distill.training.checkpoints import SEAL, digest
-from arena_distill.training.trainer import Launch, train_fold
+from arena_distill.training.trainer import train_fold
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "lora": Lora(r=4, alpha=8, dropout=0.2), "warmup_steps": 2}
 WEIGHTS = "adapter_model.safetensors"

@@ -36,11 +36,12 @@ from arena_distill.models.adapters import load_adapter
 from arena_distill.models.heads import battle_logits, verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.prediction.test_time import score_variants
+from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import losses
 from arena_distill.training.targets import VOTES
-from arena_distill.training.trainer import Launch, pretrain_adapter, train_fold
+from arena_distill.training.trainer import pretrain_adapter, train_fold
 from arena_distill.verdicts import swap_classes
 
 JOINT = Head(kind="joint")

@@ -30,8 +30,8 @@ from arena_distill.files.artifacts import read_json
 from arena_distill.files.logits import read_logits
 from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.loading import load_classifier
+from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
-from arena_distill.training.trainer import Launch
 
 QLORA = Path(os.environ.get("ARENA_QLORA", ROOT / ".venv/qlora"))
 HERE = importlib.util.find_spec("bitsandbytes") is not None

@@ -21,6 +21,7 @@ from arena_distill.models.adapters import new_judge
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import head_layer
 from arena_distill.models.loading import load_classifier
+from arena_distill.runtime.launch import Launch
 from arena_distill.training import trainer
 from arena_distill.training.examples import make_examples
 from arena_distill.training.linear_probe import (
@@ -32,7 +33,6 @@ from arena_distill.training.linear_probe import (
 )
 from arena_distill.training.losses import losses
 from arena_distill.training.targets import VOTES
-from arena_distill.training.trainer import Launch
 
 JOINT, MEAN = Head(kind="joint"), Head(kind="pointwise", pooling="mean")
 

@@ -32,8 +32,9 @@ from arena_distill.config.phases import LogitsSettings, Settings, TrainingSettin
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.logits import write_logits
+from arena_distill.runtime.launch import Launch
 from arena_distill.training.examples import ByLength
-from arena_distill.training.trainer import Launch, train_fold
+from arena_distill.training.trainer import train_fold
 
 TINY = ROOT / "workflow/arena_distill/models/tiny"
 WEIGHTS = "adapter_model.safetensors"

@@ -56,6 +56,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits, write_logits
+from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.external import (
     query_endpoint,
     read_external_logits,
@@ -67,7 +68,7 @@ from arena_distill.training import trainer
 from arena_distill.training.examples import Examples
 from arena_distill.training.losses import losses
 from arena_distill.training.targets import VOTES, select_rows, teacher_logits
-from arena_distill.training.trainer import Launch, train_fold
+from arena_distill.training.trainer import train_fold
 from arena_distill.verdicts import CLASSES, NO_VOTE, swap_labels
 
 ENCODING = Encoding(max_length=96)

@@ -36,13 +36,14 @@ from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.heads import verdicts
 from arena_distill.models.hidden_states import Projections, capture
 from arena_distill.models.loading import load_classifier
+from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import gather_logits, predict_logits
 from arena_distill.training import examples, trainer
 from arena_distill.training.checkpoints import SEAL
 from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import attention_divergences, feature_distances, losses
 from arena_distill.training.targets import select_rows, teacher_states
-from arena_distill.training.trainer import Launch, train_fold
+from arena_distill.training.trainer import train_fold
 
 ENCODING = Encoding(max_length=96)
 BOTH = ("features", "attention")

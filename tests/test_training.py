@@ -25,11 +25,12 @@ from arena_distill.files.logits import write_logits
 from arena_distill.models import adapters
 from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.loading import load_classifier
+from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training import trainer
 from arena_distill.training.examples import Examples, make_examples
 from arena_distill.training.targets import VOTES
-from arena_distill.training.trainer import Launch, pretrain_adapter, train_fold
+from arena_distill.training.trainer import pretrain_adapter, train_fold
 
 LORA = Lora(r=4, alpha=8, dropout=0.0)
 ENCODING = Encoding(max_length=96)

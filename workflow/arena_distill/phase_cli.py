@@ -7,10 +7,12 @@ Each can be run by hand. `--settings` takes what the rule hands over: JSON of on
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ from arena_distill.config import phases as phase
 from arena_distill.config.phases import parse
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.runtime import launch
+from arena_distill.runtime.launch import Launch
 
 app = typer.Typer(
     help="The phases of the workflow, as its rules run them.",
@@ -34,17 +37,24 @@ Folds = Annotated[Path, typer.Option(help="folds.parquet")]
 Fold = Annotated[int, typer.Option(help="0 to n - 1.", min=0)]
 Output = Annotated[Path, typer.Option(help="What to write.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens per forward pass, padding included.", min=1)]
-MicroBatch = Annotated[int, typer.Option(help="Sequences per device and forward pass.", min=1)]
-Checkpointing = Annotated[
-    int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
-]
 Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
 Attention = Annotated[judge.Attention, typer.Option(help="transformers' attention kernel.")]
-Fsdp = Annotated[int, typer.Option(help="1: spread the backbone over the GPUs.", min=0, max=1)]
-CheckpointFolder = Annotated[
-    Path | None, typer.Option(help="Where this output's checkpoints go; none: none are written.")
-]
-CheckpointMinutes = Annotated[float, typer.Option(help="Minutes between checkpoints.", min=0)]
+
+
+def launched(command: Callable[..., None]) -> Callable[..., None]:
+    """A training command: the fields of its `Launch` are options, and it starts as they say."""
+    options = inspect.signature(Launch, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        how = Launch(**{name: given.pop(name) for name in options})
+        launch.start(how)
+        command(**given, how=how)
+
+    shown = [*(p for p in own.values() if p.name != "how"), *options.values()]
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return run
 
 
 # --- battles and folds ------------------------------------------------------------------------------
@@ -148,23 +158,17 @@ def tokenize_battles(
 
 
 @app.command()
+@launched
 def pretrain_adapter(
     backbone: Backbone,
     tokens: Tokens,
     battles: Battles,
     output: Output,
     settings: Settings,
-    micro_batch_size: MicroBatch = 8,
-    gradient_checkpointing: Checkpointing = 0,
-    gpus: Gpus = 0,
-    fsdp: Fsdp = 0,
-    checkpoints: CheckpointFolder = None,
-    checkpoint_minutes: CheckpointMinutes = 30,
-    attention: Attention = "auto",
+    how: Launch,
 ) -> None:
     """Post-pretrain a judge's adapter on UT battles."""
-    launch.start(gpus=gpus, lock=checkpoints)
-    from arena_distill.training.trainer import Launch, pretrain_adapter
+    from arena_distill.training.trainer import pretrain_adapter
 
     pretrain_adapter(
         _folder(backbone),
@@ -172,18 +176,12 @@ def pretrain_adapter(
         battles,
         output,
         settings=parse(phase.PretrainingSettings, settings),
-        launch=Launch(
-            micro_batch_size,
-            bool(gradient_checkpointing),
-            bool(fsdp),
-            checkpoints,
-            checkpoint_minutes,
-            attention,
-        ),
+        launch=how,
     )
 
 
 @app.command()
+@launched
 def train_fold(
     backbone: Backbone,
     tokens: Tokens,
@@ -191,22 +189,15 @@ def train_fold(
     fold: Fold,
     output: Output,
     settings: Settings,
+    how: Launch,
     pretrained: Annotated[Path | None, typer.Option(help="Post-pretrained adapter.")] = None,
-    micro_batch_size: MicroBatch = 8,
-    gradient_checkpointing: Checkpointing = 0,
-    gpus: Gpus = 0,
-    fsdp: Fsdp = 0,
-    checkpoints: CheckpointFolder = None,
-    checkpoint_minutes: CheckpointMinutes = 30,
-    attention: Attention = "auto",
     teacher_logits: Annotated[
         list[str] | None,
         typer.Option(help="A student's targets: <teacher>=logits/<teacher>/fold_<k>.npy"),
     ] = None,
 ) -> None:
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
-    launch.start(gpus=gpus, lock=checkpoints)
-    from arena_distill.training.trainer import Launch, train_fold
+    from arena_distill.training.trainer import train_fold
 
     parsed = parse(phase.TrainingSettings, settings)
     train_fold(
@@ -218,14 +209,7 @@ def train_fold(
         output,
         teachers=_by_judge(teacher_logits or (), parsed.teachers),
         settings=parsed,
-        launch=Launch(
-            micro_batch_size,
-            bool(gradient_checkpointing),
-            bool(fsdp),
-            checkpoints,
-            checkpoint_minutes,
-            attention,
-        ),
+        launch=how,
     )
 
 

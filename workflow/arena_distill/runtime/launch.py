@@ -15,11 +15,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
+import typer
+
+from arena_distill.config.judge import Attention
 from arena_distill.errors import InputError
 
 CPU_ALLOWED = "ACCELERATE_USE_CPU"
@@ -30,6 +34,28 @@ LAST_WORDS = "ARENA_LAST_WORDS"
 
 GRACE = 5.0
 """Seconds that the other processes of a job have to end, too, once one has failed."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a training job runs; what it computes does not depend on it. The options of its command."""
+
+    micro_batch_size: Annotated[
+        int, typer.Option(help="Sequences per device and forward pass.", min=1)
+    ] = 8
+    gradient_checkpointing: Annotated[
+        int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)
+    ] = 0
+    fsdp: Annotated[
+        int, typer.Option(help="1: spread the backbone over the GPUs.", min=0, max=1)
+    ] = 0
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Folder of this output's checkpoints; none: none are written."),
+    ] = None
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between them.", min=0)] = 30
+    attention: Annotated[Attention, typer.Option(help="transformers' attention kernel.")] = "auto"
+    gpus: Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)] = 0
 
 
 def cpu_is_wanted() -> bool:
@@ -53,26 +79,22 @@ def ignore_signals() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def start(*, gpus: int, lock: Path | None = None) -> None:
+def start(how: Launch) -> None:
     """Begin a training job: alone at its output, on its own GPUs, one process per GPU.
 
     With several GPUs the same command is started once for each, and this process waits for them and
     ends with them; in theirs this function returns at once.
-
-    Args:
-        gpus: how many; 0 is the CPU.
-        lock: the folder in which the output is claimed; None claims nothing.
 
     Raises:
         InputError: there are fewer GPUs than asked for.
     """
     if "LOCAL_RANK" in os.environ:
         return
-    if lock:
-        lock_output(lock)
-    claim_gpus(gpus)
-    if gpus > 1:
-        _run_processes(gpus)
+    if how.checkpoints:
+        lock_output(how.checkpoints)
+    claim_gpus(how.gpus)
+    if how.gpus > 1:
+        _run_processes(how.gpus)
 
 
 def _run_processes(count: int) -> NoReturn:

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from transformers import (
 from arena_distill.battles.folds import training_rows
 from arena_distill.battles.reading import read_votes
 from arena_distill.config.judge import (
-    Attention,
     Head,
     Loss,
     Optimization,
@@ -64,6 +63,7 @@ from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import capture, project, projections_of
 from arena_distill.models.loading import check_length, load_classifier
+from arena_distill.runtime.launch import Launch
 from arena_distill.training.checkpoints import Checkpoints, digest, file_identities
 from arena_distill.training.examples import (
     FILLER,
@@ -86,19 +86,6 @@ from arena_distill.training.targets import (
 
 PROJECTIONS = "projections.safetensors"
 """In the checkpoints of a student that compares features."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a training job runs; what it computes does not depend on it."""
-
-    micro_batch_size: int = 8
-    gradient_checkpointing: bool = False
-    fsdp: bool = False
-    checkpoints: Path | None = None
-    """The folder of this output's checkpoints; None writes none."""
-    checkpoint_minutes: float = 30.0
-    attention: Attention = "auto"
 
 
 def pretrain_adapter(
@@ -406,7 +393,7 @@ def _arguments(
         seed=optimization.seed,
         bf16=precision != "fp32",
         use_cpu=not torch.accelerator.is_available(),
-        activation_checkpointing=launch.gradient_checkpointing,
+        activation_checkpointing=bool(launch.gradient_checkpointing),
         activation_checkpointing_kwargs={"use_reentrant": False},
         remove_unused_columns=False,
         label_names=["labels"],
