@@ -25,7 +25,7 @@ except InputError as error:
     raise WorkflowError(str(error))
 
 # Judges that studies derive from the run's own are nodes of the same graph; `all` asks for none of them.
-FAMILY = derived.Family(dict(CONFIG.judges))
+FAMILY = derived.JudgeFamily(dict(CONFIG.judges))
 STUDIES = derived.derive(CONFIG, config, FAMILY)
 GRAPH = CONFIG.with_judges(FAMILY.judges)
 

@@ -21,7 +21,7 @@ from arena_distill.files.artifacts import write_json, write_parquet, write_text
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.prediction.submission import WINNERS
-from arena_distill.prediction.test_time import Costs, predict_test, softmax
+from arena_distill.prediction.test_time import Passes, predict_test, softmax
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3
@@ -162,11 +162,11 @@ def _write_test(run: MadeUpRun, error: float, rng: np.random.Generator) -> None:
         predict_test(path, run.folder / f"{model}.parquet", model=model, settings=settings)
 
 
-def _costs(rows: int) -> Costs:
+def _costs(rows: int) -> Passes:
     """Of battles from 60 tokens up, the longest of which are cut at either length."""
     tokens = 2 * np.minimum(60 + 20 * np.arange(rows)[:, None], LENGTHS)
     tokens[:, 1] *= tokens[:, 1] > tokens[:, 0]
-    return Costs(2 * (tokens > 0), tokens, tokens > 0)
+    return Passes(2 * (tokens > 0), tokens, tokens > 0)
 
 
 def _write_beside(run: MadeUpRun) -> None:

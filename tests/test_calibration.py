@@ -29,7 +29,7 @@ from arena_distill.prediction.calibration import (
     COLDEST,
     HOTTEST,
     METHODS,
-    Calibration,
+    CalibrationMap,
     cross_fit,
     fit,
     fit_calibration,
@@ -72,7 +72,7 @@ def test_a_known_temperature_is_found(temperature: float) -> None:
 def test_known_scales_and_a_known_bias_are_found() -> None:
     rng = np.random.default_rng(2)
     seen = rng.normal(0, 1.5, (100_000, 3))
-    known = Calibration(np.array([0.6, 0.6, 1.7]), np.array([0.0, 0.0, -0.8]))
+    known = CalibrationMap(np.array([0.6, 0.6, 1.7]), np.array([0.0, 0.0, -0.8]))
     found = fit("vector", seen, drawn(softmax(known(seen)), rng))
     np.testing.assert_allclose(found.scale, known.scale, rtol=0.04)
     np.testing.assert_allclose(found.bias, known.bias, atol=0.03)
@@ -88,7 +88,7 @@ def test_the_fit_is_where_the_gradient_is_zero(method: CalibrationMethod, seed: 
     found = fit(method, seen, votes)
     best = loss(found(seen), votes)
     for factor in (0.99, 1.01):
-        assert loss(Calibration(found.scale * factor, found.bias)(seen), votes) > best
+        assert loss(CalibrationMap(found.scale * factor, found.bias)(seen), votes) > best
         moved = np.array([0.0, 0.0, factor - 1])
         assert method == "temperature" or loss(found(seen) + moved, votes) > best
 

@@ -28,7 +28,7 @@ from arena_distill.files.artifacts import provenance, read_parquet, read_provena
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.models.loading import load_classifier
 from arena_distill.prediction.test_time import (
-    Costs,
+    Passes,
     averages,
     confidence,
     predict_test,
@@ -82,7 +82,7 @@ class Judge:
 
 def score(
     head: Head, lengths: tuple[int, ...], threshold: float | None
-) -> tuple[np.ndarray, Costs, Judge]:
+) -> tuple[np.ndarray, Passes, Judge]:
     judge = Judge(head)
     return *score_variants(TOKENS, scoring(head, lengths, threshold), judge), judge
 
@@ -174,12 +174,12 @@ def test_costs_come_back_from_the_ids_they_are_written_to(tmp_path: Path) -> Non
     ids = pa.table({"id": TOKENS.ids, "source": TOKENS.sources, **costs.columns((90, 40))})
     write_logits(tmp_path / "x.npy", logits, ids, {})
     _, found = read_logits(tmp_path / "x.npy")
-    back = Costs.read(found, (90, 40))
+    back = Passes.read(found, (90, 40))
     assert back is not None
     for name, values in vars(costs).items():
         np.testing.assert_array_equal(getattr(back, name), values)
     assert back.scored.dtype == bool
-    assert Costs.read(found.select(["id", "source"]), (90, 40)) is None
+    assert Passes.read(found.select(["id", "source"]), (90, 40)) is None
 
 
 def test_scores_of_another_cascade_are_refused(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_scores_of_another_cascade_are_refused(tmp_path: Path) -> None:
     assert about["settings"]["cascade"] == {"threshold": 0.6}
 
 
-def read_ids(costs: Costs) -> Any:
+def read_ids(costs: Passes) -> Any:
     import pyarrow as pa
 
     return pa.table({"id": TOKENS.ids, "source": ["test"] * len(TOKENS), **costs.columns((40, 90))})
@@ -263,7 +263,7 @@ def test_a_models_file_says_who_was_scored_where(
 
 def curve(
     logits: np.ndarray,
-    costs: Costs,
+    costs: Passes,
     threshold: float | None = None,
     votes: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
@@ -285,7 +285,7 @@ def test_the_curve_by_hand() -> None:
     longer = np.array([[0.9, 0.05, 0.05], [0.2, 0.2, 0.6], [0.4, 0.3, 0.3]])
     logits = np.log(np.stack([p, longer], axis=1))[:, :, None].repeat(2, axis=2)
     tokens = np.array([[80, 180], [80, 120], [60, 0]])
-    costs = Costs(np.array([[2, 2], [2, 2], [2, 0]]), tokens, tokens > 0)
+    costs = Passes(np.array([[2, 2], [2, 2], [2, 0]]), tokens, tokens > 0)
     votes = np.array([0, 2, 1])
     points = curve(logits, costs, votes=votes)
     assert [point["threshold"] for point in points] == [0.0, 0.51, 0.81]
@@ -387,7 +387,7 @@ def test_the_report_of_a_run_with_a_cascade_says_so(run: MadeUpRun) -> None:
     assert "A cascade was used" in page
     (point,) = json.loads((run.folder / "metrics.json").read_text())["test"]["cascade"]
     assert f"{100 * point['battles']:.1f}\u202f%" in page
-    assert Costs.read(ids, LENGTHS) is not None
+    assert Passes.read(ids, LENGTHS) is not None
 
 
 # --- the configuration ------------------------------------------------------------------------------

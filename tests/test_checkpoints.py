@@ -60,7 +60,7 @@ class Interruption(BaseException):
 @pytest.fixture
 def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Do something in the middle of a training: at its n-th micro batch."""
-    genuine = trainer.losses
+    genuine = trainer.battle_losses
 
     def arrange(batch: int, action: Callable[[], None]) -> None:
         seen = 0
@@ -72,7 +72,7 @@ def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Non
                 action()
             return genuine(*arguments)
 
-        monkeypatch.setattr(trainer, "losses", spy)
+        monkeypatch.setattr(trainer, "battle_losses", spy)
 
     return arrange
 

@@ -18,10 +18,10 @@ from arena_distill.config.judge import Loss
 from arena_distill.errors import InputError
 from arena_distill.files.logits import write_logits
 from arena_distill.training.linear_probe import fit_weights
-from arena_distill.training.losses import losses
+from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import (
     NO_VOTE,
-    VOTES,
+    VOTE_LOSS,
     as_seen,
     select_rows,
     teacher_logits,
@@ -64,7 +64,7 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def mean_loss(z: np.ndarray, y: np.ndarray, teachers: np.ndarray | None, loss: Loss) -> float:
     given = None if teachers is None else torch.tensor(teachers)
-    return float(losses(torch.tensor(z), torch.tensor(y), given, None, loss).mean())
+    return float(battle_losses(torch.tensor(z), torch.tensor(y), given, None, loss).mean())
 
 
 def test_summary_loss_is_the_written_one(batch: tuple[np.ndarray, ...]) -> None:
@@ -85,7 +85,7 @@ def test_losses_by_hand() -> None:
     """One battle, numbers that can be checked on paper."""
     z, y = np.array([[0.0, 0.0, 0.0]]), np.array([0])
     teacher = np.array([[[np.log(2.0), 0.0, 0.0]]])  # probabilities 1/2, 1/4, 1/4
-    assert mean_loss(z, y, None, VOTES) == pytest.approx(np.log(3))
+    assert mean_loss(z, y, None, VOTE_LOSS) == pytest.approx(np.log(3))
     only_kl = Loss(ce=0, kl=1, cosine=0, temperature=1, combine="separate")
     expected = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
     assert mean_loss(z, y, teacher, only_kl) == pytest.approx(expected, rel=1e-5)
@@ -125,13 +125,13 @@ def test_a_student_like_its_teachers_has_nothing_left_to_learn(
 
 
 @settings(max_examples=40)
-@given(logits, logits, st.sampled_from([SUMMARY, BLACKPEARL, VOTES]))
+@given(logits, logits, st.sampled_from([SUMMARY, BLACKPEARL, VOTE_LOSS]))
 def test_losses_and_gradients_are_finite_and_not_negative(
     z: np.ndarray, teacher: np.ndarray, loss: Loss
 ) -> None:
     student = torch.tensor(z, requires_grad=True)
     given = torch.tensor(np.stack([teacher, z], axis=1))
-    total = losses(student, torch.tensor([0, 1, 2, 0]), given, None, loss)
+    total = battle_losses(student, torch.tensor([0, 1, 2, 0]), given, None, loss)
     assert total.shape == (4,)
     assert torch.isfinite(total).all()
     assert (total > -1e-5).all()
@@ -141,7 +141,7 @@ def test_losses_and_gradients_are_finite_and_not_negative(
 
 
 @pytest.mark.parametrize(
-    "loss", [SUMMARY, BLACKPEARL, VOTES], ids=["summary", "blackpearl", "votes"]
+    "loss", [SUMMARY, BLACKPEARL, VOTE_LOSS], ids=["summary", "blackpearl", "votes"]
 )
 def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
     """The same numbers, given in bfloat16 and in float32, have the same loss to the last bit."""
@@ -149,12 +149,12 @@ def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
     half = (torch.randn(64, 3, generator=random) * 2).bfloat16()
     teachers = (torch.randn(64, 2, 3, generator=random) * 2).bfloat16()
     labels = torch.randint(0, 3, (64,), generator=random)
-    low = losses(half, labels, teachers, None, loss)
-    high = losses(half.float(), labels, teachers.float(), None, loss)
+    low = battle_losses(half, labels, teachers, None, loss)
+    high = battle_losses(half.float(), labels, teachers.float(), None, loss)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, high, rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = losses(half, labels, teachers, None, loss)
+        under_autocast = battle_losses(half, labels, teachers, None, loss)
     assert under_autocast.dtype == torch.float32
     torch.testing.assert_close(under_autocast, high, rtol=0, atol=1e-7)
 
@@ -193,7 +193,7 @@ def test_a_teacher_with_all_the_weight_is_the_only_one(
     alone = np.tile(np.array([1.0, 0.0]), (7, 1))
     given = (torch.tensor(a) for a in (z, y, teachers, alone))
     twice = np.stack([teachers[:, 0]] * 2, axis=1)
-    weighted = float(losses(*given, loss).mean())
+    weighted = float(battle_losses(*given, loss).mean())
     assert weighted == pytest.approx(mean_loss(z, y, twice, loss), rel=1e-5)
 
 
@@ -426,12 +426,12 @@ def test_targets_out_of_fold_make_scores_optimistic_and_those_in_sample_do_not(
 
     def learn(known: np.ndarray, teacher: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all battles, by a linear judge that learned some."""
-        loss = VOTES if teacher is None else Loss(ce=0, kl=1, temperature=1)
+        loss = VOTE_LOSS if teacher is None else Loss(ce=0, kl=1, temperature=1)
         own = votes[torch.from_numpy(known)]
 
         def objective(outputs: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
             target = None if teacher is None else teacher[part]
-            return losses(outputs[:, 0], own[part], target, None, loss)
+            return battle_losses(outputs[:, 0], own[part], target, None, loss)
 
         chosen = features[torch.from_numpy(known)]
         (weights,) = fit_weights(chosen, objective, 3, np.arange(len(known)), (0.03,))

@@ -420,14 +420,14 @@ def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     from arena_distill.config.judge import Lora, Training
     from arena_distill.config.phases import TrainingSettings
     from arena_distill.training.examples import make_examples
-    from arena_distill.training.targets import VOTES
+    from arena_distill.training.targets import VOTE_LOSS
 
     tokens = read_tokens(make_run("gemma2").tokens)
     tokens = tokens.take(pc.equal(tokens.sources, "train").to_numpy(zero_copy_only=False))
     encoding = Encoding(template="winners", truncation="winners", max_length=128)
     training = TrainingSettings(
         version=1, encoding=encoding, lora=Lora(), precision="fp32", training=Training(),
-        keep_head=False, loss=VOTES,
+        keep_head=False, loss=VOTE_LOSS,
     )  # fmt: skip
     shown = make_examples(tokens, np.zeros(len(tokens), np.int64), None, None, training).views[0]
     half = np.arange(len(tokens)) + (len(tokens) if order == "BA" else 0)

@@ -35,7 +35,7 @@ from hypothesis.extra import numpy as hnp
 from made_up_run import JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds, fold_rows
-from arena_distill.config.derived import Family, derive
+from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.judge import Endpoint, EndpointLimits
 from arena_distill.config.phases import EvaluationSettings, LogitsSettings, QuerySettings, Settings
 from arena_distill.config.run import load
@@ -937,7 +937,7 @@ def test_an_external_judge_has_no_backbone() -> None:
 
 def test_studies_leave_external_judges_as_they_are() -> None:
     config = load(raw())
-    family = Family(dict(config.judges))
+    family = JudgeFamily(dict(config.judges))
     studies = derive(config, raw(), family)
     assert not studies.problem
     external = {name for name, judge in family.judges.items() if judge.external}

@@ -39,8 +39,8 @@ from arena_distill.prediction.test_time import score_variants
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training.examples import make_examples
-from arena_distill.training.losses import losses
-from arena_distill.training.targets import VOTES
+from arena_distill.training.losses import battle_losses
+from arena_distill.training.targets import VOTE_LOSS
 from arena_distill.training.trainer import pretrain_adapter, train_fold
 from arena_distill.verdicts import swap_classes
 
@@ -173,7 +173,7 @@ def test_a_pointwise_judge_sees_each_battle_once(make_run: Callable[..., Run]) -
 def training_settings(head: Head, **changes: Any) -> TrainingSettings:
     training = Training(lr=2e-3, epochs=1, batch_size=8, warmup_steps=1)
     whole: dict[str, Any] = {"version": 1, "encoding": ENCODING, "head": head, "lora": LORA}
-    whole |= {"precision": "fp32", "training": training, "keep_head": False, "loss": VOTES}
+    whole |= {"precision": "fp32", "training": training, "keep_head": False, "loss": VOTE_LOSS}
     return TrainingSettings(**(whole | changes))
 
 
@@ -217,7 +217,7 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
             for view in encode_views(read, ENCODING, head)
         ]
     votes = torch.from_numpy(rows["label"].to_numpy().astype(np.int64))
-    each = losses(battle_logits(torch.stack(outputs, 1), head), votes, None, None, VOTES)
+    each = battle_losses(battle_logits(torch.stack(outputs, 1), head), votes, None, None, VOTE_LOSS)
     # (An adapter starts as nothing; dropout touches its input alone.)
     assert float(each.mean()) == pytest.approx(reported, rel=1e-4)
 

@@ -31,16 +31,16 @@ from arena_distill.training.linear_probe import (
     fit_weights,
     read_features,
 )
-from arena_distill.training.losses import losses
-from arena_distill.training.targets import VOTES
+from arena_distill.training.losses import battle_losses
+from arena_distill.training.targets import VOTE_LOSS
 
 JOINT, MEAN = Head(kind="joint"), Head(kind="pointwise", pooling="mean")
 
 
 def objective(labels: np.ndarray, head: Head = JOINT) -> Callable[..., torch.Tensor]:
     votes = torch.from_numpy(labels)
-    return lambda outputs, rows: losses(
-        battle_logits(outputs, head), votes[rows], None, None, VOTES
+    return lambda outputs, rows: battle_losses(
+        battle_logits(outputs, head), votes[rows], None, None, VOTE_LOSS
     )
 
 
@@ -165,7 +165,7 @@ def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> No
     )
     loss = Loss(ce=0, kl=1, temperature=1)
     said = {}
-    for examples, by in ((taught, loss), (replace(taught, teachers=None, weights=None), VOTES)):
+    for examples, by in ((taught, loss), (replace(taught, teachers=None, weights=None), VOTE_LOSS)):
         judge = new_judge(
             load_classifier(run.backbone, head=MEAN, pad_token_id=pad, head_seed=0), LORA, 4
         )
@@ -183,7 +183,7 @@ def test_an_interrupted_training_keeps_its_checkpoints_key(
     """Another machine's kernels may fit a slightly other head: a checkpoint is still found, and used."""
     run, launch = make_run("llama"), Launch(4, checkpoints=tmp_path / "kept", checkpoint_minutes=0)
     whole = fit(run, tmp_path / "whole", head=MEAN, fit_head=True, epochs=2)
-    genuine, steps = trainer.losses, []
+    genuine, steps = trainer.battle_losses, []
 
     def stop(*arguments: object) -> torch.Tensor:
         steps.append(1)
@@ -191,10 +191,10 @@ def test_an_interrupted_training_keeps_its_checkpoints_key(
             raise KeyboardInterrupt
         return genuine(*arguments)
 
-    monkeypatch.setattr(trainer, "losses", stop)
+    monkeypatch.setattr(trainer, "battle_losses", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
-    monkeypatch.setattr(trainer, "losses", genuine)
+    monkeypatch.setattr(trainer, "battle_losses", genuine)
     monkeypatch.setattr(trainer, "fit_head", lambda *_, **__: pytest.fail("fitted twice"))
     again = fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
     for name, weight in whole.items():

@@ -36,7 +36,7 @@ from arena_distill.battles.folds import (
 )
 from arena_distill.battles.reading import read_battles
 from arena_distill.battles.simulation import WINNERS, write_arena
-from arena_distill.config.derived import Family
+from arena_distill.config.derived import JudgeFamily
 from arena_distill.config.judge import Encoding, EndpointLimits, Head, Lora, Loss, Training
 from arena_distill.config.phases import (
     ArenaSettings,
@@ -66,8 +66,8 @@ from arena_distill.scoring.logits import predict_logits
 from arena_distill.studies.comparison import compare
 from arena_distill.training import trainer
 from arena_distill.training.examples import Examples
-from arena_distill.training.losses import losses
-from arena_distill.training.targets import VOTES, select_rows, teacher_logits
+from arena_distill.training.losses import battle_losses
+from arena_distill.training.targets import VOTE_LOSS, select_rows, teacher_logits
 from arena_distill.training.trainer import train_fold
 from arena_distill.verdicts import CLASSES, NO_VOTE, swap_labels
 
@@ -371,7 +371,7 @@ def settings_of(*teachers: str, **changes: Any) -> TrainingSettings:
         "precision": "fp32",
         "training": Training(lr=1e-3, epochs=1, batch_size=8, warmup_steps=0),
         "keep_head": False,
-        "loss": VOTES,
+        "loss": VOTE_LOSS,
     }
     if teachers:
         whole |= {"teachers": teachers, "targets": "out_of_fold", "loss": Loss()}
@@ -463,7 +463,7 @@ def test_the_loss_of_such_a_battle_has_no_cross_entropy(ce: float, seed: int) ->
     teachers = torch.from_numpy(rng.normal(size=(4, 2, 3)))
     labels = torch.tensor([NO_VOTE, 0, NO_VOTE, 2])
     with_votes, alone = (
-        losses(logits, labels, teachers, None, Loss(ce=weight, kl=0.7, cosine=0.2))
+        battle_losses(logits, labels, teachers, None, Loss(ce=weight, kl=0.7, cosine=0.2))
         for weight in (ce, 0)
     )
     bare = labels == NO_VOTE
@@ -765,7 +765,7 @@ def test_a_loss_on_votes_alone_leaves_them_out_or_says_so() -> None:
 
 def test_a_comparison_tells_students_with_and_without_them_apart() -> None:
     config = configured()
-    family = Family(dict(config.judges))
+    family = JudgeFamily(dict(config.judges))
     student = config.judges["s"]
     assert family.add("s.same", student) == "s"
     without = student.model_copy(update={"pseudo_labels": False})

@@ -41,7 +41,7 @@ from arena_distill.scoring.logits import gather_logits, predict_logits
 from arena_distill.training import examples, trainer
 from arena_distill.training.checkpoints import SEAL
 from arena_distill.training.examples import make_examples
-from arena_distill.training.losses import attention_divergences, feature_distances, losses
+from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
 from arena_distill.training.targets import select_rows, teacher_states
 from arena_distill.training.trainer import train_fold
 
@@ -346,12 +346,12 @@ def test_states_enter_the_weighted_mean_of_the_loss_by_hand() -> None:
     weights = torch.tensor([[0.75, 0.25]])  # J w = 1.5 and 0.5
     kl = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
     total = np.log(3) + 1.5 * 2 * kl + 3 * (1.5 * 0.8 + 0.5 * 0.2) + 0.5 * (1.5 * 0.1 + 0.5 * 0.3)
-    found = losses(logits, labels, teachers, weights, loss, states)
+    found = battle_losses(logits, labels, teachers, weights, loss, states)
     assert float(found) == pytest.approx(total / (1 + 2 * (2 + 3 + 0.5)), rel=1e-5)
     # Logits as one target: still a term of states per teacher.
     one = loss.model_copy(update={"combine": "mean_logits", "kl": 0.0})
     total = np.log(3) + 3 * (0.8 + 0.2) + 0.5 * (0.1 + 0.3)
-    found = losses(logits, labels, teachers, None, one, states)
+    found = battle_losses(logits, labels, teachers, None, one, states)
     assert float(found) == pytest.approx(total / (1 + 2 * 3.5), rel=1e-5)
 
 
@@ -360,9 +360,9 @@ def test_without_states_the_loss_is_what_it_was() -> None:
     logits, teachers = torch.randn(5, 3, generator=rng), torch.randn(5, 2, 3, generator=rng)
     labels = torch.tensor([0, 1, 2, 0, 1])
     for loss in (Loss(), Loss(ce=1, kl=1, cosine=1, combine="separate")):
-        plain = losses(logits, labels, teachers, None, loss)
+        plain = battle_losses(logits, labels, teachers, None, loss)
         torch.testing.assert_close(
-            losses(logits, labels, teachers, None, loss, {}), plain, rtol=0, atol=0
+            battle_losses(logits, labels, teachers, None, loss, {}), plain, rtol=0, atol=0
         )
 
 

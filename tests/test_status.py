@@ -24,8 +24,8 @@ from arena_distill.runs import status
 from arena_distill.runs.status import (
     Evidence,
     Job,
+    JobState,
     Planned,
-    State,
     Status,
     error_lines,
     parse_failures,
@@ -92,7 +92,7 @@ class Run:
         self,
         *,
         at_work: bool = False,
-        alive: dict[str, State] | None = None,
+        alive: dict[str, JobState] | None = None,
         job: Planned = JOB,
     ) -> Job:
         evidence = Evidence.of(self.folder, [job])
@@ -189,7 +189,9 @@ def test_an_interrupt_is_no_failure_though_snakemake_notes_one(run: Run) -> None
 
 
 @pytest.mark.parametrize(("says", "state"), [({"7": "queued"}, "queued"), (None, "queued")])
-def test_a_submitted_job_is_queued(run: Run, says: dict[str, State] | None, state: State) -> None:
+def test_a_submitted_job_is_queued(
+    run: Run, says: dict[str, JobState] | None, state: JobState
+) -> None:
     run.started("7")
     job = run.judge(at_work=True, alive=says)
     assert (job.state, job.slurm_job, job.slurm_log) == (state, "7", None)

@@ -13,7 +13,7 @@ from checkouts import make_checkout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena_distill.config.derived import Family, Studies, derive
+from arena_distill.config.derived import DerivedStudies, JudgeFamily, derive
 from arena_distill.config.phases import CompareSettings, LogitsSettings, TrainingSettings
 from arena_distill.config.run import Config, load
 from arena_distill.deployment import fold_weights
@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "config" / "recipes").glob("*.yaml"))
 
 
-def derived(**changes: Any) -> tuple[Config, Studies, Config]:
+def derived(**changes: Any) -> tuple[Config, DerivedStudies, Config]:
     raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text()) | changes
     config = load(raw)
-    family = Family(dict(config.judges))
+    family = JudgeFamily(dict(config.judges))
     found = derive(config, raw, family)
     return config, found, config.with_judges(family.judges)
 
@@ -114,7 +114,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
     taken = {"llama-teacher.blackpearl": {"backbone": {"tiny": "llama"}, "training": {"lr": 1.0}}}
     raw["judges"] |= taken
     config = load(raw)
-    assert "rename" in derive(config, raw, Family(dict(config.judges))).problem
+    assert "rename" in derive(config, raw, JudgeFamily(dict(config.judges))).problem
 
 
 def test_curves_are_nested_shares_of_both_heads() -> None:

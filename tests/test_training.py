@@ -29,7 +29,7 @@ from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training import trainer
 from arena_distill.training.examples import Examples, make_examples
-from arena_distill.training.targets import VOTES
+from arena_distill.training.targets import VOTE_LOSS
 from arena_distill.training.trainer import pretrain_adapter, train_fold
 
 LORA = Lora(r=4, alpha=8, dropout=0.0)
@@ -46,7 +46,7 @@ def training_settings(**changes: Any) -> TrainingSettings:
         "precision": "fp32",
         "training": Training(**(OPTIMIZATION | optimization)),
         "keep_head": False,
-        "loss": VOTES,
+        "loss": VOTE_LOSS,
     }
     return TrainingSettings(**(whole | changes))
 
@@ -455,14 +455,14 @@ def test_the_backbone_stays_as_it_is(
 def test_a_loss_that_is_not_a_number_is_an_error(
     llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer.losses
+    original = trainer.battle_losses
     calls = []
 
     def broken(*args: Any) -> torch.Tensor:
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(trainer, "losses", broken)
+    monkeypatch.setattr(trainer, "battle_losses", broken)
     with pytest.raises(InputError, match="lower the learning rate"):
         fit(llama, tmp_path / "x", epochs=50)
     assert not (tmp_path / "x").exists()

@@ -47,7 +47,7 @@ class Compared:
 
 
 @dataclass
-class Family:
+class JudgeFamily:
     """Judges by name, a run's own and those derived; an equal judge is never there twice."""
 
     judges: dict[str, Judge]
@@ -93,7 +93,7 @@ def _folds(judge: Judge) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Studies:
+class DerivedStudies:
     """What the studies of a run consist of; see the functions of the same names."""
 
     compared: list[Compared]
@@ -103,7 +103,7 @@ class Studies:
     """Why there is no comparison: a recipe does not fit this configuration."""
 
 
-def derive(config: Config, raw: Mapping[str, Any], family: Family) -> Studies:
+def derive(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> DerivedStudies:
     """All studies of a configuration; `family` gains their judges.
 
     A recipe that does not fit is no reason to refuse a run that compares nothing.
@@ -114,10 +114,10 @@ def derive(config: Config, raw: Mapping[str, Any], family: Family) -> Studies:
         entries = compared(config, raw, family)
     except InputError as error:
         problem = str(error)
-    return Studies(entries, curves(config, family), averaging(config, family), problem)
+    return DerivedStudies(entries, curves(config, family), averaging(config, family), problem)
 
 
-def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Compared]:
+def compared(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> list[Compared]:
     """The final judge under every recipe, and on votes alone; and the run's judges as they are.
 
     Their calibration is not a recipe's: see ``Config.calibration_of``.
@@ -169,7 +169,7 @@ def compared(config: Config, raw: Mapping[str, Any], family: Family) -> list[Com
     return others + entries + repeated
 
 
-def curves(config: Config, family: Family) -> dict[str, dict[float, str]]:
+def curves(config: Config, family: JudgeFamily) -> dict[str, dict[float, str]]:
     """Learning curves: label → share of the training battles → judge.
 
     Without `curve_judges`: the final judge trained on votes, with its own head and with the other kind.
@@ -191,7 +191,7 @@ def curves(config: Config, family: Family) -> dict[str, dict[float, str]]:
     }
 
 
-def averaging(config: Config, family: Family) -> dict[str, dict[float, str]]:
+def averaging(config: Config, family: JudgeFamily) -> dict[str, dict[float, str]]:
     """The final judge on votes, its folds trained apart for longer and longer: start → epochs → judge.
 
     `shared`: all folds start from one adapter and head; `own`: each from its own. Neither is

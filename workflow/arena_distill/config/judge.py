@@ -72,7 +72,7 @@ class Backbone(Section):
     layers: PositiveInt | None = None
     """Keep only the first N layers: a cheap student of the same family."""
     tokenizer: str | None = None
-    """Another tokenizer's folder: the model gets fresh embeddings of its size (plumbing tests)."""
+    """Another tokenizer's folder, with fresh embeddings of its size: for config/real-tokenizers.yaml."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Backbone:

@@ -45,7 +45,7 @@ from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
 
 if TYPE_CHECKING:
-    from arena_distill.config.derived import Studies
+    from arena_distill.config.derived import DerivedStudies
 
 VERSIONS = {
     "simulate": 1,
@@ -412,7 +412,7 @@ class CompareSettings(Settings):
     resamples: int
 
     @classmethod
-    def of(cls, config: Config, studies: Studies) -> CompareSettings:
+    def of(cls, config: Config, studies: DerivedStudies) -> CompareSettings:
         return cls(
             version=VERSIONS["comparison"],
             run=config.run,
@@ -443,7 +443,7 @@ class CurveSettings(Settings):
     folds: int
 
     @classmethod
-    def of(cls, config: Config, studies: Studies) -> CurveSettings:
+    def of(cls, config: Config, studies: DerivedStudies) -> CurveSettings:
         return cls(
             version=VERSIONS["curves"],
             curves={
@@ -460,7 +460,7 @@ class AveragingSettings(Settings):
     averaging: dict[str, dict[str, Name]]
 
     @classmethod
-    def of(cls, config: Config, studies: Studies) -> AveragingSettings:
+    def of(cls, config: Config, studies: DerivedStudies) -> AveragingSettings:
         return cls(
             version=VERSIONS["averaging"],
             averaging={

@@ -16,7 +16,7 @@ from arena_distill.files.artifacts import read_parquet, read_provenance
 from arena_distill.files.keys import locate
 from arena_distill.files.logits import ids_path, read_logits
 from arena_distill.metrics import Figures, losses, paired_difference, scores
-from arena_distill.prediction.test_time import Costs, averages, confidence
+from arena_distill.prediction.test_time import Passes, averages, confidence
 
 CASCADE_COLUMNS = (
     *("threshold", "battles", "sequences", "tokens", "all_tokens"),
@@ -35,7 +35,7 @@ def _cascade(
     logits, scored = read_logits(test_logits)
     about = _settings(ids_path(test_logits))
     lengths, orders = (about.get(name, ()) for name in ("max_lengths", "orders"))
-    costs = Costs.read(scored, lengths)
+    costs = Passes.read(scored, lengths)
     if costs is None:
         return None
     solved, text = read_solution(solution), read_parquet(battles, ["id", "source", "prompt"])
@@ -57,7 +57,7 @@ def cascade_curve(
     logits: np.ndarray,
     lengths: Sequence[int],
     predict: Callable[[np.ndarray], np.ndarray],
-    costs: Costs,
+    costs: Passes,
     votes: np.ndarray,
     groups: np.ndarray,
     threshold: float | None = None,

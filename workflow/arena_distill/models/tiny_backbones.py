@@ -48,7 +48,7 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 # Architecture. Sizes of linear layers are multiples of 32, a quantisation group.
 HIDDEN = 64
-HEADS = 4
+ATTENTION_HEADS = 4
 KEY_VALUE_HEADS = 2
 LAYERS = 4
 VOCABULARY = 1280
@@ -254,13 +254,13 @@ def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTraine
     from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
     _check(family)
-    head = HIDDEN // HEADS
+    head = HIDDEN // ATTENTION_HEADS
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": HIDDEN,
         "intermediate_size": 2 * HIDDEN,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
+        "num_attention_heads": ATTENTION_HEADS,
         "num_key_value_heads": KEY_VALUE_HEADS,
         "max_position_embeddings": MAX_LENGTH,
         # The usual 0.02 suits widths of thousands: it keeps a layer's output at its input's scale.
@@ -294,7 +294,7 @@ def _initialise(backbone: Any, examples: _Examples) -> None:
     # Gemma multiplies its embeddings by the root of the width.
     gain = HIDDEN**-0.5 if backbone.config.model_type == "gemma2" else 1.0
     vectors = _word_vectors(examples, len(embeddings))
-    head = HIDDEN // HEADS
+    head = HIDDEN // ATTENTION_HEADS
     with torch.no_grad():
         noise = 0.3 * torch.randn(embeddings.shape)  # tokens never seen, too, must differ
         embeddings.copy_(0.5 * gain * (torch.from_numpy(vectors) + noise))
@@ -302,7 +302,7 @@ def _initialise(backbone: Any, examples: _Examples) -> None:
             keys = torch.stack(
                 [torch.linalg.qr(torch.randn(HIDDEN, head))[0].T for _ in range(KEY_VALUE_HEADS)]
             )
-            queries = keys.repeat_interleave(HEADS // KEY_VALUE_HEADS, dim=0)
+            queries = keys.repeat_interleave(ATTENTION_HEADS // KEY_VALUE_HEADS, dim=0)
             layer.self_attn.k_proj.weight.copy_(keys.flatten(0, 1))
             layer.self_attn.q_proj.weight.copy_(queries.flatten(0, 1))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.config import run as configuration
-from arena_distill.config.derived import Family, derive
+from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.judge import Judge
 from arena_distill.config.run import Config, Plan
 from arena_distill.errors import InputError
@@ -144,7 +144,7 @@ def forecast(arguments: Sequence[str]) -> Forecast:
     """
     graph = read_graph(arguments, without_inputs=True)
     read = configuration.load(graph.config)
-    family = Family(dict(read.judges))
+    family = JudgeFamily(dict(read.judges))
     derive(read, graph.config, family)
     config = read.with_judges(family.judges)
     run = graph.folder / graph.run

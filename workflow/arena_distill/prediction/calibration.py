@@ -72,7 +72,7 @@ _BIASES: dict[CalibrationMethod, np.ndarray] = {"temperature": _NONE, "vector": 
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationMap:
     """A map of logits: centred, times `scale`, plus `bias`, plus what the style of the answers adds.
 
     It is affine in the logits, so it may be applied before they are averaged or after.
@@ -132,7 +132,7 @@ def fit(
     logits: np.ndarray,
     votes: np.ndarray,
     styles: np.ndarray | None = None,
-) -> Calibration:
+) -> CalibrationMap:
     """Fit a calibration by maximum likelihood; with no rows, it is the identity.
 
     Args:
@@ -184,7 +184,7 @@ def fit(
     ).x
     of_scales, of_biases, of_styles = np.split(found, np.cumsum(counts)[:2])
     lead, tie = np.split(of_styles, 2)
-    return Calibration(of_scales @ scales, of_biases @ biases, lead / spread, tie / spread)
+    return CalibrationMap(of_scales @ scales, of_biases @ biases, lead / spread, tie / spread)
 
 
 def cross_fit(
@@ -293,7 +293,7 @@ def fit_calibration(
     print(f"{output}: log loss on {len(votes):,} battles out of fold: {', '.join(told)}")
 
 
-def read_calibration(path: Path, method: CalibrationMethod) -> Calibration:
+def read_calibration(path: Path, method: CalibrationMethod) -> CalibrationMap:
     """Read what :func:`fit_calibration` found by one of its methods.
 
     Raises:
@@ -302,7 +302,7 @@ def read_calibration(path: Path, method: CalibrationMethod) -> Calibration:
     figures = read_json(path)
     try:
         parameters = figures[method]["parameters"]
-        found = Calibration(
+        found = CalibrationMap(
             **{
                 name: np.array(parameters[name], np.float64)
                 for name in ("scale", "bias", *(("lead", "tie") if method == "style" else ()))

@@ -45,7 +45,7 @@ from arena_distill.verdicts import CLASSES, Order
 
 
 @dataclass(frozen=True)
-class Costs:
+class Passes:
     """What it takes to score each battle at each length, and whether it was done.
 
     A sequence that a battle has already had, at a shorter length or in another order, takes nothing.
@@ -63,16 +63,16 @@ class Costs:
         return {f"{k}_{n}": v[:, i] for i, n in enumerate(lengths) for k, v in vars(self).items()}
 
     @staticmethod
-    def read(ids: pa.Table, lengths: Sequence[int]) -> Costs | None:
+    def read(ids: pa.Table, lengths: Sequence[int]) -> Passes | None:
         """From those columns; None where a file has none."""
         names = [[f"{k}_{n}" for n in lengths] for k in ("sequences", "tokens", "scored")]
         if not lengths or not {*chain(*names)} <= {*ids.column_names}:
             return None
-        return Costs(*(np.column_stack([ids[name].to_numpy() for name in of]) for of in names))
+        return Passes(*(np.column_stack([ids[name].to_numpy() for name in of]) for of in names))
 
-    def take(self, rows: np.ndarray) -> Costs:
+    def take(self, rows: np.ndarray) -> Passes:
         """The given rows, in that order."""
-        return Costs(self.sequences[rows], self.tokens[rows], self.scored[rows])
+        return Passes(self.sequences[rows], self.tokens[rows], self.scored[rows])
 
 
 def score_test(
@@ -89,7 +89,7 @@ def score_test(
 
     The file holds float32 (rows, lengths, orders, 3) in the canonical frame; lengths and orders are
     those of `settings`, which the ids' provenance repeats. The ids say what each battle took at each
-    length, and whether it was scored there (see :class:`Costs`).
+    length, and whether it was scored there (see :class:`Passes`).
 
     Args:
         model: a dense folder, or a GPTQ one where `quantized`.
@@ -138,7 +138,7 @@ def score_test(
 
 def score_variants(
     tokens: Tokens, settings: ScoringSettings, forward: Callable[[Sequences], np.ndarray]
-) -> tuple[np.ndarray, Costs]:
+) -> tuple[np.ndarray, Passes]:
     """Score every battle at every length and in every order, the same sequence only once.
 
     A battle that fits into the shorter length reads the same at the longer one, and one with two
@@ -195,7 +195,7 @@ def score_variants(
     # Of (lengths, views of each, rows), what all views of a battle take together.
     own, taken, scored = (x.reshape(len(lengths), size, -1)[place] for x in (own, taken, scored))
     sequences, taken = (x.sum(axis=1, dtype=np.int32).T for x in (own, taken))
-    return logits, Costs(sequences, taken, scored.any(axis=1).T)
+    return logits, Passes(sequences, taken, scored.any(axis=1).T)
 
 
 def confidence(logits: np.ndarray) -> np.ndarray:

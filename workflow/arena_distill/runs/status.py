@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-State = Literal["done", "running", "queued", "failed", "interrupted", "waiting"]
-STATES: tuple[State, ...] = get_args(State)
+JobState = Literal["done", "running", "queued", "failed", "interrupted", "waiting"]
+STATES: tuple[JobState, ...] = get_args(JobState)
 
 # States in which `squeue` shows a job that has not begun, or that has just ended; all others run.
 _QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
@@ -64,7 +64,7 @@ _RUNS = 50
 class Job(Planned):
     """A job and its state; what `failed` and `interrupted` ones left behind."""
 
-    state: State
+    state: JobState
     slurm_job: str | None = None
     slurm_log: str | None = None
     error: list[str] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Status:
     jobs: list[Job]
 
     @property
-    def counts(self) -> dict[State, int]:
+    def counts(self) -> dict[JobState, int]:
         counts = Counter(job.state for job in self.jobs)
         return {state: counts[state] for state in STATES}
 
@@ -228,7 +228,7 @@ def parse_failures(text: str) -> Iterator[tuple[tuple[str, str], Failure]]:
 # --- Slurm ------------------------------------------------------------------------------------------
 
 
-def ask_squeue(jobs: Iterable[str]) -> dict[str, State] | None:
+def ask_squeue(jobs: Iterable[str]) -> dict[str, JobState] | None:
     """Return which of these Slurm jobs are alive: running or queued; None where nobody can tell."""
     ids = sorted(set(jobs))
     if not ids or not shutil.which("squeue"):
@@ -246,7 +246,7 @@ def ask_squeue(jobs: Iterable[str]) -> dict[str, State] | None:
     return parse_squeue(done.stdout)
 
 
-def parse_squeue(text: str) -> dict[str, State]:
+def parse_squeue(text: str) -> dict[str, JobState]:
     """Return the living jobs of lines ``<id>|<state>``."""
     pairs = [line.strip().split("|") for line in text.splitlines() if "|" in line]
     return {
@@ -329,7 +329,7 @@ class Evidence:
     markers: dict[str, Marker]
     failures: dict[tuple[str, str], Failure]
     slurm_logs: dict[str, dict[str, File]]
-    alive: dict[str, State] | None
+    alive: dict[str, JobState] | None
     """The living Slurm jobs among those asked for; None where `squeue` does not answer."""
 
     @classmethod
@@ -351,14 +351,14 @@ class Evidence:
         if alive := (self.alive or {}).get(slurm_job or ""):
             return Job(**vars(job), state=alive, slurm_job=slurm[0], slurm_log=slurm[1])
         if marker and at_work and (self.alive is None or not slurm_job):
-            state: State = "queued" if marker.slurm_job else "running"
+            state: JobState = "queued" if marker.slurm_job else "running"
             return Job(**vars(job), state=state, slurm_job=slurm[0], slurm_log=slurm[1])
         state, error = self._end(job, slurm_log)
         if state == "waiting":
             return Job(**vars(job), state=state)
         return Job(**vars(job), state=state, slurm_job=slurm[0], slurm_log=slurm[1], error=error)
 
-    def _end(self, job: Planned, slurm_log: File | None) -> tuple[State, list[str]]:
+    def _end(self, job: Planned, slurm_log: File | None) -> tuple[JobState, list[str]]:
         """How the last attempt ended that is neither alive nor was successful, and what tells so."""
         marker, failure, log = self._marker(job), self._failure(job), self._log(job)
         if log and marker and log.time < marker.time - _SLACK:
@@ -495,10 +495,10 @@ def _table(status: Status) -> Table:
     return table
 
 
-def _cells(counts: Mapping[State, int], states: Sequence[State]) -> list[Text]:
+def _cells(counts: Mapping[JobState, int], states: Sequence[JobState]) -> list[Text]:
     from rich.text import Text
 
-    styles: dict[State, str] = {"running": "green", "failed": "red", "interrupted": "yellow"}
+    styles: dict[JobState, str] = {"running": "green", "failed": "red", "interrupted": "yellow"}
     return [
         Text(str(counts[state]), style=styles.get(state, ""))
         if counts[state]

@@ -24,7 +24,7 @@ from arena_distill.errors import InputError
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import capture, head_layer
 from arena_distill.models.scoring import score_batches
-from arena_distill.training.losses import losses
+from arena_distill.training.losses import battle_losses
 
 if TYPE_CHECKING:
     from arena_distill.training.examples import Examples
@@ -60,7 +60,7 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
     def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         targets = None if teachers is None else teachers[rows]
         shares = None if weights is None else weights[rows]
-        return losses(battle_logits(outputs, head), votes[rows], targets, shares, loss)
+        return battle_losses(battle_logits(outputs, head), votes[rows], targets, shares, loss)
 
     layer = head_layer(judge)
     fitted, ridge, found = cross_validate(features, objective, layer.out_features, examples.groups)

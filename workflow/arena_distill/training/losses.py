@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def losses(
+def battle_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
     teachers: torch.Tensor | None,

@@ -32,7 +32,7 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states
 from arena_distill.verdicts import NO_VOTE, swap_classes
 
-VOTES = Loss(ce=1.0, kl=0.0, cosine=0.0)
+VOTE_LOSS = Loss(ce=1.0, kl=0.0, cosine=0.0)
 """The loss of a judge without teachers: cross-entropy with the vote."""
 
 

@@ -75,9 +75,9 @@ from arena_distill.training.examples import (
     optimization,
 )
 from arena_distill.training.linear_probe import fit_head
-from arena_distill.training.losses import attention_divergences, feature_distances, losses
+from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
 from arena_distill.training.targets import (
-    VOTES,
+    VOTE_LOSS,
     select_rows,
     teacher_logits,
     teacher_states,
@@ -104,7 +104,7 @@ def pretrain_adapter(
     base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
     model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
-    _fit(model, examples, output, settings, VOTES, launch, about)
+    _fit(model, examples, output, settings, VOTE_LOSS, launch, about)
 
 
 def train_fold(
@@ -213,7 +213,7 @@ class JudgeTrainer(Trainer):
             looks = outputs.attention.unflatten(0, shape)
             apart["attention"] = attention_divergences(looks, taught["attention"])
         counts = labels != FILLER
-        each = losses(logits, labels.where(counts, 0), teachers, weights, self.loss, apart)
+        each = battle_losses(logits, labels.where(counts, 0), teachers, weights, self.loss, apart)
         total = (each * counts).sum()
         if num_items_in_batch is None:
             loss = total / counts.sum()
