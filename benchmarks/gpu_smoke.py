@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from arena_distill.config.judge import TINY
+from arena_distill.config.backbone import TINY
 from arena_distill.config.phases import (
     ArenaSettings,
     FoldsSettings,

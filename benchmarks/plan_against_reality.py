@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
-from arena_distill.config.judge import JOINT, TINY, Backbone, Lora  # noqa: E402
+from arena_distill.config.backbone import TINY, Backbone  # noqa: E402
+from arena_distill.config.judge import JOINT, Lora  # noqa: E402
 from arena_distill.config.phases import BackboneSettings  # noqa: E402
 from arena_distill.models.adapters import new_judge  # noqa: E402
 from arena_distill.models.loading import load_classifier  # noqa: E402

@@ -26,8 +26,7 @@ INTRO = """\
 # Configuration
 
 Every key, its default and what it means. This file and `workflow/schemas/config.schema.json` (for your
-editor) are written by `scripts/write_config_reference.py` from the models in
-`workflow/arena_distill/config/run.py` and `judge.py`.
+editor) are written by `scripts/write_config_reference.py` from the models in `workflow/arena_distill/config/`.
 
 - `config.yaml` is the embedded default. A first file given by `--configfile` that names `judges` stands alone;
   one that does not (the recipes) is laid over `config.yaml`, or over the file before it:

@@ -41,8 +41,9 @@ from arena_distill.battles.similarity import (
     near_pairs,
     recall,
 )
+from arena_distill.config.data import Audit
 from arena_distill.config.phases import AuditSettings, FoldsSettings, parse
-from arena_distill.config.run import Audit, Config, load
+from arena_distill.config.run import Config, load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_parquet
 

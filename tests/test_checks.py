@@ -11,8 +11,8 @@ import pytest
 import yaml
 from checkouts import Checkout, make_checkout
 
+from arena_distill.config.backbone import TINY
 from arena_distill.config.checks import missing_paths
-from arena_distill.config.judge import TINY
 from arena_distill.config.run import load
 from arena_distill.runs.graph import read_graph
 

@@ -14,7 +14,9 @@ import yaml
 from conftest import ROOT
 from pydantic import BaseModel
 
-from arena_distill.config.judge import Backbone, Compute, Encoding, JudgeDefaults, Loss, Section
+from arena_distill.config.backbone import Backbone
+from arena_distill.config.data import Data, Folds
+from arena_distill.config.judge import Compute, Encoding, JudgeDefaults, Loss
 from arena_distill.config.phases import (
     VERSIONS,
     ArenaSettings,
@@ -39,7 +41,8 @@ from arena_distill.config.phases import (
     TrainingSettings,
     parse,
 )
-from arena_distill.config.run import Config, Data, Folds, Prediction, load, overlay, schema
+from arena_distill.config.run import Config, Prediction, load, overlay, schema
+from arena_distill.config.section import Section
 from arena_distill.errors import InputError
 
 FILES = {"train": "train.csv", "test": "test.csv"}

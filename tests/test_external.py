@@ -36,7 +36,7 @@ from made_up_run import JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds, fold_rows
 from arena_distill.config.derived import JudgeFamily, derive
-from arena_distill.config.judge import Endpoint, EndpointLimits
+from arena_distill.config.external import Endpoint, EndpointLimits
 from arena_distill.config.phases import EvaluationSettings, LogitsSettings, QuerySettings, Settings
 from arena_distill.config.run import load
 from arena_distill.errors import InputError

@@ -17,7 +17,8 @@ import pytest
 import torch
 from conftest import REAL_TOKENIZERS, battles_table
 
-from arena_distill.config.judge import Backbone, Encoding, Head
+from arena_distill.config.backbone import Backbone
+from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.phases import BackboneSettings, Settings
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import Tokens, read_tokens

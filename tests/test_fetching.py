@@ -26,8 +26,9 @@ from arena_distill.battles.fetching import (
     ultrafeedback_battles,
 )
 from arena_distill.battles.reading import read_battles
+from arena_distill.config.data import Fetch
 from arena_distill.config.phases import FetchSettings
-from arena_distill.config.run import Fetch, load
+from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files import hub
 from arena_distill.files.artifacts import read_provenance

@@ -36,8 +36,10 @@ from arena_distill.battles.folds import (
 )
 from arena_distill.battles.reading import read_battles
 from arena_distill.battles.simulation import WINNERS, write_arena
+from arena_distill.config.data import Arena
 from arena_distill.config.derived import JudgeFamily
-from arena_distill.config.judge import Encoding, EndpointLimits, Head, Lora, Loss, Training
+from arena_distill.config.external import EndpointLimits
+from arena_distill.config.judge import Encoding, Head, Lora, Loss, Training
 from arena_distill.config.phases import (
     ArenaSettings,
     CompareSettings,
@@ -48,7 +50,7 @@ from arena_distill.config.phases import (
     Settings,
     TrainingSettings,
 )
-from arena_distill.config.run import Arena, Config, Prediction, load, overlay
+from arena_distill.config.run import Config, Prediction, load, overlay
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode

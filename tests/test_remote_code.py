@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkouts import GPTQ, ROOT, make_checkout
 
-from arena_distill.config.judge import TINY
+from arena_distill.config.backbone import TINY
 
 SOURCES = sorted(
     [*ROOT.glob("workflow/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")]
@@ -23,13 +23,13 @@ LOADS = {
     "load_tokenizer": "from arena_distill.encoding.tokenization import load_tokenizer as load",
     "prepare_backbone": """\
 from arena_distill.models.preparation import prepare_backbone
-from arena_distill.config.judge import Backbone
+from arena_distill.config.backbone import Backbone
 from arena_distill.config.phases import BackboneSettings
 def load(folder):
     settings = BackboneSettings.of(Backbone(path=str(folder), layers=1))
     prepare_backbone(Path("made"), settings=settings)""",
     "read_config": """\
-from arena_distill.config.judge import Backbone
+from arena_distill.config.backbone import Backbone
 from arena_distill.planning.sizes import read_config
 def load(folder):
     read_config(Backbone(path=str(folder)), Path("nowhere"))""",

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arena_distill.battles.simulation import WINNERS, SimulatedBattles, simulate
-from arena_distill.config.judge import TINY
+from arena_distill.config.backbone import TINY
 from arena_distill.encoding.templates import TEMPLATES
 from arena_distill.models.tiny_backbones import pretrain_tiny
 

@@ -1,5 +1,5 @@
 # Inputs of rules/encoding.smk: backbones, tokenizers and tokens of judges.
-from arena_distill.config.judge import TINY
+from arena_distill.config.backbone import TINY
 
 PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in DOWNLOADS]
 

@@ -1,5 +1,5 @@
 # Inputs of rules/external.smk: external judges: their files, limits and kept answers.
-from arena_distill.config.judge import EndpointLimits
+from arena_distill.config.external import EndpointLimits
 
 ENDPOINTS = [name for name, external in EXTERNAL.items() if external.endpoint]
 FILES = [name for name in EXTERNAL if name not in ENDPOINTS]

@@ -18,6 +18,7 @@ import typer
 
 from arena_distill.config import judge, run
 from arena_distill.config import phases as phase
+from arena_distill.config.external import EndpointLimits
 from arena_distill.config.phases import parse
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.runtime import launch
@@ -283,7 +284,7 @@ def query_endpoint(
         cost,
         answers,
         settings=parse(phase.QuerySettings, settings),
-        limits=parse(judge.EndpointLimits, limits),
+        limits=parse(EndpointLimits, limits),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from arena_distill.config.judge import Backbone
+from arena_distill.config.backbone import Backbone
 from arena_distill.config.run import Config
 
 

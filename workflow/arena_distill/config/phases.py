@@ -8,44 +8,34 @@ a new key rebuilds nothing; the command line reads them back with :func:`parse`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
+from arena_distill.config.backbone import Backbone
+from arena_distill.config.data import Arena, Audit, Fetch, Folds
+from arena_distill.config.derived import DerivedStudies
+from arena_distill.config.external import Query
 from arena_distill.config.judge import (
     JOINT,
-    Backbone,
     Encoding,
     Head,
     Lora,
     Loss,
     Merge,
-    Name,
     Precision,
     Pretraining,
     Quantization,
-    Query,
-    Section,
     State,
     Targets,
     Training,
 )
-from arena_distill.config.run import (
-    Arena,
-    Audit,
-    Cascade,
-    Config,
-    Fetch,
-    Folds,
-    Prediction,
-    explain,
-)
+from arena_distill.config.mistakes import explain
+from arena_distill.config.run import Cascade, Config, Prediction
+from arena_distill.config.section import Name, Section
 from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
-
-if TYPE_CHECKING:
-    from arena_distill.config.derived import DerivedStudies
 
 VERSIONS = {
     "simulate": 1,

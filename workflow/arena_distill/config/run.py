@@ -9,206 +9,36 @@ The part that each phase gets is in ``config.phases``.
 
 from __future__ import annotations
 
-import difflib
 import graphlib
 import hashlib
 import itertools
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import PurePath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
-from arena_distill.config.judge import (
-    Backbone,
-    EndpointLimits,
-    Judge,
-    JudgeDefaults,
-    Name,
-    Section,
-    Share,
-    State,
-)
-from arena_distill.config.vocabulary import Calibration, FoldMethod, ModelKind, ViewAverage
+from arena_distill.config.backbone import Backbone
+from arena_distill.config.data import Audit, Data, Folds
+from arena_distill.config.external import EndpointLimits
+from arena_distill.config.judge import Judge, JudgeDefaults, State
+from arena_distill.config.mistakes import explain
+from arena_distill.config.plan import Plan
+from arena_distill.config.section import Name, Section, Share
+from arena_distill.config.vocabulary import Calibration, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
 
-Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4090"]
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-class Arena(Section):
-    """The synthetic arena: battles with known vote probabilities (see ``battles.simulation``)."""
-
-    seed: int = 2025
-    """Another seed, other battles."""
-    train: PositiveInt = 2000
-    """Labelled battles."""
-    extra: NonNegativeInt = 600
-    """Labelled battles that join every training fold."""
-    ut: NonNegativeInt = 1500
-    """Battles for post-pretraining, voted on by another population."""
-    test: PositiveInt = 500
-    """Battles to predict."""
-    unlabelled: NonNegativeInt = 0
-    """Battles without votes, which students learn from their teachers."""
-
-
-class Fetch(Section):
-    """Where a file of battles is fetched from: exactly one of `kaggle`, `hub`."""
-
-    kaggle: str | None = None
-    """A competition on Kaggle; accept its rules there; you need a token."""
-    hub: str | None = None
-    """A data set on the Hugging Face hub; needs `revision`."""
-    revision: str | None = None
-    """The commit on the hub, or a tag or branch: which commit that was, the file's provenance tells."""
-    files: tuple[str, ...] = ()
-    """Its name there, or on the hub patterns; on Kaggle it is the name here unless it is given."""
-    format: Literal["battles", "ultrafeedback", "arena"] = "battles"
-    """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
-    without: tuple[str, ...] = ()
-    """Files of battles: what asks one of their prompts is left out (`arena`)."""
-    seed: NonNegativeInt = 2025
-    """Decides which two answers meet (`ultrafeedback`)."""
-
-    @model_validator(mode="after")
-    def _known_place(self) -> Fetch:
-        if (self.kaggle is None) == (self.hub is None):
-            raise ValueError("needs exactly one of kaggle, hub")
-        if (self.hub is None) != (self.revision is None):
-            raise ValueError("`hub` and `revision` go together")
-        if self.hub and not self.files:
-            raise ValueError(
-                "files: say which of the data set's files, such as data/train-*.parquet"
-            )
-        if self.kaggle and (self.format != "battles" or len(self.files) > 1):
-            raise ValueError(
-                "a file of Kaggle is taken as it is: format: battles, one name in files"
-            )
-        if self.without and self.format != "arena":
-            raise ValueError("without: only of format arena battles are left out")
-        return self
-
-    def source(self) -> str:
-        """What to call it in messages."""
-        return f"kaggle {self.kaggle}" if self.kaggle else f"{self.hub}@{self.revision}"
-
-
-class Data(Section):
-    """Where the battles come from: your own files, or the synthetic arena."""
-
-    arena: Arena | None = None
-    """Simulate the battles instead of reading files."""
-    train: tuple[str, ...] = ()
-    """Labelled battles: CSV, JSONL (both also .gz) or parquet in the Kaggle schema."""
-    extra: tuple[str, ...] = ()
-    """More labelled battles: they join every training fold and no validation fold."""
-    ut: tuple[str, ...] = ()
-    """Labelled battles for post-pretraining, such as UltraFeedback."""
-    test: tuple[str, ...] = ()
-    """Battles to predict."""
-    unlabelled: tuple[str, ...] = ()
-    """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
-    solution: str | None = None
-    """The test battles' votes, where known: the report then scores every variant on them."""
-    fetch: dict[str, Fetch] = {}
-    """By file: where those of the above that are not there come from. Else nothing is fetched."""
-
-    @field_validator("fetch")
-    @classmethod
-    def _named_on_kaggle(cls, value: dict[str, Fetch]) -> dict[str, Fetch]:
-        return {
-            path: origin
-            if origin.files
-            else origin.model_copy(update={"files": (PurePath(path).name,)})
-            for path, origin in value.items()
-        }
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_file_is_a_list(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            lists = ("train", "extra", "ut", "test", "unlabelled")
-            value = {k: [v] if k in lists and isinstance(v, str) else v for k, v in value.items()}
-        return value
-
-    @model_validator(mode="after")
-    def _arena_or_files(self) -> Data:
-        files = any((self.train, self.extra, self.ut, self.test, self.unlabelled, self.solution))
-        if self.arena is None and not (self.train and self.test):
-            raise ValueError("give `train` and `test` files, or `arena` for the synthetic battles")
-        if self.arena is not None and files:
-            raise ValueError(
-                "give files or `arena`, not both (set `arena: null` to use your files)"
-            )
-        named = {*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled, self.solution}
-        for path, origin in self.fetch.items():
-            if path not in named:
-                raise ValueError(f"fetch.{path}: no source reads this file; known: {self._known()}")
-            if not path.endswith(".parquet") and origin.format != "battles":
-                raise ValueError(f"fetch.{path}: what is converted is parquet: name it so")
-        return self
-
-    def _known(self) -> str:
-        files = (*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled)
-        return ", ".join(files) or "none"
-
-    def sources(self) -> tuple[str, ...]:
-        """The sources this run has battles of, in the order of the canonical file."""
-        given = self.arena or self
-        known = ("train", "extra", "ut", "test", "unlabelled")
-        return tuple(s for s in known if getattr(given, s))
-
-
-class Folds(Section):
-    """Cross-validation. Only `stratified_group` keeps battles of one prompt together."""
-
-    method: FoldMethod = "kfold"
-    """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
-    n: Annotated[int, Field(ge=2, le=127)] = 5
-    """How many folds."""
-    seed: NonNegativeInt = 42
-    """Decides which battle is dealt where."""
-    holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the training prompts kept out of all folds, for choices (merge.weights: greedy)."""
-    near_duplicates: bool = False
-    """Keep prompts that are nearly the same together as well, by `audit`; with `stratified_group` only."""
-
-    @model_validator(mode="after")
-    def _near_duplicates_are_groups(self) -> Folds:
-        if self.near_duplicates and self.method != "stratified_group":
-            raise ValueError(
-                f"near_duplicates keeps prompts together, which {self.method} does not: "
-                "set `method: stratified_group`"
-            )
-        return self
-
-
-class Audit(Section):
-    """The leak audit: battles whose prompt, or nearly the same one, stands where it must not."""
-
-    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
-    """Prompts as similar as this are nearly the same: Jaccard's index of their runs of 5 characters."""
-    permutations: Annotated[int, Field(ge=64, le=1024)] = 128
-    """Of MinHash, which finds candidates: more permutations, fewer needless comparisons."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
-    """Of MinHash."""
+# --- predictions and studies -------------------------------------------------------------------------
 
 
 class Cascade(Section):
@@ -271,50 +101,6 @@ class Studies(Section):
     """How many of the folds a learning curve is the mean of."""
     averaging_epochs: tuple[PositiveFloat, ...] = (0.25, 0.5, 1, 2, 4)
     """How long the folds train apart before they are averaged."""
-
-
-class PlannedBattles(Section):
-    """Battles per source, where the run has not read them yet. Of sources that it lacks nothing counts."""
-
-    train: PositiveInt = 57477
-    """As many as the competition's."""
-    extra: NonNegativeInt = 33000
-    """As many as the winners had."""
-    ut: NonNegativeInt = 60000
-    """A pair of answers for nearly every prompt of UltraFeedback."""
-    test: PositiveInt = 25000
-    """About as many as the competition's hidden ones."""
-    unlabelled: NonNegativeInt = 50000
-    """A guess."""
-
-
-class Plan(Section):
-    """`arena-distill plan`: the machines, and assumptions for missing data. Rebuilds nothing."""
-
-    accelerator: Accelerator = "a100-80g"
-    """The GPU of every job that has one."""
-    nodes: PositiveInt = 1
-    """Machines that work at a time."""
-    gpus_per_node: PositiveInt = 8
-    """GPUs of each."""
-    cores_per_node: PositiveInt = 64
-    """CPU cores of each."""
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.18
-    """Share of the peak FLOP/s that is reached: 0.18 is what the winners' published durations come to."""
-    price_per_gpu_hour: NonNegativeFloat | None = None
-    """In any currency; null: no price is told."""
-    battles: PlannedBattles = PlannedBattles()
-    """How many."""
-    tokens_per_battle: PositiveFloat = 850.0
-    """Mean of a battle's tokens, prompt and both answers, before it is cut at max_length."""
-    tokens_spread: PositiveFloat = 0.9
-    """Standard deviation of their logarithm: lengths are taken to be log-normal."""
-    one_answer: Annotated[float, Field(gt=0, le=1)] = 0.56
-    """Share of a battle's tokens in its prompt and one answer, which is what a pointwise judge is shown."""
-    disk_gb_per_s: PositiveFloat = 1.0
-    """What a job reads and writes of models."""
-    startup: NonNegativeFloat = 60.0
-    """Seconds of each job before it works: the queue, imports."""
 
 
 class Environments(Section):
@@ -580,69 +366,9 @@ def load(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(explain(error))) from None
+        raise InputError("\n".join(explain(error, of=Config))) from None
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of the configuration, for editors and for the documentation."""
     return json.loads(json.dumps(Config.model_json_schema()))
-
-
-RENAMED: dict[tuple[str, ...], str] = {
-    ("lora", "targets"): "target_modules",
-    ("merge", "head"): "heads",
-    ("studies", "drift_epochs"): "averaging_epochs",
-}
-"""Section and key of earlier configurations → the key's name today."""
-
-
-def explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
-    """One line per mistake. A mistake in `defaults` shows up in every judge: it is told once."""
-    problems: dict[tuple[str, ...], Any] = {}
-    for item in error.errors(include_url=False):
-        # The last parts may name a choice of types, such as `tuple[str, ...]`, or a `[key]`.
-        where = tuple(itertools.takewhile(lambda part: "[" not in part, map(str, item["loc"])))
-        if where in problems:
-            problems[where]["msg"] += f", or: {item['msg']}"
-        else:
-            problems[where] = dict(item)
-    shared = {path[1:] for path in problems if path[:1] == ("defaults",)}
-    lines = []
-    for path, item in problems.items():
-        if path[:1] == ("judges",) and path[2:] in shared:
-            continue
-        name = ".".join(path)
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden" and path[-2:] in RENAMED:
-            message = f"this key is now called {RENAMED[path[-2:]]!r}"
-        elif item["type"] == "extra_forbidden":
-            allowed = _keys_at(of, path[:-1])
-            close = difflib.get_close_matches(path[-1], allowed, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(allowed)}"
-            message = f"unknown key; {hint}"
-        elif item["type"] == "missing":
-            message = "missing: this key is required"
-        elif item["type"] not in ("value_error", "assertion_error"):
-            message += f", got {item['input']!r}"
-        lines.append(f"config: {name}: {message}" if name else f"config: {message}")
-    return lines
-
-
-def _keys_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
-    """The keys allowed at a path of the configuration."""
-    schema = model.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in path:
-        node = _resolve(node, schema)
-        named = node.get("patternProperties", {}).values()  # judges, by name
-        node = node.get("properties", {}).get(part) or next(iter(named), {})
-    return list(_resolve(node, schema).get("properties", {}))
-
-
-def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    for option in node.get("anyOf", []):
-        if "$ref" in option:
-            node = option
-    if "$ref" in node:
-        return schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return node

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arena_distill.config.judge import TINY, Backbone
+from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.phases import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError

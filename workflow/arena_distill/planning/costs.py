@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arena_distill.config.judge import JOINT, Backbone, Judge, Lora, Optimization, Training
+from arena_distill.config.backbone import Backbone
+from arena_distill.config.judge import JOINT, Judge, Lora, Optimization, Training
 from arena_distill.config.phases import LogitsSettings
 from arena_distill.config.run import Config
 from arena_distill.encoding.batching import micro_batch_size

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from arena_distill.config import run as configuration
 from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.judge import Judge
-from arena_distill.config.run import Config, Plan
+from arena_distill.config.plan import Plan
+from arena_distill.config.run import Config
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_json
 from arena_distill.planning.costs import DEVICES, GIB, USABLE, Cost, Costs, Device

@@ -25,7 +25,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arena_distill.config.judge import TINY, Backbone, Head, Lora, Precision
+from arena_distill.config.backbone import TINY, Backbone
+from arena_distill.config.judge import Head, Lora, Precision
 from arena_distill.errors import InputError
 from arena_distill.files.hub import brief
 from arena_distill.models.heads import OUTPUTS

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from arena_distill.battles.folds import fold_rows, training_rows
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.phases import LogitsSettings
-from arena_distill.config.run import Config, Plan
+from arena_distill.config.plan import Plan
+from arena_distill.config.run import Config
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.views import encode, views
 from arena_distill.files.artifacts import read_parquet

@@ -38,7 +38,7 @@ from tenacity import (
 )
 from tqdm.auto import tqdm
 
-from arena_distill.config.judge import EndpointLimits
+from arena_distill.config.external import EndpointLimits
 from arena_distill.errors import InputError, Stopped
 
 PASSING = (408, 409, 425, 429)

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
 from arena_distill.battles.reading import column_texts
-from arena_distill.config.judge import EndpointLimits, Query
+from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json

@@ -38,14 +38,7 @@ from transformers import (
 
 from arena_distill.battles.folds import training_rows
 from arena_distill.battles.reading import read_votes
-from arena_distill.config.judge import (
-    Head,
-    Loss,
-    Optimization,
-    Precision,
-    State,
-    Training,
-)
+from arena_distill.config.judge import Head, Loss, Optimization, Precision, State, Training
 from arena_distill.config.phases import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.encoding.sequences import read_tokens

@@ -1,0 +1,171 @@
+"""The battles of a run: where they come from, how they are dealt into folds and searched for leaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from arena_distill.config.section import Section
+from arena_distill.config.vocabulary import FoldMethod
+
+
+class Arena(Section):
+    """The synthetic arena: battles with known vote probabilities (see ``battles.simulation``)."""
+
+    seed: int = 2025
+    """Another seed, other battles."""
+    train: PositiveInt = 2000
+    """Labelled battles."""
+    extra: NonNegativeInt = 600
+    """Labelled battles that join every training fold."""
+    ut: NonNegativeInt = 1500
+    """Battles for post-pretraining, voted on by another population."""
+    test: PositiveInt = 500
+    """Battles to predict."""
+    unlabelled: NonNegativeInt = 0
+    """Battles without votes, which students learn from their teachers."""
+
+
+class Fetch(Section):
+    """Where a file of battles is fetched from: exactly one of `kaggle`, `hub`."""
+
+    kaggle: str | None = None
+    """A competition on Kaggle; accept its rules there; you need a token."""
+    hub: str | None = None
+    """A data set on the Hugging Face hub; needs `revision`."""
+    revision: str | None = None
+    """The commit on the hub, or a tag or branch: which commit that was, the file's provenance tells."""
+    files: tuple[str, ...] = ()
+    """Its name there, or on the hub patterns; on Kaggle it is the name here unless it is given."""
+    format: Literal["battles", "ultrafeedback", "arena"] = "battles"
+    """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
+    without: tuple[str, ...] = ()
+    """Files of battles: what asks one of their prompts is left out (`arena`)."""
+    seed: NonNegativeInt = 2025
+    """Decides which two answers meet (`ultrafeedback`)."""
+
+    @model_validator(mode="after")
+    def _known_place(self) -> Fetch:
+        if (self.kaggle is None) == (self.hub is None):
+            raise ValueError("needs exactly one of kaggle, hub")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together")
+        if self.hub and not self.files:
+            raise ValueError(
+                "files: say which of the data set's files, such as data/train-*.parquet"
+            )
+        if self.kaggle and (self.format != "battles" or len(self.files) > 1):
+            raise ValueError(
+                "a file of Kaggle is taken as it is: format: battles, one name in files"
+            )
+        if self.without and self.format != "arena":
+            raise ValueError("without: only of format arena battles are left out")
+        return self
+
+    def source(self) -> str:
+        """What to call it in messages."""
+        return f"kaggle {self.kaggle}" if self.kaggle else f"{self.hub}@{self.revision}"
+
+
+class Data(Section):
+    """Where the battles come from: your own files, or the synthetic arena."""
+
+    arena: Arena | None = None
+    """Simulate the battles instead of reading files."""
+    train: tuple[str, ...] = ()
+    """Labelled battles: CSV, JSONL (both also .gz) or parquet in the Kaggle schema."""
+    extra: tuple[str, ...] = ()
+    """More labelled battles: they join every training fold and no validation fold."""
+    ut: tuple[str, ...] = ()
+    """Labelled battles for post-pretraining, such as UltraFeedback."""
+    test: tuple[str, ...] = ()
+    """Battles to predict."""
+    unlabelled: tuple[str, ...] = ()
+    """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
+    solution: str | None = None
+    """The test battles' votes, where known: the report then scores every variant on them."""
+    fetch: dict[str, Fetch] = {}
+    """By file: where those of the above that are not there come from. Else nothing is fetched."""
+
+    @field_validator("fetch")
+    @classmethod
+    def _named_on_kaggle(cls, value: dict[str, Fetch]) -> dict[str, Fetch]:
+        return {
+            path: origin
+            if origin.files
+            else origin.model_copy(update={"files": (PurePath(path).name,)})
+            for path, origin in value.items()
+        }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            lists = ("train", "extra", "ut", "test", "unlabelled")
+            value = {k: [v] if k in lists and isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _arena_or_files(self) -> Data:
+        files = any((self.train, self.extra, self.ut, self.test, self.unlabelled, self.solution))
+        if self.arena is None and not (self.train and self.test):
+            raise ValueError("give `train` and `test` files, or `arena` for the synthetic battles")
+        if self.arena is not None and files:
+            raise ValueError(
+                "give files or `arena`, not both (set `arena: null` to use your files)"
+            )
+        named = {*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled, self.solution}
+        for path, origin in self.fetch.items():
+            if path not in named:
+                raise ValueError(f"fetch.{path}: no source reads this file; known: {self._known()}")
+            if not path.endswith(".parquet") and origin.format != "battles":
+                raise ValueError(f"fetch.{path}: what is converted is parquet: name it so")
+        return self
+
+    def _known(self) -> str:
+        files = (*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled)
+        return ", ".join(files) or "none"
+
+    def sources(self) -> tuple[str, ...]:
+        """The sources this run has battles of, in the order of the canonical file."""
+        given = self.arena or self
+        known = ("train", "extra", "ut", "test", "unlabelled")
+        return tuple(s for s in known if getattr(given, s))
+
+
+class Folds(Section):
+    """Cross-validation. Only `stratified_group` keeps battles of one prompt together."""
+
+    method: FoldMethod = "kfold"
+    """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
+    n: Annotated[int, Field(ge=2, le=127)] = 5
+    """How many folds."""
+    seed: NonNegativeInt = 42
+    """Decides which battle is dealt where."""
+    holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training prompts kept out of all folds, for choices (merge.weights: greedy)."""
+    near_duplicates: bool = False
+    """Keep prompts that are nearly the same together as well, by `audit`; with `stratified_group` only."""
+
+    @model_validator(mode="after")
+    def _near_duplicates_are_groups(self) -> Folds:
+        if self.near_duplicates and self.method != "stratified_group":
+            raise ValueError(
+                f"near_duplicates keeps prompts together, which {self.method} does not: "
+                "set `method: stratified_group`"
+            )
+        return self
+
+
+class Audit(Section):
+    """The leak audit: battles whose prompt, or nearly the same one, stands where it must not."""
+
+    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """Prompts as similar as this are nearly the same: Jaccard's index of their runs of 5 characters."""
+    permutations: Annotated[int, Field(ge=64, le=1024)] = 128
+    """Of MinHash, which finds candidates: more permutations, fewer needless comparisons."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
+    """Of MinHash."""

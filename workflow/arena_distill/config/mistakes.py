@@ -1,0 +1,68 @@
+"""Mistakes in a configuration, or in a phase's settings, as lines for people."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+RENAMED: dict[tuple[str, ...], str] = {
+    ("lora", "targets"): "target_modules",
+    ("merge", "head"): "heads",
+    ("studies", "drift_epochs"): "averaging_epochs",
+}
+"""Section and key of earlier configurations → the key's name today."""
+
+
+def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
+    """One line per mistake. A mistake in `defaults` shows up in every judge: it is told once."""
+    problems: dict[tuple[str, ...], Any] = {}
+    for item in error.errors(include_url=False):
+        # The last parts may name a choice of types, such as `tuple[str, ...]`, or a `[key]`.
+        where = tuple(itertools.takewhile(lambda part: "[" not in part, map(str, item["loc"])))
+        if where in problems:
+            problems[where]["msg"] += f", or: {item['msg']}"
+        else:
+            problems[where] = dict(item)
+    shared = {path[1:] for path in problems if path[:1] == ("defaults",)}
+    lines = []
+    for path, item in problems.items():
+        if path[:1] == ("judges",) and path[2:] in shared:
+            continue
+        name = ".".join(path)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden" and path[-2:] in RENAMED:
+            message = f"this key is now called {RENAMED[path[-2:]]!r}"
+        elif item["type"] == "extra_forbidden":
+            allowed = _keys_at(of, path[:-1])
+            close = difflib.get_close_matches(path[-1], allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(allowed)}"
+            message = f"unknown key; {hint}"
+        elif item["type"] == "missing":
+            message = "missing: this key is required"
+        elif item["type"] not in ("value_error", "assertion_error"):
+            message += f", got {item['input']!r}"
+        lines.append(f"config: {name}: {message}" if name else f"config: {message}")
+    return lines
+
+
+def _keys_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The keys allowed at a path of the configuration."""
+    schema = model.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in path:
+        node = _resolve(node, schema)
+        named = node.get("patternProperties", {}).values()  # judges, by name
+        node = node.get("properties", {}).get(part) or next(iter(named), {})
+    return list(_resolve(node, schema).get("properties", {}))
+
+
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", []):
+        if "$ref" in option:
+            node = option
+    if "$ref" in node:
+        return schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node
