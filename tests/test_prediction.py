@@ -14,8 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import SIZES, MadeUpRun, made_up_run
 
-import arena_distill.deployment.gptq
-import arena_distill.models.scoring
 from arena_distill.config.judge import Encoding
 from arena_distill.config.phases import PredictionSettings, ScoringSettings, Settings
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
@@ -26,6 +24,7 @@ from arena_distill.files.artifacts import provenance, read_parquet, read_provena
 from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.models.loading import load_classifier
+from arena_distill.prediction import test_time
 from arena_distill.prediction.submission import WINNERS, write_submission
 from arena_distill.prediction.test_time import (
     averages,
@@ -294,13 +293,13 @@ def test_identical_sequences_are_scored_once(
     merged: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[Sequences] = []
-    original = arena_distill.models.scoring.score
+    original = test_time.score
 
     def counting(judge: Any, sequences: Sequences, **options: Any) -> np.ndarray:
         scored.append(sequences)
         return original(judge, sequences, **options)
 
-    monkeypatch.setattr(arena_distill.models.scoring, "score", counting)
+    monkeypatch.setattr(test_time, "score", counting)
     settings = scoring_settings(max_lengths=(*LONG, 64))
     output = tmp_path / "merged_test.npy"
     score_test(merged, tokens, output, quantized=False, settings=settings, batch_tokens=700)
@@ -360,7 +359,7 @@ def test_a_quantized_model_is_loaded_by_the_loader_for_it(
         loaded.append(folder)
         return load_classifier(folder, pad_token_id=read_tokens(tokens).vocabulary.pad)
 
-    monkeypatch.setattr(arena_distill.deployment.gptq, "load_quantized", load)
+    monkeypatch.setattr(test_time, "load_quantized", load)
     path = tmp_path / "gptq_test.npy"
     settings = scoring_settings(max_lengths=LONG)
     score_test(merged, tokens, path, quantized=True, settings=settings, batch_tokens=700)

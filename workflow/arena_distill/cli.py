@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -47,8 +49,6 @@ def plan(
 
     All other arguments are those of snakemake: --configfile, --config, --profile, targets.
     """
-    import json
-
     from arena_distill.files.artifacts import write_json
     from arena_distill.planning.forecast import forecast, print_forecast
 
@@ -70,8 +70,6 @@ def status(
 
     All other arguments are those of snakemake: --configfile, --directory, --profile, targets.
     """
-    import json
-
     from arena_distill.runs.status import print_status, read_status
 
     found = read_status(context.args)
@@ -102,8 +100,6 @@ def pretrain_tiny(
     seed: Annotated[int, typer.Option(help="Decides pool and weights.")] = 0,
 ) -> None:
     """Pretrain one of the tiny backbones that ship with the workflow, tokenizer included."""
-    import logging
-
     from arena_distill.models.tiny_backbones import pretrain_tiny
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -21,14 +21,17 @@ import numpy as np
 
 from arena_distill.battles.folds import held_out_rows
 from arena_distill.config.phases import MergeSettings, SoupSettings
+from arena_distill.deployment.merging import merge_into, read_adapters
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
-from arena_distill.metrics import mean_over_views
+from arena_distill.metrics import losses, mean_over_views
 from arena_distill.models.heads import verdicts
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
 
 if TYPE_CHECKING:
     from arena_distill.deployment.merging import Adapter
@@ -40,8 +43,6 @@ def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
     Args:
         logits: `fold_<k>.npy` of the folds, in their order.
     """
-    from arena_distill.metrics import losses
-
     table = read_parquet(folds, ["id", "source", "label"])
     means, errors = [], []
     for path in logits:
@@ -116,8 +117,6 @@ class FoldMerger:
         settings: MergeSettings | SoupSettings,
         batch_tokens: int,
     ) -> None:
-        from arena_distill.deployment.merging import read_adapters
-
         self.backbone = backbone
         self.folds: list[Adapter] = read_adapters(adapters)
         self.settings = settings
@@ -129,10 +128,6 @@ class FoldMerger:
         self, weights: Sequence[float], average: str = "products"
     ) -> tuple[np.ndarray, float | None]:
         """What the soup says: float32 (rows, orders, 3), and the gap between its two averages."""
-        from arena_distill.deployment.merging import merge_into
-        from arena_distill.models.loading import load_classifier
-        from arena_distill.models.scoring import score
-
         model: Any = load_classifier(
             self.backbone,
             head=self.settings.head,
@@ -148,8 +143,6 @@ class FoldMerger:
 
     def log_loss(self, some: Sequence[int], votes: np.ndarray) -> float:
         """That of the equal soup of some folds, by the mean of both orders' logits."""
-        from arena_distill.metrics import losses
-
         weights = [1 / len(some) if fold in some else 0.0 for fold in range(len(self.folds))]
         logits, _ = self.logits(weights, self.settings.average)
         return float(losses(mean_over_views(logits), votes).mean())

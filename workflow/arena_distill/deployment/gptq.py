@@ -26,17 +26,22 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow.compute as pc
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from arena_distill.battles.reading import read_votes
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases import QuantizationSettings
 from arena_distill.deployment.quantization_error import DRIFT, drift
 from arena_distill.encoding.sequences import Sequences, read_tokens
+from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
 from arena_distill.files.hub import brief
 from arena_distill.models.heads import verdicts
+from arena_distill.models.loading import check_tensors, choose_attention, load_classifier, pool_mean
+from arena_distill.models.scoring import score
 
 if TYPE_CHECKING:
     import torch
@@ -115,10 +120,6 @@ def quantize_model(
     _prepare_gptqmodel()
     import torch
 
-    from arena_distill.encoding.tokenization import load_tokenizer
-    from arena_distill.models.loading import load_classifier
-    from arena_distill.models.scoring import score
-
     check_layers(_layer_sizes(model), bits, group_size)
     rows = np.random.default_rng(settings.seed).choice(len(calibration), samples, replace=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,10 +177,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     _prepare_gptqmodel()
     import torch
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    from arena_distill.models.loading import check_tensors, choose_attention, pool_mean
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -264,7 +262,6 @@ def _quantize(model: Any, calibration: Sequences, bits: int, group_size: int) ->
     import torch
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.version import __version__
-    from tqdm.auto import tqdm
 
     config = QuantizeConfig(bits=bits, group_size=group_size, offload_to_disk=False)
     path, modules = _blocks(model)

@@ -21,10 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from arena_distill.config.phases import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
+from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
+from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.models.loading import load_classifier
 from arena_distill.verdicts import CLASSES
 
 if TYPE_CHECKING:
@@ -62,9 +67,6 @@ def merge_folds(
             other or the backbone, or their factors cannot be averaged.
     """
     import torch
-
-    from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
-    from arena_distill.models.loading import load_classifier
 
     if not adapters:
         raise InputError(f"{output}: there is no adapter to merge")
@@ -150,7 +152,6 @@ def _read(folder: Path) -> Adapter:
         InputError: it is missing, damaged, or not low-rank factors of linear layers and a head.
     """
     from peft import LoraConfig
-    from safetensors import SafetensorError, safe_open
 
     try:
         options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -297,8 +298,6 @@ def _card(
     about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: MergeSettings
 ) -> str:
     """The model card: what the model is, where it is from, how to ask it."""
-    from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
-
     template, head = settings.encoding.template, settings.head
     joint = head.kind == "joint"
     literals = TEMPLATES[template] if joint else ONE_ANSWER[template]

@@ -50,8 +50,6 @@ WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 
 def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, settings: Settings) -> None:
     """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
-    from arena_distill.encoding.tokenization import load_tokenizer
-
     table = read_parquet(battles, columns=["id", "source", *FIELDS])
     tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer))
     about = provenance("tokens", settings.model_dump() | {"tokenizer": tokenizer.name})

@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+from markupsafe import Markup
+
 from arena_distill.battles.audit import COUNTS
 from arena_distill.errors import InputError
 from arena_distill.evaluation.evaluate import variant_records
@@ -23,8 +26,6 @@ from arena_distill.metrics import Figures
 from arena_distill.prediction.calibration import METHODS
 
 if TYPE_CHECKING:
-    import jinja2
-    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -110,8 +111,6 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
 
 def template(name: str) -> jinja2.Template:
     """A page's template, with the filters that all pages use."""
-    import jinja2
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -302,8 +301,6 @@ def draw(name: str, make: Callable[[Figures], Figure], metrics: Figures) -> str:
 
 def inline(svg: str, alt: str) -> Markup:
     """An SVG file's text as an element of the page, in the page's colours, with a description."""
-    from markupsafe import Markup
-
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(<g) id="[\w.]+_\d+"', r"\1", body)  # would be the same in every drawing

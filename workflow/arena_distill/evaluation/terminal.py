@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
 
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.metrics import Figures
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 
 def print_table(metrics: Figures, console: Console | None = None) -> None:
     """Print the results of `metrics.json`: judges and baselines, test variants, quantisation."""
-    from rich.console import Console
-
     console = console or Console()
     final, test = metrics["final"], metrics["test"]
     console.print(
@@ -102,8 +98,6 @@ def _variants_table(metrics: Figures) -> Table:
 
 def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
     """An empty table, lean enough for five folds in a terminal of 80 columns."""
-    from rich.table import Table
-
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
     for i, name in enumerate(names):
         table.add_column(name, no_wrap=i == 0, overflow="fold")

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from arena_distill import __version__
 from arena_distill.errors import InputError
 
 StrPath = str | os.PathLike[str]
@@ -41,7 +42,7 @@ def provenance(phase: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     `settings` holds JSON values only. There is no time stamp, so that the same seed gives the
     same bytes. Libraries that are not installed are left out; none is imported.
     """
-    versions = {"python": platform.python_version(), "arena_distill": _own_version()}
+    versions = {"python": platform.python_version(), "arena_distill": __version__}
     for library in LIBRARIES:
         try:
             versions[library] = metadata.version(library)
@@ -199,15 +200,3 @@ def _flush(path: Path) -> None:
 
 def dumps(obj: Any, indent: int | None = None) -> str:
     return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _own_version() -> str:
-    import arena_distill
-
-    version = getattr(arena_distill, "__version__", None)
-    if version is None:
-        try:
-            version = metadata.version("arena-distill")
-        except metadata.PackageNotFoundError:
-            version = "unknown"
-    return str(version)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
 from arena_distill.errors import InputError
 
 Kind = Literal["model", "dataset"]
@@ -37,8 +40,6 @@ def download(
     Raises:
         InputError: it cannot be downloaded.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     def passing(error: BaseException) -> bool:
@@ -79,8 +80,6 @@ def download(
 
 def access_problem(repo: str, kind: Kind) -> str | None:
     """What keeps us from a repository; None where nothing does. Asks the hub."""
-    import huggingface_hub
-
     try:
         huggingface_hub.HfApi().auth_check(repo, repo_type=kind)
     except Exception as error:

@@ -9,8 +9,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import SafetensorError
 
 from arena_distill.config.judge import JOINT, Attention, Head, Precision
 from arena_distill.errors import InputError
@@ -58,7 +62,6 @@ def load_classifier(
             `precision` or `attention` needs what is not there.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
     names = OUTPUTS[head.kind]
@@ -201,8 +204,6 @@ def _use_one_flex_kernel() -> None:
     holds a key's queries in one block of at most 128: tokens times the heads that share the key. With
     more of them the job would end: `NoValidChoicesError`.
     """
-    from functools import partial
-
     from transformers import AttentionInterface
     from transformers.integrations.flex_attention import flex_attention_forward
 
@@ -273,8 +274,6 @@ def _keep_as_packed(model: Any) -> None:
 
 
 def _hold_whole_head(model: PreTrainedModel) -> None:
-    from copy import deepcopy
-
     from torch.distributed.tensor import DTensor
     from torch.nn import Parameter
 

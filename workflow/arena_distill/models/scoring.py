@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from arena_distill.config.judge import State
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences
+from arena_distill.models.loading import check_length
 
 
 def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
@@ -40,9 +42,6 @@ def score_batches(
         states: arrays (rows, width) by name, filled with what a watched judge says beside logits.
     """
     import torch
-    from tqdm.auto import tqdm
-
-    from arena_distill.models.loading import check_length
 
     check_length(model, int(sequences.lengths.max(initial=0)))
     model.eval()

@@ -35,6 +35,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from arena_distill.battles.simulation import QUALITIES, SimulatedBattles, simulate
 from arena_distill.config.vocabulary import Family
@@ -186,9 +189,6 @@ def train_tokenizer(family: Family, texts: list[str]) -> PreTrainedTokenizerFast
 
     Llama's and Qwen2's are byte-level, Gemma-2's falls back to bytes.
     """
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     _check(family)

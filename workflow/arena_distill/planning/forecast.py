@@ -14,7 +14,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from arena_distill.config import run as configuration
 from arena_distill.config.derived import JudgeFamily, derive
@@ -26,9 +29,6 @@ from arena_distill.files.artifacts import write_json
 from arena_distill.planning.costs import DEVICES, GIB, USABLE, Cost, Costs, Device
 from arena_distill.planning.workload import Battles
 from arena_distill.runs.graph import Planned, read_graph
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 HOUR = 3600.0
 
@@ -385,9 +385,6 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
 
     Of a row's jobs: GiB on a GPU and on the host, and hours, are those of the largest; the rest are sums.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     console = console or Console()
     plan, totals = found.config.plan, found.totals
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.judge import Head, Lora, Precision
+from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.files.hub import brief
 from arena_distill.models.heads import OUTPUTS
@@ -177,8 +179,6 @@ def _plain(name: str) -> str:
 def _rebuilt(config: Any, backbone: Backbone) -> Any:
     """As `prepare_backbone` changes it: fewer layers, another tokenizer's embeddings."""
     if backbone.tokenizer and Path(backbone.tokenizer).is_dir():
-        from arena_distill.encoding.tokenization import load_tokenizer
-
         config.vocab_size = len(load_tokenizer(Path(backbone.tokenizer)))
     if backbone.layers:
         keep_layers(config, backbone.layers)
@@ -341,8 +341,6 @@ def _traced(
     checkpointing: bool,
     eager: bool,
 ) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     config = _parse(described)
     keep_layers(config, layers)
     dtype = torch.bfloat16 if half else torch.float32

@@ -26,6 +26,7 @@ from arena_distill.battles.style_features import read_styles
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases import PredictionSettings, ScoringSettings
 from arena_distill.config.vocabulary import ModelKind, ViewAverage
+from arena_distill.deployment.gptq import load_quantized
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views, views
 from arena_distill.errors import InputError
@@ -34,6 +35,8 @@ from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.metrics import mean_over_views, softmax
 from arena_distill.models.heads import OUTPUTS, verdicts
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
 from arena_distill.prediction.calibration import read_calibration
 from arena_distill.prediction.submission import WINNERS
 from arena_distill.verdicts import CLASSES, Order
@@ -99,19 +102,13 @@ def score_test(
     Raises:
         InputError: there is no test battle, or a file or the model cannot be read.
     """
-    from arena_distill.models.scoring import score
-
     read = read_tokens(tokens)
     test = read.take(np.asarray(pc.equal(read.sources, "test")))
     if not len(test):
         raise InputError(f"{tokens}: holds no test battle; give `test` files in the configuration")
     if quantized:
-        from arena_distill.deployment.gptq import load_quantized
-
         judge = load_quantized(model, attention=attention)
     else:
-        from arena_distill.models.loading import load_classifier
-
         judge = load_classifier(
             model,
             head=settings.head,

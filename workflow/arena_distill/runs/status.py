@@ -23,14 +23,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from arena_distill.runs.graph import Planned, plain, read_graph
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
 JobState = Literal["done", "running", "queued", "failed", "interrupted", "waiting"]
 STATES: tuple[JobState, ...] = get_args(JobState)
@@ -143,8 +143,6 @@ def snakemake_at_work(folder: Path) -> bool:
     One that was killed leaves its locks. On this host its process is looked for; a Snakemake that
     was started on another one is believed to live.
     """
-    import psutil
-
     owners = set()
     for lock in (folder / ".snakemake/locks").glob("*.lock"):
         with suppress(FileNotFoundError):
@@ -439,9 +437,6 @@ class Evidence:
 
 def print_status(status: Status, console: Console | None = None, most: int = 20) -> None:
     """Print a row per rule, then why jobs failed or were interrupted: the first `most` of them."""
-    from rich.console import Console
-    from rich.text import Text
-
     console = console or Console()
     console.print(_table(status))
     counts = status.counts
@@ -473,9 +468,6 @@ def _describe(job: Job, folder: Path) -> Iterator[str]:
 
 
 def _table(status: Status) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
     counts = status.counts
     shown = [state for state in STATES if state != "interrupted" or counts[state]]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
@@ -496,8 +488,6 @@ def _table(status: Status) -> Table:
 
 
 def _cells(counts: Mapping[JobState, int], states: Sequence[JobState]) -> list[Text]:
-    from rich.text import Text
-
     styles: dict[JobState, str] = {"running": "green", "failed": "red", "interrupted": "yellow"}
     return [
         Text(str(counts[state]), style=styles.get(state, ""))

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +31,9 @@ from arena_distill.files.artifacts import provenance, read_parquet, read_provena
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.files.readers import read_table
+from arena_distill.scoring import endpoint
+from arena_distill.scoring.endpoint import Alternative, Request, Token
 from arena_distill.verdicts import CLASSES, ORDERS, Order, swap_classes
-
-if TYPE_CHECKING:
-    from arena_distill.scoring.endpoint import Alternative, Request, Token
 
 COLUMNS: Mapping[str, tuple[str, str, str]] = {
     # What a file may hold, and the columns of A, B and tie.
@@ -226,8 +225,6 @@ def query_endpoint(
             verdict.
         Stopped: SIGINT or SIGTERM came.
     """
-    from arena_distill.scoring import endpoint
-
     questions = Questions(_battles(battles, TEXTS, unlabelled=settings.unlabelled), settings)
     if questions.cut:
         print(
@@ -313,8 +310,6 @@ class Questions:
         return map(self.request, range(len(self)))
 
     def request(self, number: int) -> Request:
-        from arena_distill.scoring.endpoint import Request
-
         settings = self._settings
         row, order = divmod(number, len(ORDERS))
         body = {

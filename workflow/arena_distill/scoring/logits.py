@@ -24,6 +24,7 @@ from arena_distill.files.artifacts import provenance, read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states, write_logits
 from arena_distill.models.heads import verdicts
+from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score_batches
 from arena_distill.verdicts import CLASSES, ORDERS
 
@@ -55,7 +56,6 @@ def predict_logits(
         InputError: a logit or a state is not finite.
     """
     from arena_distill.models.adapters import load_adapter
-    from arena_distill.models.loading import load_classifier
 
     rows = fold_rows(read_parquet(folds), fold, settings)
     read = read_tokens(tokens)

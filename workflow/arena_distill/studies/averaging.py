@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from arena_distill.battles.folds import prompt_groups
+from arena_distill.battles.reading import read_solution
 from arena_distill.config.phases import AveragingSettings, SoupSettings
 from arena_distill.deployment.fold_weights import FoldMerger, validation_weights
 from arena_distill.encoding.sequences import read_tokens
+from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.files.artifacts import (
     provenance,
     read_json,
@@ -24,6 +29,7 @@ from arena_distill.files.artifacts import (
     write_text,
 )
 from arena_distill.files.keys import key, locate
+from arena_distill.metrics import losses, mean_over_views, paired_difference, scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +46,6 @@ def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSe
         soups: a file per judge, in the order of `settings.averaging`.
     """
     import pandas as pd
-
-    from arena_distill.evaluation.report import draw
 
     named = [
         {"start": start, "epochs": float(epochs), "judge": judge}
@@ -67,8 +71,6 @@ def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSe
 
 def _drawing(figures: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
-
-    from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND
 
     colours = {"shared": ACCENT, "own": SECOND}
     scored = all("products" in point for point in figures["points"])
@@ -128,13 +130,6 @@ def compare_soups(
     Args:
         logits: the folds' `fold_<k>.npy`, in the order of `adapters`.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from arena_distill.battles.folds import prompt_groups
-    from arena_distill.battles.reading import read_solution
-    from arena_distill.metrics import losses, mean_over_views, paired_difference, scores
-
     read = read_tokens(tokens)
     read = read.take(np.asarray(pc.equal(read.sources, "test")))
     pot = FoldMerger(backbone, adapters, read, settings, batch_tokens)

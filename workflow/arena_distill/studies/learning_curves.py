@@ -15,10 +15,12 @@ import numpy as np
 from arena_distill.config.phases import CurveSettings
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
 from arena_distill.evaluation.out_of_fold import Run
+from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
 from arena_distill.layout import Layout
 from arena_distill.metrics import (
     Figures,
+    bootstrap,
     calibration_scores,
     losses,
     mean_over_views,
@@ -38,9 +40,6 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
         truth: the synthetic arena's true vote probabilities.
     """
     import pandas as pd
-
-    from arena_distill.evaluation.report import draw
-    from arena_distill.metrics import bootstrap
 
     layout = Layout(str(run))
     data = Run.read(Path(layout.folds), Path(layout.battles)).of_folds(settings.folds)
@@ -84,8 +83,6 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
 def _drawing(figures: dict[str, Any]) -> Figure:
     """Log loss against battles, with intervals; beside it the calibration error against the truth."""
     from matplotlib.figure import Figure
-
-    from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND
 
     points = figures["points"]
     known = all("kl" in point for point in points)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
 
 from arena_distill.config.judge import Loss, State
 from arena_distill.verdicts import NO_VOTE
-
-if TYPE_CHECKING:
-    import torch
 
 
 def battle_losses(
@@ -46,9 +45,6 @@ def battle_losses(
     Returns:
         float32 (batch,).
     """
-    import torch
-    import torch.nn.functional as F
-
     logits = logits.float()
     voted = labels != NO_VOTE
     votes = labels.where(voted, 0)
@@ -102,9 +98,6 @@ def feature_distances(
     Returns:
         float32 (batch, J).
     """
-    import torch
-    import torch.nn.functional as F
-
     pairs = zip(students, teachers, strict=True)
     apart = [F.normalize(s.float(), dim=-1) - F.normalize(t.float(), dim=-1) for s, t in pairs]
     return torch.stack([a.square().sum(-1).mean(-1) for a in apart], dim=-1)
@@ -125,9 +118,6 @@ def attention_divergences(student: torch.Tensor, teachers: Sequence[torch.Tensor
     Returns:
         float32 (batch, J).
     """
-    import torch
-    import torch.nn.functional as F
-
     student = student.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     targets = [teacher.float() / teacher.float().sum(-1, keepdim=True) for teacher in teachers]
     each = [F.kl_div(student, target, reduction="none").sum(-1).mean(-1) for target in targets]
