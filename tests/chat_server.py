@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -59,6 +59,9 @@ class ChatServer:
     times: list[float] = field(default_factory=list)
     most_at_a_time: int = 0
     url: str = ""
+    bytes_at_once: int = 1 << 30
+    pause: float = 0.0
+    """Seconds after each part of a reply."""
     _at_a_time: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -98,10 +101,14 @@ def chat_server() -> Iterator[ChatServer]:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             status, headers, reply = chat.handle(self.path, dict(self.headers), content)
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(reply))}.items():
+            for name, value in {"Content-Length": str(len(reply)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
-            self.wfile.write(reply)
+            with suppress(ConnectionError):  # the client had enough
+                for start in range(0, len(reply), chat.bytes_at_once):
+                    self.wfile.write(reply[start : start + chat.bytes_at_once])
+                    self.wfile.flush()
+                    time.sleep(chat.pause)
 
         def log_message(self, format: str, *arguments: Any) -> None:
             pass

@@ -5,6 +5,7 @@ The endpoint is a real HTTP server on this machine (``chat_server``); one slow t
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -42,7 +44,7 @@ from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet
 from arena_distill.files.logits import read_logits
-from arena_distill.scoring.endpoint import Alternative, Answers, Completion, Token
+from arena_distill.scoring.endpoint import Alternative, Answers, Completion, Token, _retry_after
 from arena_distill.scoring.external import (
     COLUMNS,
     LEAST,
@@ -434,6 +436,106 @@ def test_a_refusal_ends_the_job_at_once(
     assert KEY not in str(refused.value) + "".join(capfd.readouterr())
 
 
+def listed(logprob: object, **usage: object) -> Reply:
+    token = {"token": "A", "logprob": logprob, "top_logprobs": []}
+    body: Body = {"choices": [{"logprobs": {"content": [token]}}]}
+    return 200, {}, json.dumps(body | ({"usage": usage} if usage else {})).encode()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (listed(0.5), r"choices\.0\.logprobs\.content\.0\.logprob: .* less than or equal to 0\.001"),
+        (listed("low"), r"content\.0\.logprob: .*valid number"),
+        (listed(-1.0, prompt_tokens=-1), r"usage\.prompt_tokens: .*greater than or equal to 0"),
+        (listed(-1.0, prompt_tokens=10**30), r"usage\.prompt_tokens: "),
+        ((200, {}, b'{"choices": [{"logprobs": {"content": ' + b"[" * 100_000), "not a chat completion"),
+        ((200, {}, b'{"choices": "\\ud800"}'), "not a chat completion"),
+        ((200, {}, b"\xff\xfe"), "not a chat completion"),
+        ((200, {}, b" " * (4 << 20) + b" "), "more than 4,194,304 bytes"),
+        ((200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(1 << 20))), r"compressed \(gzip\)"),
+        ((400, {}, b"\x1b[2Jred\x07\x00"), r"400 Bad Request:  *\[2Jred"),
+    ],
+    ids=["above 0", "text", "negative", "absurd", "deep", "surrogate", "not UTF-8", "large", "gzip",
+         "terminal"],
+)  # fmt: skip
+def test_a_bad_answer_is_one_line_and_the_others_are_kept(
+    folder: Path, server: ChatServer, fault: Reply, message: str
+) -> None:
+    server.reply = lambda number, body: answer(body) if number < 5 else fault
+    with pytest.raises(InputError, match=message) as refused:
+        ask(folder, server, {"retries": 0, "concurrency": 1})
+    assert str(refused.value).isprintable()
+    server.reply = replies()
+    ask(folder, server)
+    assert len(set(server.contents)) == 2 * LABELLED
+    assert len(server.contents) <= 2 * LABELLED + 1  # the bad one again, and no other
+
+
+def test_an_answer_that_never_ends_is_given_up(folder: Path, server: ChatServer) -> None:
+    server.bytes_at_once, server.pause = 1, 0.05
+    with pytest.raises(InputError, match=r"no answer within 0\.5 s"):
+        ask(folder, server, {"retries": 0, "concurrency": 1, "timeout": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7), ("999999999999", 600), ("1" * 400, 600), ("-5", 0), ("soon", 0), ("", 0), ("\u0663", 0),
+     ("Fri, 31 Dec 9999 23:59:59 GMT", 600), ("Thu, 01 Jan 1970 00:00:00 GMT", 0)],
+)  # fmt: skip
+def test_no_server_makes_us_wait_for_ever(header: str, seconds: float) -> None:
+    response = httpx2.Response(429, headers=[(b"Retry-After", header.encode())])
+    assert _retry_after(response) == seconds
+
+
+def test_no_proxy_stands_before_this_machine(
+    folder: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    ask(folder, server)
+    assert len(server.bodies) == 2 * LABELLED
+
+
+def test_the_key_does_not_follow_a_redirect(
+    folder: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", KEY)
+    with chat_server() as other:
+        moved = {"Location": f"{other.url}/chat/completions"}
+        server.reply = lambda number, body: (307, moved, b"")
+        with pytest.raises(InputError, match="307"):
+            ask(folder, server, {"api_key_env": "THE_KEY", "retries": 0})
+        assert not other.bodies
+
+
+def test_a_second_signal_ends_at_once(folder: Path, server: ChatServer) -> None:
+    reached, never = threading.Event(), threading.Event()
+
+    def reply(number: int, body: Body) -> Reply:
+        if number >= 10:
+            reached.set()
+            never.wait(60)
+        return answer(body)
+
+    server.reply = reply
+    process = job(folder, server, concurrency=2)
+    assert process.stdout
+    assert reached.wait(300)
+    process.send_signal(signal.SIGTERM)
+    assert any("waiting for the requests under way" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    never.set()
+    asked = len(server.bodies)
+    server.reply = replies()
+    ask(folder, server)
+    assert 2 * LABELLED <= len(server.bodies) <= 2 * LABELLED + 2  # those under way alone
+    assert asked <= 12
+
+
 def test_a_server_that_is_not_there(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
@@ -523,7 +625,7 @@ def test_a_damaged_file_of_answers_is_told(folder: Path, server: ChatServer) -> 
 
 
 @settings(max_examples=30)
-@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=4), st.binary(min_size=1))
+@given(st.lists(st.floats(max_value=0), min_size=1, max_size=4), st.binary(min_size=1))
 def test_an_answer_is_kept_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, logprobs: list[float], key: bytes
 ) -> None:

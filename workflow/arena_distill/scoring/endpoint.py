@@ -2,7 +2,7 @@
 
 Answers go to disk as they arrive, under a digest of what decides them. Whatever ends a job (a refusal, a
 signal, the cost limit), requests under way are waited for and their answers kept, and the next attempt asks
-for the others alone; only a kill loses the answers to the requests that were under way.
+for the others alone; only a kill, or a second signal, loses the answers to those under way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -55,6 +55,13 @@ ADVICE = {
     422: "is it too long for the model (max_characters), or a field it does not know (parameters)?",
 }
 
+MOST_BYTES = 4 << 20
+"""An answer with more bytes is refused: its verdict is one token."""
+
+LONGEST_PAUSE = 600.0
+"""Seconds. A server that asks to wait for longer (``Retry-After``) is asked again after these."""
+
+_LOOPBACK = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 _BACKOFF = wait_exponential_jitter(initial=0.5, max=60, jitter=0.5)  # seconds: 0.5, 1, 2, … 60
 
 
@@ -65,7 +72,7 @@ class _Part(BaseModel):
 
 class Alternative(_Part):
     token: str
-    logprob: float
+    logprob: Annotated[float, Field(le=1e-3)]  # some servers round the logarithm of 1 up
 
 
 class Token(Alternative):
@@ -82,9 +89,12 @@ class _Choice(_Part):
     logprobs: _Logprobs | None = None
 
 
+_Count = Annotated[int, Field(ge=0, le=10**9)]
+
+
 class _Usage(_Part):
-    prompt_tokens: int
-    completion_tokens: int = 0
+    prompt_tokens: _Count
+    completion_tokens: _Count = 0
 
 
 class Completion(_Part):
@@ -223,7 +233,7 @@ def ask(
                 request = under_way.pop(future)
                 try:
                     arrived[request.key] = future.result()
-                except (_Passing, _Refused) as error:
+                except Exception as error:  # whatever it is, the other answers are kept first
                     failures.append(_failure(request, error, limits))
                     stop.set()
             answers.put(arrived)
@@ -279,13 +289,20 @@ class _Client:
     def __init__(self, limits: EndpointLimits, stop: threading.Event) -> None:
         self._traffic, self._stop = limits, stop
         self._key = _api_key(limits.api_key_env)
-        headers = {"Content-Type": "application/json"}
+        # Compressed, a small answer could unpack to one that fills the memory.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         connections = httpx2.Limits(
             max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency
         )
-        self._http = httpx2.Client(headers=headers, timeout=limits.timeout, limits=connections)
+        self._http = httpx2.Client(
+            headers=headers,
+            timeout=limits.timeout,
+            limits=connections,
+            follow_redirects=False,  # the key is for this host alone
+            mounts=dict.fromkeys(_LOOPBACK),  # no proxy of the environment leads to this machine
+        )
         self._pace = _Pace(limits.requests_per_minute, stop)
 
     def close(self) -> None:
@@ -310,7 +327,7 @@ class _Client:
         if self._stop.is_set():
             raise _Passing("stopped before it was asked")
         try:
-            response = self._http.post(f"{request.url}/chat/completions", content=request.content)
+            response = self._post(request)
         except httpx2.TimeoutException:
             raise _Passing(f"no answer within {self._traffic.timeout:g} s (timeout)") from None
         except httpx2.InvalidURL as error:
@@ -321,8 +338,12 @@ class _Client:
             raise self._fault(response)
         try:
             completion = Completion.model_validate_json(response.content)
-        except ValidationError:
-            raise _Passing(f"not a chat completion: {self._said(response)}") from None
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            where = ".".join(map(str, fault["loc"])) or "the whole"
+            raise _Passing(
+                f"not a chat completion ({where}: {fault['msg']}): {self._said(response)}"
+            ) from None
         if completion.tokens() is None:
             raise _Refused(
                 "the endpoint tells no log-probabilities: this model cannot be a judge here"
@@ -332,6 +353,28 @@ class _Client:
                 "the endpoint counts no tokens, so max_cost cannot be kept: leave it out"
             )
         return completion
+
+    def _post(self, request: Request) -> httpx2.Response:
+        """Send a request; its answer is read whole, within the limits of bytes and of time."""
+        end = time.monotonic() + self._traffic.timeout
+        address, content = f"{request.url}/chat/completions", bytearray()
+        with self._http.stream("POST", address, content=request.content) as response:
+            coding = response.headers.get("Content-Encoding", "identity")
+            if coding != "identity":
+                raise _Refused(f"the answer is compressed ({coding}), which was not asked for")
+            for part in response.iter_raw():
+                content += part
+                if len(content) > MOST_BYTES:
+                    raise _Refused(f"the answer has more than {MOST_BYTES:,} bytes; check `url`")
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout("the answer does not end")
+            extensions = {"reason_phrase": response.reason_phrase.encode()}
+            return httpx2.Response(
+                response.status_code,
+                headers=response.headers,
+                content=bytes(content),
+                extensions=extensions,
+            )
 
     def _fault(self, response: httpx2.Response) -> Exception:
         status = response.status_code
@@ -353,13 +396,14 @@ class _Client:
             said = response.json()
             for name in ("error", "message", "detail"):
                 said = said.get(name, said) if isinstance(said, dict) else said
-        except ValueError:
+        except (ValueError, RecursionError):
             said = response.text
         return self._safe(" ".join(str(said).split()))[:300] or "nothing"
 
     def _safe(self, text: str) -> str:
-        """The text without the key, which some servers repeat."""
-        return text.replace(self._key, "***") if self._key else text
+        """The text without the key, which some servers repeat, nor what would steer a terminal."""
+        text = text.replace(self._key, "***") if self._key else text
+        return "".join(character if character.isprintable() else " " for character in text)
 
 
 class _Pace:
@@ -398,12 +442,14 @@ def _api_key(variable: str | None) -> str:
 def _retry_after(response: httpx2.Response) -> float:
     """Seconds the server asks to wait, given as such or as a date (RFC 9110, 10.2.3); else 0."""
     value = response.headers.get("Retry-After", "")
-    if re.fullmatch(r"\d{1,6}(\.\d*)?", value):
-        return float(value)
     try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+        if re.fullmatch(r"[0-9]+(\.[0-9]*)?", value):
+            seconds = float(value)
+        else:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError, OverflowError):
         return 0.0
+    return min(max(seconds, 0.0), LONGEST_PAUSE)
 
 
 def _seconds_to_wait(state: RetryCallState) -> float:
@@ -419,6 +465,8 @@ def _error(state: RetryCallState) -> BaseException | None:
 def _failure(request: Request, error: Exception, limits: EndpointLimits) -> InputError:
     if isinstance(error, _Refused):
         return InputError(f"{request.name}: {error}")
+    if not isinstance(error, _Passing):
+        return InputError(f"{request.name}: {type(error).__name__}: {error}")
     times = f"{limits.retries + 1} attempts" if limits.retries else "one attempt"
     return InputError(f"{request.name}: no answer in {times}, the last: {error}")
 
@@ -432,15 +480,19 @@ def _too_dear(spent: float, limits: EndpointLimits) -> InputError:
 
 @contextmanager
 def _listening(stop: threading.Event) -> Iterator[list[signal.Signals]]:
-    """Turn a signal that ends the job, however often it comes, into `stop`."""
+    """Turn a signal that ends the job into `stop`; the second one ends it at once."""
     heard: list[signal.Signals] = []
     before: dict[int, Any] = {}
 
     def hear(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        # Not by `print`, which it may have interrupted.
+        if heard:
+            os.write(2, f"\n{name}: stopped without the requests under way\n".encode())
+            os._exit(128 + number)  # what was answered is on disk
         heard.append(signal.Signals(number))
         stop.set()
-        # Not by `print`, which it may have interrupted.
-        os.write(2, f"\n{heard[-1].name}: waiting for the requests under way\n".encode())
+        os.write(2, f"\n{name}: waiting for the requests under way; again: stop at once\n".encode())
 
     for ending in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(ending) != signal.SIG_IGN:  # see `jobs.ignore_signals`
