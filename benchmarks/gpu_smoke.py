@@ -252,7 +252,7 @@ def check_gptq(bench: Bench) -> None:
     settings = bench.settings(QuantizationSettings)
     bench.call(
         *("quantize-model", "--model", merged, *files, "--output", quantized, "--gpus", 1),
-        *("--battles", bench.folder / "battles.parquet", "--settings", settings),
+        *("--settings", settings),
         python=bench.gptq,
     )
     drift = read_json(quantized / "drift.json")

@@ -50,6 +50,31 @@ rule read_battles:
         " --settings {params.settings:q} {params.files:q} > {log:q} 2>&1"
 
 
+rule read_solution:
+    # A job of its own: a solution that comes later, or is mended, trains nothing again. It goes first: one
+    # that does not fit fails before any training.
+    input:
+        battles=RUN.battles,
+        solution=solution,
+    output:
+        votes=RUN.test_votes,
+    log:
+        RUN.log("read_solution"),
+    benchmark:
+        RUN.benchmark("read_solution")
+    priority: 1
+    localrule: True
+    conda:
+        "../envs/arena.yaml"
+    params:
+        settings=version_of("solution"),
+    message:
+        "Reading the votes of the test battles: {input.solution}"
+    shell:
+        "arena read-solution --battles {input.battles:q} --solution {input.solution:q}"
+        " --output {output.votes:q} --settings {params.settings:q} > {log:q} 2>&1"
+
+
 rule assign_folds:
     input:
         battles=RUN.battles,

@@ -43,7 +43,7 @@ rule evaluate:
         logits=[RUN.logits(judge, fold) for judge, fold in SCORED],
         predictions=[RUN.predictions(CONFIG.final, model) for model in MODELS],
         test_logits=RUN.test_logits(CONFIG.final, CONFIG.prediction.model),
-        solution=labelled_test,
+        test_votes=TEST_VOTES,
         quantized=RUN.gptq(CONFIG.final) if "gptq" in MODELS else [],
         truth=TRUTH,
         audit=RUN.audit,
@@ -61,7 +61,7 @@ rule evaluate:
     params:
         settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
-        files=as_options("predictions", "solution", "quantized", "truth", "audit"),
+        files=as_options("predictions", "test_votes", "quantized", "truth", "audit"),
         logits=judged_folds,
     message:
         "Evaluating judges, variants and quantisation"

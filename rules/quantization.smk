@@ -6,7 +6,6 @@ rule quantize_model:
     input:
         model=RUN.merged("{judge}"),
         tokens=tokens,
-        battles=RUN.battles,
     output:
         model=directory(RUN.gptq("{judge}")),
     log:
@@ -24,7 +23,7 @@ rule quantize_model:
         f"Quantising {{wildcards.judge}} with GPTQ{ASKS}"
     shell:
         "arena_gptq quantize-model --model {input.model:q} --tokens {input.tokens:q}"
-        " --battles {input.battles:q} --output {output.model:q} --settings {params.settings:q}"
+        " --output {output.model:q} --settings {params.settings:q}"
         f" {BATCH_OPTIONS} > {{log:q}} 2>&1"
 
 

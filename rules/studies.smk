@@ -9,8 +9,7 @@ rule compare_soups:
         logits=fold_logits,
         tokens=tokens,
         folds=RUN.folds,
-        battles=RUN.battles,
-        solution=labelled_test,
+        test_votes=TEST_VOTES,
     output:
         soups=RUN.soups("{judge}"),
     log:
@@ -24,12 +23,12 @@ rule compare_soups:
         **job_of(scoring_gpus, "batch_tokens"),
     params:
         settings=settings_of(phase.SoupSettings),
-        options=as_options("logits", "solution"),
+        options=as_options("logits", "test_votes"),
     message:
         f"Merging the folds of {{wildcards.judge}} in every way{ASKS}"
     shell:
         "arena compare-soups --backbone {input.backbone:q} --tokens {input.tokens:q}"
-        " --folds {input.folds:q} --battles {input.battles:q} {params.options:q}"
+        " --folds {input.folds:q} {params.options:q}"
         " --output {output.soups:q} --settings {params.settings:q}"
         f" {BATCH_OPTIONS} {{input.adapters:q}} > {{log:q}} 2>&1"
 
@@ -94,7 +93,7 @@ rule compare_judges:
         compared_files,
         folds=RUN.folds,
         battles=RUN.battles,
-        solution=labelled_test,
+        test_votes=TEST_VOTES,
         truth=TRUTH,
     output:
         figures=RUN.study("compare", "compare.json"),
@@ -111,7 +110,7 @@ rule compare_judges:
         settings=study_settings(phase.CompareSettings),
         run=lambda wildcards, input: os.path.dirname(input.folds),
         folder=lambda wildcards, output: os.path.dirname(output.figures),
-        options=as_options("solution", "truth"),
+        options=as_options("test_votes", "truth"),
     message:
         "Comparing recipes"
     shell:

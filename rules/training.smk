@@ -6,7 +6,6 @@ rule pretrain_adapter:
     input:
         backbone=backbone,
         tokens=tokens,
-        battles=RUN.battles,
     output:
         adapter=directory(RUN.pretrained("{judge}")),
     log:
@@ -25,7 +24,7 @@ rule pretrain_adapter:
         f"Post-pretraining {{wildcards.judge}} on UT battles{ASKS}"
     shell:
         "arena pretrain-adapter --backbone {input.backbone:q} --tokens {input.tokens:q}"
-        " --battles {input.battles:q} --output {output.adapter:q} --settings {params.settings:q}"
+        " --output {output.adapter:q} --settings {params.settings:q}"
         " --checkpoints {params.checkpoints:q}"
         f" {TRAINING_OPTIONS} > {{log:q}} 2>&1"
 

@@ -178,18 +178,35 @@ def backbone(family: str, backbones: Callable[[str], Path]) -> Path:
 
 
 def battles_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Canonical battles; a text stands for one turn, what is not given is filled in."""
+    """Canonical battles; a text stands for one turn, a label for a hard vote, the rest is filled in."""
     from arena_distill.battles.reading import SCHEMA
 
     filled = []
     for number, row in enumerate(rows):
         whole = {"id": str(number), "source": "train", "label": 0, "model_a": "a", "model_b": "b"}
-        whole |= {"prompt": "p", "response_a": "x", "response_b": "y"} | row
+        whole |= {
+            "prompt": "p",
+            "response_a": "x",
+            "response_b": "y",
+            "weight": 1,
+            "group": 0,
+        } | row
         for name in ("prompt", "response_a", "response_b"):
             turns: Any = whole[name]
             whole[name] = [turns] if isinstance(turns, str) else list(turns)
-        filled.append(whole)
-    return pa.Table.from_pylist(filled, schema=SCHEMA)
+        label: Any = whole.pop("label")
+        hard = None if label is None else [float(label == i) for i in range(3)]
+        filled.append({"vote": hard} | whole)
+    return grouped(pa.Table.from_pylist(filled, schema=SCHEMA))
+
+
+def grouped(battles: pa.Table) -> pa.Table:
+    """The same battles, their prompts numbered: tables of several calls know nothing of each other."""
+    from arena_distill.battles.prompts import prompt_groups
+    from arena_distill.battles.reading import SCHEMA
+
+    groups = pa.array(prompt_groups(battles["prompt"]))
+    return battles.set_column(SCHEMA.get_field_index("group"), SCHEMA.field("group"), groups)
 
 
 def made_up_battles(

@@ -13,7 +13,9 @@ import pyarrow as pa
 
 from arena_distill.battles import reading as raw
 from arena_distill.battles.folds import assign_folds
-from arena_distill.config.phases import EvaluationSettings, PredictionSettings
+from arena_distill.battles.prompts import prompt_groups
+from arena_distill.battles.votes import vote_columns
+from arena_distill.config.phases import EvaluationSettings, PredictionSettings, Settings
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.evaluation.evaluate import evaluate
 from arena_distill.files.artifacts import provenance as origin
@@ -22,6 +24,7 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.prediction.submission import WINNERS
 from arena_distill.prediction.test_time import Passes, predict_test, softmax
+from arena_distill.verdicts import NO_VOTE, Votes
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3
@@ -55,7 +58,7 @@ class MadeUpRun:
 
     def evaluate(self, *, test: bool = True, **changes: Any) -> Path:
         """Write `metrics.json` of this run; without `test`, as on an arena of unknown votes."""
-        known = {"solution": "solution.csv", "drift": "drift.json"}
+        known = {"test_votes": "test_votes.parquet", "drift": "drift.json"}
         known |= {"truth": "truth.parquet", "test_logits": "logits/small/gptq_test.npy"}
         known = known if test else {}
         options: dict[str, Any] = {name: self.folder / file for name, file in known.items()}
@@ -115,8 +118,11 @@ def _battles(rng: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
         "response_b": [["word " * n] for n in words[:, 1]],
         "model_a": ["x"] * rows,
         "model_b": ["y"] * rows,
-        "label": pa.array(label, pa.int8(), mask=source == "test"),
+        "language": pa.nulls(rows, pa.string()),
+        "category": pa.nulls(rows, pa.string()),
+        **vote_columns(Votes.hard(np.where(source == "test", NO_VOTE, label))),
     }
+    table["group"] = prompt_groups(pa.table(table)["prompt"])
     return pa.table(table).cast(raw.SCHEMA).replace_schema_metadata(_votes(label)), truth
 
 
@@ -177,6 +183,12 @@ def _write_beside(run: MadeUpRun) -> None:
     frame = pd.DataFrame(np.eye(3, dtype=int)[votes[test]], columns=list(WINNERS))
     frame.insert(0, "id", battles["id"].take(pa.array(test)).to_pylist())
     write_text(frame.to_csv(index=False), folder / "solution.csv")
+    raw.write_test_votes(
+        folder / "solution.csv",
+        folder / "battles.parquet",
+        folder / "test_votes.parquet",
+        Settings(version=1),
+    )
     p = np.exp(run.truth)
     truth = {"source": battles["source"], "id": battles["id"]}
     truth |= {f"p_{name}": p[:, i] for i, name in enumerate(("model_a", "model_b", "tie"))}

@@ -24,12 +24,14 @@ from arena_distill.deployment.gptq import load_quantized, quantize_model
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
 from arena_distill.models.scoring import score
+from arena_distill.verdicts import Votes
 
 
 def main(folder: Path) -> None:
     torch.compiler.set_stance("force_eager")  # plain transformers would compile a kernel
     with np.load(folder / "sequences.npz") as stored:
-        sequences, labels = Sequences(stored["ids"], stored["offsets"]), stored["labels"]
+        sequences = Sequences(stored["ids"], stored["offsets"])
+        votes = Votes.hard(stored["labels"])
     half = len(sequences) // 2
     calibration, validation = (
         sequences.take(np.arange(half)),
@@ -53,7 +55,7 @@ def main(folder: Path) -> None:
                 calibration=calibration,
                 validation=[validation],
                 batch_tokens=2048,
-                labels=labels,
+                votes=votes,
             )
         except InputError as error:
             (folder / f"{case['name']}.error").write_text(str(error))

@@ -23,15 +23,15 @@ from arena_distill.battles import reading as raw
 from arena_distill.battles.audit import COLUMNS, EXAMPLES, EXCERPT, audit, write_audit
 from arena_distill.battles.folds import (
     assign_folds,
-    distinct_prompts,
     dropped_extra,
     fold_settings,
-    normalised,
     shared_prompts,
     training_rows,
+    undivided_groups,
     validation_rows,
     write_folds,
 )
+from arena_distill.battles.prompts import distinct_prompts, normalised
 from arena_distill.battles.similarity import (
     RECALL,
     SHINGLE,
@@ -42,7 +42,7 @@ from arena_distill.battles.similarity import (
     recall,
 )
 from arena_distill.config.data import Audit
-from arena_distill.config.phases import AuditSettings, FoldsSettings, parse
+from arena_distill.config.phases import VERSIONS, AuditSettings, FoldsSettings, parse
 from arena_distill.config.run import Config, load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_parquet
@@ -456,8 +456,9 @@ def test_near_duplicates_stay_in_one_fold(seed: int) -> None:
 def test_folds_know_near_duplicates_by_the_number_of_the_first() -> None:
     rows = [{"prompt": p, "label": i % 3} for i, p in enumerate([*"abcdef", LONG, "g", LONG + "?"])]
     battles = battles_table([{"source": "ut", "prompt": "before"}, *rows])
-    groups = assign_folds(battles, method="stratified_group", n=2, seed=0, near=HOW)["group"]
-    assert groups.to_pylist() == [1, 2, 3, 4, 5, 6, 7, 8, 7]
+    folds = assign_folds(battles, method="stratified_group", n=2, seed=0, near=HOW)
+    assert folds["group"].to_pylist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert undivided_groups(folds).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 7]
     assert distinct_prompts(battles)[1][7].as_py() == LONG.casefold()
 
 
@@ -480,7 +481,7 @@ def test_what_links_prompts_of_other_sources_is_no_leak() -> None:
     assert similarity(chain[0], chain[-1]) < 0.95
     how = HOW | {"threshold": 0.95}
     folds = assign_folds(battles_table(rows), method="kfold", n=2, seed=0, near=how)
-    assert len(set(folds["group"].to_pylist())) == 5
+    assert len(set(undivided_groups(folds))) == 5
 
 
 # --- files and settings -----------------------------------------------------------------------------
@@ -563,7 +564,7 @@ def test_the_audit_reaches_the_folds_only_where_they_use_it() -> None:
 
     used = False
     assert folds() == folds(threshold=0.9)
-    assert json.loads(folds()) == {"version": 1, "method": "stratified_group"}
+    assert json.loads(folds()) == {"version": VERSIONS["folds"], "method": "stratified_group"}
     used = True
     assert folds() != folds(threshold=0.9)
     assert parse(FoldsSettings, folds()).audit == Audit()

@@ -25,11 +25,14 @@ from arena_distill.battles.reading import (
     read_battles,
     read_solution,
     write_battles,
+    write_test_votes,
 )
+from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, read_provenance
 from arena_distill.files.keys import key
+from arena_distill.verdicts import NO_VOTE
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real battles in {DATA}")
@@ -68,6 +71,10 @@ def read(path: Path, source: str = "train") -> tuple[list[Row], list[Row]]:
     assert rejected.schema == REJECTED_SCHEMA
     battles.validate(full=True)
     return battles.to_pylist(), rejected.to_pylist()
+
+
+def labels(battles: list[Row]) -> list[int]:
+    return [row["vote"].index(1) if row["vote"] else NO_VOTE for row in battles]
 
 
 def as_stored(text: str) -> str:
@@ -203,7 +210,7 @@ def test_one_hot_votes(tmp_path: Path, yes: Any, no: Any) -> None:
     paths = [write_csv(tmp_path / "t.csv", rows), write_jsonl(tmp_path / "t.jsonl", rows)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     for path in [*paths, tmp_path / "t.parquet"]:
-        assert [row["label"] for row in read(path)[0]] == [0, 1, 2]
+        assert labels(read(path)[0]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -231,15 +238,52 @@ def test_votes_in_one_column(tmp_path: Path, column: str) -> None:
     bare = without(battle(), "winner_model_a", "winner_model_b", "winner_tie")
     rows = [{**bare, "id": i, column: word} for i, word in enumerate([*words, "neither", ""])]
     battles, rejected = read(write_csv(tmp_path / "t.csv", rows))
-    assert [row["label"] for row in battles] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert labels(battles) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [(row["row"], row["column"]) for row in rejected] == [(11, column), (12, column)]
 
 
 def test_votes_of_test_are_not_read(tmp_path: Path) -> None:
     rows = [battle(1), without(battle(2, winner_model_a="?"), "model_a")]
     battles, rejected = read(write_csv(tmp_path / "t.csv", rows), "test")
-    assert [row["label"] for row in battles] == [None, None]
+    assert labels(battles) == [NO_VOTE, NO_VOTE]
     assert not rejected
+
+
+def test_votes_are_probabilities_of_weight_one(tmp_path: Path) -> None:
+    rows = [battle(1), battle(2, winner_model_a=0, winner_tie=1)]
+    battles, _ = read(write_csv(tmp_path / "t.csv", rows))
+    assert [row["vote"] for row in battles] == [[1, 0, 0], [0, 0, 1]]
+    assert [row["weight"] for row in battles] == [1, 1]
+
+
+# --- prompts, languages ---------------------------------------------------------------------------
+
+
+def test_battles_of_one_prompt_share_its_group_whatever_their_source(tmp_path: Path) -> None:
+    prompts = {
+        "train": ["Hello  World", "other"],
+        "extra": ["hello world"],
+        "ut": ["new", "HELLO WORLD"],
+        "test": ["other ", "only here"],
+        "unlabelled": ["new"],
+    }
+    files = {
+        source: [
+            write_csv(tmp_path / f"{source}.csv", [battle(i, prompt=p) for i, p in enumerate(of)])
+        ]
+        for source, of in prompts.items()
+    }
+    battles, _ = read_battles(dict(reversed(files.items())))
+    assert battles["group"].to_pylist() == [0, 1, 0, 2, 0, 1, 3, 2]
+
+
+def test_language_and_category_come_along(tmp_path: Path) -> None:
+    rows = [battle(1, language="German"), battle(2, language="")]
+    battles, _ = read(write_csv(tmp_path / "t.csv", rows))
+    assert [(row["language"], row["category"]) for row in battles] == [
+        ("German", None),
+        (None, None),
+    ]
 
 
 # --- ids, models, rows ----------------------------------------------------------------------------
@@ -484,7 +528,8 @@ def test_a_stray_quote_is_not_a_cut_file(tmp_path: Path) -> None:
 def test_solution_needs_a_vote_for_every_id(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
     path.write_text("id,winner_model_a,winner_model_b,winner_tie\n7,1,0,0\n8,0,0,1\n")
-    assert read_solution(path).to_pylist() == [{"id": "7", "label": 0}, {"id": "8", "label": 2}]
+    ids, votes = read_solution(path)
+    assert (ids.to_pylist(), votes.labels.tolist()) == (["7", "8"], [0, 2])
     faults = {
         "9,1,1,0": "row 2, column .*several winners",
         "7,1,0,0": "row 2, column id: id 7 is taken by row 1",
@@ -494,6 +539,61 @@ def test_solution_needs_a_vote_for_every_id(tmp_path: Path) -> None:
         path.write_text(f"id,winner_model_a,winner_model_b,winner_tie\n7,1,0,0\n{row}\n")
         with pytest.raises(InputError, match=reason):
             read_solution(path)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """The battles of a file with test battles 7, 8 and 9, and a training battle 7."""
+    test = [battle(i, prompt=f"p{i % 2}") for i in (7, 8, 9)]
+    files = {
+        "train": [write_csv(tmp_path / "train.csv", [battle(7, prompt="P1")])],
+        "test": [write_csv(tmp_path / "test.csv", test)],
+    }
+    write_battles(
+        files, tmp_path / "battles.parquet", tmp_path / "rejected.parquet", Settings(version=1)
+    )
+    return tmp_path / "battles.parquet"
+
+
+def test_votes_of_test_battles_are_in_their_order_and_nowhere_else(asked: Path) -> None:
+    solution = write_csv(
+        asked.parent / "s.csv",
+        [{"id": i, "winner": w} for i, w in ((9, "tie"), (7, "b"), (8, "a"))],
+    )
+    write_test_votes(solution, asked, asked.parent / "v.parquet", Settings(version=1))
+    solved = Solution.read(asked.parent / "v.parquet")
+    assert solved.ids.to_pylist() == ["7", "8", "9"]
+    assert solved.keys.to_pylist() == ["test:7", "test:8", "test:9"]
+    assert solved.votes.labels.tolist() == [1, 0, 2]
+    assert solved.votes.weights.tolist() == [1, 1, 1]
+    assert solved.groups.tolist() == [0, 1, 0]
+    battles = read_parquet(asked)
+    assert battles["vote"].is_valid().to_pylist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ((7, 8), "s.csv: 1 test battles have no vote in it: 9; "),
+        ((7, 8, 9, 70, 80), "s.csv: 2 of its ids are no test battles: 70, 80; "),
+        ((), "s.csv: holds no battle"),
+        ((*range(7, 30),), "s.csv: 20 of its ids are no test battles: 10, 11, 12, 13, 14, …; "),
+        (
+            (7, 8, 8, 9),
+            "s.csv, row 3, column id: id 8 is taken by row 2; every test battle needs one",
+        ),
+    ],
+)
+def test_a_solution_of_other_battles_is_refused_in_one_line(
+    asked: Path, ids: tuple[int, ...], message: str
+) -> None:
+    solution = asked.parent / "s.csv"
+    solution.write_text("id,winner\n" + "".join(f"{i},a\n" for i in ids))
+    with pytest.raises(InputError) as refused:
+        write_test_votes(solution, asked, asked.parent / "v.parquet", Settings(version=1))
+    assert str(refused.value).startswith(f"{asked.parent}/{message}")
+    assert "\n" not in str(refused.value)
+    assert not (asked.parent / "v.parquet").exists()
 
 
 # --- real data, imports ---------------------------------------------------------------------------
@@ -512,9 +612,9 @@ def test_real_battles_are_all_read() -> None:
             assert row["id"] == raw["id"]
             assert row["response_a"] == [turn_text(turn) for turn in json.loads(raw["response_a"])]
             winners = (raw["winner_model_a"], raw["winner_model_b"], raw["winner_tie"])
-            assert row["label"] == winners.index("1")
-    solution = read_solution(DATA / "test_solution.csv")
-    assert solution["id"].to_pylist() == [row["id"] for row in rows if row["source"] == "test"]
+            assert row["vote"].index(1) == winners.index("1")
+    ids, _ = read_solution(DATA / "test_solution.csv")
+    assert ids.to_pylist() == [row["id"] for row in rows if row["source"] == "test"]
 
 
 def test_importing_is_light() -> None:

@@ -18,6 +18,7 @@ from made_up_run import FOLDS, MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.style_features import read_styles, style_features
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import PredictionSettings, Settings
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
@@ -38,20 +39,23 @@ from arena_distill.prediction.calibration import (
 )
 from arena_distill.prediction.submission import WINNERS
 from arena_distill.prediction.test_time import predict_test
-from arena_distill.verdicts import Order, swap_classes, swap_labels
+from arena_distill.verdicts import Order, Votes, swap_classes
 
 seeds = st.integers(0, 2**32 - 1)
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-def drawn(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Votes by their probabilities: int64 (rows,)."""
+def drawn(probabilities: np.ndarray, rng: np.random.Generator) -> Votes:
+    """Hard votes by their probabilities."""
     below = probabilities.cumsum(axis=1) < rng.random(len(probabilities))[:, None]
-    votes: np.ndarray = below.sum(axis=1).clip(max=2)
-    return votes
+    return Votes.hard(below.sum(axis=1).clip(max=2))
 
 
-def loss(logits: np.ndarray, votes: np.ndarray) -> float:
+def exchanged_votes(votes: Votes) -> Votes:
+    return Votes(swap_classes(votes.probabilities), votes.weights)
+
+
+def loss(logits: np.ndarray, votes: Votes) -> float:
     return float(losses(softmax(logits), votes).mean())
 
 
@@ -99,7 +103,7 @@ def test_a_fit_is_never_worse_on_its_own_rows(
     method: CalibrationMethod, seed: int, rows: int, size: float
 ) -> None:
     rng = np.random.default_rng(seed)
-    seen, votes = rng.normal(0, size, (rows, 3)), rng.integers(0, 3, rows)
+    seen, votes = rng.normal(0, size, (rows, 3)), Votes.hard(rng.integers(0, 3, rows))
     found = fit(method, seen, votes)
     assert loss(found(seen), votes) <= loss(seen, votes) + 1e-9
     assert np.isfinite(found(seen)).all()
@@ -109,27 +113,27 @@ def test_a_fit_is_never_worse_on_its_own_rows(
 
 @each_method
 def test_what_votes_do_not_decide_stays_as_it_is(method: CalibrationMethod) -> None:
-    none, no_votes = np.empty((0, 3)), np.empty(0, np.int64)
+    none, no_votes = np.empty((0, 3)), Votes.hard(np.empty(0, int))
     empty = fit(method, none, no_votes)
     assert empty.scale.tolist() == [1, 1, 1]
     assert empty.bias.tolist() == [0, 0, 0]
     # A judge that says the same of every battle: no temperature is better than another.
-    constant = fit(method, np.full((9, 3), 4.0), np.arange(9) % 3)
+    constant = fit(method, np.full((9, 3), 4.0), Votes.hard(np.arange(9) % 3))
     np.testing.assert_allclose(constant.scale, 1)
     np.testing.assert_allclose(constant.bias, 0, atol=1e-6)
 
 
 def test_a_perfect_judge_and_a_perverse_one_have_a_temperature() -> None:
-    seen = np.eye(3)[np.arange(30) % 3]
-    assert fit("temperature", seen, np.arange(30) % 3).parameters["temperature"] < 0.2
-    perverse = fit("temperature", seen, (np.arange(30) + 1) % 3).parameters["temperature"]
+    seen, right = np.eye(3)[np.arange(30) % 3], np.arange(30) % 3
+    assert fit("temperature", seen, Votes.hard(right)).parameters["temperature"] < 0.2
+    perverse = fit("temperature", seen, Votes.hard((right + 1) % 3)).parameters["temperature"]
     assert perverse == pytest.approx(HOTTEST)
 
 
 def test_a_kind_of_vote_that_is_absent_becomes_rare_not_impossible() -> None:
     rng = np.random.default_rng(3)
     seen = rng.normal(size=(500, 3))
-    found = fit("vector", seen, rng.integers(0, 2, 500))
+    found = fit("vector", seen, Votes.hard(rng.integers(0, 2, 500)))
     ties = softmax(found(seen))[:, 2]
     assert 0 < ties.max() < 0.01
 
@@ -143,11 +147,11 @@ def test_exchanging_the_answers_exchanges_the_calibrated_verdict(
     method: CalibrationMethod, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
+    seen, votes = rng.normal(0, 2, (50, 3)), Votes.hard(rng.integers(0, 3, 50))
     found = fit(method, seen, votes)
     np.testing.assert_allclose(found(swap_classes(seen)), swap_classes(found(seen)), atol=1e-12)
     # And the fit does not care which answer is called A.
-    exchanged = fit(method, swap_classes(seen), swap_labels(votes))
+    exchanged = fit(method, swap_classes(seen), exchanged_votes(votes))
     np.testing.assert_allclose(exchanged.scale, found.scale, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(exchanged.bias, found.bias, rtol=1e-3, atol=1e-3)
 
@@ -156,7 +160,7 @@ def test_exchanging_the_answers_exchanges_the_calibrated_verdict(
 @given(seed=seeds)
 def test_a_constant_on_all_logits_changes_nothing(method: CalibrationMethod, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
+    seen, votes = rng.normal(0, 2, (50, 3)), Votes.hard(rng.integers(0, 3, 50))
     found, shift = fit(method, seen, votes), rng.normal(0, 5, (50, 1))
     np.testing.assert_allclose(found(seen + shift), found(seen), atol=1e-10)
 
@@ -164,7 +168,7 @@ def test_a_constant_on_all_logits_changes_nothing(method: CalibrationMethod, see
 @given(seeds)
 def test_a_temperature_changes_no_verdict(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    seen, votes = rng.normal(0, 2, (50, 3)), rng.integers(0, 3, 50)
+    seen, votes = rng.normal(0, 2, (50, 3)), Votes.hard(rng.integers(0, 3, 50))
     found = fit("temperature", seen, votes)
     assert (found(seen).argmax(axis=1) == seen.argmax(axis=1)).all()
 
@@ -172,7 +176,7 @@ def test_a_temperature_changes_no_verdict(seed: int) -> None:
 @each_method
 def test_the_same_rows_give_the_same_bits(method: CalibrationMethod) -> None:
     rng = np.random.default_rng(4)
-    seen, votes = rng.normal(0, 2, (300, 3)), rng.integers(0, 3, 300)
+    seen, votes = rng.normal(0, 2, (300, 3)), Votes.hard(rng.integers(0, 3, 300))
     assert fit(method, seen, votes).parameters == fit(method, seen, votes).parameters
 
 
@@ -198,13 +202,13 @@ def test_votes_of_a_part_do_not_move_its_own_probabilities(method: CalibrationMe
     rng = np.random.default_rng(5)
     seen, votes, parts = (
         rng.normal(size=(90, 3)),
-        rng.integers(0, 3, 90),
+        Votes.hard(rng.integers(0, 3, 90)),
         rng.integers(0, 4, 90),
     )
     before = cross_fit(method, seen, votes, parts)
     for part in range(4):
         mine = parts == part
-        changed = np.where(mine, (votes + 1) % 3, votes)
+        changed = Votes.hard(np.where(mine, (votes.labels + 1) % 3, votes.labels))
         after = cross_fit(method, seen, changed, parts)
         np.testing.assert_array_equal(after[mine], before[mine])
         assert not np.allclose(after[~mine], before[~mine])
@@ -235,7 +239,8 @@ def test_parts_share_no_prompt(method: Any) -> None:
 def test_few_prompts_make_few_parts(prompts: list[str], parts: int) -> None:
     folds = assign_folds(battles(prompts * 12), method="kfold", n=4, seed=0)
     assert len(np.unique(parts_of(folds))) == parts
-    seen, votes = np.random.default_rng(0).normal(size=(12 * parts, 3)), np.arange(12 * parts) % 3
+    seen = np.random.default_rng(0).normal(size=(12 * parts, 3))
+    votes = Votes.hard(np.arange(12 * parts) % 3)
     calibrated = cross_fit("vector", seen, votes, parts_of(folds))
     # One prompt leaves nothing to fit to: the logits stay as they are, but for their mean.
     assert np.allclose(softmax(calibrated), softmax(seen)) == (parts == 1)
@@ -244,7 +249,7 @@ def test_few_prompts_make_few_parts(prompts: list[str], parts: int) -> None:
 # --- style ----------------------------------------------------------------------------------------
 
 
-def styled(rows: int, seed: int) -> tuple[np.ndarray, ...]:
+def styled(rows: int, seed: int) -> tuple[np.ndarray, Votes, np.ndarray]:
     """Logits, votes that follow them and the style of the answers as well, and that style."""
     rng = np.random.default_rng(seed)
     seen = rng.normal(0, 1.2, (rows, 3))
@@ -280,7 +285,7 @@ def test_exchanging_the_answers_exchanges_the_verdict_by_style(seed: int) -> Non
     np.testing.assert_allclose(
         found(swap_classes(seen), -styles), swap_classes(found(seen, styles)), atol=1e-12
     )
-    exchanged = fit("style", swap_classes(seen), swap_labels(votes), -styles)
+    exchanged = fit("style", swap_classes(seen), exchanged_votes(votes), -styles)
     np.testing.assert_allclose(exchanged(seen, styles), found(seen, styles), atol=1e-3)
 
 
@@ -336,7 +341,7 @@ def test_the_file_is_cross_fitted_by_the_folds_and_fitted_to_all(
 
     seen = read_out_of_fold(run.folds, run.logits["small"], "small").mean(axis=1, dtype=np.float64)
     fold = run.folds["fold"].to_numpy()
-    votes = run.folds["label"].to_numpy()[fold >= 0].astype(int)
+    votes = votes_of(run.folds)[fold >= 0]
     fold = fold[fold >= 0]  # stratified_group: they keep prompts together
     whole = json.loads(calibration.read_text())
     styles = read_styles(

@@ -36,7 +36,7 @@ from arena_distill.prediction.test_time import (
     score_variants,
     softmax,
 )
-from arena_distill.verdicts import Order
+from arena_distill.verdicts import Order, Votes
 
 ORDERS: tuple[Order, ...] = ("AB", "BA")
 HEADS = [Head(kind="joint"), Head(kind="pointwise")]
@@ -268,13 +268,13 @@ def curve(
     votes: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
-    votes = rng.integers(0, 3, len(logits)) if votes is None else votes
+    labels = rng.integers(0, 3, len(logits)) if votes is None else votes
 
     def predict(scores: np.ndarray) -> np.ndarray:
         return averages(scores, (40, 90), ORDERS, "logits")["40+90/AB+BA"]
 
     groups = np.arange(len(logits))
-    found = cascade_curve(logits, (40, 90), predict, costs, votes, groups, threshold)
+    found = cascade_curve(logits, (40, 90), predict, costs, Votes.hard(labels), groups, threshold)
     assert found is not None
     return found
 

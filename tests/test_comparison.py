@@ -37,7 +37,7 @@ def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path:
     """With held-out battles as well, which are scored by nobody and lie between the others."""
     run = made_up_run(tmp_path, holdout=holdout)
     settings = settings_of()
-    compare(tmp_path, tmp_path / "compare.json", settings=settings, solution=None, truth=None)
+    compare(tmp_path, tmp_path / "compare.json", settings=settings, test_votes=None, truth=None)
     found = json.loads((tmp_path / "compare.json").read_text())["out_of_fold"]["judges"]
     known = json.loads(run.evaluate(test=False).read_text())["judges"]
     for name in JUDGES:
@@ -58,7 +58,7 @@ def test_on_test_battles_a_judge_stands_beside_itself_calibrated(tmp_path: Path)
             tmp_path,
             tmp_path / f"{method}.json",
             settings=settings_of("small", method=method),
-            solution=tmp_path / "solution.csv",
+            test_votes=tmp_path / "test_votes.parquet",
             truth=None,
         )
         found[method] = json.loads((tmp_path / f"{method}.json").read_text())

@@ -20,13 +20,13 @@ from arena_distill.files.logits import write_logits
 from arena_distill.training.linear_probe import fit_weights
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import (
-    NO_VOTE,
     VOTE_LOSS,
     as_seen,
     select_rows,
     teacher_logits,
     teacher_weights,
 )
+from arena_distill.verdicts import NO_VOTE, Votes
 
 SUMMARY = Loss()
 BLACKPEARL = Loss(
@@ -64,7 +64,11 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def mean_loss(z: np.ndarray, y: np.ndarray, teachers: np.ndarray | None, loss: Loss) -> float:
     given = None if teachers is None else torch.tensor(teachers)
-    return float(battle_losses(torch.tensor(z), torch.tensor(y), given, None, loss).mean())
+    return float(
+        battle_losses(
+            torch.tensor(z), torch.tensor(Votes.hard(y).probabilities), given, None, loss
+        ).mean()
+    )
 
 
 def test_summary_loss_is_the_written_one(batch: tuple[np.ndarray, ...]) -> None:
@@ -131,7 +135,7 @@ def test_losses_and_gradients_are_finite_and_not_negative(
 ) -> None:
     student = torch.tensor(z, requires_grad=True)
     given = torch.tensor(np.stack([teacher, z], axis=1))
-    total = battle_losses(student, torch.tensor([0, 1, 2, 0]), given, None, loss)
+    total = battle_losses(student, torch.eye(3)[[0, 1, 2, 0]], given, None, loss)
     assert total.shape == (4,)
     assert torch.isfinite(total).all()
     assert (total > -1e-5).all()
@@ -148,13 +152,13 @@ def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
     random = torch.Generator().manual_seed(3)
     half = (torch.randn(64, 3, generator=random) * 2).bfloat16()
     teachers = (torch.randn(64, 2, 3, generator=random) * 2).bfloat16()
-    labels = torch.randint(0, 3, (64,), generator=random)
-    low = battle_losses(half, labels, teachers, None, loss)
-    high = battle_losses(half.float(), labels, teachers.float(), None, loss)
+    votes = torch.eye(3)[torch.randint(0, 3, (64,), generator=random)]
+    low = battle_losses(half, votes, teachers, None, loss)
+    high = battle_losses(half.float(), votes, teachers.float(), None, loss)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, high, rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = battle_losses(half, labels, teachers, None, loss)
+        under_autocast = battle_losses(half, votes, teachers, None, loss)
     assert under_autocast.dtype == torch.float32
     torch.testing.assert_close(under_autocast, high, rtol=0, atol=1e-7)
 
@@ -191,19 +195,21 @@ def test_a_teacher_with_all_the_weight_is_the_only_one(
     z, y, teachers = batch
     loss = Loss(ce=1, kl=1, cosine=1, combine=combine)
     alone = np.tile(np.array([1.0, 0.0]), (7, 1))
-    given = (torch.tensor(a) for a in (z, y, teachers, alone))
+    given = (torch.tensor(a) for a in (z, np.eye(3)[y], teachers, alone))
     twice = np.stack([teachers[:, 0]] * 2, axis=1)
     weighted = float(battle_losses(*given, loss).mean())
     assert weighted == pytest.approx(mean_loss(z, y, twice, loss), rel=1e-5)
 
 
-def noisy_teachers(noise: tuple[float, ...], rows: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+def noisy_teachers(noise: tuple[float, ...], rows: int = 4000) -> tuple[np.ndarray, Votes]:
     """Targets (rows, J, orders, 3) whose teachers see the truth through noise, and the votes."""
     rng = np.random.default_rng(8)
     truth = rng.normal(0, 1.5, (rows, 3))
-    votes = (softmax(truth).cumsum(1) < rng.random((rows, 1))).sum(1).clip(max=2)
+    labels = (softmax(truth).cumsum(1) < rng.random((rows, 1))).sum(1).clip(max=2)
     seen = [truth + rng.normal(0, error, truth.shape) for error in noise]
-    return np.repeat(np.stack(seen, axis=1)[:, :, None], 2, axis=2).astype(np.float32), votes
+    return np.repeat(np.stack(seen, axis=1)[:, :, None], 2, axis=2).astype(np.float32), Votes.hard(
+        labels
+    )
 
 
 @pytest.mark.parametrize("combine", ["mean_logits", "mean_probabilities"])
@@ -224,7 +230,7 @@ def test_fitted_weights_have_the_least_log_loss_of_all(combine: str) -> None:
             p = softmax(np.einsum("rjc,j->rc", z, w))
         else:
             p = np.einsum("rjc,j->rc", softmax(z), w)
-        return float(-np.log(p[np.arange(len(p)), votes[held_out]]).mean())
+        return float(-np.log(p[np.arange(len(p)), votes.labels[held_out]]).mean())
 
     for other in np.random.default_rng(0).dirichlet([1, 1, 1], 200):
         assert log_loss(best) <= log_loss(other) + 1e-6
@@ -236,7 +242,7 @@ def test_weights_are_fitted_on_held_out_rows_alone() -> None:
     loss = Loss(weights="fitted")
     expected = teacher_weights(targets, votes, held_out, loss)[0]
     cheating = targets.copy()
-    cheating[~held_out, 1] = 50 * np.eye(3)[votes[~held_out]][:, None]  # it knows their votes
+    cheating[~held_out, 1] = 50 * votes.probabilities[~held_out, None]  # it knows their votes
     np.testing.assert_array_equal(teacher_weights(cheating, votes, held_out, loss)[0], expected)
     with pytest.raises(InputError, match="out of fold"):
         teacher_weights(targets, votes, np.zeros(len(votes), bool), loss)
@@ -247,11 +253,11 @@ def test_confidence_weights_by_hand() -> None:
     p = np.array([[[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.5]]])
     targets = np.log(p)[:, :, None].repeat(2, axis=2).astype(np.float32)
     loss = Loss(weights="confidence")
-    weights = teacher_weights(targets, np.array([0]), np.array([True]), loss)
+    weights = teacher_weights(targets, Votes.hard(np.array([0])), np.array([True]), loss)
     surprise = 1 / np.array([0.5, 0.25, 0.125])  # exp(CE)
     np.testing.assert_allclose(weights[0], (1 - surprise / surprise.sum()) / 2, rtol=1e-5)
     assert weights.sum() == pytest.approx(1)
-    nobody = teacher_weights(targets, np.array([NO_VOTE]), np.array([False]), loss)
+    nobody = teacher_weights(targets, Votes.hard(np.array([NO_VOTE])), np.array([False]), loss)
     np.testing.assert_allclose(nobody, 1 / 3, rtol=1e-6)
 
 
@@ -427,7 +433,7 @@ def test_targets_out_of_fold_make_scores_optimistic_and_those_in_sample_do_not(
     def learn(known: np.ndarray, teacher: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all battles, by a linear judge that learned some."""
         loss = VOTE_LOSS if teacher is None else Loss(ce=0, kl=1, temperature=1)
-        own = votes[torch.from_numpy(known)]
+        own = torch.eye(3)[votes[torch.from_numpy(known)]]
 
         def objective(outputs: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
             target = None if teacher is None else teacher[part]

@@ -47,7 +47,7 @@ from arena_distill.encoding.tokenization import (
 from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_parquet
-from arena_distill.verdicts import ORDERS
+from arena_distill.verdicts import ORDERS, Votes
 
 NEWLINE = 10
 FRAME = ((1, 101), (102, 102), (103,), (104, 2))  # begin and end of sequence are 1 and 2
@@ -133,7 +133,8 @@ def tokens_of(rows: list[list[Turns]], caps: list[list[int]] | None = None) -> T
     one_answer = dict.fromkeys(TEMPLATES, (FRAME[0], FRAME[1], FRAME[3]))
     ids = pa.array([str(i) for i in range(len(rows))], pa.string())
     sources = pa.array(["train"] * len(rows), pa.string())
-    return Tokens(ids, sources, fields, Vocabulary(0, (NEWLINE,), frames, one_answer))
+    votes = Votes.hard(np.zeros(len(rows), int))
+    return Tokens(ids, sources, votes, fields, Vocabulary(0, (NEWLINE,), frames, one_answer))
 
 
 def framed(parts: list[list[int]]) -> list[int]:
@@ -429,7 +430,7 @@ def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
         version=1, encoding=encoding, lora=Lora(), precision="fp32", training=Training(),
         keep_head=False, loss=VOTE_LOSS,
     )  # fmt: skip
-    shown = make_examples(tokens, np.zeros(len(tokens), np.int64), None, None, training).views[0]
+    shown = make_examples(tokens, tokens.votes, None, None, training).views[0]
     half = np.arange(len(tokens)) + (len(tokens) if order == "BA" else 0)
     predicted = encode(tokens, encoding, order)
     assert shown.take(half).ids.tobytes() == predicted.ids.tobytes()

@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from arena_distill.battles.style_features import LENGTHS, style_features
+from arena_distill.battles.votes import votes_of
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.terminal import print_table
@@ -28,6 +29,7 @@ from arena_distill.files.artifacts import provenance, read_parquet, write_parque
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.metrics import softmax
 from arena_distill.prediction.calibration import METHODS
+from arena_distill.verdicts import Votes
 
 Edit = Callable[[np.ndarray, pa.Table], tuple[np.ndarray, pa.Table]]
 
@@ -67,7 +69,7 @@ def test_lengths_are_counted_in_characters_and_words() -> None:
 def test_the_class_prior_never_peeks_at_its_validation_fold(
     run: MadeUpRun, metrics: dict[str, Any]
 ) -> None:
-    fold, label = (run.folds[name].to_numpy() for name in ("fold", "label"))
+    fold, label = run.folds["fold"].to_numpy(), votes_of(run.folds).labels
     for k, figures in enumerate(metrics["baselines"]["class_prior"]["folds"]):
         shares = np.bincount(label[fold != k], minlength=3) / (fold != k).sum()
         expected = -np.log(shares[label[fold == k]]).mean()
@@ -77,7 +79,7 @@ def test_the_class_prior_never_peeks_at_its_validation_fold(
 def test_the_length_regression_never_peeks_at_its_validation_fold(
     run: MadeUpRun, metrics: dict[str, Any]
 ) -> None:
-    fold, label = (run.folds[name].to_numpy() for name in ("fold", "label"))
+    fold, label = run.folds["fold"].to_numpy(), votes_of(run.folds).labels
     # Folds list train and extra in the battles' order.
     features = style_features(run.battles.slice(0, len(run.folds)))[:, :LENGTHS]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -88,9 +90,10 @@ def test_the_length_regression_never_peeks_at_its_validation_fold(
 
 def test_a_vote_that_training_rows_lack_has_probability_zero() -> None:
     features = np.array([[0.0], [1.0], [2.0], [3.0]])
-    votes = np.array([0, 0, 2, 2])
+    votes = Votes.hard(np.array([0, 0, 2, 2]))
     assert (length_regression(features, votes, features)[:, 1] == 0).all()
-    assert (length_regression(features, votes * 0, features) == [1, 0, 0]).all()
+    all_a = Votes.hard(np.zeros(4, int))
+    assert (length_regression(features, all_a, features) == [1, 0, 0]).all()
     assert (class_prior(features, votes, features[:1]) == [[0.5, 0, 0.5]]).all()
 
 
@@ -132,7 +135,7 @@ def test_a_judge_is_scored_by_the_mean_of_both_orders_logits(
     run: MadeUpRun, metrics: dict[str, Any]
 ) -> None:
     train = run.folds.filter(pc.field("source") == "train").to_pylist()
-    label_of = {row["id"]: row["label"] for row in train}
+    label_of = {row["id"]: row["vote"].index(1) for row in train}
     parts, votes = [], []
     for path in run.logits["big"]:
         logits, ids = read_logits(path)

@@ -272,7 +272,7 @@ def test_all_labelled_battles_are_asked_in_both_orders(folder: Path, server: Cha
     assert logits.shape == (LABELLED, 2, 3)
     assert len(server.bodies) == 2 * LABELLED
     keys = list(zip(rows["source"].to_pylist(), rows["id"].to_pylist(), strict=True))
-    for battle in battles.filter(pa.compute.field("label").is_valid()).to_pylist():
+    for battle in battles.filter(pa.compute.field("vote").is_valid()).to_pylist():
         if (battle["source"], battle["id"]) not in keys:
             assert battle["source"] == "ut"
             continue

@@ -144,7 +144,7 @@ def test_prompts_that_are_there_already_and_repetitions_are_left_out() -> None:
         voted(3, ["new"], "a", "b"),  # again
         voted(4, ["new"], "a", "c"),  # another battle
     ]
-    kept = arena_battles(rows, without={("old prompt",)})
+    kept = arena_battles(rows, without={"old prompt"})
     assert kept["id"].to_pylist() == ["q2", "q4"]
 
 
@@ -193,7 +193,7 @@ def test_ultrafeedback_is_fetched_and_read(
     battles, rejected = read_battles({"ut": [tmp_path / "in/ut.parquet"]})
     assert not len(rejected)
     assert battles["prompt"].to_pylist() == [["p"], ["q ?"]]
-    assert battles["label"].to_pylist()[0] == 2
+    assert battles["vote"].to_pylist()[0] == [0, 0, 1]
     made = read_provenance(tmp_path / "in/ut.parquet")["settings"]
     assert (made["revision"], made["commit"]) == ("main", COMMIT)
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["ut.parquet"]
@@ -211,7 +211,7 @@ def test_conversations_are_fetched_without_what_train_has(
     )
     fetch_battles(tmp_path / "extra.parquet", without=[train], settings=FetchSettings.of(origin))
     battles, rejected = read_battles({"extra": [tmp_path / "extra.parquet"]})
-    assert (battles["id"].to_pylist(), battles["label"].to_pylist()) == (["q2"], [0])
+    assert (battles["id"].to_pylist(), battles["vote"].to_pylist()) == (["q2"], [[1, 0, 0]])
     assert not len(rejected)
 
 

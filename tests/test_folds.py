@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import battles_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +19,13 @@ from arena_distill.battles.folds import (
     dropped_extra,
     fold_settings,
     held_out_rows,
-    prompt_groups,
     shared_prompts,
     training_rows,
     validation_rows,
     write_folds,
 )
+from arena_distill.battles.prompts import prompt_groups
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import FoldsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
@@ -40,8 +42,7 @@ def made_up(prompts: int = 40, per_prompt: int = 3, extra: int = 30) -> pa.Table
     rows: list[dict[str, Any]] = []
 
     def add(source: str, prompt: str, label: int | None) -> None:
-        names = {"prompt": [prompt], "response_a": ["a"], "response_b": ["b"]}
-        rows.append({"id": str(len(rows)), "source": source, **names, "label": label})
+        rows.append({"id": str(len(rows)), "source": source, "prompt": prompt, "label": label})
 
     for i in range(prompts * per_prompt):
         add("train", f"question {i % prompts}", i % 3)
@@ -49,7 +50,7 @@ def made_up(prompts: int = 40, per_prompt: int = 3, extra: int = 30) -> pa.Table
         add("extra", f"QUESTION  {i}", i % 3)
     add("ut", "question 0", 1)
     add("test", "question 1", None)
-    return pa.Table.from_pylist(rows, schema=raw.SCHEMA)
+    return battles_table(rows)
 
 
 def in_fold(folds: pa.Table, fold: int) -> tuple[set[int], set[int]]:
@@ -92,7 +93,7 @@ def test_stratified_is_scikit_learns() -> None:
 
     battles = made_up(extra=0)
     folds = assign_folds(battles, method="stratified", n=5, seed=2025)
-    labels = folds["label"].to_numpy()
+    labels = votes_of(folds).labels
     splits = StratifiedKFold(5, shuffle=True, random_state=2025).split(labels, labels)
     for fold, (training, validation) in enumerate(splits):
         np.testing.assert_array_equal(training_rows(folds, fold), training)
@@ -126,13 +127,11 @@ def test_what_choices_see_is_neither_trained_on_nor_reported(method: FoldMethod)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=20), st.integers(2, 4))
 def test_prompts_never_leak_whatever_the_battles(rows: list[tuple[int, int]], n: int) -> None:
     half = len(rows) // 2
-    table = pa.table(
-        {
-            "id": [str(i) for i in range(len(rows))],
-            "source": ["train"] * half + ["extra"] * (len(rows) - half),
-            "prompt": [[f"p{prompt}"] for prompt, _ in rows],
-            "label": pa.array([label for _, label in rows], pa.int8()),
-        }
+    table = battles_table(
+        [
+            {"source": "train" if i < half else "extra", "prompt": f"p{prompt}", "label": label}
+            for i, (prompt, label) in enumerate(rows)
+        ]
     )
     try:
         folds = assign_folds(table, method="stratified_group", n=n, seed=0)
@@ -159,15 +158,15 @@ def test_leak_of_the_historical_folds_is_counted(method: FoldMethod) -> None:
 
 def test_same_prompt_whatever_its_case_and_spaces() -> None:
     same = [["Straße ﬁn"], ["STRASSE  fin\n"], ["strasse", "fin"], [" strasse\u00a0ﬁn "]]
-    groups = prompt_groups(battles_of([*same, ["strasse"], [], [""], ["Straße ﬁn"]]))
+    groups = prompt_groups(battles_of([*same, ["strasse"], [], [""], ["Straße ﬁn"]])["prompt"])
     assert groups.dtype == np.int64
     assert groups.tolist() == [0, 0, 0, 0, 1, 2, 2, 0]
 
 
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8")), max_size=2), max_size=8))
 def test_groups_number_prompts_in_order_of_appearance(prompts: list[list[str]]) -> None:
-    groups = prompt_groups(battles_of(prompts)).tolist()
-    again = prompt_groups(battles_of(prompts + prompts)).tolist()
+    groups = prompt_groups(battles_of(prompts)["prompt"]).tolist()
+    again = prompt_groups(battles_of(prompts + prompts)["prompt"]).tolist()
     assert again == groups + groups
     assert list(dict.fromkeys(groups)) == list(range(len(set(groups))))
 
@@ -235,5 +234,5 @@ def test_real_battles_leak_by_row_and_not_by_prompt() -> None:
     assert sum(shared_prompts(by_prompt, fold) for fold in range(5)) == 0
     for fold in range(5):
         assert not set.intersection(*in_fold(by_prompt, fold))
-        labels = by_prompt["label"].to_numpy()[validation_rows(by_prompt, fold)]
+        labels = votes_of(by_prompt).labels[validation_rows(by_prompt, fold)]
         assert np.bincount(labels, minlength=3).min() > 40

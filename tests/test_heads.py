@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from arena_distill.battles.folds import training_rows
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Head, Lora, Loss, Pretraining, Training
 from arena_distill.config.phases import (
     LogitsSettings,
@@ -42,7 +43,7 @@ from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import VOTE_LOSS
 from arena_distill.training.trainer import pretrain_adapter, train_fold
-from arena_distill.verdicts import swap_classes
+from arena_distill.verdicts import Votes, swap_classes
 
 JOINT = Head(kind="joint")
 DAVIDSON = Head(kind="pointwise")
@@ -155,8 +156,9 @@ def test_one_answer_is_cut_to_the_length(
 
 def test_a_pointwise_judge_sees_each_battle_once(make_run: Callable[..., Run]) -> None:
     tokens = read_tokens(make_run("llama").tokens).take(np.arange(4))
-    labels, targets = np.array([0, 1, 2, 0]), np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
-    shown = make_examples(tokens, labels, targets, None, training_settings(DAVIDSON))
+    votes = Votes.hard(np.array([0, 1, 2, 0]))
+    targets = np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
+    shown = make_examples(tokens, votes, targets, None, training_settings(DAVIDSON))
     assert (len(shown), len(shown.views)) == (4, 2)
     assert shown.teachers is not None
     np.testing.assert_array_equal(shown.teachers, targets.mean(axis=2))
@@ -216,7 +218,7 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
             torch.cat([model(torch.from_numpy(ids[None].astype(np.int64))).logits for ids in view])
             for view in encode_views(read, ENCODING, head)
         ]
-    votes = torch.from_numpy(rows["label"].to_numpy().astype(np.int64))
+    votes = torch.from_numpy(votes_of(rows).probabilities)
     each = battle_losses(battle_logits(torch.stack(outputs, 1), head), votes, None, None, VOTE_LOSS)
     # (An adapter starts as nothing; dropout touches its input alone.)
     assert float(each.mean()) == pytest.approx(reported, rel=1e-4)
@@ -234,7 +236,7 @@ def test_pretrained_trained_scored_merged_asked(
     )  # fmt: skip
     start = tmp_path / "pretrained"
     pretrain_adapter(
-        run.backbone, run.tokens, run.battles, start, settings=pretraining,
+        run.backbone, run.tokens, start, settings=pretraining,
         launch=Launch(micro_batch_size=4),
     )  # fmt: skip
     adapter = trained(run, head, tmp_path / "fold_0", pretrained=start)

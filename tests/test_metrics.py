@@ -24,7 +24,7 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
-from arena_distill.verdicts import swap_classes
+from arena_distill.verdicts import Votes, swap_classes
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -34,7 +34,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def test_log_loss_and_accuracy_by_hand() -> None:
     probabilities = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
-    found = scores(probabilities, np.array([0, 2, 1]))
+    found = scores(probabilities, Votes.hard(np.array([0, 2, 1])))
     assert found["rows"] == 3
     assert found["accuracy"] == pytest.approx(2 / 3)
     by_hand = -(np.log(0.5) + np.log(0.7) + np.log(0.3)) / 3
@@ -44,37 +44,37 @@ def test_log_loss_and_accuracy_by_hand() -> None:
 @given(seeds, st.integers(1, 50))
 def test_log_loss_is_scikit_learns(seed: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
-    probabilities, votes = rng.dirichlet(np.ones(3), rows), rng.integers(0, 3, rows)
-    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
+    probabilities, votes = rng.dirichlet(np.ones(3), rows), Votes.hard(rng.integers(0, 3, rows))
+    expected = log_loss(votes.labels, probabilities, labels=[0, 1, 2])
     assert scores(probabilities, votes)["log_loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_an_impossible_vote_costs_much_but_not_infinitely_much() -> None:
-    probabilities, votes = np.array([[1.0, 0.0, 0.0]]), np.array([1])
-    expected = log_loss(votes, probabilities, labels=[0, 1, 2])
+    probabilities, votes = np.array([[1.0, 0.0, 0.0]]), Votes.hard(np.array([1]))
+    expected = log_loss(votes.labels, probabilities, labels=[0, 1, 2])
     assert losses(probabilities, votes)[0] == pytest.approx(expected)
 
 
 def test_calibration_error_by_hand() -> None:
     # Two verdicts of confidence 0.9, one right; two of 0.5 (bin 0.467 to 0.533), both right.
     probabilities = np.array([[0.9, 0.1, 0], [0, 0.9, 0.1], [0.5, 0.3, 0.2], [0.3, 0.2, 0.5]])
-    bins = reliability(probabilities, np.array([0, 0, 0, 2]))
+    bins = reliability(probabilities, Votes.hard(np.array([0, 0, 0, 2])))
     assert [b["rows"] for b in bins] == [2, 2]
     assert [b["accuracy"] for b in bins] == [1.0, 0.5]
     assert calibration_error(bins) == pytest.approx((2 * 0.5 + 2 * 0.4) / 4)
 
 
 def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower() -> None:
-    (only,) = reliability(np.array([[0.6, 0.3, 0.1]]), np.array([0]))
+    (only,) = reliability(np.array([[0.6, 0.3, 0.1]]), Votes.hard(np.array([0])))
     assert (only["lower"], only["upper"]) == (8 / 15, 9 / 15)
-    (sure,) = reliability(np.array([[1.0, 0.0, 0.0]]), np.array([0]))
+    (sure,) = reliability(np.array([[1.0, 0.0, 0.0]]), Votes.hard(np.array([0])))
     assert sure["upper"] == 1
 
 
 @given(seeds)
 def test_the_bins_hold_every_verdict_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    probabilities, votes = rng.dirichlet(np.full(3, 0.3), 60), rng.integers(0, 3, 60)
+    probabilities, votes = rng.dirichlet(np.full(3, 0.3), 60), Votes.hard(rng.integers(0, 3, 60))
     bins = reliability(probabilities, votes)
     assert sum(b["rows"] for b in bins) == 60
     assert all(b["lower"] < b["confidence"] <= b["upper"] + 1e-12 for b in bins)
@@ -92,20 +92,21 @@ def test_gap_closed_runs_from_the_prior_to_the_bayes_limit() -> None:
 
 def test_paired_difference_by_hand() -> None:
     loss, reference = np.array([1.0, 2.0, 3.0, 2.0]), np.array([1.0, 1.0, 1.0, 1.0])
-    found = paired_difference(loss, reference, np.arange(4))
+    found = paired_difference(loss, reference, Votes.hard(np.zeros(4, int)), np.arange(4))
     assert found["difference"] == 1
     # Every row a prompt of its own: the textbook standard error.
     error = np.std(loss - reference, ddof=1) / 2
     assert found["high"] - found["difference"] == pytest.approx(1.96 * error)
-    same = paired_difference(reference, reference, np.zeros(4, int))
+    same = paired_difference(reference, reference, Votes.hard(np.zeros(4, int)), np.zeros(4, int))
     assert same == {"difference": 0, "low": 0, "high": 0}
 
 
 def test_repeated_prompts_make_a_difference_less_sure() -> None:
     rng = np.random.default_rng(0)
     loss, reference = np.repeat(rng.random(100), 5), np.zeros(500)
-    alone = paired_difference(loss, reference, np.arange(500))
-    grouped = paired_difference(loss, reference, np.repeat(np.arange(100), 5))
+    votes = Votes.hard(np.zeros(500, int))
+    alone = paired_difference(loss, reference, votes, np.arange(500))
+    grouped = paired_difference(loss, reference, votes, np.repeat(np.arange(100), 5))
     width = grouped["high"] - grouped["low"]
     assert width == pytest.approx(5**0.5 * (alone["high"] - alone["low"]), rel=0.02)
 
@@ -116,13 +117,15 @@ def test_repeated_prompts_make_a_difference_less_sure() -> None:
 def test_brier_score_by_hand() -> None:
     probabilities = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     first = 0.5**2 + 0.25**2 + 0.25**2
-    assert brier_score(probabilities, np.array([0, 1, 2])) == pytest.approx((first + 0 + 2) / 3)
+    assert brier_score(probabilities, Votes.hard(np.array([0, 1, 2]))) == pytest.approx(
+        (first + 0 + 2) / 3
+    )
 
 
 def test_classwise_error_by_hand() -> None:
     # A: 0.9 (vote) and 0.1 (none): bins of their own. B: 0.05 and 0.7. Tie: 0.05 and 0.2 (vote).
     probabilities = np.array([[0.9, 0.05, 0.05], [0.1, 0.7, 0.2]])
-    diagrams = class_reliability(probabilities, np.array([0, 2]))
+    diagrams = class_reliability(probabilities, Votes.hard(np.array([0, 2])))
     assert [b["confidence"] for b in diagrams["model_b"]] == [0.05, 0.7]
     assert [b["accuracy"] for b in diagrams["tie"]] == [0, 1]
     by_class = [(0.1 + 0.1) / 2, (0.05 + 0.7) / 2, (0.05 + 0.8) / 2]
@@ -134,11 +137,11 @@ def test_adaptive_error_by_hand() -> None:
     confidence = 0.5 + np.arange(30) / 1000
     rest = (1 - confidence) / 2
     probabilities = np.column_stack([confidence, rest, rest])
-    votes = np.arange(30) % 2
+    votes = Votes.hard(np.arange(30) % 2)
     gaps = [abs(2 * 0.5 - confidence[i : i + 2].sum()) for i in range(0, 30, 2)]
     assert adaptive_calibration_error(probabilities, votes) == pytest.approx(sum(gaps) / 30)
     # The lower ones are always right, the upper ones never: one wide bin does not see it.
-    votes = (np.arange(30) >= 14).astype(int)
+    votes = Votes.hard((np.arange(30) >= 14).astype(int))
     by_hand = ((1 - confidence[:14]).sum() + confidence[14:].sum()) / 30
     assert adaptive_calibration_error(probabilities, votes) == pytest.approx(by_hand)
     assert calibration_error(reliability(probabilities, votes)) < 0.1
@@ -148,30 +151,33 @@ def test_adaptive_error_by_hand() -> None:
 def test_equal_confidences_share_a_bin_whatever_the_order_of_rows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     few = rng.dirichlet(np.ones(3), 4)
-    probabilities, votes = few[rng.integers(0, 4, 50)], rng.integers(0, 3, 50)
+    probabilities, votes = few[rng.integers(0, 4, 50)], Votes.hard(rng.integers(0, 3, 50))
     shuffled = rng.permutation(50)
     assert adaptive_calibration_error(probabilities, votes) == pytest.approx(
         adaptive_calibration_error(probabilities[shuffled], votes[shuffled]), abs=1e-12
     )
     # A constant judge has one bin, however many rows.
     same = np.tile([0.5, 0.3, 0.2], (50, 1))
-    assert adaptive_calibration_error(same, votes) == pytest.approx(abs((votes == 0).mean() - 0.5))
+    assert adaptive_calibration_error(same, votes) == pytest.approx(
+        abs((votes.labels == 0).mean() - 0.5)
+    )
 
 
 @given(seeds)
 def test_every_class_diagram_holds_every_battle_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    probabilities, votes = rng.dirichlet(np.full(3, 0.3), 60), rng.integers(0, 3, 60)
+    probabilities, votes = rng.dirichlet(np.full(3, 0.3), 60), Votes.hard(rng.integers(0, 3, 60))
     for i, bins in enumerate(class_reliability(probabilities, votes).values()):
         assert sum(b["rows"] for b in bins) == 60
         votes_for = sum(b["rows"] * b["accuracy"] for b in bins)
-        assert votes_for == pytest.approx((votes == i).sum())
+        assert votes_for == pytest.approx((votes.labels == i).sum())
 
 
 def test_the_truth_is_calibrated_by_every_measure() -> None:
     rng = np.random.default_rng(0)
     truth = rng.dirichlet(np.ones(3), 100_000)
-    votes = (truth.cumsum(axis=1) < rng.random(len(truth))[:, None]).sum(axis=1).clip(max=2)
+    drawn = (truth.cumsum(axis=1) < rng.random(len(truth))[:, None]).sum(axis=1).clip(max=2)
+    votes = Votes.hard(drawn)
     for name in ("ece", "adaptive_ece", "classwise_ece"):
         assert calibration_scores(truth, votes)[name] < 0.006, name
         assert calibration_scores(softmax(2 * np.log(truth)), votes)[name] > 0.03, name
@@ -183,12 +189,12 @@ def test_the_truth_is_calibrated_by_every_measure() -> None:
 def test_distance_from_the_truth_by_hand() -> None:
     truth = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
     judged = np.array([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0]])
-    found = truth_scores(truth, judged, np.array([0, 0]))
+    found = truth_scores(truth, judged, Votes.hard(np.array([0, 0])))
     first = 0.5 * np.log(2) - 0.25 * np.log(2)
     assert found["kl"] == pytest.approx((first + np.log(2)) / 2)
     assert found["mean_absolute_error"] == pytest.approx((0.25 + 0.25 + 0.5 + 0.5) / 6)
     assert found["excess_log_loss"] == pytest.approx(np.log(2))
-    assert set(truth_scores(truth, truth, np.array([1, 0])).values()) == {0.0}
+    assert set(truth_scores(truth, truth, Votes.hard(np.array([1, 0]))).values()) == {0.0}
 
 
 @given(seeds)
@@ -196,7 +202,7 @@ def test_kl_is_the_excess_log_loss_to_be_expected(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth, judged = rng.dirichlet(np.ones(3), (2, 20))
     # The expectation over votes, class by class, instead of the draw.
-    votes = [np.full(20, k) for k in range(3)]
+    votes = [Votes.hard(np.full(20, k)) for k in range(3)]
     expected = sum(
         (truth[:, k] * (losses(judged, v) - losses(truth, v))).mean() for k, v in enumerate(votes)
     )
@@ -212,7 +218,7 @@ def test_kl_is_the_excess_log_loss_to_be_expected(seed: int) -> None:
 def test_a_swap_equivariant_judge_has_no_position_bias(seed: int) -> None:
     """Such a judge's logits are the same in both orders, once those of BA are exchanged back."""
     rng = np.random.default_rng(seed)
-    logits, votes = rng.normal(size=(30, 3)), rng.integers(0, 3, 30)
+    logits, votes = rng.normal(size=(30, 3)), Votes.hard(rng.integers(0, 3, 30))
     found = position_bias(np.stack([logits, logits], axis=1), votes)
     loss = found.pop("log_loss")
     assert set(found.values()) == {0.0}
@@ -221,7 +227,7 @@ def test_a_swap_equivariant_judge_has_no_position_bias(seed: int) -> None:
 
 def test_logits_that_are_not_exchanged_back_look_biased() -> None:
     rng = np.random.default_rng(0)
-    logits, votes = rng.normal(size=(300, 3)), rng.integers(0, 3, 300)
+    logits, votes = rng.normal(size=(300, 3)), Votes.hard(rng.integers(0, 3, 300))
     found = position_bias(np.stack([logits, swap_classes(logits)], axis=1), votes)
     assert found["flip_rate"] > 0.5
     assert found["total_variation"] > 0.1
@@ -234,7 +240,7 @@ def test_position_bias_by_hand() -> None:
         [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]],  # the first, then a tie
         [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1]],  # A in both
     ]
-    votes = np.array([0, 0, 2, 1])
+    votes = Votes.hard(np.array([0, 0, 2, 1]))
     found = position_bias(np.log(p), votes)
     assert found["flip_rate"] == 3 / 4
     assert found["total_variation"] == pytest.approx((0.4 + 0.4 + 0.5 + 0) / 4)
@@ -247,7 +253,8 @@ def test_position_bias_by_hand() -> None:
 
 def test_a_judge_that_always_prefers_the_first_answer() -> None:
     logits = np.tile(np.array([[1.0, 0, 0], [0, 1, 0]]), (5, 1, 1))
-    found = position_bias(logits, np.zeros(5, int))
+    votes = Votes.hard(np.zeros(5, int))
+    found = position_bias(logits, votes)
     assert found["first_place_preference"] == 1
-    assert position_bias(logits[:, ::-1], np.zeros(5, int))["first_place_preference"] == -1
+    assert position_bias(logits[:, ::-1], votes)["first_place_preference"] == -1
     assert found["log_loss"]["both"] < found["log_loss"]["BA"]

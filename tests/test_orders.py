@@ -8,16 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arena_distill.verdicts import CLASSES, ORDERS, swap_classes, swap_labels
+from arena_distill.verdicts import CLASSES, NO_VOTE, ORDERS, Votes, swap_classes
 
 
-@given(
-    hnp.arrays(st.sampled_from([np.int8, np.int64]), st.integers(0, 9), elements=st.integers(0, 2))
-)
-def test_swapping_labels_twice_is_the_identity(labels: np.ndarray) -> None:
-    swapped = swap_labels(labels)
-    assert swapped.dtype == labels.dtype
-    np.testing.assert_array_equal(swap_labels(swapped), labels)
+@given(hnp.arrays(np.int64, st.integers(0, 9), elements=st.integers(NO_VOTE, 2)))
+def test_a_hard_vote_and_its_label_are_one(labels: np.ndarray) -> None:
+    votes = Votes.hard(labels)
+    np.testing.assert_array_equal(votes.labels, labels)
+    np.testing.assert_array_equal(votes.known, labels != NO_VOTE)
+    np.testing.assert_array_equal(votes.probabilities.sum(axis=1), votes.known)
+    np.testing.assert_array_equal(votes.weights, 1)
+
+
+def test_the_label_of_a_soft_vote_is_its_likeliest_class() -> None:
+    soft = Votes(np.array([[0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0, 0, 0]]), np.array([1.0, 3, 2]))
+    assert soft.labels.tolist() == [1, 0, NO_VOTE]
+    assert soft[np.array([True, False, True])].labels.tolist() == [1, NO_VOTE]
+    assert soft.mean(np.array([6.0, 2, 0])) == 2
 
 
 @given(
@@ -35,11 +42,11 @@ def test_swapping_logits_twice_is_the_identity(logits: np.ndarray) -> None:
 def test_swapping_exchanges_a_and_b_and_leaves_ties() -> None:
     assert CLASSES == ("model_a", "model_b", "tie")
     assert ORDERS == ("AB", "BA")
-    assert swap_labels(np.array([0, 1, 2])).tolist() == [1, 0, 2]
     assert swap_classes(np.array([[0.1, 0.2, 0.7]])).tolist() == [[0.2, 0.1, 0.7]]
 
 
 @pytest.mark.parametrize("label", [0, 1, 2])
-def test_a_verdict_and_its_label_swap_together(label: int) -> None:
-    verdict = np.eye(3)[label]
-    assert swap_classes(verdict).argmax() == swap_labels(np.array([label]))[0]
+def test_a_vote_and_its_label_swap_together(label: int) -> None:
+    votes = Votes.hard(np.array([label]))
+    swapped = Votes(swap_classes(votes.probabilities), votes.weights)
+    assert swapped.labels.tolist() == [[1, 0, 2][label]]

@@ -13,6 +13,7 @@ from conftest import Run
 from test_training import LORA, fit, training_settings
 
 from arena_distill.battles.folds import training_rows
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Head, Loss, Training
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.files.artifacts import read_parquet
@@ -33,14 +34,15 @@ from arena_distill.training.linear_probe import (
 )
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import VOTE_LOSS
+from arena_distill.verdicts import Votes
 
 JOINT, MEAN = Head(kind="joint"), Head(kind="pointwise", pooling="mean")
 
 
-def objective(labels: np.ndarray, head: Head = JOINT) -> Callable[..., torch.Tensor]:
-    votes = torch.from_numpy(labels)
+def objective(votes: Votes, head: Head = JOINT) -> Callable[..., torch.Tensor]:
+    probabilities = torch.from_numpy(votes.probabilities.astype(np.float32))
     return lambda outputs, rows: battle_losses(
-        battle_logits(outputs, head), votes[rows], None, None, VOTE_LOSS
+        battle_logits(outputs, head), probabilities[rows], None, None, VOTE_LOSS
     )
 
 
@@ -60,7 +62,7 @@ def test_it_is_scikit_learns_logistic_regression(ridge: float) -> None:
 
     features, labels = made_up(300, 12, strength=1)
     (path, found) = fit_weights(
-        torch.from_numpy(features), objective(labels), 3, np.arange(300), (100.0, ridge)
+        torch.from_numpy(features), objective(Votes.hard(labels)), 3, np.arange(300), (100.0, ridge)
     )
     assert path.abs().max() < found.abs().max()
     flat = features[:, 0] / features.std(axis=0, ddof=1)
@@ -73,8 +75,12 @@ def test_what_predicts_is_learned_and_noise_is_not() -> None:
     features, labels = made_up(400, 10, strength=2)
     noise = np.random.default_rng(1).permutation(labels)
     groups = np.arange(400)
-    _, weak, found = cross_validate(torch.from_numpy(features), objective(labels), 3, groups)
-    head, strong, guessed = cross_validate(torch.from_numpy(features), objective(noise), 3, groups)
+    _, weak, found = cross_validate(
+        torch.from_numpy(features), objective(Votes.hard(labels)), 3, groups
+    )
+    head, strong, guessed = cross_validate(
+        torch.from_numpy(features), objective(Votes.hard(noise)), 3, groups
+    )
     assert found < 0.6 < np.log(3) - 0.02 < guessed
     assert weak < 0.1 < strong
     assert (torch.from_numpy(features[:, 0]) @ head.T).std() < 0.1
@@ -86,9 +92,11 @@ def test_prompts_stay_whole() -> None:
     groups = np.repeat(np.arange(40), 10)
     names = np.eye(40, dtype=np.float32)[groups][:, None]
     labels = rng.integers(0, 3, 40)[groups]
-    _, ridge, found = cross_validate(torch.from_numpy(names), objective(labels), 3, groups)
+    _, ridge, found = cross_validate(
+        torch.from_numpy(names), objective(Votes.hard(labels)), 3, groups
+    )
     _, fooled, seen = cross_validate(
-        torch.from_numpy(names), objective(labels), 3, rng.permutation(400)
+        torch.from_numpy(names), objective(Votes.hard(labels)), 3, rng.permutation(400)
     )
     assert seen < 0.3 < np.log(3) - 0.05 < found
     assert fooled < ridge
@@ -97,7 +105,7 @@ def test_prompts_stay_whole() -> None:
 def test_one_prompt_alone_leaves_nothing_to_choose_by() -> None:
     features, labels = made_up(20, 4, strength=1)
     head, ridge, _ = cross_validate(
-        torch.from_numpy(features), objective(labels), 3, np.zeros(20, int)
+        torch.from_numpy(features), objective(Votes.hard(labels)), 3, np.zeros(20, int)
     )
     assert ridge == RIDGES[0]
     assert torch.isfinite(head).all()
@@ -110,7 +118,7 @@ def test_features_are_what_the_head_reads(family: str, run: Run, head: Head) -> 
     judge = new_judge(
         load_classifier(run.backbone, head=head, pad_token_id=pad, head_seed=0), LORA, 4
     )
-    shown = make_examples(tokens, np.zeros(7, np.int64), None, None, training_settings(head=head))
+    shown = make_examples(tokens, tokens.votes, None, None, training_settings(head=head))
     features = torch.from_numpy(read_features(judge, shown.views, 300))
     assert features.shape == (len(shown), len(shown.views), 32)
     assert judge.training
@@ -131,7 +139,7 @@ def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path
     folds, tokens = read_parquet(run.folds), read_tokens(run.tokens)
     rows = folds.take(training_rows(folds, 0))
     tokens = tokens.take(locate(key(rows), tokens.keys(), "tokens"))
-    votes = rows["label"].to_numpy().astype(np.int64)
+    votes = votes_of(rows)
     settings = training_settings(head=head)
     shown = make_examples(tokens, votes, None, None, settings)
     base = load_classifier(run.backbone, head=head, pad_token_id=tokens.vocabulary.pad, head_seed=0)
@@ -140,7 +148,7 @@ def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path
     groups = np.tile(rows["group"].to_numpy(), len(shown) // len(rows))
     layer = head_layer(judge)
     expected, *_ = cross_validate(
-        features, objective(shown.labels, head), layer.out_features, groups
+        features, objective(shown.votes, head), layer.out_features, groups
     )
     assert expected.abs().max() > 0
     learned = fit(run, tmp_path / "x", head=head, fit_head=True, lr=1e-12)
@@ -154,7 +162,7 @@ def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> No
     tokens = read_tokens(run.tokens)
     pad, rows = tokens.vocabulary.pad, len(tokens)
     settings = training_settings(head=MEAN)
-    shown = make_examples(tokens, np.zeros(rows, np.int64), None, None, settings)
+    shown = make_examples(tokens, Votes.hard(np.zeros(rows, int)), None, None, settings)
     longer = shown.views[0].lengths > shown.views[1].lengths
     sure = np.where(longer[:, None], [4, 0, 0], [0, 4, 0]).astype(np.float32)
     taught = replace(

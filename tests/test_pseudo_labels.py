@@ -17,7 +17,7 @@ import pytest
 import torch
 from chat_server import chat_server
 from checkouts import make_checkout
-from conftest import ROOT, Run, battles_table, made_up_battles
+from conftest import ROOT, Run, battles_table, grouped, made_up_battles
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import made_up_run
@@ -36,6 +36,7 @@ from arena_distill.battles.folds import (
 )
 from arena_distill.battles.reading import read_battles
 from arena_distill.battles.simulation import WINNERS, write_arena
+from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.data import Arena
 from arena_distill.config.derived import JudgeFamily
 from arena_distill.config.external import EndpointLimits
@@ -71,7 +72,7 @@ from arena_distill.training.examples import Examples
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import VOTE_LOSS, select_rows, teacher_logits
 from arena_distill.training.trainer import train_fold
-from arena_distill.verdicts import CLASSES, NO_VOTE, swap_labels
+from arena_distill.verdicts import CLASSES, NO_VOTE, Votes
 
 ENCODING = Encoding(max_length=96)
 BARE, SHARING = 16, 12
@@ -92,7 +93,7 @@ def with_unlabelled(battles: pa.Table, rows: int = BARE) -> pa.Table:
         }
         for i in range(rows)
     ]
-    return pa.concat_tables([battles, battles_table(more)])
+    return grouped(pa.concat_tables([battles, battles_table(more)]))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_votes_are_neither_needed_nor_read(tmp_path: Path, votes: dict[str, Any]
     path = write_csv(tmp_path / "u.csv", [battle(id=i, model_a="x", **votes) for i in range(3)])
     battles, rejected = read_battles({"unlabelled": [path]})
     assert rejected.num_rows == 0
-    assert battles["label"].to_pylist() == [None] * 3
+    assert battles["vote"].to_pylist() == [None] * 3
     assert battles["model_a"].to_pylist() == ["x"] * 3
     assert set(battles["source"].to_pylist()) == {"unlabelled"}
 
@@ -225,7 +226,7 @@ def test_the_folds_of_all_others_stay_as_they_are(method: Any) -> None:
     bare = after.slice(len(before))
     assert bare["id"].to_pylist() == [str(i) for i in range(BARE)]
     assert set(bare["fold"].to_pylist()) == {UNLABELLED}
-    assert set(bare["label"].to_pylist()) == {NO_VOTE}
+    assert set(votes_of(bare).labels) == {NO_VOTE}
     np.testing.assert_array_equal(unlabelled_rows(after), np.arange(len(before), len(after)))
     for fold in range(3):
         for select in (training_rows, validation_rows):
@@ -235,11 +236,10 @@ def test_the_folds_of_all_others_stay_as_they_are(method: Any) -> None:
 
 def test_votes_that_are_there_do_not_come_into_the_folds() -> None:
     battles = with_unlabelled(made_up_battles())
-    voted = battles.set_column(
-        7, battles.schema.field("label"), pa.array([1] * len(battles), pa.int8())
-    )
+    votes = vote_columns(Votes.hard(np.ones(len(battles), int)))["vote"]
+    voted = battles.set_column(battles.column_names.index("vote"), "vote", votes)
     folds = assign_folds(voted, method="kfold", n=3, seed=1)
-    labels = folds["label"].to_numpy()
+    labels = votes_of(folds).labels
     assert set(labels[unlabelled_rows(folds)]) == {NO_VOTE}
     assert set(labels[validation_rows(folds, 0)]) == {1}
 
@@ -276,15 +276,11 @@ def test_prompts_by_which_something_is_chosen_train_no_student() -> None:
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from("txu")), min_size=20, max_size=60))
 def test_prompts_never_leak_whatever_the_battles(rows: list[tuple[int, str]]) -> None:
     sources = {"t": "train", "x": "extra", "u": "unlabelled"}
-    table = pa.table(
-        {
-            "id": [str(i) for i in range(len(rows))],
-            "source": [sources[source] for _, source in rows],
-            "prompt": [[f"p{prompt}"] for prompt, _ in rows],
-            "label": pa.array(
-                [None if s == "u" else i % 3 for i, (_, s) in enumerate(rows)], pa.int8()
-            ),
-        }
+    table = battles_table(
+        [
+            {"source": sources[s], "prompt": f"p{prompt}", "label": None if s == "u" else i % 3}
+            for i, (prompt, s) in enumerate(rows)
+        ]
     )
     try:
         folds = assign_folds(table, method="stratified_group", n=2, seed=0)
@@ -439,22 +435,20 @@ def test_no_vote_reaches_the_loss_in_either_order(
     fit(run, tmp_path / "x", settings_of("t"), 0, {"t": write_teacher(folds, tmp_path)})
     (given,) = shown
     rows = folds.take(training_rows(folds, 0, unlabelled=True))
-    labels = rows["label"].to_numpy()
-    assert 0 < (labels == NO_VOTE).sum() < len(labels)
-    np.testing.assert_array_equal(given.labels, [*labels, *swap_labels(labels)])
-    np.testing.assert_array_equal(given.labels == NO_VOTE, np.tile(labels == NO_VOTE, 2))
+    votes = votes_of(rows)
+    assert 0 < votes.known.sum() < len(votes)
+    np.testing.assert_array_equal(
+        given.votes.probabilities,
+        np.concatenate([votes.probabilities, votes.probabilities[:, [1, 0, 2]]]),
+    )
+    np.testing.assert_array_equal(given.votes.known, np.tile(votes.known, 2))
     assert given.teachers is not None
     targets = teacher_logits(
         select_rows(
             {"t": sorted(tmp_path.glob("fold_*.npy"))}, rows.select(["id", "source"]), "out_of_fold"
         )
     )
-    np.testing.assert_array_equal(given.teachers[: len(labels)], targets[:, :, 0])
-
-
-def test_exchanged_answers_leave_a_missing_vote_missing() -> None:
-    for kind in (np.int8, np.int64):
-        assert swap_labels(np.array([0, 1, 2, NO_VOTE], kind)).tolist() == [1, 0, 2, NO_VOTE]
+    np.testing.assert_array_equal(given.teachers[: len(votes)], targets[:, :, 0])
 
 
 @given(st.floats(0, 50), st.integers(0, 2**32 - 1))
@@ -463,12 +457,12 @@ def test_the_loss_of_such_a_battle_has_no_cross_entropy(ce: float, seed: int) ->
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(size=(4, 3)))
     teachers = torch.from_numpy(rng.normal(size=(4, 2, 3)))
-    labels = torch.tensor([NO_VOTE, 0, NO_VOTE, 2])
+    votes = torch.tensor([[0, 0, 0], [1.0, 0, 0], [0, 0, 0], [0, 0, 1]])
     with_votes, alone = (
-        battle_losses(logits, labels, teachers, None, Loss(ce=weight, kl=0.7, cosine=0.2))
+        battle_losses(logits, votes, teachers, None, Loss(ce=weight, kl=0.7, cosine=0.2))
         for weight in (ce, 0)
     )
-    bare = labels == NO_VOTE
+    bare = votes.sum(1) == 0
     torch.testing.assert_close(with_votes[bare], alone[bare])
     if ce > 0.1:
         assert not torch.allclose(with_votes[~bare], alone[~bare])
@@ -484,7 +478,7 @@ def test_teachers_and_students_without_pseudo_labels_learn_as_if_there_were_none
         fit(run, tmp_path / "x", settings_of(), fold)
         fit(run, tmp_path / "x", settings_of("t", pseudo_labels=False), fold, {"t": files})
     for before, after in zip(shown[:2], shown[2:], strict=True):
-        np.testing.assert_array_equal(after.labels, before.labels)
+        np.testing.assert_array_equal(after.votes.probabilities, before.votes.probabilities)
         np.testing.assert_array_equal(after.views[0].ids, before.views[0].ids)
         np.testing.assert_array_equal(after.views[0].offsets, before.views[0].offsets)
         for one, other in ((after.teachers, before.teachers), (after.weights, before.weights)):
@@ -666,8 +660,8 @@ def compared(run: Path) -> list[Any]:
         prediction=Prediction(),
     )  # fmt: skip
     settings = CompareSettings(version=1, run="x", entries=(entry,), runs=(), resamples=100)
-    output, solution = run / "compare.json", run / "solution.csv"
-    compare(run, output, settings=settings, solution=solution, truth=run / "truth.parquet")
+    output, votes = run / "compare.json", run / "test_votes.parquet"
+    compare(run, output, settings=settings, test_votes=votes, truth=run / "truth.parquet")
     figures = read_json(output)
     return [figures["out_of_fold"], figures["test"]]
 

@@ -27,6 +27,7 @@ from arena_distill.deployment.gptq import check_layers, check_settings
 from arena_distill.deployment.quantization_error import check_drift, drift
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
+from arena_distill.verdicts import Votes
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("llama", "qwen2", "gemma2")
@@ -59,7 +60,8 @@ def test_drift_ignores_what_softmax_ignores(before: np.ndarray, shift: float) ->
 
 def test_drift_by_hand() -> None:
     p, q = np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]), np.array([[0.25, 0.5, 0.25]] * 2)
-    report = drift(np.log(p).astype(np.float32), np.log(q).astype(np.float32), np.array([0, 2]))
+    votes = Votes.hard(np.array([0, 2]))
+    report = drift(np.log(p).astype(np.float32), np.log(q).astype(np.float32), votes)
     kl = (p * np.log(p / q)).sum(-1)
     assert report["rows"] == 2
     assert report["kl"] == pytest.approx(kl.mean(), rel=1e-6)
@@ -72,7 +74,7 @@ def test_drift_by_hand() -> None:
     assert report["log_loss_change"] == pytest.approx(change, rel=1e-6)
 
 
-def test_drift_without_labels_has_no_log_loss() -> None:
+def test_drift_without_votes_has_no_log_loss() -> None:
     report = drift(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32))
     assert report["log_loss"] is report["log_loss_before"] is report["log_loss_change"] is None
 

@@ -44,6 +44,7 @@ from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
 from arena_distill.training.targets import select_rows, teacher_states
 from arena_distill.training.trainer import train_fold
+from arena_distill.verdicts import Votes
 
 ENCODING = Encoding(max_length=96)
 BOTH = ("features", "attention")
@@ -339,30 +340,30 @@ def test_divergences_by_hand() -> None:
 
 
 def test_states_enter_the_weighted_mean_of_the_loss_by_hand() -> None:
-    logits, labels = torch.zeros(1, 3), torch.tensor([0])
+    logits, votes = torch.zeros(1, 3), torch.tensor([[1.0, 0, 0]])
     teachers = torch.tensor([[[np.log(2.0), 0, 0], [0, 0, 0]]], dtype=torch.float32)
     loss = Loss(ce=1, kl=2, temperature=1, features=3, attention=0.5, combine="separate")
     states = {"features": torch.tensor([[0.8, 0.2]]), "attention": torch.tensor([[0.1, 0.3]])}
     weights = torch.tensor([[0.75, 0.25]])  # J w = 1.5 and 0.5
     kl = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
     total = np.log(3) + 1.5 * 2 * kl + 3 * (1.5 * 0.8 + 0.5 * 0.2) + 0.5 * (1.5 * 0.1 + 0.5 * 0.3)
-    found = battle_losses(logits, labels, teachers, weights, loss, states)
+    found = battle_losses(logits, votes, teachers, weights, loss, states)
     assert float(found) == pytest.approx(total / (1 + 2 * (2 + 3 + 0.5)), rel=1e-5)
     # Logits as one target: still a term of states per teacher.
     one = loss.model_copy(update={"combine": "mean_logits", "kl": 0.0})
     total = np.log(3) + 3 * (0.8 + 0.2) + 0.5 * (0.1 + 0.3)
-    found = battle_losses(logits, labels, teachers, None, one, states)
+    found = battle_losses(logits, votes, teachers, None, one, states)
     assert float(found) == pytest.approx(total / (1 + 2 * 3.5), rel=1e-5)
 
 
 def test_without_states_the_loss_is_what_it_was() -> None:
     rng = torch.Generator().manual_seed(0)
     logits, teachers = torch.randn(5, 3, generator=rng), torch.randn(5, 2, 3, generator=rng)
-    labels = torch.tensor([0, 1, 2, 0, 1])
+    votes = torch.eye(3)[[0, 1, 2, 0, 1]]
     for loss in (Loss(), Loss(ce=1, kl=1, cosine=1, combine="separate")):
-        plain = battle_losses(logits, labels, teachers, None, loss)
+        plain = battle_losses(logits, votes, teachers, None, loss)
         torch.testing.assert_close(
-            battle_losses(logits, labels, teachers, None, loss, {}), plain, rtol=0, atol=0
+            battle_losses(logits, votes, teachers, None, loss, {}), plain, rtol=0, atol=0
         )
 
 
@@ -492,15 +493,15 @@ def test_a_student_is_shown_the_states_of_what_it_is_shown(
     tokens = tokens.take(locate(key(rows), tokens.keys(), "tokens"))
     selected = select_rows(teachers, rows, "out_of_fold")
     states = {name: teacher_states(selected, name) for name in BOTH}
-    targets, labels = np.zeros((6, 2, 2, 3), np.float32), np.zeros(6, np.int64)
+    targets, votes = np.zeros((6, 2, 2, 3), np.float32), Votes.hard(np.zeros(6, int))
     weights = np.full((6, 2), 0.5, np.float32)
-    swapped = make_examples(tokens, labels, targets, weights, student_settings(Loss()), states)
+    swapped = make_examples(tokens, votes, targets, weights, student_settings(Loss()), states)
     for each, given in zip(swapped.states["features"], states["features"], strict=True):
         np.testing.assert_array_equal(each[:6, 0], given[:, 0])
         np.testing.assert_array_equal(each[6:, 0], given[:, 1])
     assert [values.shape for values in swapped[7]["features"]] == [(1, 32), (1, 40)]
     alone = student_settings(Loss(), head=Head(kind="pointwise"))
-    pointwise = make_examples(tokens, labels, targets, weights, alone, states)
+    pointwise = make_examples(tokens, votes, targets, weights, alone, states)
     np.testing.assert_array_equal(pointwise[2]["features"][1], states["features"][1][2])
     assert pointwise[2]["attention"][0].shape == (2, ENCODING.max_length)
     # What stands behind a sequence's end is padding, of the batch or of the file.

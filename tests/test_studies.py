@@ -19,6 +19,7 @@ from arena_distill.config.run import Config, load
 from arena_distill.deployment import fold_weights
 from arena_distill.errors import InputError
 from arena_distill.metrics import bootstrap
+from arena_distill.verdicts import Votes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "config" / "recipes").glob("*.yaml"))
@@ -230,8 +231,9 @@ def test_an_interval_is_wider_where_battles_share_prompts() -> None:
     rng = np.random.default_rng(0)
     by_prompt = np.repeat(rng.normal(size=100), 20) + rng.normal(0, 0.1, 2000)
     prompts = np.repeat(np.arange(100), 20)
-    as_prompts = bootstrap(by_prompt[None], prompts, resamples=1000).std()
-    as_rows = bootstrap(by_prompt[None], np.arange(2000), resamples=1000).std()
+    votes = Votes.hard(np.zeros(2000, int))
+    as_prompts = bootstrap(by_prompt[None], votes, prompts, resamples=1000).std()
+    as_rows = bootstrap(by_prompt[None], votes, np.arange(2000), resamples=1000).std()
     assert as_prompts == pytest.approx(by_prompt.reshape(100, 20).mean(1).std() / 10, rel=0.1)
     assert as_prompts > 3 * as_rows
 
@@ -239,17 +241,18 @@ def test_an_interval_is_wider_where_battles_share_prompts() -> None:
 def test_differences_are_paired() -> None:
     """Two judges that err on the same battles differ by a constant: the interval has no width."""
     loss = np.random.default_rng(1).exponential(size=500)
-    drawn = bootstrap(np.stack([loss, loss + 0.01]), np.arange(500) // 3, resamples=300)
+    votes = Votes.hard(np.zeros(500, int))
+    drawn = bootstrap(np.stack([loss, loss + 0.01]), votes, np.arange(500) // 3, resamples=300)
     np.testing.assert_allclose(drawn[:, 1] - drawn[:, 0], 0.01, atol=1e-12)
     assert drawn[:, 0].std() > 0.01
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
-    rng, covered = np.random.default_rng(2), 0
+    rng, covered, votes = np.random.default_rng(2), 0, Votes.hard(np.zeros(180, int))
     for trial in range(200):
         loss = np.repeat(rng.normal(size=60), 3)[None]
         low, high = np.quantile(
-            bootstrap(loss, np.arange(180) // 3, resamples=400, seed=trial), [0.025, 0.975]
+            bootstrap(loss, votes, np.arange(180) // 3, resamples=400, seed=trial), [0.025, 0.975]
         )
         covered += low <= 0 <= high
     assert 0.89 < covered / 200 < 0.98

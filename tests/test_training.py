@@ -15,6 +15,7 @@ from conftest import FAMILIES, Run, make_backbone
 from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, validation_rows
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Training
 from arena_distill.config.phases import LogitsSettings, PretrainingSettings, TrainingSettings
 from arena_distill.encoding.sequences import read_tokens
@@ -31,6 +32,7 @@ from arena_distill.training import trainer
 from arena_distill.training.examples import Examples, make_examples
 from arena_distill.training.targets import VOTE_LOSS
 from arena_distill.training.trainer import pretrain_adapter, train_fold
+from arena_distill.verdicts import Votes
 
 LORA = Lora(r=4, alpha=8, dropout=0.0)
 ENCODING = Encoding(max_length=96)
@@ -122,17 +124,17 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 def test_swap_shows_every_row_twice_with_vote_and_targets_exchanged(llama: Run) -> None:
     tokens = read_tokens(llama.tokens).take(np.arange(5))
-    labels = np.array([0, 1, 2, 0, 1])
+    votes = Votes.hard(np.array([0, 1, 2, 0, 1]))
     targets = np.random.default_rng(0).normal(size=(5, 2, 2, 3)).astype(np.float32)
-    shown = make_examples(tokens, labels, targets, None, training_settings(swap=True))
+    shown = make_examples(tokens, votes, targets, None, training_settings(swap=True))
     assert len(shown) == 10
-    assert shown.labels.tolist() == [0, 1, 2, 0, 1, 1, 0, 2, 1, 0]
+    assert shown.votes.labels.tolist() == [0, 1, 2, 0, 1, 1, 0, 2, 1, 0]
     assert shown.teachers is not None
     np.testing.assert_array_equal(shown.teachers[:5], targets[:, :, 0])
     np.testing.assert_array_equal(shown.teachers[5:], targets[:, :, 1][..., [1, 0, 2]])
     for row in range(5):
         assert sorted(shown.views[0][row]) == sorted(shown.views[0][row + 5])
-    alone = make_examples(tokens, labels, targets, None, training_settings(swap=False))
+    alone = make_examples(tokens, votes, targets, None, training_settings(swap=False))
     assert len(alone) == 5
     np.testing.assert_array_equal(alone.views[0].ids, shown.views[0].take(np.arange(5)).ids)
 
@@ -150,11 +152,11 @@ def test_a_fold_never_reads_its_validation_rows(
     mine = folds.take(training_rows(folds, fold))
     if method == "stratified_group":
         assert not set(held_out["group"].to_pylist()) & set(mine["group"].to_pylist())
-    expected = make_examples(of_rows(tokens, mine), votes(mine), None, None, training_settings())
+    expected = make_examples(of_rows(tokens, mine), votes_of(mine), None, None, training_settings())
     np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
-    np.testing.assert_array_equal(shown.labels, expected.labels)
+    np.testing.assert_array_equal(shown.votes.probabilities, expected.votes.probabilities)
     hidden = make_examples(
-        of_rows(tokens, held_out), votes(held_out), None, None, training_settings()
+        of_rows(tokens, held_out), votes_of(held_out), None, None, training_settings()
     )
     seen = {ids.tobytes() for ids in shown.views[0]}
     assert not seen & {ids.tobytes() for ids in hidden.views[0]}
@@ -174,25 +176,21 @@ def of_rows(tokens: Any, rows: Any) -> Any:
     return tokens.take(locate(key(rows), tokens.keys(), "tokens"))
 
 
-def votes(rows: Any) -> np.ndarray:
-    return np.asarray(rows["label"].to_numpy(), np.int64)
-
-
 def test_post_pretraining_reads_the_ut_battles_and_their_votes(
     llama: Run, spy: Spy, tmp_path: Path
 ) -> None:
     pretrain_adapter(
-        llama.backbone, llama.tokens, llama.battles, tmp_path / "x",
+        llama.backbone, llama.tokens, tmp_path / "x",
         settings=pretraining_settings(), launch=Launch(),
     )  # fmt: skip
     battles = read_parquet(llama.battles)
     ut = battles.filter(pc.equal(battles["source"], "ut"))
     (shown,) = spy.examples
     expected = make_examples(
-        of_rows(read_tokens(llama.tokens), ut), votes(ut), None, None, training_settings()
+        of_rows(read_tokens(llama.tokens), ut), votes_of(ut), None, None, training_settings()
     )
     np.testing.assert_array_equal(shown.views[0].ids, expected.views[0].ids)
-    np.testing.assert_array_equal(shown.labels, expected.labels)
+    np.testing.assert_array_equal(shown.votes.probabilities, expected.votes.probabilities)
 
 
 def test_without_ut_battles_post_pretraining_says_so(
@@ -203,7 +201,7 @@ def test_without_ut_battles_post_pretraining_says_so(
     monkeypatch.setattr(trainer, "read_tokens", lambda path: train)
     with pytest.raises(InputError, match="no battle to train on"):
         pretrain_adapter(
-            llama.backbone, llama.tokens, llama.battles, tmp_path / "x",
+            llama.backbone, llama.tokens, tmp_path / "x",
             settings=pretraining_settings(), launch=Launch(),
         )  # fmt: skip
 
@@ -256,7 +254,7 @@ def test_larger_shares_of_the_battles_hold_the_smaller_ones(
 def pretrained(llama: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("adapters") / "pretrained"
     pretrain_adapter(
-        llama.backbone, llama.tokens, llama.battles, output,
+        llama.backbone, llama.tokens, output,
         settings=pretraining_settings(lr=0.01), launch=Launch(),
     )  # fmt: skip
     return output
@@ -400,12 +398,12 @@ def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Pat
     (reported,) = read_parquet(tmp_path / "x" / "history.parquet")["grad_norm"].to_pylist()
     folds, tokens = read_parquet(llama.folds), read_tokens(llama.tokens)
     mine = folds.take(training_rows(folds, 0))
-    shown = make_examples(of_rows(tokens, mine), votes(mine), None, None, settings)
+    shown = make_examples(of_rows(tokens, mine), votes_of(mine), None, None, settings)
     seed = settings.training.seed
     base = load_classifier(llama.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=seed)
     judge = new_judge(base, LORA, seed)
     total = torch.zeros(())
-    for ids, label in zip(shown.views[0], shown.labels, strict=True):
+    for ids, label in zip(shown.views[0], shown.votes.labels, strict=True):
         logits = judge(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits
         total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
     (total / len(shown)).backward()

@@ -52,6 +52,7 @@ def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
         "battles.parquet",
         "rejected.parquet",
         "folds.parquet",
+        "test_votes.parquet",
         "audit.json",
         "tables/leaks.csv",
         "submission.csv",

@@ -13,11 +13,10 @@ def battle_files(source):
     return files
 
 
-def labelled_test(wildcards):
-    """The votes of the test battles, where they are known."""
-    if CONFIG.data.arena:
-        return [RUN.arena("test_solution")]
-    return [existing(CONFIG.data.solution)] if CONFIG.data.solution else []
+def solution(wildcards):
+    """The file with the votes of the test battles."""
+    return RUN.arena("test_solution") if CONFIG.data.arena else existing(CONFIG.data.solution)
 
 
+TEST_VOTES = RUN.test_votes if CONFIG.data.arena or CONFIG.data.solution else []
 TRUTH = RUN.truth if CONFIG.data.arena else []

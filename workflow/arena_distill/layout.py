@@ -39,6 +39,11 @@ class Layout:
         return f"{self.root}/battles.parquet"
 
     @property
+    def test_votes(self) -> str:
+        """The votes of the test battles, where they are known; `battles` has none of them."""
+        return f"{self.root}/test_votes.parquet"
+
+    @property
     def rejected(self) -> str:
         """Every refused row: its file, row, column and the reason."""
         return f"{self.root}/rejected.parquet"

@@ -1,7 +1,7 @@
 """How predictions are scored: pure functions of probabilities, votes and, where known, the truth.
 
-Probabilities are float (rows, 3) in the order of the classes, votes int (rows,) of 0, 1, 2. Log loss
-is in nats, the mean over battles of -log p(vote); lower is better.
+Probabilities are float (rows, 3) in the order of the classes, votes are ``verdicts.Votes``. Log loss is in
+nats, the mean over battles of −Σ vote · log p; lower is better. All means are weighted by the battles.
 
 A proper score (log loss, Brier) rewards both knowing more and being honest about it; a calibration
 error asks for honesty alone: the class prior is calibrated and useless. Calibration errors depend
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from arena_distill.verdicts import CLASSES, ORDERS
+from arena_distill.verdicts import CLASSES, ORDERS, Votes
 
 RESAMPLES_AT_ONCE = 64
 """Bounds memory: so many resamples' counts of all prompts are held at a time."""
@@ -43,35 +43,42 @@ def mean_over_views(logits: np.ndarray) -> np.ndarray:
 # --- votes ----------------------------------------------------------------------------------------
 
 
-def losses(probabilities: np.ndarray, votes: np.ndarray) -> np.ndarray:
-    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, 3), votes (rows,).
+def losses(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
+    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, 3).
 
     As in scikit-learn, a probability of 0 counts as the smallest step of float64, 2.2e-16.
     """
-    given = np.take_along_axis(probabilities.astype(np.float64), votes[:, None], axis=1)[:, 0]
-    return -np.log(given.clip(min=np.finfo(np.float64).eps))
+    floor = np.finfo(np.float64).eps
+    return votes.cross_entropy(np.log(probabilities.astype(np.float64).clip(min=floor)))
 
 
-def scores(probabilities: np.ndarray, votes: np.ndarray) -> Figures:
-    """Row count, mean log loss and accuracy of probabilities (rows, 3) against votes (rows,)."""
+def log_loss(probabilities: np.ndarray, votes: Votes) -> float:
+    """The mean log loss of probabilities (rows, 3), in nats."""
+    return float(votes.mean(losses(probabilities, votes)))
+
+
+def scores(probabilities: np.ndarray, votes: Votes) -> Figures:
+    """Row count, mean log loss and accuracy of probabilities (rows, 3); soft votes have their likeliest."""
     return {
         "rows": len(votes),
-        "log_loss": float(losses(probabilities, votes).mean()),
-        "accuracy": float((probabilities.argmax(axis=1) == votes).mean()),
+        "log_loss": log_loss(probabilities, votes),
+        "accuracy": float(votes.mean(probabilities.argmax(axis=1) == votes.labels)),
     }
 
 
-def brier_score(probabilities: np.ndarray, votes: np.ndarray) -> float:
+def brier_score(probabilities: np.ndarray, votes: Votes) -> float:
     """The mean squared distance of the probabilities from the vote, 0 (perfect) to 2.
 
     References:
         Brier 1950, Verification of Forecasts Expressed in Terms of Probability.
     """
-    distance = probabilities - np.eye(len(CLASSES))[votes]
-    return float((distance**2).sum(axis=1).mean())
+    distance = probabilities - votes.probabilities
+    return float(votes.mean((distance**2).sum(axis=1)))
 
 
-def paired_difference(loss: np.ndarray, reference: np.ndarray, groups: np.ndarray) -> Figures:
+def paired_difference(
+    loss: np.ndarray, reference: np.ndarray, votes: Votes, groups: np.ndarray
+) -> Figures:
     """Mean difference of two losses on the same battles, with its 95 % interval.
 
     Battles with the same prompt are not independent: the interval is the normal one, by a standard
@@ -79,17 +86,18 @@ def paired_difference(loss: np.ndarray, reference: np.ndarray, groups: np.ndarra
 
     Args:
         loss, reference: float (rows,), of the same battles in the same order.
+        votes: of these battles; their weights count.
         groups: int (rows,), the battle's prompt.
 
     References:
         Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference.
     """
     difference = loss - reference
-    mean = difference.mean()
+    mean = votes.mean(difference)
     cluster = np.unique(groups, return_inverse=True)[1]
-    sums = np.bincount(cluster, difference - mean)
+    sums = np.bincount(cluster, votes.weights * (difference - mean))
     correction = len(sums) / max(len(sums) - 1, 1)
-    half = 1.96 * np.sqrt(correction * (sums**2).sum()) / len(difference)
+    half = 1.96 * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum()
     return {"difference": float(mean), "low": float(mean - half), "high": float(mean + half)}
 
 
@@ -105,7 +113,7 @@ def gap_closed(log_loss: float, baselines: Mapping[str, Figures | None]) -> floa
 # --- calibration ----------------------------------------------------------------------------------
 
 
-def calibration_scores(probabilities: np.ndarray, votes: np.ndarray) -> Figures:
+def calibration_scores(probabilities: np.ndarray, votes: Votes) -> Figures:
     """Brier score and the three calibration errors: `brier`, `ece`, `adaptive_ece`, `classwise_ece`."""
     return {
         "brier": brier_score(probabilities, votes),
@@ -115,38 +123,42 @@ def calibration_scores(probabilities: np.ndarray, votes: np.ndarray) -> Figures:
     }
 
 
-def reliability(probabilities: np.ndarray, votes: np.ndarray) -> list[Figures]:
+def reliability(probabilities: np.ndarray, votes: Votes) -> list[Figures]:
     """Confidence and accuracy of the verdicts, in 15 bins of equal width: the reliability diagram.
 
-    A verdict is the most probable class, its confidence that class's probability. A bin holds the
-    verdicts with `lower` < confidence <= `upper`; empty ones are left out.
+    A verdict is the most probable class, its confidence that class's probability. It is right by the
+    vote's probability of that class. A bin holds the verdicts with `lower` < confidence <= `upper`;
+    empty ones are left out. Its `weight` is the sum of its battles' weights.
 
     References:
         Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
     """
-    return _diagram(probabilities.max(axis=1), probabilities.argmax(axis=1) == votes)
+    return _diagram(probabilities.max(axis=1), _rightness(probabilities, votes), votes.weights)
 
 
-def class_reliability(probabilities: np.ndarray, votes: np.ndarray) -> dict[str, list[Figures]]:
+def class_reliability(probabilities: np.ndarray, votes: Votes) -> dict[str, list[Figures]]:
     """A reliability diagram per class: its probability, and how often it was the vote.
 
     The bins are those of :func:`reliability`, over the probability of the class in all rows:
     `confidence` is the mean of that probability, `accuracy` the share of votes for the class.
     """
-    return {n: _diagram(probabilities[:, i], votes == i) for i, n in enumerate(CLASSES)}
+    return {
+        name: _diagram(probabilities[:, i], votes.probabilities[:, i], votes.weights)
+        for i, name in enumerate(CLASSES)
+    }
 
 
 def calibration_error(bins: Sequence[Figures]) -> float:
     """The expected calibration error (ECE): mean |accuracy - confidence| of a reliability diagram.
 
-    Bins weigh as much as they have rows. 0 is perfect; it also depends on the number of bins, so
+    Bins weigh as much as their battles. 0 is perfect; it also depends on the number of bins, so
     compare only what was computed alike.
     """
-    rows = sum(b["rows"] for b in bins)
-    return float(sum(b["rows"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / rows)
+    total = sum(b["weight"] for b in bins)
+    return float(sum(b["weight"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total)
 
 
-def adaptive_calibration_error(probabilities: np.ndarray, votes: np.ndarray) -> float:
+def adaptive_calibration_error(probabilities: np.ndarray, votes: Votes) -> float:
     """The ECE of the verdicts in 15 bins that hold equally many of them.
 
     Bins of equal width leave most verdicts of a judge that is rarely sure to a few bins. Equal
@@ -158,10 +170,10 @@ def adaptive_calibration_error(probabilities: np.ndarray, votes: np.ndarray) -> 
         Learning, arXiv:1904.01685, whose ACE does the same for every class.
     """
     confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == votes
+    apart = votes.weights * (_rightness(probabilities, votes) - confidence)
     rank = np.searchsorted(np.sort(confidence), confidence)
-    gaps = np.bincount(rank * ECE_BINS // len(rank), right - confidence)
-    return float(abs(gaps).sum() / len(rank))
+    gaps = np.bincount(rank * ECE_BINS // len(rank), apart)
+    return float(abs(gaps).sum() / votes.weights.sum())
 
 
 def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> float:
@@ -177,19 +189,26 @@ def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> fl
     return float(np.mean([calibration_error(bins) for bins in diagrams.values()]))
 
 
-def _diagram(confidence: np.ndarray, right: np.ndarray) -> list[Figures]:
-    """The bins of equal width that are not empty, of probabilities (rows,) and events (rows,)."""
+def _rightness(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
+    """The vote's probability of each verdict: float64 (rows,)."""
+    return votes.probabilities[np.arange(len(votes)), probabilities.argmax(axis=1)]
+
+
+def _diagram(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> list[Figures]:
+    """The bins of equal width that are not empty, of probabilities (rows,) and shares right (rows,)."""
     number = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    rows, confidences, rights = (
-        np.bincount(number, weights, minlength=ECE_BINS) for weights in (None, confidence, right)
+    rows, total, confidences, rights = (
+        np.bincount(number, values, minlength=ECE_BINS)
+        for values in (None, weights, weights * confidence, weights * right)
     )
     return [
         {
             "lower": i / ECE_BINS,
             "upper": (i + 1) / ECE_BINS,
             "rows": int(rows[i]),
-            "confidence": float(confidences[i] / rows[i]),
-            "accuracy": float(rights[i] / rows[i]),
+            "weight": float(total[i]),
+            "confidence": float(confidences[i] / total[i]),
+            "accuracy": float(rights[i] / total[i]),
         }
         for i in np.flatnonzero(rows).tolist()
     ]
@@ -198,7 +217,7 @@ def _diagram(confidence: np.ndarray, right: np.ndarray) -> list[Figures]:
 # --- the truth, where it is known -----------------------------------------------------------------
 
 
-def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: np.ndarray) -> Figures:
+def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: Votes) -> Figures:
     """How far probabilities (rows, 3) are from the true ones (rows, 3), whose draws the votes are.
 
     Returns:
@@ -212,16 +231,16 @@ def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: np.ndarray
     ratio = np.log(truth.clip(min=floor)) - np.log(probabilities.clip(min=floor))
     excess = losses(probabilities, votes) - losses(truth, votes)
     return {
-        "kl": float((truth * ratio).sum(axis=1).mean()),
-        "mean_absolute_error": float(abs(truth - probabilities).mean()),
-        "excess_log_loss": float(excess.mean()),
+        "kl": float(votes.mean((truth * ratio).sum(axis=1))),
+        "mean_absolute_error": float(votes.mean(abs(truth - probabilities)).mean()),
+        "excess_log_loss": float(votes.mean(excess)),
     }
 
 
 # --- the order of the answers ---------------------------------------------------------------------
 
 
-def position_bias(logits: np.ndarray, votes: np.ndarray) -> Figures:
+def position_bias(logits: np.ndarray, votes: Votes) -> Figures:
     """What the order in which a judge sees the answers does to it: all zero where nothing.
 
     Args:
@@ -247,25 +266,26 @@ def position_bias(logits: np.ndarray, votes: np.ndarray) -> Figures:
         "flip_rate": float((verdicts[:, 0] != verdicts[:, 1]).mean()),
         "total_variation": float(distance.mean()),
         "first_place_preference": float((verdicts == first).mean() - (verdicts == second).mean()),
-        "log_loss": {name: float(losses(p, votes).mean()) for name, p in seen.items()},
+        "log_loss": {name: log_loss(p, votes) for name, p in seen.items()},
     }
 
 
 def bootstrap(
-    losses: np.ndarray, groups: np.ndarray, *, resamples: int, seed: int = 0
+    losses: np.ndarray, votes: Votes, groups: np.ndarray, *, resamples: int, seed: int = 0
 ) -> np.ndarray:
     """Mean losses on resampled battles: whole groups are drawn, with replacement.
 
     Args:
         losses: float (judges, rows).
+        votes: of these battles; their weights count.
         groups: int (rows,), the battle's prompt.
 
     Returns:
         float64 (resamples, judges): in each row all judges are scored on the same battles.
     """
     group = np.unique(groups, return_inverse=True)[1]
-    sizes = np.bincount(group).astype(np.float64)
-    sums = np.stack([np.bincount(group, loss) for loss in losses], axis=1)
+    sizes = np.bincount(group, votes.weights)
+    sums = np.stack([np.bincount(group, votes.weights * loss) for loss in losses], axis=1)
     rng = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, RESAMPLES_AT_ONCE):

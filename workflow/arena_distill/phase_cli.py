@@ -35,6 +35,7 @@ Backbone = Annotated[Path, typer.Option(help="Hugging Face folder, or its config
 Tokens = Annotated[Path, typer.Option(help="tokens/<tokenizer>/battles.parquet")]
 Battles = Annotated[Path, typer.Option(help="battles.parquet")]
 Folds = Annotated[Path, typer.Option(help="folds.parquet")]
+TestVotes = Annotated[Path | None, typer.Option(help="test_votes.parquet, where they are known.")]
 Fold = Annotated[int, typer.Option(help="0 to n - 1.", min=0)]
 Output = Annotated[Path, typer.Option(help="What to write.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens per forward pass, padding included.", min=1)]
@@ -106,6 +107,19 @@ def read_battles(
 
 
 @app.command()
+def read_solution(
+    battles: Battles,
+    solution: Annotated[Path, typer.Option(help="The test battles' votes, as Kaggle has them.")],
+    output: Output,
+    settings: Settings,
+) -> None:
+    """Read the votes of the test battles, which nothing is trained on."""
+    from arena_distill.battles.reading import write_test_votes
+
+    write_test_votes(solution, battles, output, parse(phase.Settings, settings))
+
+
+@app.command()
 def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
     """Deal the training battles into folds."""
     from arena_distill.battles.folds import write_folds
@@ -163,7 +177,6 @@ def tokenize_battles(
 def pretrain_adapter(
     backbone: Backbone,
     tokens: Tokens,
-    battles: Battles,
     output: Output,
     settings: Settings,
     how: Launch,
@@ -174,7 +187,6 @@ def pretrain_adapter(
     pretrain_adapter(
         _folder(backbone),
         tokens,
-        battles,
         output,
         settings=parse(phase.PretrainingSettings, settings),
         launch=how,
@@ -362,7 +374,6 @@ def merge_folds(
 def quantize_model(
     model: Annotated[Path, typer.Option(help="The merged model.")],
     tokens: Tokens,
-    battles: Battles,
     output: Output,
     settings: Settings,
     batch_tokens: BatchTokens = 16384,
@@ -375,7 +386,6 @@ def quantize_model(
     quantize_judge(
         model,
         tokens,
-        battles,
         output,
         settings=parse(phase.QuantizationSettings, settings),
         batch_tokens=batch_tokens,
@@ -484,7 +494,7 @@ def evaluate(
     logits: Annotated[
         list[str], typer.Argument(help="<judge>=logits/<judge>/fold_<k>.npy, in the folds' order.")
     ],
-    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
+    test_votes: TestVotes = None,
     quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
     audit: Annotated[Path | None, typer.Option(help="audit.json")] = None,
@@ -506,7 +516,7 @@ def evaluate(
         settings=parsed,
         rejected=rejected,
         predictions=predictions,
-        solution=solution,
+        test_votes=test_votes,
         drift=quantized / DRIFT if quantized else None,
         truth=truth,
         audit=audit,
@@ -558,12 +568,11 @@ def compare_soups(
     backbone: Backbone,
     tokens: Tokens,
     folds: Folds,
-    battles: Battles,
     output: Output,
     settings: Settings,
     adapters: Annotated[list[Path], typer.Argument(help="The folds' adapters.")],
     logits: Annotated[list[Path], typer.Option(help="The folds' logits, in their order.")],
-    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
+    test_votes: TestVotes = None,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
 ) -> None:
@@ -577,8 +586,7 @@ def compare_soups(
         logits,
         tokens,
         folds,
-        battles,
-        solution,
+        test_votes,
         output,
         settings=parse(phase.SoupSettings, settings),
         batch_tokens=batch_tokens,
@@ -617,7 +625,7 @@ def compare(
     run: Annotated[Path, typer.Option(help="The run's folder.")],
     output: Annotated[Path, typer.Option(help="Folder of compare.json, tables and the report.")],
     settings: Settings,
-    solution: Annotated[Path | None, typer.Option(help="The test battles' votes.")] = None,
+    test_votes: TestVotes = None,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
 ) -> None:
     """Compare judges on the same battles, with an interval for every difference."""
@@ -629,7 +637,7 @@ def compare(
         run,
         figures,
         settings=parse(phase.CompareSettings, settings),
-        solution=solution,
+        test_votes=test_votes,
         truth=truth,
     )
     render_comparison(figures, output)

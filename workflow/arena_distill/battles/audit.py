@@ -4,7 +4,7 @@ A log loss out of fold is as honest as the battles that validate a fold differ f
 model, and test battles tell as much as ``train``, ``extra`` and ``ut`` do not hold them. The same goes for
 battles that are held out for choices. For each such relation, of some battles among others, are counted
 
-- ``same``: the prompt is among the others' (as in :func:`arena_distill.folds.distinct_prompts`);
+- ``same``: the prompt is among the others' (see :mod:`arena_distill.battles.prompts`);
 - ``near``: it is not, but one nearly the same is (see :mod:`arena_distill.similarity`);
 - ``answers``: it is, the same or nearly so, and there an answer is the same, too: nearly the same battle.
 
@@ -23,13 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import (
-    distinct_prompts,
     fold_settings,
     held_out_rows,
-    normalised,
     training_rows,
     validation_rows,
 )
+from arena_distill.battles.prompts import distinct_prompts, normalised
 from arena_distill.battles.similarity import banding, near_pairs, recall, within
 from arena_distill.config.phases import AuditSettings
 from arena_distill.files.artifacts import provenance, read_parquet, write_json, write_text
@@ -81,7 +80,7 @@ def write_audit(
     Raises:
         InputError: a file is missing or broken, or a row of `folds` is not among the battles.
     """
-    columns = ["id", "source", "prompt", "response_a", "response_b"]
+    columns = ["id", "source", "prompt", "group", "response_a", "response_b"]
     chosen = settings.model_dump()
     about = provenance("audit", chosen)
     del chosen["version"]
@@ -101,7 +100,7 @@ def audit(
     """Count the battles of each relation that leak, and show the worst.
 
     Args:
-        battles: columns `id`, `source`, `prompt`, `response_a` and `response_b`.
+        battles: columns `id`, `source`, `prompt`, `group`, `response_a` and `response_b`.
         folds: table of `assign_folds`.
         threshold, permutations, seed: of :func:`arena_distill.similarity.near_pairs`.
 

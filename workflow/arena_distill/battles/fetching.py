@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from arena_distill.battles.prompts import normalised
 from arena_distill.battles.reading import read_battles
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Fetch
@@ -216,16 +217,14 @@ def ultrafeedback_battles(rows: Iterable[Mapping[str, Any]], *, seed: int) -> pa
     return pa.Table.from_pylist(battles, schema=SCHEMA)
 
 
-def arena_battles(
-    rows: Iterable[Mapping[str, Any]], *, without: Collection[tuple[str, ...]] = ()
-) -> pa.Table:
+def arena_battles(rows: Iterable[Mapping[str, Any]], *, without: Collection[str] = ()) -> pa.Table:
     """Battles out of conversations with two models at a time, such as `lmsys/chatbot_arena_conversations`.
 
     Args:
         rows: `question_id`, `model_a`, `model_b`, `conversation_a` and `conversation_b` as lists of
             messages with `role` and `content`, `winner` (model_a, model_b, tie, tie (bothbad)).
-        without: prompts, turn by turn as by :func:`_plain`, of battles that are there already: in such
-            sets whole battles come again, and a prompt that also stands in a validation fold is a leak.
+        without: prompts, as by :func:`_plain`, of battles that are there already: in such sets whole
+            battles come again, and a prompt that also stands in a validation fold is a leak.
 
     Returns:
         Table of `SCHEMA`. Of rows with the same prompt and answers the first is kept.
@@ -267,9 +266,9 @@ def _said(conversation: Iterable[Mapping[str, Any]], role: str) -> list[str]:
     return [str(message["content"] or "") for message in conversation if message["role"] == role]
 
 
-def _plain(prompt: Iterable[str]) -> tuple[str, ...]:
-    """A prompt as it is recognised by: whatever its case and white space."""
-    return tuple(" ".join(turn.split()).casefold() for turn in prompt)
+def _plain(prompt: Iterable[str]) -> str:
+    """A prompt as it is compared: see `battles.prompts`."""
+    return normalised(" ".join(map(_utf8, prompt)))
 
 
 def _utf8(text: str) -> str:
@@ -277,7 +276,7 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _prompts(files: Sequence[Path]) -> set[tuple[str, ...]]:
+def _prompts(files: Sequence[Path]) -> set[str]:
     if not files:
         return set()
     battles, _ = read_battles({"extra": list(files)})

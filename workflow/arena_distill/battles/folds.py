@@ -2,7 +2,7 @@
 
 The folds' table has one row per battle of ``train``, with its fold, and of ``extra``, with fold
 `EVERY_FOLD`: extra battles join the training rows of all folds and validate none. Battles of
-``unlabelled`` have the fold `UNLABELLED` and the label `NO_VOTE`: only students that ask for them
+``unlabelled`` have the fold `UNLABELLED` and no vote: only students that ask for them
 learn from them. Its metadata remember the method, so that whoever reads the file selects the right rows.
 
 Many people ask the same question: battles share prompts. ``kfold`` and ``stratified`` deal rows, so
@@ -18,20 +18,19 @@ folds, whole prompts whatever the method: what a choice saw is never what is rep
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from arena_distill.battles.prompts import distinct_prompts
 from arena_distill.battles.similarity import near_groups
+from arena_distill.battles.votes import VOTE_FIELDS, vote_columns, votes_of
 from arena_distill.config.phases import FoldsSettings, LogitsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
-from arena_distill.verdicts import NO_VOTE
 
 EVERY_FOLD = -1
 """The "fold" of extra battles: they train every model and validate none."""
@@ -49,10 +48,11 @@ SCHEMA = pa.schema(
         pa.field("id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("fold", pa.int8(), nullable=False),
-        pa.field("label", pa.int8(), nullable=False),
+        *VOTE_FIELDS,
         pa.field("group", pa.int64(), nullable=False),
     ]
 )
+_NEAR_GROUP = pa.field("near_group", pa.int64(), nullable=False)
 _SPLIT = b"arena_distill.split"
 
 
@@ -63,7 +63,7 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSe
         battles_path: file of `arena_distill.battles.write_battles`.
         folds_path: where the table of `assign_folds` goes.
     """
-    battles = read_parquet(battles_path, ["id", "source", "prompt", "label"])
+    battles = read_parquet(battles_path, ["id", "source", "prompt", "vote", "weight", "group"])
     method, n, seed = settings.method, settings.n, settings.seed
     folds = assign_folds(
         battles,
@@ -99,7 +99,8 @@ def assign_folds(
     """Deal the battles of ``train`` into `n` folds, shuffled by `seed`.
 
     Args:
-        battles: columns ``id``, ``source``, ``prompt`` (list<string>) and ``label``.
+        battles: columns ``id``, ``source``, ``prompt``, ``vote``, ``weight`` and ``group``, as of
+            `arena_distill.battles.reading.SCHEMA`.
         method: scikit-learn's ``kfold`` (rows at random), ``stratified`` (equal shares of each
             vote) or ``stratified_group`` (as equal as possible, prompts kept whole).
         n: number of folds, 2 to 127.
@@ -110,8 +111,8 @@ def assign_folds(
 
     Returns:
         Table of `SCHEMA`: the rows of ``train``, ``extra`` and ``unlabelled``, in the order of `battles`.
-        ``group`` numbers prompts over all sources, see `prompt_groups`; with `near`, those that
-        are taken for one have the number of the first.
+        With `near` it also has ``near_group``: prompts that are taken for one have the ``group`` of the
+        first.
 
     Raises:
         ValueError: an unknown method.
@@ -126,27 +127,23 @@ def assign_folds(
     source = battles["source"].cast(pa.string()).to_numpy()
     rows = np.flatnonzero(np.isin(source, ["train", "extra", "unlabelled"]))
     is_train, is_unlabelled = source[rows] == "train", source[rows] == "unlabelled"
-    labelled = battles.select(["id", "source", "label"]).take(pa.array(rows))
-    voted = pc.if_else(pa.array(is_unlabelled), pa.scalar(NO_VOTE, pa.int8()), labelled["label"])
-    groups, prompts = distinct_prompts(battles)
-    groups = groups[rows]
+    dealt_to = battles.take(pa.array(rows))
+    votes = votes_of(dealt_to)
+    votes.probabilities[is_unlabelled] = 0  # whatever votes they have: nobody learns them
+    groups = dealt_to["group"].to_numpy()
     if near is not None:
-        groups = _joined(groups, prompts, near)
+        groups = _joined(dealt_to, near)
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
     fold[is_unlabelled] = UNLABELLED
-    labels = voted.to_numpy()
+    labels = votes.labels
     dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
     fold[is_train] = HELD_OUT
     fold[dealt] = _deal(labels[dealt], groups[dealt], method, n, seed)
-    table = pa.table(
-        {
-            "id": labelled["id"],
-            "source": labelled["source"],
-            "fold": fold,
-            "label": voted,
-            "group": groups,
-        }
-    ).cast(SCHEMA)
+    columns = {name: dealt_to[name] for name in ("id", "source", "group")}
+    columns |= {"fold": fold, **vote_columns(votes)}
+    table = pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
+    if near is not None:
+        table = table.append_column(_NEAR_GROUP, pa.array(groups))
     split: dict[str, Any] = {"method": method, "n": n, "seed": seed}
     split |= {} if near is None else {"near_duplicates": dict(near)}
     return table.replace_schema_metadata({_SPLIT: json.dumps(split).encode()})
@@ -168,38 +165,14 @@ def _hold_out(groups: np.ndarray, is_train: np.ndarray, holdout: float, seed: in
     return mask
 
 
-def prompt_groups(battles: pa.Table) -> np.ndarray:
-    """Number the prompts: battles with the same prompt, of whatever source, share a number.
+def undivided_groups(folds: pa.Table) -> np.ndarray:
+    """What folds may keep whole: the prompts' ``group``, or ``near_group`` where there is one.
 
     Returns:
-        int64 (rows,), in the order of first appearance, as of `distinct_prompts`.
+        int64 (rows of `folds`,).
     """
-    return distinct_prompts(battles)[0]
-
-
-def distinct_prompts(battles: pa.Table) -> tuple[np.ndarray, pa.StringArray]:
-    """Number the prompts, and return them as they are compared.
-
-    Prompts are the same if they are so in Unicode's NFKC form, case folded, with each run of white
-    space (ends of turns included) taken for one space.
-
-    Returns:
-        groups: int64 (rows,), the number of each row's prompt, in the order of first appearance.
-        prompts: the prompts in that form, by their number.
-    """
-    texts = pc.binary_join(battles["prompt"], " ").combine_chunks().dictionary_encode()
-    # Once per distinct text; what differs may still become the same.
-    same = pa.array([normalised(text) for text in texts.dictionary.to_pylist()], pa.string())
-    prompts = same.dictionary_encode()
-    groups = prompts.indices.to_numpy()[texts.indices.to_numpy()].astype(np.int64)
-    return groups, prompts.dictionary
-
-
-def normalised(text: str) -> str:
-    """The form in which texts are the same: NFKC, case folded, each run of white space one space."""
-    # Folding case can undo the normal form, so it is restored.
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())
+    near = _NEAR_GROUP.name
+    return np.asarray(folds[near if near in folds.column_names else "group"])
 
 
 def training_rows(
@@ -224,7 +197,7 @@ def training_rows(
     Raises:
         InputError: `folds` has no such fold, or does not say how it was dealt.
     """
-    column, groups = _fold_column(folds, fold), folds["group"].to_numpy()
+    column, groups = _fold_column(folds, fold), undivided_groups(folds)
     held_out = column == HELD_OUT
     keep = (column != fold) & ~held_out
     # Nobody trains on the prompts by which something is chosen.
@@ -264,7 +237,7 @@ def unlabelled_rows(folds: pa.Table) -> np.ndarray:
 
 def shared_prompts(folds: pa.Table, fold: int) -> int:
     """Count the validation rows of `fold` whose prompt is also in its training rows: a leak."""
-    groups = folds["group"].to_numpy()
+    groups = undivided_groups(folds)
     seen = groups[training_rows(folds, fold)]
     return int(np.isin(groups[validation_rows(folds, fold)], seen).sum())
 
@@ -305,12 +278,12 @@ def _deal(
     return fold
 
 
-def _joined(groups: np.ndarray, prompts: pa.StringArray, near: Mapping[str, Any]) -> np.ndarray:
-    """Give prompts that are nearly the same the number of the first of them."""
-    present, position = np.unique(groups, return_inverse=True)
-    linked = near_groups(prompts.take(pa.array(present)), **near)
+def _joined(battles: pa.Table, near: Mapping[str, Any]) -> np.ndarray:
+    """Give prompts that are nearly the same the ``group`` of the first of them: int64 (rows,)."""
+    numbers, prompts = distinct_prompts(battles)
+    linked = near_groups(prompts, **near)
     first = np.unique(linked, return_index=True)[1]
-    joined: np.ndarray = present[first[linked]][position]
+    joined: np.ndarray = np.unique(battles["group"])[first[linked]][numbers]
     return joined
 
 
@@ -340,14 +313,14 @@ def _fold_column(folds: pa.Table, fold: int) -> np.ndarray:
 
 def _shared_extra(folds: pa.Table, fold: int) -> np.ndarray:
     """Mask the extra and unlabelled battles whose prompt is among the validation rows of `fold`."""
-    groups = folds["group"].to_numpy()
+    groups = undivided_groups(folds)
     extra = np.isin(folds["fold"].to_numpy(), (EVERY_FOLD, UNLABELLED))
     mask: np.ndarray = extra & np.isin(groups, groups[validation_rows(folds, fold)])
     return mask
 
 
 def _prompts(folds: pa.Table) -> int:
-    return len(np.unique(folds["group"].to_numpy()))
+    return len(np.unique(undivided_groups(folds)))
 
 
 def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:

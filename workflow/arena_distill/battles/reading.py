@@ -2,7 +2,8 @@
 
 Battles come as CSV or JSON lines (both also gzipped) or parquet, in the Kaggle schema: ``id``,
 ``model_a``, ``model_b``, ``prompt``, ``response_a``, ``response_b`` and either ``winner_model_a``,
-``winner_model_b``, ``winner_tie`` or one column ``label`` or ``winner``.
+``winner_model_b``, ``winner_tie`` or one column ``label`` or ``winner``. ``language`` and ``category`` are
+kept where a file has them.
 
 A prompt or response is a list of turns. In text files it is a cell that starts with ``[`` and holds
 a JSON list; any other text is one turn, as it stands. A turn that is null becomes the empty
@@ -25,10 +26,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.prompts import prompt_groups
+from arena_distill.battles.votes import VOTE_FIELDS, vote_columns
 from arena_distill.config.phases import Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
-from arena_distill.files.keys import key, locate
+from arena_distill.files.keys import locate
 from arena_distill.files.readers import (
     JSON_TEXTS,
     KEPT_AS_RAW_TEXT,
@@ -37,6 +40,7 @@ from arena_distill.files.readers import (
     check_utf8,
     read_table,
 )
+from arena_distill.verdicts import NO_VOTE, Votes
 
 SOURCES = ("train", "extra", "ut", "test", "unlabelled")
 WITHOUT_VOTES = ("test", "unlabelled")
@@ -51,7 +55,10 @@ SCHEMA = pa.schema(
         pa.field("response_b", _TURNS, nullable=False),
         ("model_a", pa.string()),
         ("model_b", pa.string()),
-        ("label", pa.int8()),  # 0 = A, 1 = B, 2 = tie; null without votes
+        ("language", pa.string()),
+        ("category", pa.string()),
+        *VOTE_FIELDS,  # of test battles too: null, since nothing that is trained may see them
+        pa.field("group", pa.int64(), nullable=False),  # of the prompt, over all sources
     ]
 )
 REJECTED_SCHEMA = pa.schema(
@@ -65,7 +72,7 @@ REJECTED_SCHEMA = pa.schema(
 )
 
 _TEXTS = ("prompt", "response_a", "response_b")
-_MODELS = ("model_a", "model_b")
+_NAMES = ("model_a", "model_b", "language", "category")
 _WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
 _ONE_LABEL = ("label", "winner")
 
@@ -93,7 +100,8 @@ def read_battles(files: Mapping[str, Sequence[StrPath]]) -> tuple[pa.Table, pa.T
 
     Without an ``id`` column (which ``train`` and ``test`` must have), the n-th row of a source is
     called ``row<n>``. The votes of ``test`` and ``unlabelled`` are not read, even if they are there.
-    Of rows that share an id within a source the first is kept.
+    Of rows that share an id within a source the first is kept. ``group`` is of
+    :func:`arena_distill.battles.prompts.prompt_groups`, over all sources.
 
     Raises:
         InputError: a file is missing, empty, damaged, not UTF-8 or lacks columns; no row of
@@ -104,7 +112,9 @@ def read_battles(files: Mapping[str, Sequence[StrPath]]) -> tuple[pa.Table, pa.T
     if unknown:
         raise ValueError(f"unknown source {unknown[0]!r}: one of {', '.join(SOURCES)} expected")
     parts = [_read_source(source, files[source]) for source in SOURCES if files.get(source)]
-    battles = pa.concat_tables([SCHEMA.empty_table(), *(battles for battles, _ in parts)])
+    no_group = pa.schema([field for field in SCHEMA if field.name != "group"])
+    battles = pa.concat_tables([no_group.empty_table(), *(battles for battles, _ in parts)])
+    battles = battles.append_column(SCHEMA.field("group"), [prompt_groups(battles["prompt"])])
     lines = [line for _, rejected in parts for line in rejected]
     return battles, pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
 
@@ -142,11 +152,45 @@ def write_battles(
         print(f"reasons: {rejected_path}")
 
 
-def read_solution(path: StrPath) -> pa.Table:
-    """Read the votes of test battles: Kaggle's solution file, to score predictions with.
+def write_test_votes(
+    solution: StrPath, battles_path: StrPath, output: StrPath, settings: Settings
+) -> None:
+    """Write the votes of the test battles: to score predictions with, and for nothing else.
+
+    Args:
+        solution: a file of votes in the Kaggle schema, such as Kaggle's own.
+        battles_path: file of `write_battles`.
+        output: where the table of ``id``, ``source``, ``vote``, ``weight`` and ``group`` goes; rows
+            in the order of the test battles.
+
+    Raises:
+        InputError: as `read_solution`; also if it lacks a test battle or has a vote on another.
+    """
+    battles = read_parquet(battles_path, ["id", "source", "group"])
+    test = battles.filter(pc.equal(battles["source"], "test"))
+    ids, votes = read_solution(solution)
+    for problem, of, among in (
+        ("of its ids are no test battles", ids, test["id"]),
+        ("test battles have no vote in it", test["id"], ids),
+    ):
+        if len(odd := of.filter(pc.invert(pc.is_in(of, pc.unique(among))))):
+            some = ", ".join(odd.slice(0, 5).to_pylist()) + (", …" if len(odd) > 5 else "")
+            raise InputError(
+                f"{solution}: {len(odd)} {problem}: {some}; give the solution of these test battles, or "
+                "remove data.solution"
+            )
+    rows = locate(test["id"].combine_chunks(), ids.combine_chunks(), str(solution))
+    columns = {"id": test["id"], "source": test["source"]}
+    columns |= {**vote_columns(votes[rows]), "group": test["group"]}
+    write_parquet(pa.table(columns), output, provenance("solution", settings.model_dump()))
+    print(f"{output}: {len(test)} votes of {solution}")
+
+
+def read_solution(path: StrPath) -> tuple[pa.ChunkedArray, Votes]:
+    """Read a file of votes on test battles.
 
     Returns:
-        Table of ``id`` (string) and ``label`` (int8, 0 = A, 1 = B, 2 = tie), in the file's order.
+        ids (string) and votes, in the file's order.
 
     Raises:
         InputError: as `read_battles`; also if any row has no id, an id seen before, or no vote.
@@ -155,7 +199,7 @@ def read_solution(path: StrPath) -> pa.Table:
     _require(raw, ["id"], labelled=True)
     faults = raw.faults
     ids = _ids(raw, "test", 0, faults)
-    labels = _labels(raw, faults)
+    votes = Votes.hard(_labels(raw, faults))
     first, again = _duplicates(ids)
     for position, seen in zip(again, first, strict=True):
         faults.add(position, "id", f"id {ids[position]} is taken by row {raw.numbers[seen]}")
@@ -163,19 +207,7 @@ def read_solution(path: StrPath) -> pa.Table:
         raise InputError(
             f"{_described(lines[0])}; every test battle needs one vote ({len(lines)} rows at fault)"
         )
-    return pa.table({"id": ids, "label": pa.array(labels, pa.int8())})
-
-
-def read_votes(path: StrPath, keys: pa.Array) -> np.ndarray:
-    """Read the votes of the battles named by `keys`: int64 (keys,), in their order.
-
-    Raises:
-        InputError: the canonical file lacks one of them.
-    """
-    table = read_parquet(path, columns=["id", "source", "label"])
-    rows = locate(keys, key(table), str(path))
-    votes: np.ndarray = table["label"].take(pa.array(rows)).to_numpy().astype(np.int64)
-    return votes
+    return ids, votes
 
 
 # --- one source -----------------------------------------------------------------------------------
@@ -212,11 +244,11 @@ def _read_part(source: str, path: Path, rows_before: int) -> _Part:
     columns: dict[str, Any] = {"id": ids, "source": pa.repeat(source, rows)}
     for name in _TEXTS:
         columns[name] = _turns(raw, name, keep_unreadable=source == "test")
-    for name in _MODELS:
-        columns[name] = _models(raw, name)
-    labels = _labels(raw, raw.faults) if labelled else np.full(rows, -1, np.int8)
-    columns["label"] = pa.array(labels, pa.int8(), mask=labels < 0)
-    battles = pa.table(columns).cast(SCHEMA)
+    for name in _NAMES:
+        columns[name] = _names(raw, name)
+    labels = _labels(raw, raw.faults) if labelled else np.full(rows, NO_VOTE, np.int8)
+    columns |= vote_columns(Votes.hard(labels))
+    battles = pa.table(columns).cast(pa.schema([SCHEMA.field(name) for name in columns]))
     return _Part(path, raw.rows, battles, raw.numbers, raw.faults)
 
 
@@ -345,7 +377,7 @@ def _turns_of_lists(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
 
 def _labels(raw: RawTable, faults: Faults) -> np.ndarray:
-    """Read the votes: int8 per row, 0 = A, 1 = B, 2 = tie, -1 where there is a fault."""
+    """Read the votes: int8 per row, 0 = A, 1 = B, 2 = tie, NO_VOTE where there is a fault."""
     if _one_hot(raw):
         texts = [column_texts(raw, name) for name in _WINNERS]
         flags = np.stack([_coded(text, _FLAGS) for text in texts], axis=1)
@@ -358,7 +390,7 @@ def _labels(raw: RawTable, faults: Faults) -> np.ndarray:
             reason = "several winners are set" if votes[position] else "no winner is set"
             faults.add(position, "winner_*", reason)
         winner = flags.argmax(axis=1)
-        return np.where(readable & (votes == 1), winner, -1).astype(np.int8)
+        return np.where(readable & (votes == 1), winner, NO_VOTE).astype(np.int8)
     name = next(name for name in _ONE_LABEL if name in raw.columns)
     text = column_texts(raw, name)
     labels = _coded(text, _LABELS)
@@ -393,8 +425,8 @@ def _ids(raw: RawTable, source: str, rows_before: int, faults: Faults) -> pa.Chu
     return ids
 
 
-def _models(raw: RawTable, name: str) -> pa.ChunkedArray:
-    """Read the names of models; null where unknown."""
+def _names(raw: RawTable, name: str) -> pa.ChunkedArray:
+    """Read a column of names, such as those of models; null where unknown."""
     if name not in raw.columns:
         return pa.chunked_array([pa.nulls(len(raw.numbers), pa.string())])
     names = column_texts(raw, name)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arena_distill.battles.folds import held_out_rows
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import MergeSettings, SoupSettings
 from arena_distill.deployment.merging import merge_into, read_adapters
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
@@ -28,10 +29,11 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
-from arena_distill.metrics import losses, mean_over_views
+from arena_distill.metrics import log_loss, losses, mean_over_views
 from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
+from arena_distill.verdicts import Votes
 
 if TYPE_CHECKING:
     from arena_distill.deployment.merging import Adapter
@@ -43,19 +45,17 @@ def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
     Args:
         logits: `fold_<k>.npy` of the folds, in their order.
     """
-    table = read_parquet(folds, ["id", "source", "label"])
+    table = read_parquet(folds, ["id", "source", "vote", "weight"])
     means, errors = [], []
     for path in logits:
         scores, ids = read_logits(path)
         rows = np.flatnonzero(ids["validation"].to_numpy())
-        votes = (
-            table["label"]
-            .to_numpy()
-            .astype(np.int64)[locate(key(ids.take(rows)), key(table), str(folds))]
-        )
+        votes = votes_of(table)[locate(key(ids.take(rows)), key(table), str(folds))]
         loss = losses(mean_over_views(scores[rows]), votes)
-        means.append(loss.mean())
-        errors.append(loss.std() / np.sqrt(len(loss)))
+        mean, weights = votes.mean(loss), votes.weights
+        means.append(mean)
+        rows_worth = weights.sum() ** 2 / (weights**2).sum()
+        errors.append(np.sqrt(votes.mean((loss - mean) ** 2) / rows_worth))
     weights = np.exp(-(np.array(means) - np.mean(means)) / max(float(np.mean(errors)), 1e-12))
     return [float(w) for w in weights / weights.sum()]
 
@@ -97,8 +97,7 @@ def greedy_weights(
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     pot = FoldMerger(backbone, adapters, read, settings, batch_tokens)
-    votes = rows["label"].to_numpy().astype(np.int64)
-    chosen = greedy(lambda some: pot.log_loss(some, votes), len(adapters))
+    chosen = greedy(lambda some: pot.log_loss(some, votes_of(rows)), len(adapters))
     print(f"greedy soup of folds {', '.join(map(str, chosen))}, on {len(rows):,} held-out battles")
     return [1 / len(chosen) if fold in chosen else 0.0 for fold in range(len(adapters))]
 
@@ -141,8 +140,8 @@ class FoldMerger:
         outputs = [score(model, view, batch_tokens=self.batch_tokens) for view in self.views]
         return verdicts(np.stack(outputs, axis=1), self.settings.head), gap
 
-    def log_loss(self, some: Sequence[int], votes: np.ndarray) -> float:
+    def log_loss(self, some: Sequence[int], votes: Votes) -> float:
         """That of the equal soup of some folds, by the mean of both orders' logits."""
         weights = [1 / len(some) if fold in some else 0.0 for fold in range(len(self.folds))]
         logits, _ = self.logits(weights, self.settings.average)
-        return float(losses(mean_over_views(logits), votes).mean())
+        return log_loss(mean_over_views(logits), votes)

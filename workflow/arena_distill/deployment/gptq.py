@@ -29,7 +29,6 @@ import pyarrow.compute as pc
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from arena_distill.battles.reading import read_votes
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases import QuantizationSettings
 from arena_distill.deployment.quantization_error import DRIFT, drift
@@ -46,6 +45,8 @@ from arena_distill.models.scoring import score
 if TYPE_CHECKING:
     import torch
 
+    from arena_distill.verdicts import Votes
+
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 FEWEST_SAMPLES = 16
@@ -55,7 +56,6 @@ FEWEST_SAMPLES = 16
 def quantize_judge(
     model: Path,
     tokens: Path,
-    battles: Path,
     output: Path,
     *,
     settings: QuantizationSettings,
@@ -83,7 +83,7 @@ def quantize_judge(
         calibration=encode_views(pool, settings.encoding, settings.head, ("AB",))[0],
         validation=encode_views(held_out, settings.encoding, settings.head, ("AB",)),
         batch_tokens=batch_tokens,
-        labels=read_votes(battles, held_out.keys()),
+        votes=held_out.votes,
     )
 
 
@@ -95,7 +95,7 @@ def quantize_model(
     calibration: Sequences,
     validation: Sequence[Sequences],
     batch_tokens: int,
-    labels: np.ndarray | None = None,
+    votes: Votes | None = None,
 ) -> None:
     """Quantise a dense judge → a folder with the model, its tokenizer and card, and ``drift.json``.
 
@@ -107,7 +107,7 @@ def quantize_model(
         calibration: sequences to draw from, as the judge is asked them.
         validation: the views of other battles, on which the drift is measured.
         batch_tokens: per forward pass while the drift is measured; calibration goes row by row.
-        labels: int (validation rows,), the votes as shown: adds the log loss before and after.
+        votes: of the validation rows as shown: adds the log loss before and after.
 
     Raises:
         InputError: before any heavy work, where the settings do not fit the model, there are too
@@ -142,7 +142,7 @@ def quantize_model(
         del judge
         after = verdict(load_quantized(folder))
         report = {
-            **drift(before, after, labels),
+            **drift(before, after, votes),
             "bits": bits,
             "group_size": group_size,
             "samples": samples,

@@ -10,32 +10,29 @@ import numpy as np
 from arena_distill.config.phases import DriftSettings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, write_json
+from arena_distill.verdicts import Votes
 
 DRIFT = "drift.json"
 
 
-def drift(
-    before: np.ndarray, after: np.ndarray, labels: np.ndarray | None = None
-) -> dict[str, Any]:
+def drift(before: np.ndarray, after: np.ndarray, votes: Votes | None = None) -> dict[str, Any]:
     """How far logits moved.
 
     Args:
         before: float32 (rows, 3), the dense model's.
         after: float32 (rows, 3), the quantised model's.
-        labels: int (rows,), or None.
+        votes: of these rows, or None.
 
     Returns:
         Mean `kl` and `kl_max` over rows, KL(before ‖ after) in nats; `flip_rate`, the share of rows
         whose likeliest class changed; `logit_change`, the mean absolute one; `log_loss_before`,
-        `log_loss` and `log_loss_change`, None without labels.
+        `log_loss` and `log_loss_change`, None without votes.
     """
     old, new = _log_softmax(before), _log_softmax(after)
     kl = np.maximum((np.exp(old) * (old - new)).sum(-1), 0)
     losses: list[float | None] = [None, None, None]
-    if labels is not None:
-        own = np.arange(len(labels)), labels
-        losses = [-float(old[own].mean()), -float(new[own].mean())]
-        losses.append(-float((new[own] - old[own]).mean()))
+    if votes is not None:
+        losses = [float(votes.mean(votes.cross_entropy(x))) for x in (old, new, new - old)]
     return {
         "rows": len(before),
         "kl": float(kl.mean()),

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.votes import votes_of
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key
+from arena_distill.verdicts import Votes
 
 FIELDS = ("prompt", "response_a", "response_b")
 
@@ -85,7 +87,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised set of battles: ids and sources (rows,), three fields, and the vocabulary.
+    """A tokenised set of battles: ids, sources and votes (rows,), three fields, and the vocabulary.
 
     training: the fields of the file's training battles, without their ids: whichever rows are taken,
         they say how long battles are (see :func:`length_budget`).
@@ -93,6 +95,7 @@ class Tokens:
 
     ids: pa.Array
     sources: pa.Array
+    votes: Votes
     fields: Mapping[str, Field]
     vocabulary: Vocabulary
     training: Mapping[str, Field] | None = None
@@ -109,7 +112,7 @@ class Tokens:
         rows = np.arange(len(self))[rows]
         fields = {name: field.take(rows) for name, field in self.fields.items()}
         ids, sources = self.ids.take(rows), self.sources.take(rows)
-        return Tokens(ids, sources, fields, self.vocabulary, self.training)
+        return Tokens(ids, sources, self.votes[rows], fields, self.vocabulary, self.training)
 
 
 def read_tokens(path: Path) -> Tokens:
@@ -120,7 +123,7 @@ def read_tokens(path: Path) -> Tokens:
     """
     table = read_parquet(path).combine_chunks()
     about = json.loads((table.schema.metadata or {}).get(b"arena_distill", b"{}"))
-    if "vocabulary" not in about:
+    if "vocabulary" not in about or "vote" not in table.column_names:
         raise InputError(f"{path}: not a file of tokens; delete it and the workflow rebuilds it")
     stored = about["vocabulary"]
     frames, one_answer = (
@@ -141,6 +144,7 @@ def read_tokens(path: Path) -> Tokens:
     return Tokens(
         table["id"].combine_chunks(),
         sources,
+        votes_of(table),
         fields,
         Vocabulary(stored["pad"], tuple(stored["newline"]), frames, one_answer),
         {name: _extent(field, rows) for name, field in fields.items()},

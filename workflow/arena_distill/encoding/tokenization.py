@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.style_features import WORD
+from arena_distill.battles.votes import VOTE_FIELDS
 from arena_distill.config.phases import Settings
 from arena_distill.encoding.sequences import FIELDS, Sequences, gather, list_array, offsets_of
 from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
@@ -47,10 +48,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The winners cut fields to so many words before they tokenise."""
 
+_VOTE = tuple(field.name for field in VOTE_FIELDS)
+
 
 def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, settings: Settings) -> None:
     """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
-    table = read_parquet(battles, columns=["id", "source", *FIELDS])
+    table = read_parquet(battles, ["id", "source", *_VOTE, *FIELDS])
     tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer))
     about = provenance("tokens", settings.model_dump() | {"tokenizer": tokenizer.name})
     write_parquet(tokens, output, about | {"vocabulary": vocabulary})
@@ -66,7 +69,7 @@ def tokenize(
     Text is data: a special token written out in it is spelled in ordinary tokens and means nothing.
 
     Returns:
-        A table with `id`, `source` and per field `f` (list<int32>: turns joined by a newline),
+        A table with `id`, `source`, the vote, and per field `f` (list<int32>: turns joined by a newline),
         `f_turns` (list<int32>: where each turn starts), `f_cap` (int32: tokens within the word cap) and,
         of an answer, `f_size` (list<int32>: its :data:`SIZE`); and the vocabulary of the templates as
         plain JSON.
@@ -76,7 +79,7 @@ def tokenize(
     """
     vocabulary = _vocabulary(tokenizer)
     newline = np.array(vocabulary["newline"], np.int32)
-    columns: dict[str, Any] = {"id": battles["id"], "source": battles["source"]}
+    columns: dict[str, Any] = {name: battles[name] for name in ("id", "source", *_VOTE)}
     for name in FIELDS:
         column = battles[name].combine_chunks()
         texts, rows = column.flatten(), offsets_of(pc.list_value_length(column).to_numpy())

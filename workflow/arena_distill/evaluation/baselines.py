@@ -15,30 +15,32 @@ import pyarrow as pa
 
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
-from arena_distill.verdicts import CLASSES
+from arena_distill.verdicts import CLASSES, Votes
 
-Baseline = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Baseline = Callable[[np.ndarray, Votes, np.ndarray], np.ndarray]
 """(features of the training rows, their votes, features of the rows to predict) → probabilities."""
 
 
-def class_prior(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def class_prior(training: np.ndarray, votes: Votes, rows: np.ndarray) -> np.ndarray:
     """Predict the shares of the training votes: float64 (rows, 3)."""
-    shares = np.bincount(votes, minlength=len(CLASSES)) / len(votes)
-    return np.tile(shares, (len(rows), 1))
+    return np.tile(votes.mean(votes.probabilities), (len(rows), 1))
 
 
-def length_regression(training: np.ndarray, votes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def length_regression(training: np.ndarray, votes: Votes, rows: np.ndarray) -> np.ndarray:
     """Predict by multinomial logistic regression on the lengths of the answers: float64 (rows, 3)."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if len(np.unique(votes)) < 2:
+    # The regression knows hard votes with weights only: a soft vote is up to three of them.
+    battle, kind = np.nonzero(votes.probabilities)
+    if len(np.unique(kind)) < 2:
         return class_prior(training, votes, rows)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(training, votes)
+    counts = votes.weights[battle] * votes.probabilities[battle, kind]
+    scale = StandardScaler().fit(training)
+    model = LogisticRegression(max_iter=1000)
+    model.fit(scale.transform(training)[battle], kind, counts)
     probabilities = np.zeros((len(rows), len(CLASSES)))
-    probabilities[:, model.classes_] = model.predict_proba(rows)
+    probabilities[:, model.classes_] = model.predict_proba(scale.transform(rows))
     return probabilities
 
 

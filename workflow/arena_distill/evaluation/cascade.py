@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from arena_distill.battles.folds import prompt_groups
-from arena_distill.battles.reading import read_solution
+from arena_distill.battles.votes import Solution
 from arena_distill.config.vocabulary import ViewAverage
-from arena_distill.files.artifacts import read_parquet, read_provenance
-from arena_distill.files.keys import locate
+from arena_distill.files.artifacts import read_provenance
+from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits
 from arena_distill.metrics import Figures, losses, paired_difference, scores
 from arena_distill.prediction.test_time import Passes, averages, confidence
+from arena_distill.verdicts import Votes
 
 CASCADE_COLUMNS = (
     *("threshold", "battles", "sequences", "tokens", "all_tokens"),
@@ -28,9 +26,7 @@ THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
 """Of the cascade's curve; the likeliest of three verdicts has a third at least."""
 
 
-def _cascade(
-    test_logits: Path, battles: Path, solution: Path, average: ViewAverage
-) -> list[Figures] | None:
+def _cascade(test_logits: Path, solved: Solution, average: ViewAverage) -> list[Figures] | None:
     """The :func:`cascade_curve` of a file of `score_test`; None where it says nothing of costs."""
     logits, scored = read_logits(test_logits)
     about = _settings(ids_path(test_logits))
@@ -38,19 +34,15 @@ def _cascade(
     costs = Passes.read(scored, lengths)
     if costs is None:
         return None
-    solved, text = read_solution(solution), read_parquet(battles, ["id", "source", "prompt"])
-    text = text.filter(pc.equal(text["source"].cast(pa.string()), "test"))
-    ids = solved["id"].combine_chunks()
-    rows = locate(ids, scored["id"].combine_chunks(), str(ids_path(test_logits)))
-    prompts = prompt_groups(text)[locate(ids, text["id"].combine_chunks(), str(battles))]
-    votes = solved["label"].to_numpy().astype(np.int64)
+    rows = locate(solved.keys, key(scored), str(ids_path(test_logits)))
     fixed = (about.get("cascade") or {}).get("threshold")
 
     def predict(scores: np.ndarray) -> np.ndarray:
         *_, everything = averages(scores, lengths, orders, average).values()
         return everything
 
-    return cascade_curve(logits[rows], lengths, predict, costs.take(rows), votes, prompts, fixed)
+    taken = costs.take(rows)
+    return cascade_curve(logits[rows], lengths, predict, taken, solved.votes, solved.groups, fixed)
 
 
 def cascade_curve(
@@ -58,7 +50,7 @@ def cascade_curve(
     lengths: Sequence[int],
     predict: Callable[[np.ndarray], np.ndarray],
     costs: Passes,
-    votes: np.ndarray,
+    votes: Votes,
     groups: np.ndarray,
     threshold: float | None = None,
 ) -> list[Figures] | None:
@@ -71,7 +63,8 @@ def cascade_curve(
     Args:
         logits: float32 (rows, lengths, orders, 3), in the canonical frame.
         predict: logits → float64 (rows, 3), each row by itself.
-        votes, groups: int64 (rows,), the battles' votes and prompts.
+        votes: of the battles.
+        groups: int64 (rows,), their prompts.
         threshold: of the cascade that the logits were scored with. What everything would score is
             not known then: there is one point, that of this cascade, and its `versus_all` is None.
 
@@ -101,7 +94,9 @@ def cascade_curve(
                 "tokens": float(tokens[goes_on].sum() / tokens.sum()),
                 "all_tokens": float((always + tokens[goes_on].sum()) / costs.tokens.sum()),
                 **scores(probabilities, votes),
-                "versus_all": paired_difference(losses(probabilities, votes), reference, groups)
+                "versus_all": paired_difference(
+                    losses(probabilities, votes), reference, votes, groups
+                )
                 if threshold is None
                 else None,
             }

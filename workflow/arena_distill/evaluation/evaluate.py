@@ -1,6 +1,6 @@
 """Every figure of a run: judges, baselines on the same rows, test variants, quantisation.
 
-Log loss is in nats, the mean over battles of -log p(vote); lower is better. A figure means little
+Log loss is in nats, the mean over battles of −Σ vote · log p; lower is better. A figure means little
 alone, so every judge stands between three baselines scored on the very rows it is scored on:
 
 - `class_prior`: the shares of the votes among the rows that train a fold;
@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_settings
-from arena_distill.battles.reading import read_solution
 from arena_distill.battles.style_features import LENGTHS
+from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import EvaluationSettings
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
@@ -39,7 +39,7 @@ from arena_distill.files.artifacts import (
     write_json,
     write_text,
 )
-from arena_distill.files.keys import key, locate
+from arena_distill.files.keys import locate
 from arena_distill.files.logits import ids_path
 from arena_distill.metrics import (
     Figures,
@@ -58,7 +58,7 @@ from arena_distill.metrics import (
 from arena_distill.prediction.calibration import METHODS, cross_fit, fit
 from arena_distill.prediction.submission import WINNERS
 from arena_distill.scoring.logits import read_out_of_fold
-from arena_distill.verdicts import ORDERS
+from arena_distill.verdicts import ORDERS, Votes
 
 JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
 VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
@@ -74,7 +74,7 @@ def evaluate(
     settings: EvaluationSettings,
     rejected: Path | None = None,
     predictions: Sequence[Path] = (),
-    solution: Path | None = None,
+    test_votes: Path | None = None,
     drift: Path | None = None,
     truth: Path | None = None,
     audit: Path | None = None,
@@ -89,8 +89,8 @@ def evaluate(
         output: where `metrics.json` goes.
         tables: folder of the flat tables.
         rejected: `rejected.parquet`, to count the refused rows by reason.
-        predictions: the final judge's, a file per model, scored where `solution` is given.
-        solution: the test battles' votes.
+        predictions: the final judge's, a file per model, scored where `test_votes` is given.
+        test_votes: `test_votes.parquet`.
         drift: what quantising the final judge changed, as JSON.
         truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
             `p_model_b`, `p_tie`).
@@ -136,15 +136,16 @@ def evaluate(
     for figures, probabilities in compared:
         loss = losses(probabilities, votes)
         assert len(loss) == len(reference), "all are scored on the same battles"
-        figures["gap_closed"] = gap_closed(float(loss.mean()), baselines)
-        figures["versus_final"] = paired_difference(loss, reference, run.groups())
+        figures["gap_closed"] = gap_closed(float(votes.mean(loss)), baselines)
+        figures["versus_final"] = paired_difference(loss, reference, votes, run.groups())
     test = None
-    if predictions and solution is not None:
-        test = _test(run, predictions, settings.model, solution, truth)
+    if predictions and test_votes is not None:
+        solved = Solution.read(test_votes)
+        test = _test(run, predictions, settings.model, solved, truth)
         test["cascade"] = None
         if test_logits is not None:
             average = _settings(predictions[0]).get("average", "logits")
-            test["cascade"] = _cascade(test_logits, battles, solution, average)
+            test["cascade"] = _cascade(test_logits, solved, average)
     prediction = {**_settings(predictions[0]), "model": settings.model} if predictions else None
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
     metrics = {
@@ -218,7 +219,7 @@ def _judge(run: Run, logits: np.ndarray) -> Figures:
 
 def _calibrations(
     logits: np.ndarray,
-    votes: np.ndarray,
+    votes: Votes,
     parts: np.ndarray,
     styles: np.ndarray,
     truth: np.ndarray | None,
@@ -243,12 +244,10 @@ def _calibrations(
 
 
 def _test(
-    run: Run, predictions: Sequence[Path], model: str, solution: Path, truth: Path | None
+    run: Run, predictions: Sequence[Path], model: str, solved: Solution, truth: Path | None
 ) -> Figures:
-    """Scores of every variant on the test battles with a known vote, and of the baselines."""
-    solved = read_solution(solution)
-    votes = solved["label"].to_numpy().astype(np.int64)
-    ids = solved["id"].combine_chunks()
+    """Scores of every variant on the test battles, and of the baselines."""
+    votes, keys = solved.votes, solved.keys
     models: dict[str, dict[str, Figures]] = {}
     submitted = {}
     for file in predictions:
@@ -257,12 +256,11 @@ def _test(
         for view in views.to_pylist():
             variant = view["variant"]
             part = table.filter(pc.field("variant") == variant)
-            rows = locate(ids, part["id"].combine_chunks(), f"{file}, {variant}")
+            rows = locate(solved.ids, part["id"].combine_chunks(), f"{file}, {variant}")
             probabilities = np.column_stack([part[name].to_numpy() for name in WINNERS])
             models.setdefault(view["model"], {})[variant] = scores(probabilities[rows], votes)
             if view["submitted"] and view["model"] == model:
                 submitted = {"model": model, "variant": variant}
-    keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
     lengths = run.styles_of(keys)[:, :LENGTHS]
     everything = run.voted()
     baselines = {

@@ -13,16 +13,18 @@ from arena_distill.battles.folds import (
     dropped_extra,
     shared_prompts,
     training_rows,
+    undivided_groups,
     validation_rows,
 )
 from arena_distill.battles.style_features import LENGTHS, style_features
+from arena_distill.battles.votes import votes_of
 from arena_distill.evaluation.baselines import Baseline
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.metrics import Figures, scores
 from arena_distill.prediction.calibration import parts_of
 from arena_distill.scoring.logits import read_out_of_fold
-from arena_distill.verdicts import CLASSES, NO_VOTE
+from arena_distill.verdicts import CLASSES, Votes
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,18 @@ class Run:
     def fold_numbers(self) -> list[int]:
         return np.unique(self.folds["fold"].to_numpy()[self.validation]).tolist()
 
-    def votes(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """Votes of the given rows of `folds`, by default of the out-of-fold rows: int64."""
-        labels = self.folds["label"].to_numpy().astype(np.int64)
-        return labels[self.validation if rows is None else rows]
+    def votes(self, rows: np.ndarray | None = None) -> Votes:
+        """Votes of the given rows of `folds`, by default of the out-of-fold rows."""
+        return votes_of(self.folds)[self.validation if rows is None else rows]
 
-    def voted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all rows that have a vote: their `lengths`, and the votes, int64."""
-        rows = np.flatnonzero(self.folds["label"].to_numpy() != NO_VOTE)
+    def voted(self) -> tuple[np.ndarray, Votes]:
+        """Of all rows that have a vote: their `lengths`, and the votes."""
+        rows = np.flatnonzero(votes_of(self.folds).known)
         return self.lengths[rows], self.votes(rows)
 
     def groups(self) -> np.ndarray:
-        """Prompts of the out-of-fold rows, as numbers: int64."""
-        return self.folds["group"].to_numpy()[self.validation]
+        """Prompts of the out-of-fold rows, as numbers: int64 (``folds.undivided_groups``)."""
+        return undivided_groups(self.folds)[self.validation]
 
     def parts(self) -> np.ndarray:
         """Parts of the out-of-fold rows for cross-fitting (``calibration.parts_of``): int64."""

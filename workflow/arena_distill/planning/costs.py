@@ -112,7 +112,8 @@ class Cost:
 
 ON_THE_HOST = frozenset(
     {
-        *("fetch_battles", "simulate_arena", "read_battles", "assign_folds", "audit_leaks"),
+        *("fetch_battles", "simulate_arena", "read_battles", "read_solution"),
+        *("assign_folds", "audit_leaks"),
         *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
         *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),
         *("check_drift", "fit_calibration", "predict_test", "write_submission"),

@@ -39,8 +39,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.folds import fold_settings
+from arena_distill.battles.folds import fold_settings, undivided_groups
 from arena_distill.battles.style_features import read_styles
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import Settings
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
@@ -48,6 +49,7 @@ from arena_distill.files.artifacts import provenance, read_json, read_parquet, w
 from arena_distill.files.keys import key
 from arena_distill.metrics import Figures, calibration_scores, scores, softmax
 from arena_distill.scoring.logits import read_out_of_fold
+from arena_distill.verdicts import Votes
 
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 
@@ -130,20 +132,20 @@ def _by_style(styles: np.ndarray) -> np.ndarray:
 def fit(
     method: CalibrationMethod,
     logits: np.ndarray,
-    votes: np.ndarray,
+    votes: Votes,
     styles: np.ndarray | None = None,
 ) -> CalibrationMap:
     """Fit a calibration by maximum likelihood; with no rows, it is the identity.
 
     Args:
         logits: float (rows, 3).
-        votes: int (rows,) of 0, 1, 2.
+        votes: of these rows.
         styles: float (rows, features), of the battles; without them `style` is `vector`.
     """
     from scipy.optimize import minimize
 
     scales, biases = _SCALES[method], _BIASES[method]
-    rows = len(votes)
+    rows, total_weight = len(votes), votes.weights.sum() or 1.0
     if method != "style" or styles is None:
         styles = np.empty((rows, 0))
     # Differences have no mean that could be taken off: it would favour one side.
@@ -154,10 +156,10 @@ def fit(
     scaled = _centred(logits)[:, :, None] * scales.T
     shifted = np.broadcast_to(biases.T, (rows, *biases.T.shape))
     features = np.concatenate([scaled, shifted, by_style], axis=2)
-    of_vote = np.take_along_axis(features, votes.astype(np.int64)[:, None, None], axis=1)[:, 0]
+    of_vote = np.einsum("rc,rcp->rp", votes.probabilities, features)
     counts = len(scales), len(biases), by_style.shape[2]
     identity = np.repeat([1.0, 0.0, 0.0], counts)
-    ridge = np.repeat([RIDGE, RIDGE, STYLE_RIDGE / max(rows, 1)], counts)
+    ridge = np.repeat([RIDGE, RIDGE, STYLE_RIDGE / total_weight], counts)
 
     def objective(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """Mean log loss with the ridge, and its gradient."""
@@ -168,9 +170,9 @@ def fit(
         loss = (top + np.log(total))[:, 0] - of_vote @ parameters
         slope = np.einsum("rc,rcp->rp", odds / total, features) - of_vote
         away = parameters - identity
-        n = max(rows, 1)
-        value = loss.sum() / n + ridge / 2 @ away**2
-        return float(value), slope.sum(axis=0) / n + ridge * away
+        value = (votes.weights * loss).sum() / total_weight + ridge / 2 @ away**2
+        slope *= votes.weights[:, None]
+        return float(value), slope.sum(axis=0) / total_weight + ridge * away
 
     free = counts[1] + counts[2]
     bounds = [(1 / HOTTEST, 1 / COLDEST)] * counts[0] + [(None, None)] * free
@@ -190,7 +192,7 @@ def fit(
 def cross_fit(
     method: CalibrationMethod,
     logits: np.ndarray,
-    votes: np.ndarray,
+    votes: Votes,
     parts: np.ndarray,
     styles: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -198,7 +200,7 @@ def cross_fit(
 
     Args:
         logits: float (rows, 3).
-        votes: int (rows,).
+        votes: of these rows.
         parts: int (rows,), of :func:`parts_of`.
         styles: float (rows, features), or None.
     """
@@ -230,7 +232,7 @@ def parts_of(folds: pa.Table) -> np.ndarray:
         return fold[validation].astype(np.int64)
     from sklearn.model_selection import GroupKFold
 
-    groups = folds["group"].to_numpy()[validation]
+    groups = undivided_groups(folds)[validation]
     parts = np.zeros(len(groups), np.int64)
     n = min(dealt["n"], len(np.unique(groups)))
     if n > 1:
@@ -272,7 +274,7 @@ def fit_calibration(
     table = read_parquet(folds)
     seen = read_out_of_fold(table, logits, judge).mean(axis=1, dtype=np.float64)
     validation = table.filter(pc.greater_equal(table["fold"], 0))
-    votes = validation["label"].to_numpy().astype(np.int64)
+    votes = votes_of(validation)
     parts, styles = parts_of(table), read_styles(battles, key(validation))
 
     def scored(logits: np.ndarray) -> Figures:

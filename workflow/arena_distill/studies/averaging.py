@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.folds import prompt_groups
-from arena_distill.battles.reading import read_solution
+from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import AveragingSettings, SoupSettings
 from arena_distill.deployment.fold_weights import FoldMerger, validation_weights
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
-from arena_distill.files.artifacts import (
-    provenance,
-    read_json,
-    read_parquet,
-    write_json,
-    write_text,
-)
-from arena_distill.files.keys import key, locate
+from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
+from arena_distill.files.keys import locate
 from arena_distill.metrics import losses, mean_over_views, paired_difference, scores
 
 if TYPE_CHECKING:
@@ -113,8 +105,7 @@ def compare_soups(
     logits: Sequence[Path],
     tokens: Path,
     folds: Path,
-    battles: Path,
-    solution: Path | None,
+    test_votes: Path | None,
     output: Path,
     *,
     settings: SoupSettings,
@@ -129,6 +120,7 @@ def compare_soups(
 
     Args:
         logits: the folds' `fold_<k>.npy`, in the order of `adapters`.
+        test_votes: `test_votes.parquet`, where the votes are known.
     """
     read = read_tokens(tokens)
     read = read.take(np.asarray(pc.equal(read.sources, "test")))
@@ -153,19 +145,15 @@ def compare_soups(
         "ways": {},
         "provenance": provenance("soups", settings.model_dump(mode="json")),
     }
-    if solution:
-        solved = read_solution(solution)
-        ids = solved["id"].combine_chunks()
-        keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
-        place = locate(keys, read.keys(), str(tokens))
-        table = read_parquet(battles, ["id", "source", "prompt"])
-        groups = prompt_groups(table)[locate(keys, key(table), str(battles))]
-        votes = solved["label"].to_numpy().astype(np.int64)
+    if test_votes:
+        solved = Solution.read(test_votes)
+        votes, groups = solved.votes, solved.groups
+        place = locate(solved.keys, read.keys(), str(tokens))
         p = {name: mean_over_views(each[place]) for name, each in ways.items()}
-        reference = losses(p["ensemble"], votes)
+        loss = {name: losses(each, votes) for name, each in p.items()}
         figures["ways"] = {
             name: scores(each, votes)
-            | {"versus_ensemble": paired_difference(losses(each, votes), reference, groups)}
+            | {"versus_ensemble": paired_difference(loss[name], loss["ensemble"], votes, groups)}
             for name, each in p.items()
         }
     write_json(figures, output)

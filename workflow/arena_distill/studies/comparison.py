@@ -18,15 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.folds import prompt_groups
-from arena_distill.battles.reading import read_solution
 from arena_distill.battles.style_features import LENGTHS
+from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import CompareSettings, Entry
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
 from arena_distill.evaluation.out_of_fold import Run
-from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
+from arena_distill.files.artifacts import provenance, read_json, write_json
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
 from arena_distill.layout import Layout
@@ -43,7 +42,7 @@ from arena_distill.metrics import (
 )
 from arena_distill.prediction.calibration import cross_fit, fit
 from arena_distill.prediction.test_time import mean_of_views
-from arena_distill.verdicts import CLASSES
+from arena_distill.verdicts import CLASSES, Votes
 
 STYLE_ALONE = "style alone"
 """What a calibration by style says of battles without a judge."""
@@ -64,7 +63,7 @@ def compare(
     output: Path,
     *,
     settings: CompareSettings,
-    solution: Path | None,
+    test_votes: Path | None,
     truth: Path | None,
 ) -> None:
     """Compare the judges of `settings.entries` → `compare.json`.
@@ -72,7 +71,7 @@ def compare(
     Args:
         run: the run's folder; of every entry its folds' adapters and logits, its merged model and that
             one's test logits are read, and of the runs in `settings.runs` the logits.
-        solution: the test battles' votes, where they are known.
+        test_votes: `test_votes.parquet`, where the votes are known.
         truth: the synthetic arena's true vote probabilities.
 
     Raises:
@@ -104,8 +103,8 @@ def compare(
     for label, logits in seen.items():
         held_out["judges"][label]["position"] = position_bias(logits, data.votes())
     test = None
-    if solution is not None:
-        test = _test(files, data, calibrated, settings, solution, truth)
+    if test_votes is not None:
+        test = _test(files, data, calibrated, settings, Solution.read(test_votes), truth)
     figures = {
         "run": settings.run,
         "entries": [
@@ -151,14 +150,15 @@ def _calibrated(
 
 def _table(
     probabilities: Mapping[str, np.ndarray],
-    votes: np.ndarray,
+    votes: Votes,
     groups: np.ndarray,
     settings: CompareSettings,
     true: np.ndarray | None,
 ) -> Figures:
     """Scores of all judges on the same rows, and every difference with its 95 % interval."""
     each = np.stack([losses(p, votes) for p in probabilities.values()])
-    drawn = bootstrap(each, groups, resamples=settings.resamples)
+    drawn = bootstrap(each, votes, groups, resamples=settings.resamples)
+    means = votes.mean(each.T)
     judges = {}
     for i, (label, p) in enumerate(probabilities.items()):
         low, high = np.quantile(drawn[:, i], [0.025, 0.975])
@@ -176,7 +176,7 @@ def _table(
         "prompts": len(np.unique(groups)),
         "judges": judges,
         "differences": [
-            {"judge": labels[a], "against": labels[b], **_difference(each, drawn, a, b)}
+            {"judge": labels[a], "against": labels[b], **_difference(means, drawn, a, b)}
             for a in range(len(labels))
             for b in range(len(labels))
             if a != b
@@ -184,10 +184,9 @@ def _table(
     }
 
 
-def _difference(each: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
+def _difference(means: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
     low, high = np.quantile(drawn[:, a] - drawn[:, b], [0.025, 0.975])
-    difference = float((each[a] - each[b]).mean())
-    return {"difference": difference, "low": float(low), "high": float(high)}
+    return {"difference": float(means[a] - means[b]), "low": float(low), "high": float(high)}
 
 
 def _test(
@@ -195,16 +194,11 @@ def _test(
     data: Run,
     calibrated: Mapping[str, _Calibrated],
     settings: CompareSettings,
-    solution: Path,
+    solved: Solution,
     truth: Path | None,
 ) -> Figures:
     """The merged models on the test battles, averaged as their recipes say; calibrated as well."""
-    solved = read_solution(solution)
-    votes = solved["label"].to_numpy().astype(np.int64)
-    ids = solved["id"].combine_chunks()
-    keys = key(pa.table({"id": ids, "source": pa.repeat("test", len(ids))}))
-    battles = read_parquet(Path(files.battles), ["id", "source", "prompt"])
-    groups = prompt_groups(battles)[locate(keys, key(battles), "battles")]
+    keys = solved.keys
     tested = [entry for entry in settings.entries if entry.tested]
     views = {entry.label: _test_views(files, entry.judge, keys) for entry in tested}
     averages = {entry.label: entry.prediction.average for entry in tested}
@@ -222,7 +216,7 @@ def _test(
     true = None if truth is None else true_probabilities(truth, keys)
     if true is not None:
         probabilities["Bayes limit"] = true
-    return _table(probabilities, votes, groups, settings, true)
+    return _table(probabilities, solved.votes, solved.groups, settings, true)
 
 
 def _test_views(files: Layout, judge: str, keys: pa.Array) -> np.ndarray:

@@ -53,7 +53,8 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
             p = mean_over_views(data.judge_logits(judge, files))
             adapters = [Path(layout.adapter(judge, k)) for k in folds]
             seen = [read_json(folder / "metrics.json")["battles"] for folder in adapters]
-            drawn = bootstrap(losses(p, votes)[None], data.groups(), resamples=2000)[:, 0]
+            loss = losses(p, votes)[None]
+            drawn = bootstrap(loss, votes, data.groups(), resamples=2000)[:, 0]
             low, high = np.quantile(drawn, [0.025, 0.975])
             point = {"curve": label, "judge": judge, "share": float(share)}
             point |= {"battles": round(float(np.mean(seen))), **scores(p, votes)}

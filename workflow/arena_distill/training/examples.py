@@ -18,10 +18,10 @@ from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import Sequences, Tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.training.targets import as_seen
-from arena_distill.verdicts import ORDERS, swap_labels
+from arena_distill.verdicts import ORDERS, Votes, swap_classes
 
 FILLER = -100
-"""The label that weighs nothing, as PyTorch and the Trainer know it."""
+"""The label that the Trainer does not count."""
 
 
 LOWER = "lower the learning rate (lr) or max_grad_norm"
@@ -31,10 +31,11 @@ LOWER = "lower the learning rate (lr) or max_grad_norm"
 class Examples(Dataset):
     """What the Trainer reads: battles as shown, votes as shown, teachers' logits and states as shown.
 
-    A position past the end is a filler (see `ByLength`): a short battle whose label is -100.
+    A position past the end is a filler (see `ByLength`): a short battle of weight 0. The Trainer counts
+    battles by their `labels`, which are 0 for a battle and -100 for a filler and say nothing else.
 
     views: the sequences of each battle as shown: one for a joint judge, two for a pointwise one.
-    labels: int64 (battles as shown,).
+    votes: of the battles as shown.
     teachers: float32 (battles as shown, J, 3), or None.
     weights: float32 (battles as shown, J), of the teachers, or None where there are none.
     battles: how many there are, however often each is shown.
@@ -43,7 +44,7 @@ class Examples(Dataset):
     """
 
     views: tuple[Sequences, ...]
-    labels: np.ndarray
+    votes: Votes
     teachers: np.ndarray | None = None
     weights: np.ndarray | None = None
     battles: int = 0
@@ -56,12 +57,16 @@ class Examples(Dataset):
         return np.max([view.lengths for view in self.views], axis=0)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.votes)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = i if i < len(self) else int(np.argmin(self.lengths))
-        label = self.labels[row] if row == i else np.int64(FILLER)
-        item = {"input_ids": [view[row] for view in self.views], "labels": label}
+        item = {
+            "input_ids": [view[row] for view in self.views],
+            "labels": np.int64(0 if row == i else FILLER),
+            "votes": self.votes.probabilities[row].astype(np.float32),
+            "counts": np.float32(self.votes.weights[row] if row == i else 0),
+        }
         if self.teachers is None or self.weights is None:
             return item
         states = {name: [values[row] for values in each] for name, each in self.states.items()}
@@ -108,7 +113,7 @@ class ByLength(Sampler[int]):
 
 def make_examples(
     tokens: Tokens,
-    labels: np.ndarray,
+    votes: Votes,
     targets: np.ndarray | None,
     weights: np.ndarray | None,
     settings: PretrainingSettings | TrainingSettings,
@@ -118,7 +123,7 @@ def make_examples(
     each once, and learns from the mean of its teachers' logits of both orders.
 
     Args:
-        labels: int64 (rows,), canonical.
+        votes: of `tokens`, canonical.
         targets: float32 (rows, teachers, orders, 3), canonical, or None.
         weights: float32 (rows, teachers), or None.
         states: by name, of each teacher float16 (rows, views, width), or None.
@@ -128,15 +133,19 @@ def make_examples(
         # Both orders at once: a joint teacher's two verdicts are one target.
         both = None if targets is None else targets.mean(axis=2)
         shown = tuple(encode_views(tokens, settings.encoding, settings.head))
-        return Examples(shown, labels, both, weights, len(tokens), states)
+        return Examples(shown, votes, both, weights, len(tokens), states)
     orders = ORDERS if optimization(settings).swap else ORDERS[:1]
+    shown_as = {"AB": votes.probabilities, "BA": swap_classes(votes.probabilities)}
 
     def by_order(values: np.ndarray) -> np.ndarray:
         return np.concatenate([values[:, i : i + 1] for i, _ in enumerate(orders)])
 
     return Examples(
         (Sequences.concatenate(encode_views(tokens, settings.encoding, settings.head, orders)),),
-        np.concatenate([swap_labels(labels) if order == "BA" else labels for order in orders]),
+        Votes(
+            np.concatenate([shown_as[order] for order in orders]),
+            np.tile(votes.weights, len(orders)),
+        ),
         None
         if targets is None
         else np.concatenate([as_seen(targets, i) for i, _ in enumerate(orders)]),
@@ -156,7 +165,7 @@ def collator(pad_token_id: int) -> Any:
         ids, mask = pad([ids for item in items for ids in item["input_ids"]], pad_token_id)
         shape = len(items), -1, ids.shape[1]  # battles, sequences of each, tokens
         batch = {"input_ids": ids.reshape(shape), "attention_mask": mask.reshape(shape)}
-        for name in ("labels", "teachers", "weights"):
+        for name in ("labels", "votes", "counts", "teachers", "weights"):
             if name in items[0]:
                 batch[name] = np.stack([item[name] for item in items])
         tensors: dict[str, Any] = {n: torch.from_numpy(values) for n, values in batch.items()}

@@ -51,7 +51,10 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
     """
     assert examples.groups is not None
     features = torch.from_numpy(read_features(judge, examples.views, batch_tokens))
-    votes = torch.from_numpy(examples.labels)
+    votes, counts = (
+        torch.from_numpy(array.astype(np.float32))
+        for array in (examples.votes.probabilities, examples.votes.weights)
+    )
     teachers, weights = (
         None if array is None else torch.from_numpy(array)
         for array in (examples.teachers, examples.weights)
@@ -60,7 +63,8 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
     def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         targets = None if teachers is None else teachers[rows]
         shares = None if weights is None else weights[rows]
-        return battle_losses(battle_logits(outputs, head), votes[rows], targets, shares, loss)
+        each = battle_losses(battle_logits(outputs, head), votes[rows], targets, shares, loss)
+        return each * counts[rows]
 
     layer = head_layer(judge)
     fitted, ridge, found = cross_validate(features, objective, layer.out_features, examples.groups)

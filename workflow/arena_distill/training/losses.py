@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from arena_distill.config.judge import Loss, State
-from arena_distill.verdicts import NO_VOTE
 
 
 def battle_losses(
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    votes: torch.Tensor,
     teachers: torch.Tensor | None,
     weights: torch.Tensor | None,
     loss: Loss,
@@ -24,12 +23,14 @@ def battle_losses(
     With `combine: separate` each of the J teachers adds its own terms, J w_j times; otherwise they are
     one target (J = 1 below), the weighted mean of their logits or of their probabilities at T:
 
-        (ce · (1 − p_s(y))^γ · CE(y, s) + Σ_j J w_j [kl · T² · KL(t_j ‖ s) + cosine · (1 − cos(p_j, p_s))])
+        (ce · Σ_y v(y) · (1 − p_s(y))^γ · CE(y, s)
+         + Σ_j J w_j [kl · T² · KL(t_j ‖ s) + cosine · (1 − cos(p_j, p_s))])
         / (ce + J (kl + cosine))
 
     where KL compares softmax(·/T) (Hinton et al. 2015, arXiv:1503.02531; T² unless switched off), cos
-    compares the probabilities at temperature T, and CE smooths the vote. `alpha·T²·KL + (1−alpha)·CE` is
-    ce = 1−alpha, kl = alpha; five equal terms are ce = kl = cosine = 1 with two separate teachers.
+    compares the probabilities at temperature T, and CE smooths each class y of the vote v.
+    `alpha·T²·KL + (1−alpha)·CE` is ce = 1−alpha, kl = alpha; five equal terms are ce = kl = cosine = 1 with
+    two separate teachers.
 
     States have a term per teacher however logits are combined: each state's Σ_j J w_j · weight · d_j is
     added above and its J · weight below, with the d_j of :func:`feature_distances` and
@@ -37,22 +38,25 @@ def battle_losses(
 
     Args:
         logits: (batch, 3), the student's.
-        labels: int64 (batch,); NO_VOTE where there is none: such a battle has no CE term.
+        votes: float32 (batch, 3); three zeros where there is none: such a battle has no CE term.
         teachers: (batch, J, 3), or None where `kl` and `cosine` are 0.
         weights: (batch, J), each row's sum 1; None: equal.
         states: float32 (batch, J) by name, how far the student's are from each teacher's.
 
     Returns:
-        float32 (batch,).
+        float32 (batch,), whatever the battles' weights.
     """
     logits = logits.float()
-    voted = labels != NO_VOTE
-    votes = labels.where(voted, 0)
-    ce = F.cross_entropy(logits, votes, reduction="none", label_smoothing=loss.label_smoothing)
+    voted = votes.sum(-1) > 0
+    surprise = -F.log_softmax(logits, dim=-1)
+    if smoothing := loss.label_smoothing:
+        spread = smoothing / surprise.shape[-1] * surprise.sum(-1, keepdim=True)
+        surprise = (1 - smoothing) * surprise + spread
     if loss.focal:
-        foreseen = logits.softmax(-1).gather(-1, votes[:, None])[:, 0]
-        ce = ce * (1 - foreseen) ** loss.focal
-    total = loss.ce * ce * voted
+        # Not 0, where the gradient of a power below 1 is infinite.
+        missed = (1 - logits.softmax(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+        surprise = surprise * missed**loss.focal
+    total = loss.ce * (votes * surprise).sum(-1)
     weight = loss.ce * voted
     if teachers is not None and loss.kl + loss.cosine > 0:
         teachers = teachers.float() / loss.temperature

@@ -30,7 +30,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states
-from arena_distill.verdicts import NO_VOTE, swap_classes
+from arena_distill.verdicts import Votes, swap_classes
 
 VOTE_LOSS = Loss(ce=1.0, kl=0.0, cosine=0.0)
 """The loss of a judge without teachers: cross-entropy with the vote."""
@@ -165,7 +165,7 @@ def as_seen(targets: np.ndarray, order: int) -> np.ndarray:
 
 
 def teacher_weights(
-    targets: np.ndarray, labels: np.ndarray, held_out: np.ndarray, loss: Loss
+    targets: np.ndarray, votes: Votes, held_out: np.ndarray, loss: Loss
 ) -> np.ndarray:
     """How much each teacher counts, battle by battle.
 
@@ -180,7 +180,7 @@ def teacher_weights(
 
     Args:
         targets: float32 (rows, J, orders, 3).
-        labels: int64 (rows,); NO_VOTE where there is none: such rows weigh teachers equally.
+        votes: of these rows; those without a vote weigh teachers equally.
         held_out: bool (rows,), where the teachers' logits are out of fold.
 
     Returns:
@@ -189,53 +189,45 @@ def teacher_weights(
     Raises:
         InputError: weights are to be fitted, but no row is held out.
     """
+    from scipy.special import log_softmax
+
     rows, count = targets.shape[:2]
     equal = np.full((rows, count), 1 / count, np.float32)
     if count == 1 or loss.weights == "equal":
         return equal
     logits = targets.mean(axis=2, dtype=np.float64)
-    voted = labels != NO_VOTE
     if loss.weights == "confidence":
-        surprise = _surprise(logits, np.where(voted, labels, 0))
+        surprise = votes.cross_entropy(log_softmax(logits, axis=-1))
         share = np.exp(surprise - surprise.max(axis=1, keepdims=True))
         share /= share.sum(axis=1, keepdims=True)
-        return np.where(voted[:, None], (1 - share) / (count - 1), equal).astype(np.float32)
-    fit = held_out & voted
+        return np.where(votes.known[:, None], (1 - share) / (count - 1), equal).astype(np.float32)
+    fit = held_out & votes.known
     if not fit.any():
         raise InputError(
             "loss.weights: fitted, but no training battle has teachers' logits out of fold"
         )
-    pooled = _fitted_weights(logits[fit], labels[fit], of_logits=loss.combine == "mean_logits")
+    pooled = _fitted_weights(logits[fit], votes[fit], of_logits=loss.combine == "mean_logits")
     return np.tile(pooled.astype(np.float32), (rows, 1))
 
 
-def _surprise(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Each teacher's cross-entropy with the vote: float64 (rows, J)."""
-    from scipy.special import log_softmax
-
-    given = np.take_along_axis(log_softmax(logits, axis=-1), labels[:, None, None], axis=2)
-    return np.asarray(-given[..., 0])
-
-
-def _fitted_weights(logits: np.ndarray, labels: np.ndarray, *, of_logits: bool) -> np.ndarray:
+def _fitted_weights(logits: np.ndarray, votes: Votes, *, of_logits: bool) -> np.ndarray:
     """The weights on the simplex whose weighted mean has the least log loss: float64 (J,)."""
     from scipy.optimize import minimize
     from scipy.special import log_softmax, softmax
 
     count = logits.shape[1]
-    given = np.exp(-_surprise(logits, labels))
+    p = softmax(logits, axis=-1).clip(min=np.finfo(np.float64).tiny)
 
     def of_probabilities(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        mixed = given @ weights
-        return float(-np.log(mixed).mean()), -(given / mixed[:, None]).mean(axis=0)
+        mixed = np.einsum("rjc,j->rc", p, weights)
+        slope = np.einsum("rc,rjc->rj", votes.probabilities / mixed, p)
+        return float(votes.mean(votes.cross_entropy(np.log(mixed)))), -votes.mean(slope)
 
     def of_mean_logits(weights: np.ndarray) -> tuple[float, np.ndarray]:
         mean = np.einsum("rjc,j->rc", logits, weights)
-        own = np.arange(len(labels)), labels
-        error = softmax(mean, axis=-1)
-        error[own] -= 1
-        gradient = np.einsum("rc,rjc->j", error, logits) / len(labels)
-        return float(-log_softmax(mean, axis=-1)[own].mean()), gradient
+        error = softmax(mean, axis=-1) - votes.probabilities
+        slope = np.einsum("rc,rjc->rj", error, logits)
+        return float(votes.mean(votes.cross_entropy(log_softmax(mean, axis=-1)))), votes.mean(slope)
 
     found = minimize(
         of_mean_logits if of_logits else of_probabilities,

@@ -36,8 +36,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from arena_distill.battles.folds import training_rows
-from arena_distill.battles.reading import read_votes
+from arena_distill.battles.folds import training_rows, undivided_groups
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Head, Loss, Optimization, Precision, State, Training
 from arena_distill.config.phases import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.batching import micro_batch_size
@@ -84,7 +84,6 @@ PROJECTIONS = "projections.safetensors"
 def pretrain_adapter(
     backbone: Path,
     tokens: Path,
-    battles: Path,
     output: Path,
     *,
     settings: PretrainingSettings,
@@ -93,7 +92,7 @@ def pretrain_adapter(
     """Post-pretrain a judge's adapter on the votes of the UT battles."""
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
-    examples = make_examples(read, read_votes(battles, read.keys()), None, None, settings)
+    examples = make_examples(read, read.votes, None, None, settings)
     base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
     model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
@@ -125,7 +124,7 @@ def train_fold(
     rows = _part(table.take(chosen), settings.training)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
-    labels = rows["label"].to_numpy().astype(np.int64)
+    votes = votes_of(rows)
     targets = weights = None
     states: dict[State, tuple[np.ndarray, ...]] = {}
     if settings.teachers and settings.targets:
@@ -135,10 +134,10 @@ def train_fold(
         # Extra battles were seen by every fold's teacher: no weight is fitted on them. (Nor on those
         # without a vote.)
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
-        weights = teacher_weights(targets, labels, held_out, settings.loss)
-    examples = make_examples(read, labels, targets, weights, settings, states)
+        weights = teacher_weights(targets, votes, held_out, settings.loss)
+    examples = make_examples(read, votes, targets, weights, settings, states)
     if settings.training.fit_head:
-        groups = rows["group"].to_numpy()
+        groups = undivided_groups(rows)
         examples = replace(examples, groups=np.tile(groups, len(examples) // len(groups)))
     seed = settings.training.seed + (fold if settings.training.own_start else 0)
     base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
@@ -192,7 +191,7 @@ class JudgeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        labels = inputs.pop("labels")
+        counts, labels, votes = (inputs.pop(name) for name in ("counts", "labels", "votes"))
         teachers, weights = inputs.pop("teachers", None), inputs.pop("weights", None)
         taught: dict[State, Any] = {n: inputs.pop(n) for n in self.loss.states() if n in inputs}
         shape = inputs["input_ids"].shape[:2]  # battles, sequences of each
@@ -205,11 +204,10 @@ class JudgeTrainer(Trainer):
         if "attention" in taught:
             looks = outputs.attention.unflatten(0, shape)
             apart["attention"] = attention_divergences(looks, taught["attention"])
-        counts = labels != FILLER
-        each = battle_losses(logits, labels.where(counts, 0), teachers, weights, self.loss, apart)
+        each = battle_losses(logits, votes, teachers, weights, self.loss, apart)
         total = (each * counts).sum()
         if num_items_in_batch is None:
-            loss = total / counts.sum()
+            loss = total / (labels != FILLER).sum()
         else:  # the mean over the whole optimizer step; DDP averages gradients over processes
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -317,7 +315,8 @@ def _fit(
 
 def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
     """Of everything that decides the weights; how it is launched does not, but for rounding."""
-    arrays = [*(a for view in examples.views for a in (view.ids, view.offsets)), examples.labels]
+    arrays = [a for view in examples.views for a in (view.ids, view.offsets)]
+    arrays += [examples.votes.probabilities, examples.votes.weights]
     arrays += [a for a in (examples.teachers, examples.weights) if a is not None]
     arrays += [a for each in examples.states.values() for a in each]
     start = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,67 @@
+"""Votes as columns of tables: of battles, folds and tokens, and of the test battles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key
+from arena_distill.verdicts import CLASSES, Votes
+
+VOTE_FIELDS = [
+    pa.field("vote", pa.list_(pa.float32(), len(CLASSES))),  # A, B, tie; null without a vote
+    pa.field("weight", pa.float32(), nullable=False),
+]
+"""The columns of votes in every table that has them."""
+
+
+def vote_columns(votes: Votes) -> dict[str, pa.Array]:
+    """The columns of `VOTE_FIELDS`."""
+    flat = pa.array(votes.probabilities.ravel(), pa.float32())
+    vote = pa.FixedSizeListArray.from_arrays(flat, len(CLASSES), mask=pa.array(~votes.known))
+    return {"vote": vote, "weight": pa.array(votes.weights, pa.float32())}
+
+
+def votes_of(table: pa.Table) -> Votes:
+    """The votes of a table with the columns of `VOTE_FIELDS`, in the order of its rows."""
+    column = table["vote"].combine_chunks()
+    probabilities = np.zeros((len(table), len(CLASSES)))
+    known = column.is_valid().to_numpy(zero_copy_only=False)
+    probabilities[known] = column.flatten().to_numpy().reshape(-1, len(CLASSES))
+    return Votes(probabilities, table["weight"].to_numpy().astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The test battles, all of which have a vote, in the order of `battles.parquet`.
+
+    table: `test_votes.parquet`.
+    """
+
+    table: pa.Table
+
+    @classmethod
+    def read(cls, path: Path) -> Solution:
+        """Read `test_votes.parquet`; raises `InputError` where it is missing or damaged."""
+        return cls(read_parquet(path))
+
+    @property
+    def ids(self) -> pa.Array:
+        return self.table["id"].combine_chunks()
+
+    @property
+    def keys(self) -> pa.Array:
+        return key(self.table)
+
+    @property
+    def votes(self) -> Votes:
+        return votes_of(self.table)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Their prompt groups: int64 (test battles,)."""
+        return np.asarray(self.table["group"])
