@@ -97,7 +97,7 @@ def test_what_is_not_to_be_had_is_told_in_one_line(
 
 def test_flash_attention_is_for_half_precision(gpus: Callable[..., None]) -> None:
     gpus()
-    with pytest.raises(InputError, match="half precision alone"):
+    with pytest.raises(InputError, match="needs half precision"):
         choose_attention(config("llama"), "flash_attention_2", torch.float32)
 
 

@@ -392,7 +392,7 @@ def test_sequences_beyond_the_models_positions_are_refused() -> None:
         config=SimpleNamespace(max_position_embeddings=512, name_or_path="bert")
     )
     check_length(model, 512)
-    with pytest.raises(InputError, match="bert: sequences of 513 tokens.*512.*max_length"):
+    with pytest.raises(InputError, match="bert: sequences have 513 tokens.*512.*max_length"):
         check_length(model, 513)
 
 

@@ -176,7 +176,7 @@ def test_without_training_battles_there_is_nothing_to_find_a_length_by() -> None
     tokens = tokens_of([[[[20]], [[30]], [[40]]]])
     encoding = Encoding(tokens_per_battle=64)
     for seen in (tokens, replace(tokens, training=tokens.take(np.zeros(0, np.int64)).fields)):
-        with pytest.raises(InputError, match="tokens_per_battle: the tokens hold no training"):
+        with pytest.raises(InputError, match="tokens_per_battle: there is no training"):
             encode(seen, encoding, "AB")
         assert len(encode(seen, Encoding(), "AB")) == 1
 

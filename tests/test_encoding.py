@@ -584,7 +584,7 @@ def test_a_pad_token_that_is_the_end_of_sequence_is_not_used() -> None:
 
 def test_no_token_to_pad_with_is_an_error() -> None:
     tokenizer = make_tokenizer({"eos_token": "</s>", "pad_token": "</s>", "extra": []})
-    with pytest.raises(InputError, match="no token to pad with"):
+    with pytest.raises(InputError, match="no token for padding"):
         safe_pad_id(tokenizer)
 
 

@@ -165,7 +165,7 @@ def test_a_killed_job_frees_its_device(first: str, second: str, start: Callable[
 def test_too_few_gpus_are_an_error(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    with pytest.raises(InputError, match=r"asks for 2 GPUs .*compute\.gpus.* and 1 are visible"):
+    with pytest.raises(InputError, match=r"needs 2 GPUs .*compute\.gpus.* but 1 are visible"):
         claim_gpus(2)
 
 
@@ -175,7 +175,7 @@ def test_without_gpus_at_all_the_error_says_how_to_run_on_the_cpu(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    with pytest.raises(InputError, match="1 GPUs .* and 0 are visible; ACCELERATE_USE_CPU=true"):
+    with pytest.raises(InputError, match="but 0 are visible; set ACCELERATE_USE_CPU=true"):
         claim_gpus(1)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     claim_gpus(1)

@@ -294,7 +294,7 @@ def test_no_adapter(backbone: Path, tmp_path: Path) -> None:
 
 
 def test_missing_adapter(backbone: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"fold_7: no adapter can be read"):
+    with pytest.raises(InputError, match=r"fold_7: cannot read an adapter"):
         merge(backbone, [tmp_path / "fold_7"], tmp_path / "m")
 
 
@@ -316,7 +316,7 @@ def test_adapter_of_deeper_backbone(backbone: Path, adapters: list[Path], tmp_pa
 
 def test_folds_with_other_targets(backbone: Path, adapters: list[Path], tmp_path: Path) -> None:
     other = save_adapter(tmp_path / "other", backbone, 0, target_modules=["q_proj", "v_proj"])
-    with pytest.raises(InputError, match=r"down_proj is in one of them only"):
+    with pytest.raises(InputError, match=r"down_proj is in only one of them"):
         merge(backbone, [adapters[0], other], tmp_path / "m")
 
 
@@ -338,7 +338,7 @@ def test_half_a_pair_of_factors(backbone: Path, adapters: list[Path], tmp_path: 
         ({"use_dora": True}, "DoRA"),
         ({"bias": "lora_only", "target_modules": ["q_proj"]}, "bias: none"),
         ({"task_type": None}, "no head"),
-        ({"init_lora_weights": "pissa"}, r"start \(pissa\) changed the backbone"),
+        ({"init_lora_weights": "pissa"}, r"initialisation \(pissa\) changed the backbone"),
     ],
 )
 def test_other_kinds_of_adapters(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_attention_is_what_plain_transformers_say_it_is(family: str, layers: int
 
 def test_an_encoder_has_no_last_token_that_attends(make_run: Callable[..., Run]) -> None:
     judge, _ = batch_of(make_run("bert"))
-    with pytest.raises(InputError, match=r"loss\.attention: no decoder"):
+    with pytest.raises(InputError, match=r"loss\.attention: the attention"):
         capture(judge, ["attention"])
 
 

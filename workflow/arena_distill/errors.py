@@ -1,4 +1,4 @@
-"""The exceptions that are meant for a person."""
+"""Define the exceptions whose messages are for users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class InputError(Exception):
 
 
 class Stopped(Exception):
-    """The job was told to end, and has put aside what it did; exits with 128 + the signal."""
+    """A signal stopped the job after its work was saved; exits with 128 + the signal."""
 
     def __init__(self, message: str, received: Signals) -> None:
         super().__init__(message)

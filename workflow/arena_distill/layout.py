@@ -1,7 +1,7 @@
-"""Where the files of a run are: the contract between its rules, its studies, the planner and the tests.
+"""Name the files of a run, for its rules, its studies, the planner and the tests.
 
-The same methods name one file (``run.logits("llama", 3)``) and the pattern of a rule, where a part of the
-name is a wildcard (``run.logits("{judge}", "{fold}")``). What a file holds stands beside its name.
+The same methods name one file (``run.logits("llama", 3)``) and the pattern of a rule, whose name has
+wildcards (``run.logits("{judge}", "{fold}")``). Each docstring says what the file holds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def audit(self) -> str:
-        """How many battles share a prompt with what a judge has learned from."""
+        """How many battles share a prompt with a judge's training battles."""
         return f"{self.root}/audit.json"
 
     def tokens(self, tokenizer: str) -> str:
@@ -85,11 +85,11 @@ class Layout:
         return f"{self.root}/shards/{judge}/fold_{fold}/{shard}.npy"
 
     def external(self, judge: str) -> str:
-        """The logits of all battles that an external judge has judged."""
+        """The logits of an external judge, for all its battles."""
         return f"{self.root}/external/{judge}/logits.npy"
 
     def cost(self, judge: str) -> str:
-        """What the answers of an endpoint cost."""
+        """The tokens and the cost of an endpoint's answers."""
         return f"{self.root}/external/{judge}/cost.json"
 
     def calibration(self, judge: str) -> str:
@@ -150,7 +150,7 @@ class Layout:
 
     @property
     def plan(self) -> str:
-        """What the run will cost."""
+        """The forecast of the run's cost."""
         return f"{self.root}/plan.json"
 
     def soups(self, judge: str) -> str:
@@ -161,7 +161,7 @@ class Layout:
         """A file of a study: compare, curves or averaging."""
         return f"{self.root}/{name}/{file}"
 
-    # --- beside the results -------------------------------------------------------------------------
+    # --- next to the results ------------------------------------------------------------------------
 
     def log(self, job: str) -> str:
         """The output of a job, named by its rule and wildcards: ``rule/wildcards``."""
@@ -172,11 +172,11 @@ class Layout:
         return f"{self.root}/benchmarks/{job}.tsv"
 
     def checkpoints(self, judge: str, adapter: str) -> str:
-        """The checkpoints of a training, outside its outputs, which Snakemake deletes on failure."""
+        """The checkpoints of a training job, outside its outputs: Snakemake deletes those on failure."""
         return f"{self.root}/.checkpoints/{judge}/{adapter}"
 
     def answers(self, judge: str) -> str:
-        """The answers of an endpoint, kept whatever happens to the job."""
+        """The answers of an endpoint, kept even if the job fails."""
         return f"{self.root}/.cache/{judge}"
 
 
@@ -186,5 +186,5 @@ def ids(logits: str) -> str:
 
 
 def states(logits: str) -> str:
-    """The folder of hidden states beside logits."""
+    """The folder of the hidden states of logits."""
     return f"{logits.removesuffix('.npy')}.states"

@@ -1,11 +1,11 @@
-"""How predictions are scored: pure functions of probabilities, votes and, where known, the truth.
+"""Score predictions: pure functions of probabilities, votes and, if known, true probabilities.
 
 Probabilities are float (rows, 3) in the order of the classes, votes are ``verdicts.Votes``. Log loss is in
 nats, the mean over battles of −Σ vote · log p; lower is better. All means are weighted by the battles.
 
-A proper score (log loss, Brier) rewards both knowing more and being honest about it; a calibration
-error asks for honesty alone: the class prior is calibrated and useless. Calibration errors depend
-on how rows are put into bins, so compare only what was computed alike.
+A proper score (log loss, Brier) measures accuracy and calibration together. A calibration error
+measures calibration only: the class prior is calibrated, but useless. Calibration errors depend on
+the bins, so compare only errors that use the same bins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from arena_distill.verdicts import CLASSES, ORDERS, Votes
 
 RESAMPLES_AT_ONCE = 64
-"""Bounds memory: so many resamples' counts of all prompts are held at a time."""
+"""Resamples that are computed together; limits memory."""
 
 
 ECE_BINS = 15
@@ -28,7 +28,7 @@ Figures = dict[str, Any]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities in float64, whatever the precision of the logits (..., 3)."""
+    """Compute probabilities in float64 from logits (..., 3) of any precision."""
     logits = logits.astype(np.float64)
     odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: np.ndarray = odds / odds.sum(axis=-1, keepdims=True)
@@ -102,7 +102,7 @@ def paired_difference(
 
 
 def gap_closed(log_loss: float, baselines: Mapping[str, Figures | None]) -> float | None:
-    """How far from the class prior (0) to the Bayes limit (1) a log loss is; None where unknown."""
+    """Place a log loss between the class prior (0) and the Bayes limit (1); None if unknown."""
     prior, bayes = baselines["class_prior"], baselines["bayes"]
     if prior is None or bayes is None or prior["log_loss"] == bayes["log_loss"]:
         return None
@@ -179,8 +179,8 @@ def adaptive_calibration_error(probabilities: np.ndarray, votes: Votes) -> float
 def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> float:
     """The classwise ECE: the mean over the classes of their diagrams' calibration errors.
 
-    Unlike the ECE of the verdicts it sees all three probabilities, those of ties that are never
-    the verdict among them.
+    Unlike the ECE of the verdicts, it uses all three probabilities, also those of ties that are
+    never the verdict.
 
     References:
         Kull et al. 2019, Beyond Temperature Scaling, arXiv:1910.12656; the same as the static
@@ -224,8 +224,8 @@ def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: Votes) -> 
         `kl`, the mean KL(truth ‖ probabilities) in nats; `mean_absolute_error`, over rows and
         classes; `excess_log_loss`, the log loss less that of the truth on the same votes.
 
-    By the definition of the log loss, `kl` is what `excess_log_loss` is on average over votes: the
-    expected log loss less the truth's entropy. It holds none of the votes' luck.
+    `kl` is the expected value of `excess_log_loss` over votes: the expected log loss minus the entropy
+    of the truth. It does not depend on the votes drawn.
     """
     floor = np.finfo(np.float64).eps  # as in `losses`
     ratio = np.log(truth.clip(min=floor)) - np.log(probabilities.clip(min=floor))
@@ -250,8 +250,8 @@ def position_bias(logits: np.ndarray, votes: Votes) -> Figures:
     Returns:
         `flip_rate`, the share of battles whose verdict differs between the orders;
         `total_variation`, the mean over battles of ½ Σ |p_AB - p_BA|, 0 to 1;
-        `first_place_preference`, the share of verdicts for the answer shown first less that for
-        the one shown second, over both orders, -1 to 1; `log_loss` of each order alone and, as
+        `first_place_preference`, the share of verdicts for the answer shown first minus that
+        for the second, over both orders, -1 to 1; `log_loss` of each order alone and, as
         `both`, of the mean of their logits.
 
     References:
@@ -273,7 +273,7 @@ def position_bias(logits: np.ndarray, votes: Votes) -> Figures:
 def bootstrap(
     losses: np.ndarray, votes: Votes, groups: np.ndarray, *, resamples: int, seed: int = 0
 ) -> np.ndarray:
-    """Mean losses on resampled battles: whole groups are drawn, with replacement.
+    """Mean losses on resampled battles; whole groups are drawn with replacement.
 
     Args:
         losses: float (judges, rows).
@@ -281,7 +281,7 @@ def bootstrap(
         groups: int (rows,), the battle's prompt.
 
     Returns:
-        float64 (resamples, judges): in each row all judges are scored on the same battles.
+        float64 (resamples, judges); in each row all judges are scored on the same battles.
     """
     group = np.unique(groups, return_inverse=True)[1]
     sizes = np.bincount(group, votes.weights)

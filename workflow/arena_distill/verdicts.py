@@ -1,4 +1,4 @@
-"""The two orders in which a judge may see the answers, and what exchanging them does to the verdict.
+"""Define the two orders of the answers, and exchange verdicts between them.
 
 Classes are always 0 = model_a, 1 = model_b, 2 = tie. Files hold logits in that canonical frame whatever
 order the judge saw, so whoever reads a file may average over orders at once. What a judge *saw* is
@@ -20,7 +20,7 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 CLASSES = ("model_a", "model_b", "tie")
 
 NO_VOTE = -1
-"""The label of a battle that nobody voted on: it is learned from teachers alone."""
+"""The label of a battle without a vote: students learn it from their teachers only."""
 
 _EXCHANGED = np.array([1, 0, 2])
 
@@ -72,5 +72,5 @@ class Votes:
 
 
 def swap_classes(scores: np.ndarray) -> np.ndarray:
-    """Logits or probabilities after the answers changed places: float (..., 3) → same shape."""
+    """Exchange model_a and model_b in logits or probabilities: float (..., 3) → same shape."""
     return scores[..., _EXCHANGED]

@@ -1,14 +1,13 @@
-"""How much each fold counts in the merged model.
+"""Compute the weight of each fold in the merged model.
 
-A mean of models that started alike is called a soup (Wortsman et al. 2022, Model soups,
-arXiv:2203.05482). Equal weights need no evidence. Others do, and what they are chosen by must be battles
-that the fold did not train on:
+A mean of models with the same start is called a soup (Wortsman et al. 2022, Model soups,
+arXiv:2203.05482). Unequal weights must be chosen on battles that the fold did not train on:
 
-``validation``  fold k weighs exp(−(L_k − L̄) / s), L_k its log loss on its own validation rows and s the
-                mean standard error of the L_k: a fold that is worse by one standard error weighs e times
-                less. The folds validate on different rows, so differences within noise should not count.
-``greedy``      the greedy soup of the paper: folds join in the order of their log loss on the held-out
-                battles (``folds.HELD_OUT``), each only if the soup's log loss does not rise by it.
+``validation``  fold k has the weight exp(−(L_k − L̄) / s), with L_k its log loss on its own validation
+                rows and s the mean standard error of the L_k: a fold that is worse by one standard error
+                has 1/e of the weight. Folds validate on different rows, so noise should not count.
+``greedy``      the greedy soup of the paper: folds are added in the order of their log loss on the
+                held-out battles (``folds.HELD_OUT``), each only if it does not raise the soup's log loss.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ if TYPE_CHECKING:
 
 
 def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
-    """Weights by each fold's log loss on its own validation rows; they sum to 1.
+    """Weight folds by their log loss on their own validation rows; weights sum to 1.
 
     Args:
-        logits: `fold_<k>.npy` of the folds, in their order.
+        logits: `fold_<k>.npy`, in the order of the folds.
     """
     table = read_parquet(folds, ["id", "source", "vote", "weight"])
     means, errors = [], []
@@ -61,10 +60,10 @@ def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
 
 
 def greedy(log_loss: Callable[[list[int]], float], folds: int) -> list[int]:
-    """The ingredients of the greedy soup, best first.
+    """Choose the folds of the greedy soup, best first.
 
     Args:
-        log_loss: that of the equal soup of some folds, on battles none of them saw.
+        log_loss: of the equal soup of some folds, on battles that none of them trained on.
     """
     alone = {fold: log_loss([fold]) for fold in range(folds)}
     ranked = sorted(alone, key=alone.__getitem__)
@@ -85,7 +84,7 @@ def greedy_weights(
     settings: MergeSettings,
     batch_tokens: int,
 ) -> list[float]:
-    """Weights of the greedy soup, chosen on the held-out battles: equal for those in it, else 0.
+    """Weights of the greedy soup, chosen on the held-out battles: equal for its folds, else 0.
 
     Raises:
         InputError: no battle is held out.
@@ -93,7 +92,7 @@ def greedy_weights(
     table = read_parquet(folds)
     rows = table.take(held_out_rows(table))
     if not len(rows):
-        raise InputError(f"{folds}: no battle is held out to choose folds by; set folds.holdout")
+        raise InputError(f"{folds}: no held-out battles to choose folds on; set folds.holdout")
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     pot = FoldMerger(backbone, adapters, read, settings, batch_tokens)
@@ -103,9 +102,9 @@ def greedy_weights(
 
 
 class FoldMerger:
-    """Merges folds in memory and asks the result about battles.
+    """Merges folds in memory and scores battles with the result.
 
-    Every soup starts from the backbone's file: nothing of the one before is left in it.
+    Every soup starts from the backbone's file, so it is independent of the last one.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class FoldMerger:
             head=self.settings.head,
             precision=self.settings.precision,
             pad_token_id=self.pad,
-            head_seed=0,  # the folds bring theirs
+            head_seed=0,  # the folds have their own
         )
         used = [(fold, w) for fold, w in zip(self.folds, weights, strict=True) if w]
         folds, shares = [fold for fold, _ in used], [w for _, w in used]

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 FEWEST_SAMPLES = 16
-"""With fewer sequences the second moments of a layer's inputs mean nothing."""
+"""With fewer sequences the second moments of a layer's inputs are unreliable."""
 
 
 def quantize_judge(
@@ -61,7 +61,7 @@ def quantize_judge(
     settings: QuantizationSettings,
     batch_tokens: int,
 ) -> None:
-    """Quantise a merged judge on training battles, and measure the drift on other training battles.
+    """Quantise a merged judge on training battles, and measure its drift on other ones.
 
     Raises:
         InputError: there are too few training battles, or as for :func:`quantize_model`.
@@ -135,7 +135,7 @@ def quantize_model(
 
     with atomic_directory(output) as folder:
         judge.save_pretrained(folder)
-        # A second home of the same facts: loaders older than transformers' integration look here.
+        # The same settings again: loaders older than transformers' integration read this file.
         write_json(judge.config.quantization_config, folder / "quantize_config.json")
         load_tokenizer(model).save_pretrained(folder)
         write_text(_card(model, bits, group_size, samples), folder / "README.md")
@@ -171,8 +171,8 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
         attention: the kernel (see ``loading.choose_attention``); None leaves it to transformers.
 
     Raises:
-        InputError: gptqmodel is not installed, the folder holds no GPTQ model or lacks tensors, or
-            the kernel is not to be had.
+        InputError: gptqmodel is not installed, the folder has no GPTQ model or lacks tensors, or
+            the kernel is not available.
     """
     _prepare_gptqmodel()
     import torch
@@ -184,7 +184,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
         config.quantization_config["backend"] = "gptq_torch"
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{folder}: no GPTQ model can be read from there: {brief(error)}"
+            f"{folder}: cannot read a GPTQ model from this folder: {brief(error)}"
         ) from None
     dtype = config.dtype or torch.float32
     kernel = choose_attention(config, attention, dtype) if attention else None
@@ -209,7 +209,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
 
 
 def check_settings(bits: int, group_size: int, samples: int, available: int) -> None:
-    """Refuse what no model can be quantised with; raises `InputError`."""
+    """Refuse settings that no model can be quantised with; raises `InputError`."""
     where = "config: judges.*.quantization"
     if bits not in BITS:
         raise InputError(f"{where}.bits: {bits}; supported are {', '.join(map(str, BITS))}")
@@ -257,7 +257,7 @@ def check_layers(sizes: Mapping[str, tuple[int, int]], bits: int, group_size: in
 def _quantize(model: Any, calibration: Sequences, bits: int, group_size: int) -> None:
     """Replace the linear layers of all blocks by quantised ones, in place.
 
-    Every block sees what the blocks before it, already quantised, make of the calibration rows.
+    Each block gets the calibration rows from the blocks before it, which are already quantised.
     """
     import torch
     from gptqmodel.quantization import QuantizeConfig
@@ -275,8 +275,8 @@ def _quantize(model: Any, calibration: Sequences, bits: int, group_size: int) ->
             found = _layers_by_input(block)
             if set(sum(found, [])) != set(block.layers) or groups not in (None, found):
                 raise InputError(
-                    f"{type(model).__name__}: its blocks differ, or leave layers out for some "
-                    "sequences (mixture of experts); such models are not quantised here"
+                    f"{type(model).__name__}: its blocks differ, or skip layers for some sequences "
+                    "(mixture of experts); quantising such models is not supported"
                 )
             groups = found
             packed = {name: q for group in found for name, q in _round(block, group, config)}
@@ -301,7 +301,7 @@ def _quantize(model: Any, calibration: Sequences, bits: int, group_size: int) ->
 
 @dataclass
 class _Block:
-    """A block, and what it is called with for every calibration row.
+    """A block, and its inputs for every calibration row.
 
     hidden: float (1, tokens, width) per row.
     calls: per row the arguments beside the hidden states: mask, rotation, ...
@@ -327,7 +327,7 @@ class _Block:
 def _record_calls(
     model: Any, modules: Sequence[torch.nn.Module], calibration: Sequences
 ) -> list[_Block]:
-    """Run the model on the calibration rows; only the first block's hidden states are kept."""
+    """Run the model on the calibration rows; keep the first block's hidden states only."""
     import torch
 
     blocks = [_Block(module, [], []) for module in modules]
@@ -343,7 +343,7 @@ def _record_calls(
                 partial(record, block=block), with_kwargs=True
             )
             hooks.callback(hook.remove)
-        # No cache: a block that runs again must not find its own keys and values there.
+        # No cache: a block that runs again must not read its own keys and values.
         options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
         for sequence in calibration:
             # One row at a time, so that no padding enters the statistics.
@@ -353,7 +353,7 @@ def _record_calls(
 
 
 def _layers_by_input(block: _Block) -> list[list[str]]:
-    """Names of a block's layers, those that read the same tensor together, in the order of use."""
+    """Names of a block's layers in the order of use, grouped by the tensor they read."""
     inputs: list[Any] = []  # kept alive: identity stands for "the same tensor"
     groups: dict[int, list[str]] = {}
 
@@ -402,7 +402,7 @@ def _round(block: _Block, group: Sequence[str], config: Any) -> Iterator[tuple[s
             bias=layer.bias is not None,
             register_buffers=False,
         )
-        # The usual way to pack builds a C++ extension first; this one is numpy.
+        # The default packer builds a C++ extension first; this one uses numpy.
         packed.pack_original(layer.cpu(), *(parameter.cpu() for parameter in parameters))
         convert_gptq_v2_to_v1_format_module(packed, config)
         layer.to(device)
@@ -427,7 +427,7 @@ def _linear_layers(block: torch.nn.Module) -> dict[str, Any]:
 
 
 def _layer_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of every layer that will be quantised; no weight is read."""
+    """(in_features, out_features) of every layer to quantise, without reading weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -447,13 +447,13 @@ def _layer_sizes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _prepare_gptqmodel() -> None:
-    """Settle what gptqmodel reads from the environment, before anything imports it."""
+    """Set the environment variables that gptqmodel reads, before it is imported."""
     if importlib.util.find_spec("gptqmodel") is None:
         raise InputError(
-            f"gptqmodel is not installed beside {sys.executable}; quantised models are made and "
-            "loaded by the interpreter of the second environment (config: environments.gptq)"
+            f"gptqmodel is not installed for {sys.executable}; making and loading quantised models "
+            "needs the interpreter of the second environment (config: environments.gptq)"
         )
-    # Its thread pool starts more workers than a small machine bears, and dies of it.
+    # Its thread pool starts too many workers for a small machine, and crashes.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(2, os.cpu_count() or 1)))
     import torch
 
@@ -462,15 +462,15 @@ def _prepare_gptqmodel() -> None:
 
 
 def _card(model: Path, bits: int, group_size: int, samples: int) -> str:
-    """The dense model's card, with a word on quantisation before it."""
+    """The dense model's card, with a note on quantisation before it."""
     card = model / "README.md"
     dense = card.read_text(encoding="utf-8") if card.exists() else ""
     front, separator, text = dense.rpartition("\n---\n") if dense.startswith("---") else ("",) * 3
     note = (
         f"> Quantised by GPTQ: {bits} bits, groups of {group_size}, calibrated on {samples}\n"
         "> training battles; the head is not quantised. Loading it needs `gptqmodel` and\n"
-        f"> `optimum`. The text below describes the dense model; `{DRIFT}` says how far this one\n"
-        "> is from it.\n"
+        f"> `optimum`. The text below describes the dense model; `{DRIFT}` holds the distance\n"
+        "> of this one from it.\n"
     )
     return f"{front}{separator}{note}\n{text or dense}"
 

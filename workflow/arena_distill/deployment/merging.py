@@ -1,15 +1,15 @@
-"""A judge's folds → one dense model: adapters are averaged and added to the backbone's weights.
+"""Merge the folds' adapters into one dense model.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685) trains W + s·B·A. Two means over the folds are offered:
+LoRA (Hu et al. 2021, arXiv:2106.09685) trains W + s·B·A. There are two means over the folds:
 
-``products``  the mean of s·B·A. It is what averaging the folds' dense models would give: exact, of
-              any rank, and folds may differ in rank and scaling.
-``factors``   mean B times mean A, as the documents describe it. That is another matrix: B₁·A₂ and
-              all other mixed products enter it. It is close to the exact mean only where the folds
-              started from the same adapter and stayed near it; ``merge.json`` says how close.
+``products``  the mean of s·B·A, equal to the mean of the folds' dense models: exact, of any rank;
+              folds may differ in rank and scaling.
+``factors``   mean B times mean A. This is another matrix, which contains B₁·A₂ and all other mixed
+              products. It is close to the exact mean only if the folds started from the same adapter
+              and stayed near it; ``merge.json`` holds the distance.
 
-Either is computed in float32, one matrix at a time, added to the backbone as it was before anybody
-quantised it, and rounded to the target dtype once.
+Both are computed in float32, one matrix at a time, added to the backbone's weights before
+quantisation, and rounded to the target dtype once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
-# Other starts change the backbone's own weights: the adapter alone is not all that was learned.
+# Other starts change the backbone's own weights: the adapter does not hold all changes.
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -52,12 +52,12 @@ def merge_folds(
     settings: MergeSettings,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Merge the folds' adapters and heads into the backbone → an ordinary Hugging Face folder.
+    """Merge the folds' adapters and heads into the backbone → a Hugging Face folder.
 
-    The backbone (in the dtype of its file, or of the result) is in memory, and one matrix more.
+    Memory holds the backbone (in the dtype of its file, or of the result) and one more matrix.
 
     Args:
-        backbone: the folder the folds were trained from, not quantised.
+        backbone: the folder that the folds were trained from, not quantised.
         adapters: one PEFT folder per fold, in the order of the folds.
         output: the folder to write: model, tokenizer, model card, ``merge.json``.
         weights: of the folds, summing to 1 (see ``fold_weights``); None: equal.
@@ -76,7 +76,7 @@ def merge_folds(
 
     tokenizer = load_tokenizer(backbone)
     pad = safe_pad_id(tokenizer)
-    # Padding is recognised by its id alone: give whoever loads the folder the same one.
+    # Padding is recognised by its id: the tokenizer in the folder must use the same one.
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     wide = torch.float32 if target == torch.float32 else "auto"
     model: Any = load_classifier(
@@ -84,7 +84,7 @@ def merge_folds(
         head=settings.head,
         dtype=wide,
         pad_token_id=pad,
-        head_seed=0,  # the folds bring theirs
+        head_seed=0,  # the folds have their own
     )
     gap = merge_into(model, folds, weights, settings.average, settings.heads, target)
     model.to(target)
@@ -112,7 +112,7 @@ def merge_folds(
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter; its tensors stay in the file until they are asked for.
+    """A saved adapter; its tensors are read from the file on demand.
 
     targets: names of the adapted linear layers, as in the backbone.
     head: names of the head's tensors, as in the classifier.
@@ -149,7 +149,7 @@ def _read(folder: Path) -> Adapter:
     """Open a PEFT folder.
 
     Raises:
-        InputError: it is missing, damaged, or not low-rank factors of linear layers and a head.
+        InputError: it is missing or damaged, or not low-rank factors of linear layers and a head.
     """
     from peft import LoraConfig
 
@@ -160,18 +160,18 @@ def _read(folder: Path) -> Adapter:
         config = LoraConfig.from_pretrained(str(folder))
         file: Any = safe_open(folder / "adapter_model.safetensors", "pt")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: no adapter can be read from there: {error}") from None
+        raise InputError(f"{folder}: cannot read an adapter from this folder: {error}") from None
     if config.init_lora_weights not in _HARMLESS_STARTS:
         raise InputError(
-            f"{folder}: its start ({config.init_lora_weights}) changed the backbone too; save it "
-            "with PEFT's path_initial_model_for_weight_conversion and merge that"
+            f"{folder}: its initialisation ({config.init_lora_weights}) changed the backbone too; save "
+            "it with PEFT's path_initial_model_for_weight_conversion and merge that"
         )
-    names = [key.removeprefix(_PREFIX) for key in file.keys()]  # noqa: SIM118 (it is no dict)
+    names = [key.removeprefix(_PREFIX) for key in file.keys()]  # noqa: SIM118 (not a dict)
     targets = {name.removesuffix(s) for name in names for s in _FACTORS if name.endswith(s)}
     if alone := sorted({t + s for t in targets for s in _FACTORS}.difference(names)):
-        raise InputError(f"{folder}: tensors are missing: {len(alone)} ({alone[0]}): train it anew")
+        raise InputError(f"{folder}: tensors are missing: {len(alone)} ({alone[0]}): retrain it")
     head = [name for name in names if not name.endswith(_FACTORS)]
-    # Whatever else is in the file would be lost: magnitudes of DoRA, biases, embeddings.
+    # Other tensors in the file would be lost: magnitudes of DoRA, biases, embeddings.
     saved = set(config.modules_to_save or ())
     strange = [name for name in head if ".lora_" in name or saved.isdisjoint(name.split("."))]
     if config.use_dora or strange:
@@ -187,7 +187,7 @@ def read_adapters(folders: Sequence[Path]) -> list[Adapter]:
     """Open the folds' PEFT folders.
 
     Raises:
-        InputError: one is not plain LoRA with a head, or they do not fit each other.
+        InputError: one is not plain LoRA with a head, or they do not match.
     """
     folds = [_read(folder) for folder in folders]
     _check_alike(folds)
@@ -200,8 +200,8 @@ def _check_alike(folds: Sequence[Adapter]) -> None:
         for names, expected in ((fold.targets, first.targets), (fold.head, first.head)):
             if differing := sorted(set(names) ^ set(expected)):
                 raise InputError(
-                    f"{fold.folder} and {first.folder} differ: {differing[0]} is in one of them "
-                    "only; the folds of a judge share their targets and head"
+                    f"{fold.folder} and {first.folder} differ: {differing[0]} is in only one of "
+                    "them; the folds of a judge must have the same targets and head"
                 )
 
 
@@ -213,11 +213,11 @@ def merge_into(
     heads: FoldHeads,
     dtype: torch.dtype,
 ) -> float | None:
-    """Merge folds into `model` in place, by their weights (which sum to 1).
+    """Merge folds into `model` in place, with weights that sum to 1.
 
     Returns:
-        ‖factors − products‖ / ‖products‖ over all targets (Frobenius), None where the factors have
-        no mean because ranks or scalings differ.
+        ‖factors − products‖ / ‖products‖ over all targets (Frobenius); None if the factors have no
+        mean because ranks or scalings differ.
     """
     import torch
 
@@ -230,7 +230,7 @@ def merge_into(
             found = "no such layer" if layer is None else f"a {type(layer).__name__}"
             raise InputError(
                 f"{folds[0].folder}: adapts {target}, but the backbone has {found} there; "
-                "give the backbone that the adapters were trained from, not quantised"
+                "use the backbone that the adapters were trained from, not quantised"
             )
         parts = [fold.factors(target) for fold in folds]
         for fold, (a, b, _) in zip(folds, parts, strict=True):
@@ -273,7 +273,7 @@ _Factors = Sequence[tuple["torch.Tensor", "torch.Tensor", float]]
 
 
 def _mean_of_products(parts: _Factors, weights: Sequence[float]) -> torch.Tensor:
-    """Mean over folds of s·B·A: (out, in). One product, of the factors laid side by side."""
+    """Mean over folds of s·B·A: (out, in), as one product of the concatenated factors."""
     import torch
 
     scaled = [b * (scaling * w) for (_, b, scaling), w in zip(parts, weights, strict=True)]
@@ -281,7 +281,7 @@ def _mean_of_products(parts: _Factors, weights: Sequence[float]) -> torch.Tensor
 
 
 def _product_of_means(parts: _Factors, weights: Sequence[float]) -> torch.Tensor | None:
-    """s · mean B · mean A: (out, in); None where ranks or scalings differ."""
+    """s · mean B · mean A: (out, in); None if ranks or scalings differ."""
     if len({(a.shape, scaling) for a, _, scaling in parts}) > 1:
         return None
     mean_a, mean_b = (_mean([part[i] for part in parts], weights) for i in (0, 1))  # type: ignore[misc]
@@ -330,8 +330,8 @@ tags: [preference-judge, arena-distill]
 - Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["heads"]]}.
 - Weights: {about["dtype"]}.
 - Prompt layout `{template}`: {" + ".join(pieces)}
-- Written by Arena Distill; `merge.json` holds settings, versions, and how far the two ways of
-  averaging are apart.
+- Written by Arena Distill; `merge.json` holds settings, versions, and the distance between
+  the two ways of averaging.
 
 ```python
 import torch
@@ -340,7 +340,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 
-def ids(text):  # text is data: a special token spelled out in it means nothing
+def ids(text):  # text is data: special tokens in it are ordinary text
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 {size}
 def ask({", ".join(fields[:-1])}):
@@ -360,11 +360,11 @@ _READ = {
     "last": "return model(torch.tensor([[{ids}]])).logits[0]",
     "mean": """\
 states = model.base_model(torch.tensor([[{ids}]])).last_hidden_state
-    return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one's""",
+    return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one""",
 }
 
 _SIZE = """
-def size(answer):  # of the whole answer, also where it has to be cut
+def size(answer):  # of the whole answer, even if it is cut
     count = len(ids(answer))
     return f"{size}"
 """
@@ -375,8 +375,8 @@ A sequence classifier over a prompt and two answers. Its three classes, in this 
 
 _POINTWISE = """\
 A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
-pull towards ties; those of two answers give the probabilities that a person prefers either, or neither.
-The order of the answers plays no part."""
+tie parameter; those of two answers give the probabilities that a person prefers either, or neither.
+The order of the answers has no effect."""
 
 _ASK_JOINT = """\
 probabilities = ask(prompt, answer_a, answer_b).softmax(-1)  # model_a, model_b, tie"""

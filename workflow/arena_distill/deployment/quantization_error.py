@@ -1,4 +1,4 @@
-"""How much quantisation changed a judge, and the gate that refuses too much."""
+"""Measure how much quantisation changed a judge, and stop if it is too much."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_drift(drift: Path, output: Path, *, settings: DriftSettings) -> None:
         drift: the ``drift.json`` inside the folder of a quantised model.
 
     Raises:
-        InputError: a bound is exceeded. The quantised model stays where it is.
+        InputError: a bound is exceeded. The quantised model is kept.
     """
     report = read_json(drift)
     bounds = {
@@ -74,7 +74,7 @@ def check_drift(drift: Path, output: Path, *, settings: DriftSettings) -> None:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64 from here on: a KL of 1e-8 drowns in float32."""
+    """In float64, because float32 cannot resolve a KL of 1e-8."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result

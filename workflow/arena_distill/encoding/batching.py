@@ -1,4 +1,4 @@
-"""Ragged sequences → padded batches, with little padding."""
+"""Group and pad sequences into batches with little padding."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 
 def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Batches of rows of like length, each of at most `batch_tokens` tokens, padding included.
+    """Batch rows of similar length, at most `batch_tokens` tokens each, padding included.
 
     Args:
         lengths: int (rows,).
-        batch_tokens: a sequence longer than this makes a batch of its own.
+        batch_tokens: a longer sequence forms a batch of its own.
 
     Yields:
-        Row positions, int64; the longest first, so that a batch that does not fit into memory fails at
-        the start of a job and not at its end.
+        Row positions, int64; the longest first, so that a job that needs too much memory fails at its
+        start.
     """
     rows = np.argsort(-lengths, kind="stable")
     start = 0
@@ -27,7 +27,7 @@ def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray
 
 
 def micro_batch_size(share: int, most: int) -> int:
-    """The largest micro batch of at most `most` rows whose multiples make a device's share of a batch."""
+    """The largest divisor of a device's `share` of a batch that is at most `most` rows."""
     return max(n for n in range(1, min(most, share) + 1) if share % n == 0)
 
 

@@ -1,4 +1,4 @@
-"""Token ids of many battles as flat arrays: what tokenisation writes and encoding reads."""
+"""Hold token ids of many battles in flat arrays, which tokenisation writes and encoding reads."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Field:
 
     tokens: all turns of a row joined by a newline.
     turns: where each turn starts within its row.
-    cap: int64 (rows,), how many tokens the winners' word cap leaves.
-    size: of an answer, its :data:`SIZE`.
+    cap: int64 (rows,), the number of tokens within the winners' word cap.
+    size: for an answer, its :data:`SIZE`.
     """
 
     tokens: Sequences
@@ -75,22 +75,22 @@ class Field:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the templates need of a tokenizer: ids only."""
+    """The token ids that the templates need."""
 
     pad: int
     newline: tuple[int, ...]
     frames: Mapping[str, tuple[tuple[int, ...], ...]]
-    """Per template its four literals, with begin and end of sequence where the tokenizer has them."""
+    """By template, its four literals, with begin and end of sequence if the tokenizer has them."""
     one_answer: Mapping[str, tuple[tuple[int, ...], ...]]
-    """As `frames`, the three literals of sequences that show one answer."""
+    """By template, the three literals of sequences with one answer."""
 
 
 @dataclass(frozen=True)
 class Tokens:
     """A tokenised set of battles: ids, sources and votes (rows,), three fields, and the vocabulary.
 
-    training: the fields of the file's training battles, without their ids: whichever rows are taken,
-        they say how long battles are (see :func:`length_budget`).
+    training: the fields of all training battles of the file, without token ids; they give the lengths
+        of battles, whatever rows are selected (see :func:`length_budget`).
     """
 
     ids: pa.Array
@@ -104,7 +104,7 @@ class Tokens:
         return len(self.ids)
 
     def keys(self) -> pa.Array:
-        """Every row's name, to join other files by (see ``keys``)."""
+        """The key of each row, to join other files (see ``keys``)."""
         return key(pa.table({"id": self.ids, "source": self.sources}))
 
     def take(self, rows: np.ndarray) -> Tokens:
@@ -152,14 +152,14 @@ def read_tokens(path: Path) -> Tokens:
 
 
 def _extent(field: Field, rows: np.ndarray) -> Field:
-    """What truncation asks of a field: how long it is, where its turns start; but not its ids."""
+    """What truncation needs of a field: its length and the starts of its turns, but no ids."""
     empty = Sequences(np.zeros(0, np.int32), offsets_of(field.tokens.lengths[rows]))
     size = field.size.take(rows) if field.size is not None else None
     return Field(empty, field.turns.take(rows), field.cap[rows], size)
 
 
 def gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
-    """Concatenate stretches of a pool."""
+    """Concatenate slices of a pool."""
     offsets = offsets_of(lengths)
     index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return Sequences(pool[index], offsets)

@@ -1,7 +1,7 @@
-"""Text to token ids: every field of every battle, once per tokenizer.
+"""Tokenise every field of every battle, once per tokenizer.
 
-The ids are stored with what the templates need (their own ids, begin and end of sequence, a safe pad),
-so that no later job loads a tokenizer. Nothing is ever decoded and encoded again.
+The output also holds the ids that the templates need (literals, begin and end of sequence, padding),
+so no later job loads a tokenizer. Token ids are never decoded and encoded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local folder.
 
     Raises:
-        InputError: the folder holds none.
+        InputError: the folder has no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder}: no tokenizer can be loaded from there: {brief(error)}"
+            f"{folder}: cannot load a tokenizer from this folder: {brief(error)}"
         ) from None
 
 
@@ -64,9 +64,9 @@ def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, settings: 
 def tokenize(
     battles: pa.Table, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Token ids of every field of every battle.
+    """Compute token ids of every field of every battle.
 
-    Text is data: a special token written out in it is spelled in ordinary tokens and means nothing.
+    Text is data: a special token written in it is encoded as ordinary text.
 
     Returns:
         A table with `id`, `source`, the vote, and per field `f` (list<int32>: turns joined by a newline),
@@ -98,11 +98,11 @@ def tokenize(
 
 
 def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id that pads and never stands in a sequence.
+    """Return a token id for padding that never occurs in a sequence.
 
-    Classifiers of the Hugging Face kind read the hidden state of the last token that is not padding.
-    Where padding is also the end of sequence (or there is none), they read the wrong one. So: the
-    tokenizer's own pad token unless it doubles as another, else a special token nobody uses.
+    Hugging Face classifiers read the hidden state of the last token that is not padding. If the pad
+    token is also the end of sequence (or is missing), they read the wrong one. So use the tokenizer's
+    own pad token if it has no second role, else an unused special token.
 
     Raises:
         InputError: there is no such token.
@@ -115,8 +115,8 @@ def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     spare = {i: text for i, text in added.items() if i not in used}
     if not spare:
         raise InputError(
-            f"{tokenizer.name_or_path}: no token to pad with: the pad token is missing or doubles as "
-            "another, and there is no unused special token; add a pad token to the tokenizer and model"
+            f"{tokenizer.name_or_path}: no token for padding: the pad token is missing or has a second "
+            "role, and there is no unused special token; add a pad token to the tokenizer and model"
         )
     telling = [
         i for i, text in spare.items() if re.search("pad|reserved|unused|extra", text.lower())
@@ -147,7 +147,7 @@ def _first(*ids: int | None) -> list[int]:
 
 
 def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequences:
-    """Ids of each text, in batches that bound the memory of the tokenizer's own objects."""
+    """Ids of each text; batches limit the memory of the tokenizer's own objects."""
     parts: list[np.ndarray] = []
     lengths: list[int] = []
     for start in range(0, len(texts), 8192):
@@ -158,9 +158,9 @@ def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Seq
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, special tokens in it spelled out and none added."""
+    """Ids of each text; special tokens in it are encoded as text, and none is added."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        # The same ids two to three times as fast: offsets into the text are left out.
+        # Without offsets into the text: the same ids, two to three times as fast.
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -202,10 +202,10 @@ def _word_cap(
     starts: Sequences,
     cap: int,
 ) -> np.ndarray:
-    """How many tokens of each row's joined turns its first `cap` words make: int64 (rows,).
+    """Count the tokens of the first `cap` words of each row's joined turns: int64 (rows,).
 
-    Rows within the cap get a bound no row reaches. Of the others only the turn in which the cap falls
-    is tokenised again, up to it.
+    Rows within the cap get a bound that no row reaches. For the others, only the turn that crosses
+    the cap is tokenised again, up to the cap.
     """
     words = pc.count_substring_regex(texts, WORD).to_numpy(zero_copy_only=False)
     before = offsets_of(words)
@@ -232,11 +232,11 @@ def _first_words(text: str, count: int) -> str:
 def _forbid_special(
     columns: Mapping[str, Any], vocabulary: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Assert what everything later relies on: the text holds none of the tokens that frame it."""
+    """Check that no token of the template's frame occurs in the text."""
     for name in FIELDS:
         found = np.isin(np.asarray(columns[name].flatten()), vocabulary["special"])
         if found.any():
             raise InputError(
                 f"{tokenizer.name_or_path}: the text of {name} encodes to a special token "
-                f"({int(found.sum())} times); this tokenizer cannot keep special tokens inert"
+                f"({int(found.sum())} times); this tokenizer cannot encode special tokens as text"
             )

@@ -1,4 +1,4 @@
-"""Which tokens of a battle are kept when it is longer than a judge may read."""
+"""Choose which tokens of a battle to keep if it is too long."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from arena_distill.encoding.templates import ROOM, SHOWN, View, _frame, _framing
 from arena_distill.errors import InputError
 
 PROMPT_TOKENS = 256
-"""The winners cut the prompt to so many tokens where a battle is too long."""
+"""The number of tokens to which the winners cut the prompt of a battle that is too long."""
 
 
 def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
-    """The length all sequences are cut at, so that they have `tokens_per_battle` tokens on average.
+    """Compute the length at which all sequences are cut to average `tokens_per_battle` tokens.
 
-    It is the greatest one, up to `max_length`, at which the training battles (source `train`) of the
-    whole file have no more than that in the mean, template included. So short battles stay whole and
-    the longest give first, as the two answers do within a battle; and what is kept of a battle does
-    not depend on the rows that a fold, a shard or a test happens to hold. The length is the same for
-    both orders, and for both answers shown alone.
+    It is the greatest length, up to `max_length`, at which the mean over the training battles (source
+    `train`) of the whole file is at most that, template included. So short battles stay whole and the
+    longest are cut first, like the longer answer within a battle; and a battle's tokens do not depend
+    on the other rows of a fold, a shard or a test set. The length is the same for both orders, and
+    for both sequences with one answer.
 
-    Of all ways to spend a budget, this one has the shortest longest sequence and the least sum of any
-    convex cost, such as attention's squares; and the greatest sum of any use that grows ever more
-    slowly with the tokens kept of a battle, whatever its size (A. W. Marshall, I. Olkin and
-    B. C. Arnold 2011, Inequalities: Theory of Majorization and Its Applications).
+    For a given budget, one common length minimises the longest sequence and the sum of any convex cost
+    of lengths, such as the squares of attention; and it maximises the sum of any concave benefit of
+    the tokens kept (A. W. Marshall, I. Olkin and B. C. Arnold 2011, Inequalities: Theory of
+    Majorization and Its Applications).
 
     Raises:
-        InputError: the file holds no training battle, or the template alone takes too much.
+        InputError: the file has no training battle, or the template alone exceeds the budget.
     """
     training, budget = tokens.training or {}, encoding.tokens_per_battle
     if budget is None:
         return max_length
     if not training or not len(training["prompt"].cap):
         raise InputError(
-            "encoding.tokens_per_battle: the tokens hold no training battle to find a length by"
+            "encoding.tokens_per_battle: there is no training battle to compute a length from"
         )
     frame = _frame(tokens.vocabulary, encoding, view)
     truncate = TRUNCATIONS[encoding.truncation]
-    # Both orders are equally long: one will do. Answers shown alone are not: their mean.
+    # Both orders are equally long: use one. Sequences with one answer are not: use their mean.
     views: tuple[View, ...] = ("AB",) if len(SHOWN[view]) > 2 else ("A", "B")
     shown = [_shown(training, encoding, v) for v in views]
     framings = [_framing(frame, fields) for fields in shown]
@@ -50,7 +50,7 @@ def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: in
     rows = len(training["prompt"].cap)
 
     def total(length: int) -> int:
-        """Tokens of all training battles, cut at a length."""
+        """Tokens of all training battles, cut to a length."""
         return sum(
             int(truncate(fields, length - framing)[1].sum() + framing.sum())
             for fields, framing in zip(shown, framings, strict=True)
@@ -68,14 +68,14 @@ def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: in
 
 
 def truncate_winners(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The winners' rule: what to keep of the prompt and of one or two answers.
+    """Apply the winners' rule: what to keep of the prompt and of one or two answers.
 
-    Fields are cut to their word caps. A battle still longer than the budget has its prompt cut to 256
-    tokens (half the budget, where that is less), then the longer answer's tail trimmed until both are
-    equal, then both alike. An odd token that is left goes to neither, so both orders keep the same text.
+    Fields are cut to their word caps. If a battle is still longer than the budget, its prompt is cut to
+    256 tokens (or half the budget, if less), then the end of the longer answer until both are equal,
+    then both equally. An odd token left over is dropped, so both orders keep the same text.
 
     Args:
-        budget: int64 (rows,), tokens to keep at most.
+        budget: int64 (rows,), the most tokens to keep.
 
     Returns:
         starts and lengths, int64 (rows, fields), within each field's row.
@@ -89,14 +89,14 @@ def truncate_winners(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarra
 
 
 def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The round-aware rule: what to keep of the prompt and of one or two answers.
+    """Apply the round-aware rule: what to keep of the prompt and of one or two answers.
 
     Whole rounds (a prompt's turn with its answers) are dropped from the front until the rest fits.
-    The last round always stays; where it alone is too long, its prompt keeps a quarter of the budget
-    (more, if the answers leave it) and the answers share what is left, the longer giving first.
+    The last round always stays. If it alone is too long, its prompt keeps a quarter of the budget
+    (more, if the answers need less) and the answers share the rest; the longer one is cut first.
 
     Args:
-        budget: int64 (rows,), tokens to keep at most.
+        budget: int64 (rows,), the most tokens to keep.
 
     Returns:
         starts and lengths, int64 (rows, fields), within each field's row.
@@ -119,11 +119,11 @@ def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray
 
 
 TRUNCATIONS = {"winners": truncate_winners, "rounds": truncate_rounds}
-"""What to keep of the fields of battles that are too long."""
+"""The truncation rules by name."""
 
 
 def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """Where a round starts in a field; at the field's end, for one that has fewer turns."""
+    """Where a round starts in a field; the field's end if it has fewer turns."""
     exists = number < field.turns.lengths[row]
     position = np.where(exists, field.turns.offsets[row] + number, 0)
     start = field.turns.ids[position] if len(field.turns.ids) else np.zeros(len(row), np.int64)
@@ -131,7 +131,7 @@ def _turn_start(field: Field, row: np.ndarray, number: np.ndarray) -> np.ndarray
 
 
 def _share(answers: Sequence[np.ndarray], room: np.ndarray) -> list[np.ndarray]:
-    """Trim the answers' lengths to a common room: the longer gives first, then both alike."""
+    """Trim the answers' lengths to a common room: first the longer one, then both equally."""
     if len(answers) == 1:
         return [np.minimum(answers[0], room)]
     first, second = answers
@@ -151,9 +151,9 @@ def _fill(
     starts: np.ndarray,
     lengths: np.ndarray,
 ) -> Sequences:
-    """Set the kept stretches between the template's literals, for all rows in one gather."""
+    """Insert the kept slices between the template's literals, for all rows in one gather."""
     rows = len(starts)
-    # In the order of the sequence: a pool of ids, and where each row's stretch of it starts and ends.
+    # In the order of the sequence: a pool of ids, and where each row's slice of it starts and ends.
     pools: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def literal(ids: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
-"""Battles as the sequences that a judge reads: one view per order, or per answer.
+"""Encode battles as the sequences that a judge reads: one view per order, or per answer.
 
-``encode`` assembles them out of the token file: truncation decides which part of each field is kept, a
-template sets the parts between its literals. Both work on ids, over all rows at once.
+``encode`` builds them from the token file: truncation selects the part of each field to keep, and a
+template adds its literals. Both work on ids, for all rows at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANSWERS: tuple[View, ...] = ("A", "B")
 
 
 def views(head: Head, orders: Sequence[Order] = ORDERS) -> tuple[View, ...]:
-    """What a judge has to be shown of a battle for its verdict in the given orders."""
+    """The views of a battle that a judge needs for its verdict in the given orders."""
     return ANSWERS if head.kind == "pointwise" else tuple(orders)
 
 
@@ -42,20 +42,20 @@ def encode(
     view: View,
     max_length: int | np.ndarray | None = None,
 ) -> Sequences:
-    """Assemble every battle's sequence.
+    """Build every battle's sequence.
 
     Args:
-        encoding: template, truncation, the most tokens a sequence may have, template included
-            (unless `max_length` says otherwise), and how many it may have on average.
-        view: `BA` shows answer B in the place of answer A; `A` and `B` show one answer alone.
+        encoding: template, truncation, the most tokens of a sequence, template included
+            (unless `max_length` is given), and the most on average.
+        view: `BA` puts answer B in the place of answer A; `A` and `B` contain one answer.
         max_length: the same for all rows, or int (rows,).
 
     Returns:
-        Sequences of at most `max_length` tokens, rows as in `tokens`, the template always whole; with
+        Sequences of at most `max_length` tokens, rows as in `tokens`, with the whole template; with
         `encoding.tokens_per_battle`, none is longer than the :func:`length_budget`.
 
     Raises:
-        InputError: `max_length` leaves no room beside the template, or as for :func:`length_budget`.
+        InputError: the template leaves no room in `max_length`, or as for :func:`length_budget`.
     """
     lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
     frame = _frame(tokens.vocabulary, encoding, view)

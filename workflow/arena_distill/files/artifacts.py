@@ -1,7 +1,7 @@
-"""Files between phases: written beside and renamed, with their origin inside, never pickled.
+"""Read and write the files between phases: atomically, with their provenance, without pickle.
 
-A reader of this module either returns what was written, whole, or raises an `InputError` that
-names the file: no phase ever works on half a file that an interrupted job left behind.
+A reader returns the complete content or raises an `InputError` that names the file. So no phase
+reads a partial file that an interrupted job left behind.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ REBUILD = "delete it and run the workflow again: it will be rebuilt"
 
 
 def provenance(phase: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What made an artifact: its phase, the settings it was given, the versions it ran with.
+    """Return what made an artifact: its phase, its settings and the versions of libraries.
 
-    `settings` holds JSON values only. There is no time stamp, so that the same seed gives the
-    same bytes. Libraries that are not installed are left out; none is imported.
+    `settings` holds JSON values only. There is no time stamp, so the same seed gives the same
+    bytes. Libraries that are not installed are omitted; none is imported.
     """
     versions = {"python": platform.python_version(), "arena_distill": __version__}
     for library in LIBRARIES:
@@ -63,10 +63,10 @@ def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any])
 
 
 def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a file of `write_parquet`: all of it, or `columns` in the order asked for.
+    """Read a file of `write_parquet`: all columns, or `columns` in this order.
 
     Raises:
-        InputError: the file is missing, damaged or no parquet file, or lacks a column.
+        InputError: the file is missing, damaged, not parquet, or lacks a column.
     """
     path = Path(path)
     try:
@@ -87,7 +87,7 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
 
 
 def read_provenance(path: StrPath) -> dict[str, Any]:
-    """Return the provenance inside a parquet file; raises `InputError` where it has none."""
+    """Return the provenance inside a parquet file; raises `InputError` if it has none."""
     try:
         origin = (pq.read_schema(path).metadata or {})[_PROVENANCE]
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def write_json(obj: Any, path: StrPath) -> None:
 
 
 def read_json(path: StrPath) -> Any:
-    """Read a JSON file; raises `InputError` where it is missing or broken."""
+    """Read a JSON file; raises `InputError` if it is missing or invalid."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,9 +126,9 @@ def write_text(text: str, path: StrPath) -> None:
 
 @contextmanager
 def atomic_directory(path: StrPath) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` if the block succeeds, else is removed.
+    """Yield an empty directory that becomes `path` if the block succeeds, else remove it.
 
-    A directory already at `path` stays as it is until then, and is replaced as a whole.
+    An existing directory at `path` is unchanged until then, and is replaced as a whole.
     """
     path = Path(path)
     temporary = _beside(path)
@@ -140,7 +140,7 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
                 if file.is_file():
                     _flush(file)
             if path.exists():
-                # A directory cannot be renamed onto a full one: step the old one aside first.
+                # A directory cannot be renamed onto a full one: rename the old one first.
                 old = _beside(path)
                 path.rename(old)
                 temporary.rename(path)
@@ -154,7 +154,7 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
 
 @contextmanager
 def full_disk_told(path: StrPath) -> Iterator[None]:
-    """Say of what is written below `path` that the disk was full, whichever library met it.
+    """Turn any library's error about a full disk, while writing `path`, into an InputError.
 
     Raises:
         InputError: no space was left.
@@ -174,7 +174,7 @@ def full_disk_told(path: StrPath) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:
-    """Yield a name beside `path`; what is written there becomes `path` if the block succeeds."""
+    """Yield a temporary path in the same folder; the file becomes `path` if the block succeeds."""
     path = Path(path)
     temporary = _beside(path)
     try:
@@ -189,7 +189,7 @@ def replacing(path: StrPath) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    # tempfile would make it private to its owner; results are often shared within a group.
+    # tempfile would make the file private; results are often shared within a group.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what is there for us, and how it gets here."""
+"""Download from the Hugging Face hub, and check access to its repositories."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arena_distill.errors import InputError
 Kind = Literal["model", "dataset"]
 
 ATTEMPTS = 5
-"""At a download whose connection breaks: each goes on where the one before stopped."""
+"""Attempts at a download; each resumes where the last one stopped."""
 
 
 def download(
@@ -30,9 +30,9 @@ def download(
     """Download files of a repository into a folder.
 
     Args:
-        revision: a commit, or a tag or branch: what it points to now.
-        patterns: of the files.
-        advice: what to do where it fails.
+        revision: a commit, or a tag or branch, which is resolved to its current commit.
+        patterns: glob patterns of the files.
+        advice: what to do if the download fails.
 
     Returns:
         The commit.
@@ -43,7 +43,7 @@ def download(
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     def passing(error: BaseException) -> bool:
-        """Connections break and servers are busy; what is forbidden or not there stays so."""
+        """Whether to try again: on broken connections and busy servers, not on refusals."""
         if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
             return False
         if isinstance(error, HfHubHTTPError):
@@ -70,7 +70,7 @@ def download(
             local_dir=folder,
             allow_patterns=list(patterns),
         )
-    except Exception as error:  # the client raises many kinds: all end in the same advice
+    except Exception as error:  # the client raises many types; the advice is the same
         raise InputError(
             f"{repo}@{revision}: cannot be downloaded: {brief(error)}; check the network and HF_TOKEN, "
             f"or {advice}"
@@ -85,12 +85,12 @@ def access_problem(repo: str, kind: Kind) -> str | None:
     except Exception as error:
         page = f"huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
         return (
-            f"{repo}: the hub does not give it: {brief(error)}; check the network, accept its terms at "
-            f"{page} where it has any, and export HF_TOKEN"
+            f"{repo}: no access on the hub: {brief(error)}; check the network, accept the terms at "
+            f"{page} if there are any, and export HF_TOKEN"
         )
     return None
 
 
 def brief(error: BaseException) -> str:
-    """The first line of a library's message: the rest is advice about hubs and caches."""
+    """The first line of a library's message; the rest is advice about hubs and caches."""
     return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

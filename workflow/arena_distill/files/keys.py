@@ -1,4 +1,4 @@
-"""Files are joined by key, never by position: a row is named ``source:id`` wherever it goes."""
+"""Join files by the key ``source:id`` of their rows, never by position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from arena_distill.errors import InputError
 
 
 def key(table: pa.Table) -> pa.Array:
-    """Name each row ``source:id``: an id is unique within its source only.
+    """Return each row's key ``source:id``; an id is unique within its source only.
 
     Args:
         table: columns `source` and `id`.
@@ -21,13 +21,13 @@ def key(table: pa.Table) -> pa.Array:
 
 
 def locate(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
-    """Positions of the wanted keys among the available ones: int64 (wanted,).
+    """Find the positions of the wanted keys among the available ones: int64 (wanted,).
 
     Args:
-        where: what `available` are, for the message.
+        where: the name of `available` in error messages.
 
     Raises:
-        InputError: a wanted key is missing, or an available one is there twice.
+        InputError: a wanted key is missing, or an available one is duplicated.
     """
     counts = pc.value_counts(available)
     twice = pc.greater(counts.field("counts"), 1)

@@ -1,4 +1,4 @@
-"""Logits as files: `.npy` beside the ids of its rows, and the hidden states that students ask for."""
+"""Read and write logits as `.npy`, with the ids of their rows and the hidden states for students."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _STATES = b"arena_distill.states_sha256"
 
 
 def ids_path(path: StrPath) -> Path:
-    """Return where the ids of a logits file lie: ``fold_0.npy`` → ``fold_0.ids.parquet``."""
+    """Return the path of a logits file's ids: ``fold_0.npy`` → ``fold_0.ids.parquet``."""
     return Path(layout.ids(str(path)))
 
 
 def states_path(path: StrPath) -> Path:
-    """Return where the states of a logits file's rows lie: ``fold_0.npy`` → ``fold_0.states``."""
+    """Return the folder of a logits file's states: ``fold_0.npy`` → ``fold_0.states``."""
     return Path(layout.states(str(path)))
 
 
@@ -46,18 +46,18 @@ def write_logits(
     provenance: Mapping[str, Any],
     states: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write logits as ``.npy`` and, beside it, the ids of their rows.
+    """Write logits as ``.npy``, and the ids of their rows next to it.
 
     Args:
         path: ends in ``.npy``.
         logits: float32 (rows, orders, 3), further axes between the first and the last allowed.
         ids: one row per row of `logits`, in the same order.
-        provenance: goes into the ids' file.
-        states: float16 (rows, views, width) by name, a file each in the folder `states_path(path)`
+        provenance: written into the file of the ids.
+        states: float16 (rows, views, width) by name, one file each in the folder `states_path(path)`
             (see ``models.hidden_states``); None writes no folder.
 
-    The ids are written before the logits and carry the digests of the other files: whatever
-    interrupts the renames, files that do not belong together are never read.
+    The ids are written before the logits and hold the digests of the other files. So files that
+    do not belong together are never read, even if a job was interrupted between the renames.
 
     Raises:
         ValueError: shape, dtype or row counts are wrong, or a number is not finite.
@@ -80,14 +80,14 @@ def write_logits(
 
 
 def read_logits(path: StrPath) -> tuple[np.ndarray, pa.Table]:
-    """Read a pair of files of `write_logits`.
+    """Read the two files of `write_logits`.
 
     Returns:
         logits: float32 (rows, orders, 3).
-        ids: table of as many rows.
+        ids: a table with the same rows.
 
     Raises:
-        InputError: one of the files is missing, damaged, or does not belong to the other.
+        InputError: a file is missing or damaged, or the two do not belong together.
     """
     path = Path(path)
     ids = read_parquet(ids_path(path))
@@ -130,7 +130,7 @@ def read_states(path: StrPath, name: str) -> np.ndarray:
 
 
 def _logits_fault(logits: np.ndarray, rows: int) -> str | None:
-    """Say what keeps `logits` from being the float32 logits of `rows` battles, if anything."""
+    """Say why `logits` are not the float32 logits of `rows` battles; None if they are."""
     if logits.dtype != np.float32:
         return f"logits are {logits.dtype}, float32 expected"
     if logits.ndim < 3 or logits.shape[-1] != 3:
@@ -144,7 +144,7 @@ def _logits_fault(logits: np.ndarray, rows: int) -> str | None:
 
 
 def _write_states(folder: Path, states: Mapping[str, np.ndarray], rows: int) -> dict[str, str]:
-    """Write a file per name; their digests."""
+    """Write one file per name; returns their digests."""
     for name, values in states.items():
         if values.dtype != np.float16 or values.ndim != 3 or len(values) != rows:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Adapters and heads on a backbone: make fresh ones, load trained ones."""
+"""Add adapters and heads to a backbone: fresh ones or trained ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from arena_distill.models.loading import HEADS
 
 
 def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
-    """Put a fresh adapter on a backbone with a fresh head; the seed decides both."""
+    """Add a fresh adapter to a backbone with a fresh head; the seed determines both."""
     _head_in_float32(model)
     set_seed(seed)
     modules = lora.target_modules
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,  # the head is trained too, and saved beside the adapter
+        task_type=TaskType.SEQ_CLS,  # the head is trained too, and saved with the adapter
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -36,13 +36,13 @@ def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
 def load_adapter(
     model: torch.nn.Module, adapter: Path, *, keep_head: bool = True, trainable: bool = False
 ) -> PeftModel:
-    """Put a saved adapter on a backbone; without `keep_head` the backbone's own fresh head stays.
+    """Add a saved adapter to a backbone; without `keep_head` the backbone keeps its fresh head.
 
     Raises:
-        InputError: the folder holds no adapter, or one of another backbone.
+        InputError: the folder has no adapter, or one of another backbone.
     """
     weights = adapter / "adapter_model.safetensors"
-    if not weights.is_file():  # PEFT would ask the hub for it
+    if not weights.is_file():  # PEFT would query the hub
         raise InputError(f"{adapter}: no adapter: {weights.name} is missing")
     _head_in_float32(model)
     try:
@@ -51,16 +51,16 @@ def load_adapter(
             stored = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{adapter}: no adapter for this backbone: {error}") from None
-    except KeyError as error:  # PEFT takes the head for granted
+    except KeyError as error:  # PEFT expects the head
         raise InputError(
             f"{adapter}: no adapter for this backbone: the tensor {error} is missing"
         ) from None
-    # PEFT only warns of layers that the adapter or the backbone lacks.
+    # PEFT only warns about layers that the adapter or the backbone lacks.
     differing = stored ^ set(get_peft_model_state_dict(judge, save_embedding_layers=False))
     if differing:
         raise InputError(
-            f"{adapter}: no adapter for this backbone: {len(differing)} tensors are in one and not "
-            f"in the other, {min(differing)} among them"
+            f"{adapter}: no adapter for this backbone: {len(differing)} tensors are in only one of "
+            f"the two, for example {min(differing)}"
         )
     if not keep_head:
         for module in judge.modules():

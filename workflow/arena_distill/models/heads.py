@@ -1,14 +1,14 @@
-"""What a judge is shown of a battle, and how its outputs become a verdict.
+"""Turn the outputs of a judge's head into the logits of a battle.
 
-``joint``      prompt and both answers in one sequence, three logits: the documents' way. A battle has two
-               views, one per order, and each is a verdict of its own.
-``pointwise``  prompt and one answer per sequence, two outputs: the answer's strength s and its pull
-               towards ties t. A battle has two views, one per answer, and a model of paired comparison
-               turns them into the three logits. Exchanging the answers exchanges the verdict by
-               construction, so swap augmentation and both orders at test time have nothing to add.
+``joint``      prompt and both answers in one sequence, three logits. A battle has two views, one per
+               order, and each gives a verdict.
+``pointwise``  prompt and one answer per sequence, two outputs: the strength s of the answer and its tie
+               parameter t. A battle has two views, one per answer, and a model of paired comparison
+               turns them into three logits. Exchanging the answers exchanges the verdict by
+               construction, so swap augmentation and a second order at test time add nothing.
 
-With strengths s_a, s_b and the tie parameter log ν = t_a + t_b, which is learned and may differ from
-battle to battle, the logits of (model_a, model_b, tie) are
+With strengths s_a, s_b and log ν = t_a + t_b, which is learned and differs between battles, the logits
+of (model_a, model_b, tie) are
 
 ``davidson``    (s_a, s_b, log ν + (s_a + s_b) / 2): R. R. Davidson 1970, On extending the Bradley-Terry
                 model to accommodate ties, JASA 65(329);
@@ -16,11 +16,11 @@ battle to battle, the logits of (model_a, model_b, tie) are
                 P(tie) = (e^2η − 1) P(a) P(b): P. V. Rao and L. L. Kupper 1967, Ties in
                 paired-comparison experiments, JASA 62(317).
 
-Either gives a tie a third where the strengths are equal and ν = 1, which is where a fresh head starts.
+Both give a tie the probability 1/3 if the strengths are equal and ν = 1, where a fresh head starts.
 
-Both sequences of a pointwise judge read the prompt. To share it would spare some sixth of the tokens of
-real battles (17 to 19 % between 192 and 2,000 tokens), which a CPU gains from; but flash attention has no
-kernel for a tree of answers. ``benchmarks/shared_prompt.py`` runs both sides on battles of one's own.
+Both sequences of a pointwise judge contain the prompt. Sharing it would save about a sixth of the tokens
+of real battles (17 to 19 % between 192 and 2,000 tokens), which is faster on a CPU; but flash attention
+has no kernel for it. ``benchmarks/shared_prompt.py`` measures both ways on your own battles.
 
 Every later phase sees three logits per battle and order, whatever the head.
 """
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     import torch
 
 OUTPUTS = {"joint": CLASSES, "pointwise": ("strength", "tie")}
-"""What a sequence's outputs are called, in their order."""
+"""The names of a sequence's outputs, in their order."""
 
 
 def verdicts(outputs: np.ndarray, head: Head, orders: Sequence[Order] = ORDERS) -> np.ndarray:
-    """Logits in the canonical frame, from what a judge said of each view.
+    """Compute logits in the canonical frame from a judge's outputs for each view.
 
     Args:
         outputs: float32 (rows, views, outputs of the head).
 
     Returns:
-        float32 (rows, orders, 3); the same in each order for a pointwise judge.
+        float32 (rows, orders, 3); equal in both orders for a pointwise judge.
     """
     if head.kind == "joint":
         exchanged = [
@@ -64,11 +64,11 @@ def verdicts(outputs: np.ndarray, head: Head, orders: Sequence[Order] = ORDERS) 
 
 
 def battle_logits(outputs: torch.Tensor, head: Head) -> torch.Tensor:
-    """Logits of battles as shown, in float32.
+    """Compute logits of battles in the order shown, in float32.
 
     Args:
-        outputs: (battles, sequences per battle, outputs): one sequence of three for a joint judge, two
-            of two for a pointwise one.
+        outputs: (battles, sequences per battle, outputs): (battles, 1, 3) for a joint judge,
+            (battles, 2, 2) for a pointwise one.
 
     Returns:
         float32 (battles, 3).

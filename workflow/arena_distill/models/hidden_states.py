@@ -1,15 +1,15 @@
-"""What a judge's last token knows: for students that learn more of their teachers than logits.
+"""Capture a judge's hidden states and attention, from which students learn more than from logits.
 
-``features``   the hidden state that the head's last layer reads of a sequence: of a decoder the final
-               one of its last token (or their mean, ``head.pooling``), of an encoder what it pools.
-``attention``  where a decoder's last layer looks from that token: its attention over the sequence,
-               the mean over the heads.
+``features``   the hidden state that the head's last layer reads of a sequence: for a decoder, the final
+               one of its last token (or the mean, ``head.pooling``); for an encoder, its pooled state.
+``attention``  the attention of that token over the sequence in a decoder's last layer, the mean over
+               the heads.
 
-A judge that is watched says them with its logits, in scoring and in training alike. Teachers' states
-lie beside their logits (``files.logits.write_logits``), float16, a view after another:
+After :func:`capture`, a judge outputs them with its logits, in scoring and in training. The states of
+teachers are stored with their logits (``files.logits.write_logits``), as float16:
 
     logits/<judge>/fold_<k>.states/features.npy      (rows, views, hidden size)
-    logits/<judge>/fold_<k>.states/attention.npy     (rows, views, max_length), 0 behind a sequence's end
+    logits/<judge>/fold_<k>.states/attention.npy     (rows, views, max_length), 0 after the sequence
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from arena_distill.models.loading import HEADS
 
 @dataclass
 class Outputs(ModelOutput):
-    """What a watched judge says of a batch of sequences, what was not asked for None."""
+    """The outputs of a judge with captured states, for a batch of sequences; None if not captured."""
 
     logits: Tensor | None = None
     features: Tensor | None = None
@@ -47,17 +47,16 @@ class Outputs(ModelOutput):
 
 
 def capture(judge: Any, wanted: Collection[State]) -> tuple[RemovableHandle, ...]:
-    """Have a judge say more than logits: from now on its outputs are :class:`Outputs`.
+    """Add states to a judge's outputs: from now on they are :class:`Outputs`.
 
-    Attention costs one row of one layer's scores. (Eager attention, which would tell all of it, costs
-    all rows of every layer.) The layer itself runs as it did, whatever kernel it uses, so the logits
-    stay the same to the last bit.
+    Attention costs one row of one layer's scores. (Eager attention would compute all rows of every
+    layer.) The layer itself runs unchanged, with any kernel, so the logits stay bit-identical.
 
     Returns:
-        Handles: with all of them removed, features are not said any more.
+        Handles; remove all of them to stop the output of features.
 
     Raises:
-        InputError: this kind of model has no attention of a last token that could be read.
+        InputError: the attention of a last token cannot be read in this type of model.
     """
     seen: dict[str, Any] = {}
     handles = []
@@ -85,9 +84,9 @@ def capture(judge: Any, wanted: Collection[State]) -> tuple[RemovableHandle, ...
 
 
 def widths(judge: Any, settings: LogitsSettings) -> dict[State, int]:
-    """How many numbers each of the states that are asked for has per sequence.
+    """The width of each requested state.
 
-    (Attention as many as a sequence may have tokens: so each shard and fold writes the same shape.)
+    (For attention, the longest sequence allowed: so each shard and fold writes the same shape.)
     """
     known: dict[State, int] = {
         "features": head_layer(judge).in_features,
@@ -97,9 +96,9 @@ def widths(judge: Any, settings: LogitsSettings) -> dict[State, int]:
 
 
 class Projections(nn.ModuleList):
-    """From a student's features into the space of each teacher's: learned, and thrown away at the end.
+    """Map a student's features into the space of each teacher's: learned, discarded after training.
 
-    They stand in the judge as its `projections`, beside what PEFT knows, trains and saves.
+    They are the judge's `projections`; PEFT neither trains nor saves them.
     """
 
     def __init__(self, features: int, teachers: Sequence[int], *, seed: int) -> None:
@@ -109,7 +108,7 @@ class Projections(nn.ModuleList):
             teachers: the hidden size of each.
         """
         layers = [nn.utils.skip_init(nn.Linear, features, size) for size in teachers]
-        # From a generator of their own: whatever else draws numbers draws the same ones without them.
+        # A separate generator: all other random numbers stay the same without projections.
         rng = torch.Generator().manual_seed(seed)
         for layer in layers:
             nn.init.normal_(layer.weight, std=features**-0.5, generator=rng)
@@ -121,7 +120,7 @@ class Projections(nn.ModuleList):
 
 
 def project(judge: Any, teachers: Sequence[int], *, seed: int) -> None:
-    """Give a student its projections; teachers: the hidden size of each."""
+    """Add projections to a student; teachers: the hidden size of each."""
     reads = head_layer(judge)
     judge.projections = Projections(reads.in_features, teachers, seed=seed).to(reads.weight.device)
 
@@ -133,7 +132,7 @@ def projections_of(judge: Any) -> Projections | None:
 
 
 def head_layer(judge: Any) -> nn.Linear:
-    """The layer whose outputs are the logits; in an adapter the copy that is trained."""
+    """The layer that outputs the logits; with an adapter, the trained copy."""
     *_, last = (
         module
         for name, module in judge.named_modules()
@@ -146,13 +145,13 @@ def head_layer(judge: Any) -> nn.Linear:
 
 
 def _last_token(ids: Tensor, pad_token_id: int) -> Tensor:
-    """Where the last token that is not padding stands, as the classifiers pool: int (batch,)."""
+    """The position of the last token that is not padding, as in the classifiers: int (batch,)."""
     places = torch.arange(ids.shape[1], device=ids.device)
     return (places * (ids != pad_token_id)).argmax(-1)
 
 
 def _pooled(read: Tensor, last: Tensor) -> Tensor:
-    """What the head read of each sequence: a decoder's head reads every token."""
+    """The head's input for each sequence; a decoder's head reads every token."""
     return read if read.ndim == 2 else read[torch.arange(len(read), device=read.device), last]
 
 
@@ -160,7 +159,7 @@ def _pooled(read: Tensor, last: Tensor) -> Tensor:
 
 
 def _capture_last_attention(judge: Any, seen: dict[str, Any]) -> None:
-    """Note what the last layer's attention is computed from, on its way to the kernel that computes it."""
+    """Record the inputs of the last layer's attention kernel."""
     layers = [
         module
         for module in judge.modules()
@@ -168,8 +167,8 @@ def _capture_last_attention(judge: Any, seen: dict[str, Any]) -> None:
     ]
     if not layers:
         raise InputError(
-            f"{judge.config.name_or_path}: config: loss.attention: no decoder whose attention could be "
-            "read; set it to 0"
+            f"{judge.config.name_or_path}: config: loss.attention: the attention of this model cannot "
+            "be read; set it to 0"
         )
     last = layers[-1]
     eager: Any = getattr(sys.modules[type(last).__module__], "eager_attention_forward", None)
@@ -181,7 +180,7 @@ def _capture_last_attention(judge: Any, seen: dict[str, Any]) -> None:
 
     name = f"watched {id(last)}"
     AttentionInterface.register(name, noting)
-    # A configuration of its own, for this layer alone: masks are made as the model's own one says.
+    # A separate configuration for this layer: masks still follow the model's own configuration.
     last.config = copy.copy(last.config)
     last.config._attn_implementation_internal = name
 
@@ -189,17 +188,17 @@ def _capture_last_attention(judge: Any, seen: dict[str, Any]) -> None:
 def _attention(
     last: Tensor, mask: Tensor, query: Tensor, key: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Attention of each sequence's last token, from what a layer's kernel was given.
+    """Compute the attention of each sequence's last token from the inputs of a layer's kernel.
 
     Args:
-        last: int (batch,), where that token stands.
-        mask: (batch, tokens), 1 where there is a token.
+        last: int (batch,), the position of that token.
+        mask: (batch, tokens), 1 for a token, 0 for padding.
         query: (batch, heads, tokens, head size), rotated.
         key: (batch, key heads, tokens, head size), rotated; heads in groups share one.
-        options: `scaling`; `softcap` (Gemma-2) and `sliding_window` where the layer has them.
+        options: `scaling`; `softcap` (Gemma-2) and `sliding_window` if the layer has them.
 
     Returns:
-        float32 (batch, tokens): the mean over the heads, each row's sum 1.
+        float32 (batch, tokens): the mean over the heads; each row sums to 1.
     """
     rows, places = torch.arange(len(last), device=last.device), torch.arange(key.shape[2])
     asked = query[rows, :, last].float().unflatten(1, (key.shape[1], -1))

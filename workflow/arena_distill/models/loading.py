@@ -1,6 +1,6 @@
-"""Load an ordinary Hugging Face folder as a judge, on the device and with the kernel that fit.
+"""Load a Hugging Face folder as a judge, with the right device and attention kernel.
 
-Whatever a backbone comes from, ``preparation`` makes such a folder of it: every phase loads it here.
+``preparation`` makes such a folder from any backbone; every phase loads it here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 HEADS = ("score", "classifier")
-"""The classification head's name, in the decoder families and in encoders."""
+"""The names of the classification head in decoders and in encoders."""
 
 
 def load_classifier(
@@ -46,20 +46,20 @@ def load_classifier(
 
     Args:
         folder: a local Hugging Face folder.
-        precision: of a judge that is to run: it decides dtype and quantisation of the weights, and they
-            go to where this process computes (:func:`placement`).
-        dtype: without `precision`, of weights that stay on the host; float32 by default.
+        precision: sets dtype and quantisation of the weights, and puts them on the device of this
+            process (:func:`placement`).
+        dtype: without `precision`, the dtype of weights on the host; float32 by default.
         attention: the kernel (:func:`choose_attention`); None leaves it to transformers.
-        device_map: where the weights go, as accelerate has it, if not to :func:`placement`.
-        pad_token_id: the id that pads (``tokenization.safe_pad_id``): pooling looks for the last other one.
-        head_seed: decides a fresh head's weights, where the folder has no head; None: it has to have one,
-            as a finished judge has.
-        shards: processes that share the weights (FSDP2): each loads and holds its part of them, and
-            the whole head, which is small and learns.
+        device_map: accelerate's device map, instead of :func:`placement`.
+        pad_token_id: the padding id (``tokenization.safe_pad_id``): pooling reads the last other token.
+        head_seed: seeds a fresh head if the folder has none; None: the folder must have a head, like a
+            finished judge.
+        shards: processes that share the weights (FSDP2): each holds its part of them and the whole
+            head, which is small and trained.
 
     Raises:
-        InputError: the folder is no model, or one that cannot classify sequences, or lacks tensors; or
-            `precision` or `attention` needs what is not there.
+        InputError: the folder is not a model, cannot classify sequences or lacks tensors; or hardware
+            or a package for `precision` or `attention` is missing.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, logging
@@ -70,13 +70,13 @@ def load_classifier(
         options["dtype"] = torch.float32 if precision == "fp32" else torch.bfloat16
         if precision == "nf4":
             options["quantization_config"] = _nf4()
-    if shards > 1:  # where its parts go is FSDP's to say
+    if shards > 1:  # FSDP places the shards
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=shards)
     elif precision:
         options["device_map"] = device_map or placement()
-    logging.set_verbosity_error()  # "newly initialized: score.weight" is what we ask for
+    logging.set_verbosity_error()  # "newly initialized: score.weight" is intended
     try:
         if attention:
             config = AutoConfig.from_pretrained(
@@ -87,7 +87,7 @@ def load_classifier(
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=len(names),
-            use_safetensors=True,  # nothing that would be unpickled
+            use_safetensors=True,  # never unpickle
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
             local_files_only=True,
@@ -106,17 +106,17 @@ def load_classifier(
         _start_head(model, loaded["missing_keys"], head_seed)
     if head.pooling == "mean":
         pool_mean(model)
-    elif hasattr(model.config, "head_pooling"):  # of a judge that is a backbone now
+    elif hasattr(model.config, "head_pooling"):  # a judge used as a backbone
         model.config.head_pooling = head.pooling
     if hasattr(model.config, "use_cache"):
-        # Nothing is generated: keys and values would only fill memory.
+        # No text is generated: keys and values would only use memory.
         model.config.use_cache = False
     if pad_token_id is not None:
         known = model.get_input_embeddings().num_embeddings
         if pad_token_id >= known:
             raise InputError(
                 f"{folder}: the pad token {pad_token_id} is outside the model's {known} embeddings: "
-                "this tokenizer is not this model's"
+                "the tokenizer belongs to another model"
             )
         model.config.pad_token_id = pad_token_id
         model.config.get_text_config().pad_token_id = pad_token_id
@@ -126,17 +126,17 @@ def load_classifier(
 def check_tensors(
     source: Path, loaded: Mapping[str, Collection[str]], *, fresh_head: bool = False
 ) -> None:
-    """Refuse a model that lacks tensors: transformers draws them at random, in every job anew.
+    """Refuse a model that lacks tensors: transformers would draw them at random in every job.
 
-    What is tied to another tensor, and what transformers computes by itself, does not lack.
+    Tied tensors, and those that transformers computes by itself, are not missing.
 
     Args:
         source: the folder or file that was loaded, for the message.
-        loaded: what transformers tells of it (`output_loading_info`).
-        fresh_head: the head may lack.
+        loaded: the loading report of transformers (`output_loading_info`).
+        fresh_head: the head may be missing.
 
     Raises:
-        InputError: says how many lack, and names the first.
+        InputError: gives the number of missing tensors, and names the first.
     """
     missing = sorted(loaded["missing_keys"])
     if fresh_head:
@@ -145,21 +145,21 @@ def check_tensors(
         unknown = sorted(loaded["unexpected_keys"])
         others = f", and {_some(unknown)} are unknown to the model" if unknown else ""
         raise InputError(
-            f"{source}: tensors are missing: {_some(missing)}{others}: its weights are incomplete, or "
-            "another model's; get or make it anew"
+            f"{source}: tensors are missing: {_some(missing)}{others}: its weights are incomplete or "
+            "belong to another model; download or make it again"
         )
 
 
 def _some(names: Sequence[str]) -> str:
-    """How many there are, and the first of them."""
+    """The number of names, and the first of them."""
     return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def placement() -> dict[str, int] | Literal["auto"] | None:
-    """Where the weights of a judge that runs go, as accelerate's device map; None is the CPU.
+    """Return the device map (accelerate) of a judge's weights; None is the CPU.
 
-    On the GPU of this process. A process that has several alone spreads the layers over all of them:
-    jobs get as many as they ask for (``launch.claim_gpus``), and training has a process for each.
+    They go to the GPU of this process. A single process with several GPUs spreads the layers over all
+    of them: jobs get the GPUs they request (``launch.claim_gpus``); training has a process per GPU.
     """
     import torch
 
@@ -173,24 +173,24 @@ def placement() -> dict[str, int] | Literal["auto"] | None:
 def choose_attention(
     config: PretrainedConfig, wanted: Attention, dtype: torch.dtype | str
 ) -> str | None:
-    """The attention kernel to load a model with, by transformers' name; None leaves it to transformers.
+    """Choose the attention kernel, by transformers' name; None leaves it to transformers.
 
-    Left to it, that is `sdpa`, and `eager` for families which soft-cap their attention (Gemma-2), as
-    PyTorch's kernel cannot. Flash attention can, and is faster than both.
+    By default it uses `sdpa`, or `eager` for families with soft-capped attention (Gemma-2), which
+    PyTorch's kernel does not support. Flash attention does, and is faster than both.
 
     Args:
         config: the model's.
-        wanted: `auto` takes flash attention wherever nothing stands against it.
+        wanted: `auto` takes flash attention wherever it is available.
         dtype: the weights'.
 
     Raises:
-        InputError: what is wanted is not to be had, and why.
+        InputError: the kernel is not available; says why.
     """
     if wanted == "auto":
         return None if _obstacle(config, "flash_attention_2", dtype) else "flash_attention_2"
     if obstacle := _obstacle(config, wanted, dtype):
         raise InputError(
-            f"config: compute.attention: {wanted} is not to be had: {obstacle}; set auto"
+            f"config: compute.attention: {wanted} is not available: {obstacle}; set auto"
         )
     if wanted == "flex_attention":
         _use_one_flex_kernel()
@@ -212,13 +212,13 @@ def _use_one_flex_kernel() -> None:
 
 
 def _obstacle(config: PretrainedConfig, kernel: str, dtype: torch.dtype | str) -> str | None:
-    """What stands against an attention kernel here."""
+    """Why an attention kernel is not available here; None if it is."""
     import torch
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
     from transformers.utils import is_flash_attn_greater_or_equal
 
     if type(config) not in CLASSIFIERS:
-        return "transformers has no classifier of this kind"
+        return "transformers has no classifier of this type"
     family: Any = CLASSIFIERS[type(config)]
     supported = {
         "eager": True,
@@ -241,7 +241,7 @@ def _obstacle(config: PretrainedConfig, kernel: str, dtype: torch.dtype | str) -
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than Ampere"
     if dtype not in (torch.bfloat16, torch.float16):
-        return "it computes in half precision alone (precision: bf16 or nf4)"
+        return "it needs half precision (precision: bf16 or nf4)"
     return None
 
 
@@ -260,13 +260,13 @@ def _nf4() -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=list(HEADS),  # of 4 bits too, in spite of the name
+        llm_int8_skip_modules=list(HEADS),  # for 4 bits too, despite the name
     )
 
 
 def _keep_as_packed(model: Any) -> None:
-    """Where a CPU has AVX512-BF16, bitsandbytes packs weights anew in the first forward pass of an
-    evaluation, and gradients of later passes are wrong, without a word: do not let it.
+    """Keep bitsandbytes from packing weights again in an evaluation's first forward pass: on a CPU with
+    AVX512-BF16 it does so, and later gradients are silently wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -289,14 +289,14 @@ def _hold_whole_head(model: PreTrainedModel) -> None:
 
 
 def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> None:
-    """Draw what the folder lacks of the head, so that a fresh judge is nearly indifferent.
+    """Initialise the missing weights of the head, so that a fresh judge gives nearly equal logits.
 
-    As the families' `_init_weights` do, but for the last layer, which is smaller by the square root of
-    its inputs: their start would give logits of a size of 1 and more (SmolLM2: 1.7), which are noise
-    that the first hundreds of battles are spent on forgetting. (The readout layer of Yang et al. 2022,
-    Tensor Programs V, arXiv:2203.03466, table 8, has the same scale for any width.)
+    Like the families' `_init_weights`, except that the last layer is smaller by the square root of its
+    inputs: their start gives random logits of size 1 and more (SmolLM2: 1.7), and the first hundreds of
+    battles would only reduce them. (The readout layer of Yang et al. 2022, Tensor Programs V,
+    arXiv:2203.03466, table 8, has the same scale for any width.)
 
-    From a generator of its own: in what order the model's modules draw theirs depends on how they
+    A separate generator draws them: the order in which the model's modules draw depends on how they
     are spread over processes.
     """
     import torch
@@ -315,18 +315,18 @@ def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> 
 
 
 def pool_mean(model: PreTrainedModel) -> None:
-    """Have a decoder's head read the mean of the hidden states over a sequence's tokens.
+    """Let a decoder's head read the mean of the hidden states over a sequence's tokens.
 
-    Each token is given that mean, so the last one has it too, which is what the classifier reads.
-    transformers knows nothing of it: the configuration says `head_pooling`, for whoever loads the model.
+    Every token gets that mean, so also the last one, which the classifier reads. transformers does not
+    know this pooling: `head_pooling` in the model's configuration records it.
 
     Raises:
-        InputError: the head reads something else than a token's hidden state.
+        InputError: the head does not read a token's hidden state.
     """
     if not hasattr(model, "score"):
         raise InputError(
             f"{model.config.name_or_path}: config: head.pooling: mean is for decoders; a "
-            f"{model.config.model_type} has a pooling of its own: set it to last"
+            f"{model.config.model_type} has its own pooling: set it to last"
         )
 
     def pool(_: Any, args: Any, given: dict[str, Any], outputs: Any) -> Any:
@@ -343,7 +343,7 @@ def pool_mean(model: PreTrainedModel) -> None:
 
 
 def check_length(model: Any, longest: int) -> None:
-    """Refuse sequences that are longer than the model has positions for.
+    """Refuse sequences that are longer than the model allows.
 
     Raises:
         InputError: names the model's limit.
@@ -351,6 +351,6 @@ def check_length(model: Any, longest: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and longest > limit:
         raise InputError(
-            f"{model.config.name_or_path}: sequences of {longest} tokens, but the model has positions "
-            f"for {limit}; lower max_length (config: encoding.max_length, prediction.max_lengths)"
+            f"{model.config.name_or_path}: sequences have {longest} tokens, but the model allows only "
+            f"{limit}; lower max_length (config: encoding.max_length, prediction.max_lengths)"
         )

@@ -1,6 +1,6 @@
-"""Make an ordinary Hugging Face folder of a hub model, a GGUF file or the first layers of a model.
+"""Make a Hugging Face folder from a hub model, a GGUF file or the first layers of a model.
 
-The network is reached for `hub` alone.
+Only `hub` uses the network.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 def prepare_backbone(
     output: Path, *, settings: BackboneSettings, source: Path | None = None
 ) -> None:
-    """Make the ordinary folder of a backbone that is not one yet.
+    """Make the Hugging Face folder of a backbone.
 
     Args:
-        source: of a part of a model on the hub, the folder of that model.
+        source: for a part of a model on the hub, the folder of that model.
 
     Raises:
-        InputError: the source is missing or no model, lacks tensors, or has fewer layers than asked for.
+        InputError: the source is missing, is not a model, lacks tensors or has too few layers.
     """
     backbone = settings.backbone
     about = settings.model_dump()
@@ -38,7 +38,7 @@ def prepare_backbone(
             about["commit"] = _download(backbone, folder)
         elif backbone.hub and source is None:
             raise InputError(
-                f"{backbone.stem()}: download {backbone.hub} first, and give its folder"
+                f"{backbone.stem()}: download {backbone.hub} first and pass its folder"
             )
         else:
             source = source or Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
@@ -53,23 +53,23 @@ def prepare_backbone(
 
 
 def _download(backbone: Backbone, folder: Path) -> str:
-    """Download a backbone; the commit that it is."""
+    """Download a backbone; returns its commit."""
     assert backbone.hub and backbone.revision
-    # Weights as safetensors only: nothing that is unpickled ever reaches the disk.
+    # Weights as safetensors only: no pickle file is downloaded.
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     advice = "download it elsewhere and set backbone.path"
     return download(backbone.hub, backbone.revision, folder, patterns=patterns, advice=advice)
 
 
 def keep_layers(config: PretrainedConfig, layers: int) -> None:
-    """Let a model's configuration have its first layers alone (or more of the same kinds)."""
+    """Set the number of layers in a model's configuration (if more, they repeat the same types)."""
     config.num_hidden_layers = layers
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = (kinds * layers)[:layers]
 
 
 def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
-    """Convert from GGUF, cut to the first layers, fit another tokenizer: load, change, save."""
+    """Convert from GGUF, keep the first layers, change the tokenizer: load, change, save."""
     import torch
     from transformers import AutoConfig, AutoModel, logging
 
@@ -97,13 +97,13 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
         output_loading_info=True,
     )
     check_tensors(source, loaded)
-    if backbone.gguf:  # the weights are plain tensors now, whatever the file packed them as
+    if backbone.gguf:  # the weights are plain tensors now
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model = model.to(torch.bfloat16)
     if backbone.tokenizer:
-        # AutoTokenizer goes by the model's type too, and may add tokens: load it as all will do.
+        # AutoTokenizer depends on the model's type too, and may add tokens: load it as later jobs do.
         load_tokenizer(Path(backbone.tokenizer)).save_pretrained(folder)
         config.save_pretrained(folder)
         tokenizer = load_tokenizer(folder)

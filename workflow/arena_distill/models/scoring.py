@@ -15,17 +15,17 @@ from arena_distill.models.loading import check_length
 
 
 def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
-    """What a model says of every sequence.
+    """Compute a model's outputs for every sequence.
 
     Args:
-        model: a classifier whose `config.pad_token_id` stands in no sequence.
+        model: a classifier whose `config.pad_token_id` occurs in no sequence.
         batch_tokens: tokens per forward pass, padding included.
 
     Returns:
         float32 (rows, outputs of its head).
 
     Raises:
-        InputError: a sequence is longer than the model has positions for.
+        InputError: a sequence is longer than the model allows.
     """
     return score_batches(model, sequences, list(token_batches(sequences.lengths, batch_tokens)))
 
@@ -36,10 +36,10 @@ def score_batches(
     batches: Sequence[np.ndarray],
     states: Mapping[State, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """As :func:`score`, for the rows of the batches alone; the others stay NaN.
+    """As :func:`score`, but only for the rows of the batches; the others are NaN.
 
     Args:
-        states: arrays (rows, width) by name, filled with what a watched judge says beside logits.
+        states: arrays (rows, width) by name, to fill with the states of the judge's outputs.
     """
     import torch
 
@@ -47,7 +47,7 @@ def score_batches(
     model.eval()
     weight = next(model.parameters())
     scores = np.full((len(sequences), model.config.num_labels), np.nan, np.float32)
-    # A model in half precision has its head and adapters in float32: autocast lets them meet.
+    # A model in half precision has its head and adapters in float32: they need autocast.
     half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
     with (
         torch.no_grad(),  # inference_mode would leave FSDP buffers that training cannot write to

@@ -1,19 +1,19 @@
-"""Three tiny pretrained backbones, one per real family.
+"""Pretrain three tiny backbones, one per real family.
 
-LoRA on a frozen random backbone learns nothing, so the embedded default needs backbones that know
-the arena's language and facts, as the real ones know ours. Each is a Llama, Qwen2 or Gemma-2 of a
-quarter of a million parameters with a byte-complete tokenizer of its own, pretrained in full on a
-pool of simulated battles that no run ever sees, under voters of its own. It is saved without a
-head: like a real backbone, it meets the arena's votes only through a fresh ``score`` head.
+LoRA on a frozen random backbone learns nothing, so the default run needs backbones that know the
+language and facts of the synthetic arena. Each is a Llama, Qwen2 or Gemma-2 of a quarter of a
+million parameters with its own byte-complete tokenizer, pretrained in full on a pool of simulated
+battles that no run uses, with votes of other voters. It is saved without a head: like a real
+backbone, it learns the arena's votes only through a fresh ``score`` head.
 
-The tokenizers keep the three families' traps: Llama has a BOS but no padding token, Qwen2 a
-padding token but no BOS, Gemma-2 both.
+The tokenizers keep the special cases of the three families: Llama has a BOS but no padding token,
+Qwen2 a padding token but no BOS, Gemma-2 both.
 
-What is hard to learn is whether an answer is *right*, a match of two words far apart that no word
-alone hints at: from a plain start, training sits on a plateau there. Three things shorten it.
-The embeddings start as word vectors of good answers [1], so that a land lies near its own capital;
-each layer's queries start equal to its keys, so that like attends to like [2]; and the first steps
-see short battles cut after the first answer. Muon [3] trains the matrices, AdamW the rest.
+It is hard to learn whether an answer is *right*: two distant words must match, and neither alone
+tells. From a random start, the loss stays on a plateau; three measures shorten it.
+The embeddings start as word vectors of good answers [1], so a land is close to its own capital;
+each layer's queries start equal to its keys, so similar tokens attend to each other [2]; and the
+first steps use short battles, cut after the first answer. Muon [3] trains the matrices, AdamW the rest.
 
 References
 ----------
@@ -58,17 +58,17 @@ VOCABULARY = 1280
 MAX_LENGTH = 4096
 
 # Pretraining.
-ANSWER_LAYER = 2  # knows the answers' qualities: the layers after it bring them to the last token
+ANSWER_LAYER = 2  # predicts the answers' qualities; the later layers move them to the last token
 BATCH = 64  # battles
 MATRIX_RATE = 0.02  # Muon
 OTHER_RATE = 2e-3  # AdamW: embeddings, norms and heads
 WARMUP_STEPS = 100
-ANSWERS_FIRST = 0.25  # share of the steps that see short battles cut after the first answer
+ANSWERS_FIRST = 0.25  # share of the steps on short battles cut after the first answer
 SHORT = 0.3  # share of the battles that count as short
-QUALITY_WEIGHT = 4.0  # of the qualities' squared errors beside the votes' cross-entropy
+QUALITY_WEIGHT = 4.0  # of the qualities' squared errors; the votes' cross-entropy has 1
 FIELD_TOKENS = 96  # longer prompts and answers are cut
 
-# What stands before the prompt, A and B, and after B: the layouts a judge may be given.
+# The text before the prompt, A and B, and after B: the layouts of judges.
 LAYOUTS = (
     ('User question:\n"""', '"""\nAnswer A:\n"""', '"""\nAnswer B:\n"""', '"""\n'),
     ("[PROMPT]", "[RESPONSE_A]", "[RESPONSE_B]", ""),
@@ -76,17 +76,17 @@ LAYOUTS = (
 
 _FIELDS = ["prompt", "response_a", "response_b"]
 _logger = logging.getLogger(__name__)
-_POOL = 20_250_101  # keeps the pool's random streams apart from those of any run
+_POOL = 20_250_101  # the pool's random streams differ from those of any run
 
 
 def pretrain_tiny(
     family: Family, output: Path, *, battles: int = 40_000, epochs: float = 4.0, seed: int = 0
 ) -> None:
-    """Pretrain one family's tiny backbone and write it as an ordinary Hugging Face folder.
+    """Pretrain one family's tiny backbone and write it as a Hugging Face folder.
 
-    Every battle of the pool is seen in either layout and either order. The last token learns the
-    true vote probabilities of the pool's voters and both answers' qualities; every token of an
-    answer learns that answer's qualities, a nearer teacher for the relations.
+    Every battle of the pool is used in both layouts and both orders. The last token learns the true
+    vote probabilities of the pool's voters and both answers' qualities; every token of an answer
+    learns that answer's qualities, a more direct signal for the relations.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def pretrain_tiny(
     epochs : float
         Passes over the pool, in steps of ``BATCH`` battles.
     seed : int
-        Of the pool, the weights and the batches.
+        Seed of the pool, the weights and the batches.
     """
     import torch
     from transformers import AutoModel
@@ -185,9 +185,9 @@ _TOKENIZER_BATTLES = 10_000
 
 
 def train_tokenizer(family: Family, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with the family's special tokens; any text encodes without loss.
+    """Train a BPE tokenizer with the family's special tokens; it encodes any text without loss.
 
-    Llama's and Qwen2's are byte-level, Gemma-2's falls back to bytes.
+    Llama's and Qwen2's are byte-level; Gemma-2's falls back to bytes.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -220,8 +220,8 @@ def train_tokenizer(family: Family, texts: list[str]) -> PreTrainedTokenizerFast
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    # The trainer gives fixed ids to special tokens only; bytes must not stay special, or decoding
-    # would drop them.
+    # The trainer gives fixed ids to special tokens only; bytes must not stay special, because
+    # decoding would drop them.
     state = json.loads(core.to_str())
     state["added_tokens"] = [
         token for token in state["added_tokens"] if token["content"] in special.values()
@@ -240,7 +240,7 @@ def train_tokenizer(family: Family, texts: list[str]) -> PreTrainedTokenizerFast
 
 
 def _texts(battles: SimulatedBattles) -> list[str]:
-    """Turns, and the layouts often enough for their words to become tokens."""
+    """Turns, and the layouts often enough that their words become tokens."""
     fields = battles.frame[_FIELDS].head(_TOKENIZER_BATTLES).to_numpy().ravel()
     layouts = ["".join(layout) for layout in LAYOUTS]
     return [turn for field in fields for turn in field] + layouts * 1_000
@@ -250,7 +250,7 @@ def _texts(battles: SimulatedBattles) -> list[str]:
 
 
 def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The family's architecture in small, for a tokenizer."""
+    """The family's architecture at a small size, for a tokenizer."""
     from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
     _check(family)
@@ -263,7 +263,7 @@ def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTraine
         "num_attention_heads": ATTENTION_HEADS,
         "num_key_value_heads": KEY_VALUE_HEADS,
         "max_position_embeddings": MAX_LENGTH,
-        # The usual 0.02 suits widths of thousands: it keeps a layer's output at its input's scale.
+        # The usual 0.02 is for widths of thousands, where it keeps a layer's output at its input's scale.
         "initializer_range": 0.8 * HIDDEN**-0.5,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
@@ -287,7 +287,7 @@ def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTraine
 
 
 def _initialise(backbone: Any, examples: _Examples) -> None:
-    """Word vectors for embeddings; queries equal to keys, with orthonormal rows."""
+    """Set embeddings to word vectors, and queries equal to keys with orthonormal rows."""
     import torch
 
     embeddings = backbone.get_input_embeddings().weight
@@ -296,7 +296,7 @@ def _initialise(backbone: Any, examples: _Examples) -> None:
     vectors = _word_vectors(examples, len(embeddings))
     head = HIDDEN // ATTENTION_HEADS
     with torch.no_grad():
-        noise = 0.3 * torch.randn(embeddings.shape)  # tokens never seen, too, must differ
+        noise = 0.3 * torch.randn(embeddings.shape)  # unseen tokens must differ too
         embeddings.copy_(0.5 * gain * (torch.from_numpy(vectors) + noise))
         for layer in backbone.layers:
             keys = torch.stack(
@@ -308,9 +308,9 @@ def _initialise(backbone: Any, examples: _Examples) -> None:
 
 
 def _word_vectors(examples: _Examples, vocabulary: int) -> NDArray[np.float32]:
-    """(vocabulary, HIDDEN), rows of unit variance: positive PMI of tokens in good answers, factored.
+    """Factor the positive PMI of tokens in good answers: (vocabulary, HIDDEN), rows of unit variance.
 
-    Tokens co-occur where they share a prompt and a wholly correct answer to it.
+    Tokens co-occur if they share a prompt and a fully correct answer to it.
     """
     from scipy.sparse import csr_matrix
 
@@ -326,7 +326,7 @@ def _word_vectors(examples: _Examples, vocabulary: int) -> NDArray[np.float32]:
         (np.ones(len(indices)), indices, indptr), shape=(len(documents), vocabulary)
     )
     together = (counts.T @ counts).toarray()
-    alone = together.diagonal() + 1.0  # smoothed: rare tokens have no say
+    alone = together.diagonal() + 1.0  # smoothing: rare tokens count less
     with np.errstate(divide="ignore"):
         information = np.log(together * len(documents) / np.outer(alone, alone))
     information = np.maximum(information, 0.0)
@@ -360,7 +360,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Examples:
-    """Tokenised battles and what is to be learned of them.
+    """Tokenised battles and their targets.
 
     fields : per battle the ids of prompt, A and B
     layouts : per layout the ids of its four pieces, BOS and EOS included
@@ -401,9 +401,9 @@ class _Examples:
     def batches(
         self, rows: NDArray[np.int64], rng: np.random.Generator, *, answers: int
     ) -> Iterator[_Batch]:
-        """One pass over ``rows``, shuffled; a batch has one layout and battles of like length."""
+        """One pass over ``rows``, shuffled; a batch has one layout and battles of similar length."""
         rows = rng.permutation(rows)
-        # Sorting within stretches of 32 batches saves most padding and leaves batches random.
+        # Sorting within groups of 32 batches saves most padding and keeps batches random.
         lengths = np.array([sum(map(len, self.fields[row])) for row in rows])
         rows = rows[np.lexsort((lengths, np.arange(len(rows)) // (32 * BATCH)))]
         groups = np.array_split(rows, math.ceil(len(rows) / BATCH))
@@ -442,7 +442,7 @@ class _Examples:
         qualities = self.qualities[rows]
         qualities[swapped] = qualities[swapped, ::-1]
         return _Batch(
-            # Attention is causal: what pads after the last token is never looked at.
+            # Attention is causal: no token attends to the padding after the last one.
             ids=torch.tensor([sequence + [0] * (width - len(sequence)) for sequence in sequences]),
             spans=torch.tensor(spans),
             last=torch.tensor([len(sequence) - 1 for sequence in sequences]),
@@ -457,7 +457,7 @@ class _Examples:
 def _fit(
     backbone: PreTrainedModel, examples: _Examples, *, epochs: float, seed: int
 ) -> torch.nn.ModuleDict:
-    """Train the backbone in place; gives the heads, which are not part of it."""
+    """Train the backbone in place; returns the heads, which are not part of it."""
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
 
@@ -519,7 +519,7 @@ def _curriculum(examples: _Examples, steps: int, seed: int) -> Iterator[_Batch]:
 def _optimizers(
     backbone: Any, heads: torch.nn.Module, steps: int
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
-    """Muon for the layers' matrices, AdamW for all else; linear warm-up, then a cosine to zero."""
+    """Muon for the layers' matrices, AdamW for the rest; linear warm-up, then cosine to zero."""
     import torch
 
     matrices = [parameter for parameter in backbone.layers.parameters() if parameter.ndim == 2]
@@ -549,7 +549,7 @@ def _hidden(backbone: PreTrainedModel, batch: _Batch) -> tuple[torch.Tensor, tor
 
 
 def _last(hidden: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Hidden state of each sequence's last token, where a classifier pools, (batch, HIDDEN)."""
+    """Hidden state of each sequence's last token, which a classifier reads: (batch, HIDDEN)."""
     import torch
 
     return hidden[torch.arange(len(hidden)), batch.last]

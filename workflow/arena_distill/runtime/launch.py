@@ -1,7 +1,7 @@
-"""What a job is given: a lock, GPUs, processes.
+"""Start a job: take its lock, claim its GPUs, start its processes.
 
-Snakemake or Slurm say how many GPUs a job has; here it gets the very devices, and starts itself once
-per device where it has several.
+Snakemake or Slurm set the number of GPUs of a job. This module selects the devices, and starts one
+process per device if there are several.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from arena_distill.config.judge import Attention
 from arena_distill.errors import InputError
 
 CPU_ALLOWED = "ACCELERATE_USE_CPU"
-"""accelerate's own variable: `true` lets a job that asks for GPUs run without."""
+"""accelerate's own variable: `true` lets a job that requests GPUs run on the CPU."""
 
 LAST_WORDS = "ARENA_LAST_WORDS"
-"""Names the file in which the processes of a job say why it ends."""
+"""Names the file in which the processes of a job write why it ends."""
 
 GRACE = 5.0
-"""Seconds that the other processes of a job have to end, too, once one has failed."""
+"""Seconds that the other processes of a job have to end after one has failed."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def in_slurm() -> bool:
 
 
 def ignore_signals() -> None:
-    """Outlive the signals that announce a job's end, also while modules are still being imported.
+    """Ignore the signals that announce a job's end, also while modules are still being imported.
 
-    Slurm warns by SIGUSR1 (see the profile). It means to end a job where it sends SIGTERM, and kills it
-    after its grace time; a preempted job that ends before by itself would not be queued again.
+    Slurm warns with SIGUSR1 (see the profile). To end a job it sends SIGTERM, and kills it after a
+    grace time; a preempted job that ends earlier would not be queued again.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if in_slurm():
@@ -98,22 +98,22 @@ def start(how: Launch) -> None:
 
 
 def _run_processes(count: int) -> NoReturn:
-    """Run this command in `count` processes that find each other, and end as they do.
+    """Run this command in `count` connected processes, and exit with their status.
 
-    torchrun would put them into sessions of their own, where neither Ctrl-C nor this process's locks
-    reach them, and print a page about each error of theirs.
+    torchrun would start them in new sessions, without Ctrl-C and without this process's locks, and
+    print a page about each error.
     """
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at any free port
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
     sys.stdout.flush()
     with tempfile.TemporaryDirectory() as folder:
         last_words = Path(folder) / "last_words"
-        shared = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun has it
+        shared = {"OMP_NUM_THREADS": "1"} | os.environ  # as in torchrun
         shared |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there, nobody has to open it
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is open already
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             LAST_WORDS: str(last_words),
@@ -122,7 +122,7 @@ def _run_processes(count: int) -> NoReturn:
         processes = []
         for rank in range(count):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # With the locks, and without stdin.
+            # They inherit the locks, but not stdin.
             process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, close_fds=False)
             processes.append(process)
         _pass_signals_on(processes)
@@ -144,12 +144,12 @@ def _pass_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.send_signal(number)
 
     for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
-        if number != signal.SIGTERM or not in_slurm():  # there the processes get their own
+        if number != signal.SIGTERM or not in_slurm():  # Slurm signals every process
             signal.signal(number, pass_on)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-    """End what waits for a process that has failed; how each had ended by then."""
+    """End the processes that wait for a failed one; returns the status each had before."""
     until = time.monotonic() + GRACE
     while any(p.poll() is None for p in processes) and time.monotonic() < until:
         time.sleep(0.1)
@@ -161,7 +161,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def print_error(words: str) -> None:
-    """Print on stderr why the job ends; where several processes share it, once for all, at the end."""
+    """Print on stderr why the job ends; if it has several processes, once, at the end."""
     if LAST_WORDS not in os.environ:
         print(words, file=sys.stderr)
         return
@@ -170,9 +170,9 @@ def print_error(words: str) -> None:
 
 
 def lock_output(folder: Path) -> None:
-    """Wait until no other job works on the output that `folder` stands for; keep others away.
+    """Wait until no other job works on the output of `folder`, then lock it.
 
-    The kernel drops the lock with its last holder, however that ends.
+    The kernel releases the lock when the last process that holds it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _open(folder / "lock")
@@ -181,19 +181,19 @@ def lock_output(folder: Path) -> None:
     except BlockingIOError:
         print(f"{folder}: another job is at work on this: waiting for it", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:  # a file system without locks: no worse than without this
+    except OSError as error:  # a file system without locks
         print(f"{folder}: cannot be locked ({error.strerror})", flush=True)
 
 
 def claim_gpus(count: int) -> None:
-    """Make `count` GPUs visible to this process, and no other.
+    """Make exactly `count` GPUs visible to this process.
 
-    Where the scheduler gave the job its own devices there are just as many. Where jobs share a
-    machine (profile `local-gpu`) there are more, and each job takes free ones: a locked file per
-    device, in the machine's folder for temporary files, tells which are taken.
+    If the scheduler gave the job its own devices, it sees just as many. If jobs share a machine
+    (profile `local-gpu`), it sees more and takes free ones: a locked file per device, in the
+    machine's folder for temporary files, marks a device as taken.
 
     Raises:
-        InputError: there are fewer GPUs than asked for, or PyTorch cannot use them.
+        InputError: there are fewer GPUs than requested, or PyTorch cannot use them.
     """
     if count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -204,8 +204,8 @@ def claim_gpus(count: int) -> None:
         if on_cpu:
             return
         raise InputError(
-            f"the job asks for {count} GPUs (config: compute.gpus) and {len(devices)} are visible; "
-            f"{CPU_ALLOWED}=true lets it run on the CPU"
+            f"the job needs {count} GPUs (config: compute.gpus), but {len(devices)} are visible; "
+            f"set {CPU_ALLOWED}=true to run on the CPU"
         )
     if len(devices) > count:
         devices = _take(devices, count)
@@ -234,7 +234,7 @@ def _visible_devices() -> list[str]:
 def _take(devices: list[str], count: int) -> list[str]:
     folder = Path(tempfile.gettempdir()) / f"arena-distill-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    # One job at a time gathers devices: two that wait for each other's would wait for ever.
+    # One job at a time takes devices: otherwise two jobs could wait for each other's forever.
     door = _open(folder / "door")
     fcntl.flock(door, fcntl.LOCK_EX)
     taken: list[str] = []
@@ -254,7 +254,7 @@ def _take(devices: list[str], count: int) -> list[str]:
 
 
 def _open(path: Path) -> int:
-    """A file to lock, open until this process and those that it starts have ended."""
+    """Open a file to lock; it stays open until this process and its children have ended."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     os.set_inheritable(descriptor, True)
     return descriptor

@@ -1,16 +1,16 @@
-"""Training survives its job: checkpoints beside the outputs, found again by what they depend on.
+"""Write and resume checkpoints, under a key of everything that determines the weights.
 
-They lie under `R/.checkpoints`, outside of what Snakemake deletes when a job fails, a folder per output:
+They are under `R/.checkpoints`, which Snakemake does not delete when a job fails, a folder per output:
 
     llama-teacher/fold_0/
         lock                    held by the job that trains this output
-        <key>/checkpoint-120/   the Trainer's files and `seal.json`, which tells a whole one
+        <key>/checkpoint-120/   the Trainer's files and `seal.json`, which marks it as complete
         <key>/finished/         the adapter, until the run has succeeded
-        <key>/damaged-…/        what was not whole
+        <key>/damaged-…/        incomplete checkpoints
 
-The key is a digest of everything that decides the weights. Other settings, other battles or other
-targets have another key, so a checkpoint is never continued by a training that it does not belong to,
-and going back to earlier settings finds the earlier checkpoint.
+The key is a digest of all that determines the weights. Other settings, battles or targets have another
+key. So training never resumes from a checkpoint of different inputs, and a return to earlier settings
+finds the earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEAL = "seal.json"
 
 
 def digest(about: Mapping[str, Any], arrays: Iterable[np.ndarray | Tensor]) -> str:
-    """A key for `about` (JSON values) and the content of arrays."""
+    """Compute a key of `about` (JSON values) and the content of arrays."""
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for array in arrays:
         values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
@@ -51,23 +51,23 @@ def digest(about: Mapping[str, Any], arrays: Iterable[np.ndarray | Tensor]) -> s
 
 
 def file_identities(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a model's files: reading 140 GB to know them would take minutes."""
+    """Name, size and time of a model's files; reading 140 GB for a digest would take minutes."""
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json"))
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 class Checkpoints(TrainerCallback):
-    """The checkpoints of one training: written every so often and when the job has to end.
+    """The checkpoints of one training job: written at intervals and when the job must end.
 
-    SIGUSR1, Slurm's warning before a time limit, saves, and training goes on. SIGINT saves and stops,
-    and so does SIGTERM outside of Slurm; in a Slurm job training goes on until Slurm kills it, because
-    a preempted job that ends by itself is not queued again. Several processes act at the same step.
+    On SIGUSR1, Slurm's warning before a time limit, it saves and training continues. On SIGINT it saves
+    and stops, also on SIGTERM outside Slurm; in a Slurm job training continues until Slurm kills it,
+    because a preempted job that ends by itself is not queued again. All processes act at the same step.
     """
 
     def __init__(self, folder: Path, every: float) -> None:
         """
         Args:
-            folder: of this output and key.
+            folder: for this output and key.
             every: seconds between checkpoints.
         """
         self.folder = folder
@@ -81,7 +81,7 @@ class Checkpoints(TrainerCallback):
     # --- reading --------------------------------------------------------------------------------
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; what is not whole is set aside, by rank 0 alone."""
+        """Return the newest complete checkpoint; rank 0 renames incomplete ones."""
         found = [self._newest_whole() if PartialState().is_main_process else None]
         checkpoint, self.seconds_before = broadcast_object_list(found)[0]
         return checkpoint
@@ -89,7 +89,7 @@ class Checkpoints(TrainerCallback):
     def _newest_whole(self) -> tuple[Path | None, float]:
         every = self.folder.glob("checkpoint-*")
         for checkpoint in sorted(every, key=lambda c: -int(c.name.rpartition("-")[2])):
-            if not (checkpoint / SEAL).exists():  # its job ended before it was whole
+            if not (checkpoint / SEAL).exists():  # its job ended too early
                 shutil.rmtree(checkpoint)
                 continue
             fault = _fault(checkpoint)
@@ -102,17 +102,17 @@ class Checkpoints(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of training, over all attempts."""
+        """Training time over all attempts."""
         return self.seconds_before + time.monotonic() - self._started
 
     # --- writing --------------------------------------------------------------------------------
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Heed signals while training.
+        """Handle signals during training.
 
         Raises:
-            Stopped: at the end of the block, where one asked to stop and training is not done.
+            Stopped: at the end of the block, if a signal stopped training before its end.
         """
         before = {
             number: signal.signal(number, self._hear)
@@ -140,7 +140,7 @@ class Checkpoints(TrainerCallback):
     ) -> None:
         due = time.monotonic() - self._saved >= self.every
         wishes = tensor([due or self._save_asked, self._stop is not None], dtype=int64)
-        if args.world_size > 1:  # the clocks and the signals of all, so that all act at one step
+        if args.world_size > 1:  # so that all processes act at the same step
             wishes = reduce(wishes.to(args.device), "sum").cpu()
         save, stop = wishes.bool().tolist()
         if state.global_step < state.max_steps:  # after the last step the adapter itself is written
@@ -156,27 +156,27 @@ class Checkpoints(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         processes = PartialState()
-        processes.wait_for_everyone()  # each writes the state of its random numbers
+        processes.wait_for_everyone()  # each writes its random state
         if processes.is_main_process:
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
             sums = {path.name: file_sha256(path) for path in checkpoint.iterdir()}
             write_json({"seconds": self.seconds, "sha256": sums}, checkpoint / SEAL)
             print(f"{checkpoint}: saved", flush=True)
-        processes.wait_for_everyone()  # none ends, and with it the others, before it is whole
+        processes.wait_for_everyone()  # none may end, and so end the others, before it is complete
         self._saved, self._save_asked = time.monotonic(), False
 
     def raise_if_stopped(self, state: TrainerState) -> None:
         if self._stop is not None and state.global_step < state.max_steps:
             raise Stopped(
                 f"{self._stop.name} received: stopped after step {state.global_step} of "
-                f"{state.max_steps}; the next attempt goes on from there",
+                f"{state.max_steps}; the next attempt continues from there",
                 self._stop,
             )
 
     # --- the end ----------------------------------------------------------------------------------
 
     def publish(self, output: Path) -> None:
-        """Put the finished adapter in its place; the checkpoints have served."""
+        """Move the finished adapter to its place, and remove the checkpoints."""
         with atomic_directory(output) as folder:
             shutil.copytree(self.finished, folder, copy_function=_link, dirs_exist_ok=True)
         for checkpoint in self.folder.glob("*checkpoint-*"):

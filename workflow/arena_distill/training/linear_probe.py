@@ -1,12 +1,12 @@
-"""A head that is fitted before the rest learns: logistic regression on a frozen judge's features.
+"""Fit a head before training: logistic regression on a frozen judge's features.
 
-Fine-tuning a fresh head and the adapters at once bends the features to a head that knows nothing yet;
-fitted first, it starts where a linear probe ends (Kumar et al. 2022, Fine-Tuning can Distort Pretrained
-Features and Underperform Out-of-Distribution, arXiv:2202.10054). With hundreds of battles that probe is
-most of what can be learned.
+Training a fresh head and the adapters together adapts the features to a random head. A head fitted
+first starts from the linear probe (Kumar et al. 2022, Fine-Tuning can Distort Pretrained Features and
+Underperform Out-of-Distribution, arXiv:2202.10054). With only hundreds of battles, that probe is most
+of what can be learned.
 
-Features are what the head's last layer reads. The ridge is on their standardised scale, and is the one
-of `RIDGES` that predicts best in a cross-validation which keeps prompts whole.
+Features are the inputs of the head's last layer. The ridge applies on their standardised scale; it is
+the best of `RIDGES` in a cross-validation that does not split prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from arena_distill.training.examples import Examples
 
 RIDGES = tuple(10.0 ** (k / 2) for k in range(6, -7, -1))
-"""Weights of half the squared norm of the head, beside the mean loss in nats; the strongest first."""
+"""Weights of half the squared norm of the head, relative to the mean loss in nats; descending."""
 
 PARTS = 5
 """Of the cross-validation."""
@@ -42,8 +42,8 @@ Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_tokens: int) -> None:
     """Replace the weights of the head's last layer by fitted ones.
 
-    The head learns what the judge will: the same loss, of the same votes and teachers. Every process of
-    several computes all of it, and finds the same.
+    It uses the judge's own loss, votes and teachers. Each of several processes computes the whole fit,
+    with the same result.
 
     Args:
         examples: with the `groups` of their prompts.
@@ -76,10 +76,10 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
 
 
 def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -> np.ndarray:
-    """What the head reads of every sequence: float32 (battles as shown, views, features).
+    """The head's inputs for every sequence: float32 (battles as shown, views, features).
 
     Raises:
-        InputError: half precision cannot hold it.
+        InputError: a value is too large for half precision.
     """
     width = head_layer(judge).in_features
     features = np.empty((len(views[0]), len(views), width), np.float32)
@@ -97,8 +97,8 @@ def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -
         judge.train()
     if not np.isfinite(features).all():
         raise InputError(
-            f"{judge.config.name_or_path}: hidden states beyond {np.finfo(np.float16).max:,.0f}: no head "
-            "can be fitted to them; set training.fit_head: false"
+            f"{judge.config.name_or_path}: hidden states exceed {np.finfo(np.float16).max:,.0f}: cannot "
+            "fit a head to them; set training.fit_head: false"
         )
     return features
 
@@ -106,7 +106,7 @@ def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -
 def cross_validate(
     features: torch.Tensor, objective: Objective, outputs: int, groups: np.ndarray
 ) -> tuple[torch.Tensor, float, float]:
-    """Weights with the ridge that predicts best.
+    """Fit weights with the ridge that predicts best.
 
     Args:
         features: float32 (rows, views, features).
@@ -120,7 +120,7 @@ def cross_validate(
 
     rows = np.arange(len(groups))
     parts = min(PARTS, len(np.unique(groups)))
-    if parts < 2:  # nothing to choose by
+    if parts < 2:  # no cross-validation
         return fit_weights(features, objective, outputs, rows, RIDGES[:1])[-1], RIDGES[0], np.nan
     scores = np.zeros(len(RIDGES))
     for known, held_out in GroupKFold(parts).split(rows, groups=groups):
@@ -128,7 +128,7 @@ def cross_validate(
         for i, fitted in enumerate(fit_weights(features, objective, outputs, known, RIDGES)):
             scores[i] += float(objective(features[asked] @ fitted.T, asked).sum()) / len(rows)
     best = int(np.argmin(scores))
-    # By way of the stronger ridges, as in the cross-validation: each fit starts from the last.
+    # Through the stronger ridges, as in the cross-validation: each fit starts from the last.
     fitted = fit_weights(features, objective, outputs, rows, RIDGES[: best + 1])[-1]
     return fitted, RIDGES[best], float(scores[best])
 
@@ -140,10 +140,10 @@ def fit_weights(
     rows: np.ndarray,
     ridges: tuple[float, ...],
 ) -> list[torch.Tensor]:
-    """Least mean loss plus ridge, by L-BFGS, for each ridge: float32 (outputs, features)."""
+    """Minimise mean loss plus ridge by L-BFGS, for each ridge: float32 (outputs, features)."""
     chosen = torch.from_numpy(rows)
     known = features[chosen]
-    # The mean stays: it is what a head without a bias has to make one from.
+    # The mean is not removed: a head without a bias needs it.
     spread = known.flatten(0, 1).std(0).clamp(min=1e-6)
     known = known / spread
     weights = torch.zeros(outputs, features.shape[-1], requires_grad=True)

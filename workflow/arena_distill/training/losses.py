@@ -1,4 +1,4 @@
-"""The losses of distillation, with their sources."""
+"""Compute the losses of distillation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def battle_losses(
     loss: Loss,
     states: Mapping[State, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Each battle's loss, in float32 whatever the precision of the logits.
+    """Compute each battle's loss, in float32 for logits of any precision.
 
-    With `combine: separate` each of the J teachers adds its own terms, J w_j times; otherwise they are
+    With `combine: separate` each of the J teachers adds its own terms, J w_j times; otherwise they form
     one target (J = 1 below), the weighted mean of their logits or of their probabilities at T:
 
         (ce · Σ_y v(y) · (1 − p_s(y))^γ · CE(y, s)
@@ -32,8 +32,8 @@ def battle_losses(
     `alpha·T²·KL + (1−alpha)·CE` is ce = 1−alpha, kl = alpha; five equal terms are ce = kl = cosine = 1 with
     two separate teachers.
 
-    States have a term per teacher however logits are combined: each state's Σ_j J w_j · weight · d_j is
-    added above and its J · weight below, with the d_j of :func:`feature_distances` and
+    States have a term per teacher for any `combine`: each state adds Σ_j J w_j · weight · d_j to the
+    numerator and J · weight to the denominator, with d_j of :func:`feature_distances` or
     :func:`attention_divergences`.
 
     Args:
@@ -88,16 +88,16 @@ def battle_losses(
 def feature_distances(
     students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """How far a student's projected features are from each teacher's: ‖s/‖s‖ − t/‖t‖‖², from 0 to 4.
+    """Distance of a student's projected features from each teacher's: ‖s/‖s‖ − t/‖t‖‖², from 0 to 4.
 
     The mean over a battle's sequences. Sun et al. 2019, Patient Knowledge Distillation for BERT Model
     Compression, arXiv:1908.09355; through a learned layer, as Romero et al. 2015, FitNets,
-    arXiv:1412.6550. Only directions count: teachers whose hidden states are of other sizes and scales
-    pull alike.
+    arXiv:1412.6550. Only directions count, so teachers with hidden states of other sizes and scales
+    have the same weight.
 
     Args:
-        students: of each teacher's projection, (batch, sequences, hidden size of the teacher).
-        teachers: of the same shapes.
+        students: per teacher, the projected features (batch, sequences, hidden size of the teacher).
+        teachers: the same shapes.
 
     Returns:
         float32 (batch, J).
@@ -108,16 +108,16 @@ def feature_distances(
 
 
 def attention_divergences(student: torch.Tensor, teachers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """KL(teacher ‖ student) of where the last token looks in the last layer, in nats.
+    """KL(teacher ‖ student) of the last token's attention in the last layer, in nats.
 
     The mean over a battle's sequences. Wang et al. 2020, MiniLM, arXiv:2002.10957, section 3.1, for one
-    token and the mean over the heads: so student and teacher may have other numbers of them. (Attention
+    token and the mean over the heads, so their number may differ between student and teacher. (Attention
     transfer: Zagoruyko and Komodakis 2017, arXiv:1612.03928; Jiao et al. 2020, TinyBERT,
     arXiv:1909.10351.)
 
     Args:
-        student: (batch, sequences, tokens), each sequence's sum 1.
-        teachers: of each the same; sums may differ from 1 by float16's rounding.
+        student: (batch, sequences, tokens), each sequence sums to 1.
+        teachers: each the same; sums may differ from 1 by float16's rounding.
 
     Returns:
         float32 (batch, J).

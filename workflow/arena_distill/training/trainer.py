@@ -1,11 +1,10 @@
-"""Judges learn: LoRA adapters after UT battles, and per fold from votes or from teachers.
+"""Train LoRA adapters: post-pretraining on UT battles, then per fold on votes or teachers' logits.
 
-Both phases are one call of transformers' Trainer (so accelerate, and several GPUs, come with it) over
-sequences assembled from the token file. A judge's folds all start from the same adapter and the same
-head: averaging them afterwards relies on it. (Fitted heads differ, but they are linear: their mean is
-the mean of what they say of the same features.) Neither the number of processes nor an interruption
-changes what is learned: the order of the battles follows from seed and epoch alone, and ``checkpoints``
-restores the rest.
+Both phases call transformers' Trainer (which brings accelerate and several GPUs) on sequences built from
+the token file. All folds of a judge start from the same adapter and the same head, because averaging
+them requires it. (Fitted heads differ, but they are linear: their mean gives the mean of their outputs
+on the same features.) The result depends neither on the number of processes nor on interruptions: the
+order of the battles follows from seed and epoch only, and ``checkpoints`` restores the rest.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ from arena_distill.training.targets import (
 )
 
 PROJECTIONS = "projections.safetensors"
-"""In the checkpoints of a student that compares features."""
+"""In the checkpoints of a student with a loss on features."""
 
 
 def pretrain_adapter(
@@ -111,12 +110,12 @@ def train_fold(
     settings: TrainingSettings,
     launch: Launch,
 ) -> None:
-    """Train one fold's judge: on votes, or on its teachers' logits where it has teachers.
+    """Train one fold's judge: on its teachers' logits if it has teachers, else on votes.
 
-    The fold's validation rows are read by nothing here: no checkpoint is chosen by them.
+    Training never reads the fold's validation rows, not even to choose a checkpoint.
 
     Args:
-        pretrained: the post-pretrained adapter to start from; None starts a fresh one.
+        pretrained: the post-pretrained adapter to start from; None: a fresh one.
         teachers: each teacher's logits files (see ``distillation.select_rows``).
     """
     table = read_parquet(folds)
@@ -131,8 +130,8 @@ def train_fold(
         selected = select_rows(teachers, rows, settings.targets)
         targets = teacher_logits(selected)
         states = {name: teacher_states(selected, name) for name in settings.loss.states()}
-        # Extra battles were seen by every fold's teacher: no weight is fitted on them. (Nor on those
-        # without a vote.)
+        # Every fold's teacher was trained on the extra battles: they do not enter the fit of weights.
+        # (Battles without a vote do not either.)
         held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
         weights = teacher_weights(targets, votes, held_out, settings.loss)
     examples = make_examples(read, votes, targets, weights, settings, states)
@@ -155,7 +154,7 @@ def train_fold(
 
 
 def _part(rows: pa.Table, training: Training) -> pa.Table:
-    """The battles to learn from: the fold's, or the first of a shuffle of them."""
+    """The battles to train on: the fold's, or the first of a shuffle of them."""
     if training.share == 1:
         return rows
     shuffled = np.random.default_rng(training.seed).permutation(len(rows))
@@ -171,7 +170,7 @@ class JudgeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.loss = loss
         self.head = head
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts each batch's battles
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts each batch's battles
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
         args = self.args
@@ -212,7 +211,7 @@ class JudgeTrainer(Trainer):
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    # A student's projections are not PEFT's to save: checkpoints hold them, adapters do not.
+    # PEFT does not save a student's projections: checkpoints hold them, adapters do not.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -234,7 +233,7 @@ class JudgeTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    """A line per fiftieth of the way, instead of the Trainer's bar: logs are read as files."""
+    """Print a line per 2 % of the steps instead of the Trainer's bar, for log files."""
 
     def on_log(
         self,
@@ -265,7 +264,7 @@ def _fit(
     """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet.
 
     Raises:
-        Stopped: the job was told to end before; a checkpoint holds what was done.
+        Stopped: a signal stopped training; a checkpoint holds its state.
     """
     if not len(examples):
         raise InputError(f"{output}: there is no battle to train on")
@@ -295,8 +294,8 @@ def _fit(
             if latest:
                 print(f"{latest}: going on from there", flush=True)
             elif examples.groups is not None:
-                # Not before: the key of checkpoints is of what is exactly the same in each attempt.
-                # Twice the tokens of a step: nothing is kept for a backward pass.
+                # Not earlier: the key of checkpoints must be the same in each attempt.
+                # Twice the tokens of a step, because there is no backward pass.
                 room = 2 * launch.micro_batch_size * int(examples.lengths.max())
                 fit_head(model, examples, loss=loss, head=settings.head, batch_tokens=room)
             with checkpoints.listening() if checkpoints else nullcontext(), full_disk_told(folder):
@@ -336,7 +335,7 @@ def _write(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     history = _history(trainer.state.log_history)
     tokens = sum(len(view.ids) for view in examples.views)
-    trainable, parameters = model.get_nb_trainable_parameters()  # knows how many NF4 packs into one
+    trainable, parameters = model.get_nb_trainable_parameters()  # counts packed NF4 weights
     metrics: dict[str, Any] = {
         "battles": examples.battles,
         "sequences": len(examples) * len(examples.views),
@@ -354,9 +353,9 @@ def _write(
         metrics["teacher_weights"] = examples.weights.mean(axis=0, dtype=np.float64).tolist()
     for adapter in model.peft_config.values():
         targets: Any = getattr(adapter, "target_modules", None)
-        if isinstance(targets, set):  # each process would write it in another order
+        if isinstance(targets, set):  # its order differs between processes
             adapter.target_modules = sorted(targets)
-    # Only what was trained: to ask for all of a backbone that is spread would need all processes.
+    # Only trained weights: gathering a sharded backbone would need all processes.
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     with atomic_directory(output) as folder:
         model.save_pretrained(str(folder), state_dict=trained)
@@ -389,8 +388,8 @@ def _arguments(
         activation_checkpointing_kwargs={"use_reentrant": False},
         remove_unused_columns=False,
         label_names=["labels"],
-        logging_steps=1,  # so that the history does not depend on where a job was interrupted
-        logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
+        logging_steps=1,  # the history must not depend on interruptions
+        logging_nan_inf_filter=False,  # it would replace a NaN by the mean of earlier losses
         save_strategy="no",  # `Checkpoints` decides when
         save_total_limit=2,
         report_to="none",
