@@ -332,7 +332,7 @@ def test_no_verdict_at_all_is_an_error(folder: Path, server: ChatServer) -> None
 
     server.reply = thinking
     with pytest.raises(
-        InputError, match=r"none of 46 answers of m holds one of the verdicts A, B, C"
+        InputError, match=r"none of 46 answers of m has one of the verdicts A, B, C"
     ):
         ask(folder, server)
 
@@ -410,13 +410,13 @@ def test_an_answer_that_does_not_come_is_asked_for_again(folder: Path, server: C
     ("fault", "message"),
     [
         (error(401, f"wrong key {KEY}"), r"401 Unauthorized: wrong key \*\*\*; check the key in THE_KEY"),
-        (error(403, f"{'x' * 295} {KEY}"), r"x \*\*\*; check what the key may do in THE_KEY"),
+        (error(403, f"{'x' * 295} {KEY}"), r"x \*\*\*; check the permissions of the key in THE_KEY"),
         (error(404, "no model m"), r"404 Not Found: no model m; check `url` .* and `model`"),
         (error(400, "too\nlong"), r"battle \w+:\d+, order (AB|BA): 400 .*: too long; .*max_characters"),
         (error(302), "302 Found: so it is; check `url`"),
-        (error(429, "insufficient_quota: pay"), "insufficient_quota: pay; the account has to be"),
+        (error(429, "insufficient_quota: pay"), "insufficient_quota: pay; add credit to the account"),
         ((418, {}, b"a <b>teapot</b>"), "418 I'm a Teapot: a <b>teapot</b>;"),
-        ((200, {}, b'{"choices": [{"logprobs": null}]}'), "tells no log-probabilities"),
+        ((200, {}, b'{"choices": [{"logprobs": null}]}'), "returns no log-probabilities"),
     ],
 )  # fmt: skip
 def test_a_refusal_ends_the_job_at_once(
@@ -525,7 +525,7 @@ def test_a_second_signal_ends_at_once(folder: Path, server: ChatServer) -> None:
     assert process.stdout
     assert reached.wait(300)
     process.send_signal(signal.SIGTERM)
-    assert any("waiting for the requests under way" in line for line in process.stdout)
+    assert any("waiting for open requests" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     never.set()
@@ -559,7 +559,7 @@ def test_a_battle_that_keeps_failing_ends_the_job_and_loses_nothing(
     ) as told:
         ask(folder, server, {"retries": 1, "concurrency": 2})
     assert "500 Internal Server Error: out of memory" in str(told.value)
-    assert "again in" in capfd.readouterr().out
+    assert "retry in" in capfd.readouterr().out
     assert not (folder / "external").exists()
     answered = len(set(server.contents)) - 1
     server.reply, asked = lambda number, body: answer(body), len(server.bodies)
@@ -571,7 +571,7 @@ def test_a_battle_that_keeps_failing_ends_the_job_and_loses_nothing(
 def test_no_more_is_spent_than_allowed(folder: Path, server: ChatServer) -> None:
     prices = {"prompt_price": 1e4, "completion_price": 1e4}
     everything = 2 * LABELLED * (130 + 1) * 1e4 / 1e6  # some 130 words a question
-    with pytest.raises(InputError, match="max_cost: .*; raise max_cost to go on; .* is kept"):
+    with pytest.raises(InputError, match="max_cost: .*; raise max_cost to continue; .* are kept"):
         ask(folder, server, prices | {"max_cost": everything / 2})
     asked = len(server.bodies)
     spent = sum(len(content.split()) + 1 for content in server.contents) / 100
@@ -601,7 +601,7 @@ def test_the_key_comes_from_the_environment_and_stays_there(
     with pytest.raises(InputError, match="environment variable THE_KEY .* holds no key"):
         ask(folder, server, {"api_key_env": "THE_KEY"})
     monkeypatch.setenv("THE_KEY", f"{KEY}\nx")
-    with pytest.raises(InputError, match="THE_KEY holds something else than a key") as told:
+    with pytest.raises(InputError, match="THE_KEY .* holds no valid key") as told:
         ask(folder, server, {"api_key_env": "THE_KEY"})
     assert KEY not in str(told.value)
     assert not server.bodies
@@ -690,7 +690,7 @@ def test_an_interrupted_job_goes_on_where_it_was(
     if ending == signal.SIGKILL:
         process.wait()
     else:
-        assert any("waiting for the requests under way" in line for line in process.stdout)
+        assert any("waiting for open requests" in line for line in process.stdout)
     go_on.set()
     said = process.stdout.read()
     process.wait()
@@ -823,7 +823,7 @@ def test_probabilities_come_back(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: f.iloc[2:], r"judged.csv: 1 of 23 labelled battles are not judged, \w+:\d+ among"),
+        (lambda f: f.iloc[2:], r"judged.csv: 1 of 23 labelled battles are missing, for example \w+:\d+;"),
         (lambda f: f.drop(columns="id"), "`id` and exactly one of these triples"),
         (lambda f: f.drop(columns="logit_tie"), "exactly one of these triples .* columns found: id,"),
         (lambda f: f.assign(p_model_a=1, p_model_b=0, p_tie=0), "exactly one of these triples"),

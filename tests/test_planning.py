@@ -150,7 +150,7 @@ def test_the_first_layers_and_folders_that_are_not_there_yet() -> None:
 
 
 def test_a_model_that_nobody_knows_is_one_clear_line() -> None:
-    with pytest.raises(InputError, match=r"models/mine: how big .*Known: gemma-2-27b, "):
+    with pytest.raises(InputError, match=r"models/mine: the size .*Known: gemma-2-27b, "):
         read_config(Backbone(path="models/mine"), Path("nowhere"))
 
 
@@ -326,7 +326,7 @@ def test_every_kind_of_job_has_a_cost() -> None:
 def test_sequences_beyond_the_models_positions_are_refused() -> None:
     raw = tiny() | {"prediction": {"max_lengths": [5000]}}
     costs = costs_of(raw)
-    with pytest.raises(InputError, match="5000 tokens, but its model has positions for 4096"):
+    with pytest.raises(InputError, match="5000 tokens, but its model allows only 4096"):
         costs.of(planned("score_test_merged", costs.config, judge="j"))
 
 
@@ -381,7 +381,7 @@ def test_several_changes_together_where_none_is_enough() -> None:
 
 def test_more_gpus_than_a_node_has() -> None:
     raw = json.loads(json.dumps(WINNERS)) | {"plan": {"gpus_per_node": 4}}
-    assert "asks for 8 GPUs, a node has 4" in refusal(raw)
+    assert "needs 8 GPUs, a node has 4" in refusal(raw)
 
 
 # --- when? ------------------------------------------------------------------------------------------

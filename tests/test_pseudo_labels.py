@@ -604,7 +604,7 @@ def test_a_file_judges_those_that_students_learn(make: Callable[..., Run], tmp_p
         output = tmp_path / "fold_1.npy"
         if len(sources) == 2:
             with pytest.raises(
-                InputError, match=f"{BARE} unlabelled battles are not judged, but stud"
+                InputError, match=f"{BARE} unlabelled battles have no logits, but stud"
             ):
                 split_external_logits(
                     tmp_path / "logits.npy", run.folds, 1, output, settings=settings

@@ -243,7 +243,7 @@ def test_what_float16_cannot_hold_is_an_error(
         return judge
 
     monkeypatch.setattr(adapters, "load_adapter", loud)
-    with pytest.raises(InputError, match=r"adapter: its features reach beyond 65,504.*features: 0"):
+    with pytest.raises(InputError, match=r"adapter: its features exceed 65,504.*features: 0"):
         score(run, adapter, tmp_path / "x.npy", logits_settings("features"))
     assert not list(tmp_path.glob("x*"))
 

@@ -564,7 +564,7 @@ def test_a_row_per_rule_and_a_paragraph_per_failure(tmp_path: Path) -> None:
     assert ["read_battles", "1", "·", "·", "·", "·"] in rows
     assert ["train_teacher", "·", "1", "·", "1", "1", "fold_0"] in rows
     assert ["total", "1", "1", "·", "1", "1"] in rows
-    assert "1 of 4 jobs are done; Snakemake is at work" in text
+    assert "1 of 4 jobs are done; Snakemake is running" in text
     assert (
         f"failed train_teacher llama fold_1: {JOB.outputs[0]}\n"
         f"  log: {JOB.logs[0]}\n  Slurm job 7: 7.log\n"
@@ -584,8 +584,8 @@ def test_many_failures_are_cut(tmp_path: Path) -> None:
 
 def test_jobs_that_outlive_snakemake_are_said_to(tmp_path: Path) -> None:
     jobs = [Job(**vars(JOB), state="running", slurm_job="7")]
-    assert "go on without it" in printed(Status(tmp_path, False, jobs))
-    assert "go on without it" not in printed(Status(tmp_path, True, jobs))
+    assert "Slurm jobs continue" in printed(Status(tmp_path, False, jobs))
+    assert "Slurm jobs continue" not in printed(Status(tmp_path, True, jobs))
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,7 @@ def test_jobs_that_outlive_snakemake_are_said_to(tmp_path: Path) -> None:
          "snakemake: error: no --such"),
         ("Traceback (most recent call last):\n  File x\n  y\nOSError: nope.yaml\n",
          "Using profile p for setting default command line arguments.\n", "OSError: nope.yaml"),
-        ("", "", "Snakemake failed without a word"),
+        ("", "", "Snakemake failed without a message"),
     ],
 )  # fmt: skip
 def test_what_snakemake_refuses_is_told_in_its_words(

@@ -1,9 +1,9 @@
-"""How two answers differ at first sight: which is longer, and which has more of Markdown's ornaments.
+"""Compute how two answers differ in style: length and Markdown formatting.
 
-People's votes follow it whatever the answers say, which is why the Chatbot Arena lists its ratings with
-such differences as covariates ("style control": Li, Angelopoulos, Chiang 2024, Does style matter?
-Disentangling style and substance in Chatbot Arena, lmsys.org/blog/2024-08-28-style-control). Its
-differences are taken here too: (a − b) / (a + b) of characters, headers, bold texts and list items.
+Votes depend on style as well as on content, so the Chatbot Arena publishes ratings with such
+differences as covariates ("style control": Li, Angelopoulos, Chiang 2024, Does style matter?
+Disentangling style and substance in Chatbot Arena, lmsys.org/blog/2024-08-28-style-control). The same
+differences are used here: (a − b) / (a + b) of characters, headers, bold texts and list items.
 
 Exchanging the answers changes the sign of every feature.
 """
@@ -21,7 +21,7 @@ from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 
 WORD = r"[^\s\x0b\x1c-\x1f\x85\p{Z}]+"
-"""A word for Arrow's regular expressions: what Python's ``\\S+`` matches (whose white space is wider)."""
+"""A word in Arrow's regular expressions: the same as Python's ``\\S+`` (whose white space is wider)."""
 
 
 ORNAMENTS = (
@@ -31,14 +31,14 @@ ORNAMENTS = (
 )
 
 LENGTHS = 4
-"""How many of the features are about length; a swap of the answers changes the sign of all."""
+"""The number of length features."""
 
 
 def style_features(battles: pa.Table) -> np.ndarray:
-    """How much longer and more ornate answer A is than B: float64 (rows, 8).
+    """Compute the differences in style of answers A and B: float64 (rows, 8).
 
-    First the `LENGTHS`: difference and log-ratio, in characters and in words. Then what style control
-    takes. A swap of the answers changes the sign of each.
+    First the `LENGTHS`: difference and log-ratio, in characters and in words. Then those of style
+    control.
     """
     a, b = _counts(battles, (WORD, *ORNAMENTS))
     controlled = [i for i in range(a.shape[1]) if i != 1]  # without the words

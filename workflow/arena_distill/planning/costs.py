@@ -1,10 +1,10 @@
-"""What a job costs: memory on its GPUs and on the host, disk, floating-point operations, time.
+"""Estimate what a job costs: memory on its GPUs and on the host, disk, floating-point operations, time.
 
-A model of the jobs, not a measurement. What it counts exactly: parameters, and so weights, gradients and
-optimizer states; the battles of folds, once these are there. What it derives: operations, from the shapes
-of the matrices and the lengths of the sequences; memory beside the weights, from a traced step (``sizes``).
-What it assumes stands in the configuration's section ``plan``: above all one utilisation, which takes in
-padding, NF4's unpacking, communication and whatever else keeps a GPU from its peak.
+This is a model of the jobs, not a measurement. It counts exactly: parameters, and so weights, gradients
+and optimizer states; the battles of folds, once they exist. It derives: operations, from the shapes of
+the matrices and the lengths of the sequences; other memory, from a traced step (``sizes``). It takes its
+assumptions from the configuration's section ``plan``, above all one utilisation, which includes padding,
+NF4's unpacking, communication and all else that keeps a GPU below its peak.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """What computes: a GPU, or a CPU core.
+    """A GPU or a CPU core.
 
     memory: bytes.
-    bf16, fp32: peak FLOP/s of dense matrix products, of those without TF32.
+    bf16, fp32: peak FLOP/s of dense matrix products; fp32 without TF32.
     bandwidth: bytes per second of its memory.
-    source: where the figures are from.
+    source: the source of the figures.
     """
 
     name: str
@@ -59,16 +59,16 @@ DEVICES = {
         ),
     )
 }
-"""GPUs, with the memory that is left where error correction takes some."""
+"""GPUs, with their memory after error correction."""
 
 CORE = Device("cpu-core", math.inf, 192e9, 192e9, 10e9, "two AVX-512 units at 3 GHz")
 """One CPU core; its memory is the host's."""
 
 USABLE = 0.94
-"""Of a GPU's memory: the rest is the driver's, and lost between blocks of PyTorch's allocator."""
+"""Usable share of a GPU's memory; the driver and fragmentation of PyTorch's allocator take the rest."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Per weight in NF4: four bits, a byte of scale per 64 weights, and four per 256 of those scales
+"""Bytes per weight in NF4: four bits, a byte of scale per 64 weights, and four per 256 of those scales
 (double quantisation; Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
 
 PROCESS = 3 * GIB
@@ -76,7 +76,7 @@ PROCESS = 3 * GIB
 
 # Rates of the host's phases, battles per second on one core, and weights that GPTQ packs per second.
 _READ, _TOKENIZED, _PACKED = 5_000.0, 1_900.0, 5e7
-_TEXT_BYTES = 4.0  # per token, as text, ids or both: files are compressed
+_TEXT_BYTES = 4.0  # per token, as text, ids or both; files are compressed
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Cost:
     gpus: devices it holds; 0 is the CPU.
     cores: CPU cores it holds.
     flops: floating-point operations.
-    seconds: how long it runs.
-    memory: bytes at most on each of its devices, by what for; on the host where it has none.
-    host: bytes at most in the host's memory.
+    seconds: run time.
+    memory: peak bytes on each of its devices, by purpose; on the host without GPUs.
+    host: peak bytes of host memory.
     stored: bytes of its outputs.
-    fee: what an endpoint charges for its answers.
+    fee: price of an endpoint's answers.
     """
 
     gpus: int = 0
@@ -125,12 +125,12 @@ ON_THE_HOST = frozenset(
 
 
 class Costs:
-    """What the jobs of a run cost.
+    """The costs of a run's jobs.
 
     Args:
         config: with the judges of studies.
         battles: of the run.
-        run: its folder.
+        run: the run's folder.
     """
 
     def __init__(self, config: Config, battles: Battles, run: Path) -> None:
@@ -157,10 +157,10 @@ class Costs:
         }
 
     def of(self, job: Planned, *, judge: Judge | None = None, device: Device | None = None) -> Cost:
-        """What a job costs; with another judge, or on another kind of GPU, what it would cost.
+        """Estimate the cost of a job, optionally with another judge or on another GPU.
 
         Raises:
-            InputError: how big its backbone is cannot be told.
+            InputError: the size of its backbone is unknown.
         """
         node = judge or self.config.judges.get(job.wildcards.get("judge", ""))
         device = device or DEVICES[self.config.plan.accelerator]
@@ -169,7 +169,7 @@ class Costs:
         return self.by_rule[job.phase](job, node, device)
 
     def sizes(self, judge: str) -> Sizes:
-        """How big a judge is."""
+        """The sizes of a judge."""
         if judge not in self._sizes:
             node = self.config.judges[judge]
             self._sizes[judge] = measure(self.model_config(judge), node.head, node.lora)
@@ -182,7 +182,7 @@ class Costs:
             self._models[judge] = read_config(self.config.backbone_of(judge), prepared)
         return self._models[judge]
 
-    # What computes
+    # Jobs that compute
 
     def _train(self, job: Planned, judge: Judge, device: Device) -> Cost:
         name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
@@ -204,7 +204,7 @@ class Costs:
         memory = self._weights(sizes, judge, spread=gpus if fsdp else 1)
         memory |= {
             "adapter": 4.0 * learned,
-            "gradients": 4.0 * learned * (2 if gpus > 1 else 1),  # buckets that are exchanged
+            "gradients": 4.0 * learned * (2 if gpus > 1 else 1),  # DDP's buckets
             "optimizer": 8.0 * learned,
             "activations": self._alive(
                 job, judge, work.longest, micro * per_battle, training=True, again=again
@@ -265,7 +265,7 @@ class Costs:
         memory["activations"] = self._alive(job, judge, work.longest, together, training=False)
         flops = sizes.forward_flops(work.tokens, work.squares, lora=not dense)
         passes = work.sequences / together
-        # Layers follow each other: however many GPUs share them, one works at a time.
+        # Layers run one after another: of the GPUs that share them, one works at a time.
         seconds = self._seconds(
             job, judge, device, flops, passes, sum(memory.values()), min(1, gpus)
         )
@@ -276,7 +276,7 @@ class Costs:
         size = _dense_bytes(judge)
         written = size * (sizes.base + sizes.head)
         largest = 3 * 4.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
-        # A fold's factors are multiplied out, one matrix after the other.
+        # A fold's factors are multiplied, one matrix after another.
         rank = judge.lora.r
         flops = 2.0 * rank * sizes.linear * self.config.folds.n
         if judge.merge.weights == "greedy":
@@ -303,10 +303,10 @@ class Costs:
         drift = self.battles.work(
             name, {"train": float(how.validation_rows)}, 2 if judge.head.kind == "pointwise" else 1
         )
-        # Blocks see the rows when they are recorded, once per group of layers, and once more after.
+        # Blocks process the rows for the recording, once per group of layers, and once more after.
         flops = 6 * sizes.forward_flops(rows.tokens, rows.squares, lora=False)
         flops += 2 * sizes.forward_flops(drift.tokens, drift.squares, lora=False)
-        # Each layer's Hessian, its inverse, and the errors that are passed on.
+        # Each layer's Hessian, its inverse, and the propagated errors.
         flops += sum(2 * rows.tokens * i**2 + i**3 + o * i**2 for i, o in sizes.matrices)
         size = _dense_bytes(judge)
         widest = max(inputs for inputs, _ in sizes.matrices)
@@ -321,7 +321,7 @@ class Costs:
         stored = self._quantized_bytes(sizes, judge)
         return self._computed(job, sizes, judge, memory, flops, seconds, stored=stored)
 
-    # What is the host's alone
+    # Jobs on the host only
 
     def _host(self, job: Planned) -> Cost:
         tokens = self.config.plan.tokens_per_battle
@@ -343,7 +343,7 @@ class Costs:
         return Cost(cores=job.threads, seconds=seconds, host=host, stored=stored)
 
     def _backbones(self) -> dict[str, Backbone]:
-        """The backbones of all judges, and these with all their layers, by name."""
+        """The backbones of all judges, also with all their layers, by name."""
         config, found = self.config, {}
         for name, judge in config.judges.items():
             if judge.backbone:
@@ -358,7 +358,7 @@ class Costs:
         if any(map(self.config.learns_unlabelled, self.config.students_of(job.wildcards["judge"]))):
             sources.add("unlabelled")
         requests = 2.0 * sum(self.battles.counts.get(source, 0) for source in sources)
-        per_second = endpoint.concurrency / 1.0  # a second each
+        per_second = endpoint.concurrency / 1.0  # one second per request
         if endpoint.requests_per_minute:
             per_second = min(per_second, endpoint.requests_per_minute / 60)
         prompt = self.config.plan.tokens_per_battle + len(endpoint.instructions) / _TEXT_BYTES
@@ -371,16 +371,16 @@ class Costs:
             fee=requests * fee / 1e6,
         )
 
-    # What they share
+    # Parts of several jobs
 
     def _weights(self, sizes: Sizes, judge: Judge, spread: int = 1) -> dict[str, float]:
-        """A judge's own weights; the head is held twice, PEFT keeps the one it started from."""
+        """A judge's weights; the head counts twice, because PEFT keeps the initial one."""
         size = 4.0 if judge.precision == "fp32" else 2.0
         nf4 = judge.precision == "nf4"
         matrices = (NF4_BYTES if nf4 else size) * sizes.linear
         memory = {"weights": (matrices + size * (sizes.embedding + sizes.other)) / spread}
         memory["head"] = 4.0 * sizes.head
-        if nf4:  # unpacked for its product
+        if nf4:  # unpacked for the product
             memory["unpacked"] = 2.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
         if spread > 1:  # a layer and the next one are whole
             memory["gathered"] = 2 * matrices / sizes.layers
@@ -394,7 +394,7 @@ class Costs:
     def _quantized_bytes(self, sizes: Sizes, judge: Judge) -> float:
         how = judge.quantization
         assert how
-        # Of each group a scale of 16 bits and a packed zero; of each input the number of its group.
+        # Per group a scale of 16 bits and a packed zero; per input the number of its group.
         packed = sizes.linear * (how.bits / 8 + (2 + how.bits / 8) / how.group_size)
         index = 4.0 * sum(inputs for inputs, _ in sizes.matrices)
         size = _dense_bytes(judge)
@@ -410,14 +410,14 @@ class Costs:
         training: bool,
         again: bool = False,
     ) -> float:
-        """Bytes beside the weights at a step of `sequences` of `length` tokens."""
+        """Bytes besides the weights in a step of `sequences` of `length` tokens."""
         if not length:
             return 0.0
         name = job.wildcards["judge"]
         sizes = self.sizes(name)
         if sizes.longest and length > sizes.longest:
             raise InputError(
-                f"judges.{name}: sequences of {length} tokens, but its model has positions for "
+                f"judges.{name}: sequences have {length} tokens, but its model allows only "
                 f"{sizes.longest}; lower max_length (config: encoding.max_length, "
                 "prediction.max_lengths)"
             )
@@ -432,7 +432,7 @@ class Costs:
             eager=job.resources.get("attention") == "eager",
         ).at(sizes.layers, sequences)
         if training and _asked(job, "gpu", 0) and judge.lora.dropout:
-            # The trace is a CPU's, whose dropout keeps a number of four bytes where a GPU's keeps one.
+            # The trace is a CPU's, whose dropout keeps four bytes per number; a GPU's keeps one.
             held = 1 if again else sizes.layers
             traced -= 3.0 * sizes.adapted / sizes.layers * held * length * sequences
         return traced
@@ -447,10 +447,10 @@ class Costs:
         held: float,
         gpus: int,
     ) -> float:
-        """Time of a job that computes: to start and load, then as slow as arithmetic or memory is.
+        """Time of a job that computes: start, load, then the slower of arithmetic and memory.
 
         Args:
-            passes: over all devices, of which each moves the bytes that are `held` once.
+            passes: over all devices; each pass reads the bytes `held` once.
         """
         plan = self.config.plan
         unit, count = (device, gpus) if gpus else (CORE, job.threads)
@@ -474,7 +474,7 @@ class Costs:
     ) -> Cost:
         gpus = _asked(job, "gpu", 0)
         if gpus:
-            # Weights pass through the host's memory one by one on their way to the GPU.
+            # Weights go through host memory one by one to the GPU.
             largest = max(sizes.embedding, *(i * o for i, o in sizes.matrices))
             processes = gpus if "micro_batch_size" in job.resources else 1
             host = processes * (PROCESS + 2 * 2.0 * largest)
@@ -484,7 +484,7 @@ class Costs:
 
 
 def _dense_bytes(judge: Judge) -> float:
-    """Per weight of the merged model."""
+    """Bytes per weight of the merged model."""
     return 4.0 if judge.dense_precision() == "fp32" else 2.0
 
 

@@ -1,9 +1,9 @@
-"""What a run will cost, before it has cost anything: each job, the whole, and when it would be done.
+"""Forecast what a run will cost: each job, the total, and the time until it is done.
 
-Snakemake says which jobs there are (``graph``), ``costs`` what each of them takes, and a simulated schedule
-on the machines of the configuration's section ``plan`` how long they take together. A job that does not fit
-on its GPUs is told before it is started, with the changes that would make it fit: each is tried on the
-same model.
+Snakemake lists the jobs (``graph``), ``costs`` estimates each of them, and a simulated schedule on the
+machines of the configuration's section ``plan`` gives their total time. A job that does not fit on its GPUs
+is reported before it starts, with changes that would make it fit, each of which is computed in the same
+way.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from arena_distill.runs.graph import Planned, read_graph
 
 HOUR = 3600.0
 
-# Changes that are tried together for a job that does not fit, and remedies that are told of.
+# The most changes to combine for a job that does not fit, and the most remedies to report.
 _TOGETHER, _REMEDIES = 3, 6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A job, what it costs, and when it would run.
+    """A job, its cost and its time in the schedule.
 
-    start, end: seconds after the run's beginning.
+    start, end: seconds after the start of the run.
     """
 
     job: Planned
@@ -51,11 +51,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run: its jobs, the judges they work on, and what was assumed.
+    """The forecast of a run: its jobs, their judges, and the assumptions.
 
-    critical: the places of the jobs of the longest chain, in their order.
+    critical: the indices of the jobs of the longest chain, in their order.
     parameters: by judge, of backbone, adapter and head.
-    notes: what deserves a look.
+    notes: warnings for the user.
     """
 
     config: Config
@@ -64,14 +64,14 @@ class Forecast:
     parameters: dict[str, dict[str, int]]
     notes: list[str]
     counted: bool
-    """Whether the battles were counted, not assumed."""
+    """Whether battles were counted, not assumed."""
     measured: bool
-    """Whether the lengths of sequences were."""
+    """Whether lengths of sequences were measured."""
     battles: dict[str, int]
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Of all jobs: hours, GPU-hours, FLOPs, bytes, and what that costs."""
+        """Totals over all jobs: hours, GPU-hours, FLOPs, bytes, and the price."""
         plan = self.config.plan
         gpu_hours = sum(each.cost.gpus * each.cost.seconds for each in self.jobs) / HOUR
         price = plan.price_per_gpu_hour
@@ -117,7 +117,7 @@ class Forecast:
 
 
 def write_forecast(configuration: str, snakefile: Path, output: Path) -> None:
-    """Write what a run will cost, and print it.
+    """Write the forecast of a run, and print it.
 
     Args:
         configuration: as JSON, as Snakemake has read it.
@@ -134,14 +134,14 @@ def write_forecast(configuration: str, snakefile: Path, output: Path) -> None:
 
 
 def forecast(arguments: Sequence[str]) -> Forecast:
-    """Tell what a run will cost.
+    """Forecast what a run will cost.
 
     Args:
-        arguments: those of a `snakemake` command. Files of battles and of models need not be there.
+        arguments: those of a `snakemake` command. Files of battles and of models may be missing.
 
     Raises:
-        InputError: Snakemake cannot plan the graph, a backbone's size cannot be told, or a job does not
-            fit on its GPUs or nodes; then with what would.
+        InputError: Snakemake cannot plan the graph, a backbone's size is unknown, or a job does not
+            fit on its GPUs or nodes; then with remedies.
     """
     graph = read_graph(arguments, without_inputs=True)
     read = configuration.load(graph.config)
@@ -190,7 +190,7 @@ def _refuse_what_does_not_fit(jobs: Sequence[Planned], found: Sequence[Cost], co
             continue
         if cost.gpus > plan.gpus_per_node:
             problems[job.rule, judge] = (
-                f"{job.rule} {judge}: asks for {cost.gpus} GPUs, a node has {plan.gpus_per_node}; lower "
+                f"{job.rule} {judge}: needs {cost.gpus} GPUs, a node has {plan.gpus_per_node}; lower "
                 f"judges.{judge}.compute.gpus, or raise plan.gpus_per_node"
             )
         elif cost.peak > USABLE * device.memory:
@@ -209,19 +209,19 @@ def _does_not_fit(
     return (
         f"{job.rule} {judge}: needs {cost.peak / GIB:.1f} GiB on a GPU ({shown}), {device.name} has "
         f"{USABLE * device.memory / GIB:.1f} to use. "
-        + (f"What would fit: {would}" if would else "Nothing that this planner can try would fit")
+        + (f"What would fit: {would}" if would else "No change that this planner tries would fit")
     )
 
 
 def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
-    """Changes that would make a job fit, and its peak with each: single ones, else several together."""
+    """Yield changes that make a job fit, and its peak with each: single ones, else combinations."""
     judge = costs.config.judges[job.wildcards["judge"]]
     device = DEVICES[costs.config.plan.accelerator]
     choices = list(_changes(job, judge, costs.config.plan))
     for size in range(1, _TOGETHER + 1):
         told = set()
         for changes in itertools.combinations(choices, size):
-            # Of values of one key the first that fits is enough.
+            # For each key, the first value that fits is enough.
             keys = tuple(change.told.partition(":")[0] for change in changes)
             if keys in told or len({change.key for change in changes}) < size:
                 continue
@@ -240,7 +240,7 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class _Change:
-    """Something about a job that could be otherwise; of each key only one at a time."""
+    """A possible change of a job; only one per key at a time."""
 
     key: str
     told: str
@@ -250,7 +250,7 @@ class _Change:
 
 
 def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
-    """What may make it smaller, the least intrusive first."""
+    """Changes that reduce a job's memory, the least intrusive first."""
     asked = job.resources
     compute = f"judges.{job.wildcards['judge']}.compute"
     if "gradient_checkpointing" in asked and not asked["gradient_checkpointing"]:
@@ -262,7 +262,7 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
         while value >= least:
             yield _Change(key, f"{compute}.{key}: {value}", {key: value}, {})
             value //= 2
-    # Weights in NF4 cannot be spread: one change or the other.
+    # Weights in NF4 cannot be sharded: only one of the two changes.
     if judge.precision != "nf4":
         if not job.phase.startswith(("score_test", "quantize")):
             told = f"judges.{job.wildcards['judge']}.precision: nf4"
@@ -281,7 +281,7 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
 
 
 def _notes(jobs: Sequence[Estimate]) -> Iterator[str]:
-    """What a job asks the cluster for, where it is less than it is likely to need."""
+    """Warn about jobs that request less from the cluster than they probably need."""
     for each in jobs:
         asked, judge = each.job.resources, each.job.wildcards.get("judge", "")
         what = f"{each.job.rule} {judge}".strip()
@@ -304,7 +304,7 @@ def _notes(jobs: Sequence[Estimate]) -> Iterator[str]:
 
 
 def _following(jobs: Sequence[Planned]) -> list[list[int]]:
-    """Of each job those that read its outputs."""
+    """For each job, the jobs that read its outputs."""
     following: list[list[int]] = [[] for _ in jobs]
     for i, job in enumerate(jobs):
         for before in job.after:
@@ -313,9 +313,9 @@ def _following(jobs: Sequence[Planned]) -> list[list[int]]:
 
 
 def _to_the_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
-    """Seconds from each job's start to the end of the longest chain that it begins."""
+    """Seconds from each job's start to the end of the longest chain from it."""
     longest = [0.0] * len(jobs)
-    waiting = list(map(len, _following(jobs)))  # those that have not been looked at
+    waiting = list(map(len, _following(jobs)))  # readers not yet visited
     ready = [i for i, count in enumerate(waiting) if not count]
     while ready:
         i = ready.pop()
@@ -329,7 +329,7 @@ def _to_the_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
 
 
 def critical_path(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[int]:
-    """The jobs of the longest chain, in their order: no number of machines is faster."""
+    """The jobs of the longest chain, in order; more machines cannot make it shorter."""
     longest, following = _to_the_end(jobs, costs), _following(jobs)
     chain: list[int] = []
     candidates = [i for i, job in enumerate(jobs) if not job.after]
@@ -340,9 +340,9 @@ def critical_path(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[int]:
 
 
 def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list[float]:
-    """Return when each job starts, in seconds: list scheduling, the longest way to the end first.
+    """Return the start of each job in seconds: list scheduling, longest path to the end first.
 
-    A job runs on one node, where it holds its GPUs and cores. (R. L. Graham 1969, Bounds on
+    A job runs on one node, and holds its GPUs and cores there. (R. L. Graham 1969, Bounds on
     multiprocessing timing anomalies, SIAM J. Appl. Math. 17(2).)
     """
     longest, following = _to_the_end(jobs, costs), _following(jobs)
@@ -360,7 +360,7 @@ def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list
             if not fitting:
                 still.append((rank, i))
                 continue
-            # The fullest node that has room: so that whole nodes stay free for jobs that need one.
+            # The fullest node with room, so that whole nodes stay free for jobs that need one.
             node = min(fitting, key=lambda n: (gpus[n], cores[n]))
             gpus[node] -= asked[0]
             cores[node] -= asked[1]
@@ -383,7 +383,7 @@ def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list
 def print_forecast(found: Forecast, console: Console | None = None) -> None:
     """Print a row per rule and judge, and the run's totals.
 
-    Of a row's jobs: GiB on a GPU and on the host, and hours, are those of the largest; the rest are sums.
+    In each row, GiB on a GPU and on the host, and hours, are of the largest job; the rest are sums.
     """
     console = console or Console()
     plan, totals = found.config.plan, found.totals
@@ -445,7 +445,7 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
 
 
 def _short(value: float) -> str:
-    """For a table: as many digits as tell something."""
+    """Format for a table, with the significant digits only."""
     if value < 0.005:
         return "–" if not value else "0.00"
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -1,12 +1,11 @@
-"""How big a judge is: its parameters, its matrices, and what it keeps of a sequence while it works.
+"""Compute the sizes of a judge: its parameters, its matrices, and its memory during a step.
 
-Everything is asked of the classes that the phases use, without a weight in memory. Parameters are counted
-on PyTorch's meta device. What is alive during a training step, or a forward pass, is traced on fake
-tensors, which have shapes and dtypes and nothing else, with two layers and with three: each further one
-adds as much again.
+It uses the same classes as the phases, without weights in memory. Parameters are counted on PyTorch's
+meta device. The memory of a training step or a forward pass is traced on fake tensors, which have only
+shapes and dtypes, with two layers and with three: each further layer adds the same amount.
 
-Where a backbone's own ``config.json`` is not there yet, that of a published model is taken, by its name:
-the files in ``architectures/`` hold published sizes.
+If a backbone's own ``config.json`` is missing, that of the published model with its name is used: the
+files in ``architectures/`` hold published sizes.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ PUBLISHED = Path(__file__).parent / "architectures"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a judge; parameters are counted, not estimated.
+    """The sizes of a judge; parameters are counted, not estimated.
 
-    embedding: parameters that are looked up, not multiplied by.
+    embedding: parameters of lookups, without multiplication.
     matrices: (inputs, outputs) of every linear layer of the blocks: what NF4 and GPTQ quantise.
     other: parameters of norms and biases.
     head: parameters of the classification head.
     lora: parameters of the adapter.
-    adapted: inputs of all adapted layers together: as many numbers per token does LoRA's dropout draw.
-    attention: heads times their width, of a layer.
+    adapted: sum of the inputs of all adapted layers: the numbers per token that LoRA's dropout draws.
+    attention: heads times their width, per layer.
     """
 
     embedding: int
@@ -64,7 +63,7 @@ class Sizes:
     hidden: int
     attention: int
     longest: int | None
-    """Positions; None: no limit is known."""
+    """The most tokens of a sequence; None: no known limit."""
 
     @property
     def linear(self) -> int:
@@ -77,22 +76,22 @@ class Sizes:
         return self.embedding + self.linear + self.other
 
     def forward_flops(self, tokens: float, squares: float, *, lora: bool = True) -> float:
-        """Of a forward pass: two per weight and token, and attention's two products per pair of tokens.
+        """FLOPs of a forward pass: two per weight and token, and attention's two products per token pair.
 
-        Pairs are counted whole: kernels that skip the masked half do less.
+        All pairs count: kernels that skip the masked half do less.
 
         Args:
             tokens: of all sequences.
-            squares: of all sequences' lengths, summed.
+            squares: the sum of the squared lengths.
         """
         weights = self.linear + self.head + (self.lora if lora else 0)
         return 2 * weights * tokens + 4 * self.attention * self.layers * squares
 
     def training_flops(self, tokens: float, squares: float, *, checkpointing: bool) -> float:
-        """Of a training step of adapter and head: forward, the gradients, and forward again.
+        """FLOPs of a training step of adapter and head: forward, backward, and a repeated forward.
 
-        A frozen matrix costs its forward pass and the gradient of its input; adapter and head that of
-        their weights as well. With gradient checkpointing everything is computed once more.
+        A frozen matrix needs its forward pass and the gradient of its input; adapter and head also the
+        gradient of their weights. Gradient checkpointing repeats the forward pass.
         """
         gradients = self.forward_flops(tokens, squares, lora=False)
         adapter = 2 * 2 * (self.lora + self.head) * tokens - 2 * self.head * tokens
@@ -103,11 +102,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Alive:
-    """Bytes alive at most beside weights and gradients, as traced.
+    """Peak bytes besides weights and gradients, as traced.
 
-    traced: with two layers and with three (what the first one adds is no rule for the others), each
-        with one sequence and with two (which share casts of weights and the like). Each further layer,
-        and each further sequence, adds as much again.
+    traced: with two layers and with three (the first one is not typical), each with one sequence and
+        with two (which share casts of weights). Each further layer, and each further sequence, adds
+        the same amount.
     """
 
     traced: tuple[tuple[int, int], tuple[int, int]]
@@ -121,13 +120,13 @@ class Alive:
 
 
 def read_config(backbone: Backbone, prepared: Path) -> PreTrainedConfig:
-    """The configuration of a backbone's model: of its folder, or of the published model of its name.
+    """Read the configuration of a backbone's model from its folder, or of the published model.
 
     Args:
-        prepared: the folder that `prepare_backbone` makes, which may not be there yet.
+        prepared: the output folder of `prepare_backbone`, which may not exist yet.
 
     Raises:
-        InputError: neither is there.
+        InputError: neither exists.
     """
     from transformers import AutoConfig
 
@@ -154,15 +153,15 @@ def read_config(backbone: Backbone, prepared: Path) -> PreTrainedConfig:
     if found is None:
         known = ", ".join(sorted(file.stem for file in PUBLISHED.glob("*.json")))
         raise InputError(
-            f"{source}: how big this model is cannot be told: it is not there, and no published one has "
-            f"its name; put its config.json into a folder and name that as backbone.path. Known: {known}"
+            f"{source}: the size of this model is unknown: it is missing, and no published model has its "
+            f"name; put its config.json into a folder and set backbone.path to it. Known: {known}"
         )
     return _rebuilt(AutoConfig.for_model(**found), backbone)
 
 
 @lru_cache
 def _published() -> Mapping[str, dict[str, Any]]:
-    """The published models' configurations by name, with and without who published it."""
+    """The published models' configurations by name, with and without the organisation."""
     found = {}
     for file in sorted(PUBLISHED.glob("*.json")):
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -172,12 +171,12 @@ def _published() -> Mapping[str, dict[str, Any]]:
 
 
 def _plain(name: str) -> str:
-    """Names differ in hyphens and capitals, folders from hub ids in little else."""
+    """Normalise a name: folders differ from hub ids mostly in hyphens and capitals."""
     return re.sub(r"[^a-z0-9/]", "", name.lower())
 
 
 def _rebuilt(config: Any, backbone: Backbone) -> Any:
-    """As `prepare_backbone` changes it: fewer layers, another tokenizer's embeddings."""
+    """Change a configuration as `prepare_backbone` does: fewer layers, another tokenizer."""
     if backbone.tokenizer and Path(backbone.tokenizer).is_dir():
         config.vocab_size = len(load_tokenizer(Path(backbone.tokenizer)))
     if backbone.layers:
@@ -257,7 +256,7 @@ def _judge_on_meta(
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", FutureWarning
-            )  # peft asks for what transformers renamed
+            )  # peft uses a name that transformers changed
             model = AutoModelForSequenceClassification.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
@@ -270,10 +269,10 @@ def _judge_on_meta(
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations under it make, as long as these live.
+    """Count the bytes of live tensors that operations create in this mode.
 
     Args:
-        known: tensors that were there before and do not count.
+        known: existing tensors, which do not count.
     """
 
     def __init__(self, known: list[torch.Tensor]) -> None:
@@ -313,16 +312,16 @@ def alive(
     checkpointing: bool = False,
     eager: bool = False,
 ) -> Alive:
-    """Trace what is alive during a training step, or a forward pass, of sequences of `length` tokens.
+    """Trace the memory of a training step, or a forward pass, of sequences of `length` tokens.
 
     Args:
-        eager: the kernel that holds all scores of a layer's attention; else the one transformers chooses.
+        eager: use the kernel that stores all attention scores of a layer; else transformers' default.
     """
     described = config.to_json_string(use_diff=False)
 
     def traced(layers: int, sequences: int) -> int:
         shape = sequences, length
-        # NF4's matrices are unpacked to bfloat16, in which all else is computed.
+        # NF4 matrices are unpacked to bfloat16, the dtype of all computation.
         how = precision != "fp32", training, checkpointing, eager
         return _traced(described, head, lora, layers, shape, *how)
 
@@ -358,7 +357,7 @@ def _traced(
 def step_bytes(
     judge: Any, ids: torch.Tensor, half: bool, training: bool, checkpointing: bool
 ) -> int:
-    """Bytes alive at most in a training step or a forward pass beside weights and gradients.
+    """Peak bytes of a training step or a forward pass, besides weights and gradients.
 
     Args:
         ids: int64 (sequences, tokens).
@@ -377,7 +376,7 @@ def step_bytes(
             torch.nn.functional.log_softmax(logits.float(), -1).sum().backward()
 
     with torch.set_grad_enabled(training):
-        step()  # gradients are there in every later one
+        step()  # later steps have gradients already
         known = [*judge.parameters(), *judge.buffers(), ids]
         known += [p.grad for p in judge.parameters() if p.grad is not None]
         with AliveBytes(known) as counted:

@@ -1,7 +1,7 @@
-"""What jobs have to read: how many battles, and how long they are.
+"""Estimate how many battles jobs read, and their lengths.
 
-Counted and measured where the run has its battles, folds and tokens; until then assumed by the
-configuration's section ``plan``.
+They are counted and measured if the run has its battles, folds and tokens; until then they are
+assumptions of the configuration's section ``plan``.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from arena_distill.files.artifacts import read_parquet
 
 @dataclass(frozen=True)
 class Work:
-    """Sequences that a job reads.
+    """The sequences that a job reads.
 
-    tokens: of all of them.
-    squares: of their lengths, summed.
-    longest: tokens.
+    tokens: of all sequences.
+    squares: the sum of the squared lengths.
+    longest: tokens of the longest sequence.
     """
 
     sequences: float = 0.0
@@ -54,11 +54,11 @@ class Work:
 
 
 class Battles:
-    """How many battles jobs read, and how long they are: counted where the run has them, else assumed.
+    """The number and lengths of battles that jobs read: counted if the run has them, else assumed.
 
     Args:
         config: with the judges of studies.
-        run: the run's folder, which may be empty or not there.
+        run: the run's folder, which may be empty or missing.
     """
 
     def __init__(self, config: Config, run: Path) -> None:
@@ -69,7 +69,7 @@ class Battles:
         self.counts = self.counted or self._assumed_counts()
         self._tokens: dict[str, Tokens | None] = {}
         self.measured = True
-        """Whether the lengths of all sequences asked for so far come from tokens that are there."""
+        """Whether all lengths so far were measured on existing tokens."""
         self._mean: dict[tuple[Any, ...], Work] = {}
 
     def _assumed_counts(self) -> dict[str, int]:
@@ -77,7 +77,7 @@ class Battles:
         return {source: getattr(given, source) for source in self.config.data.sources()}
 
     def training(self, judge: str, fold: int) -> dict[str, float]:
-        """Battles by source that train the judge of a fold."""
+        """Training battles of a judge's fold, by source."""
         node = self.config.judges[judge]
         unlabelled = self.config.learns_unlabelled(judge)
         if self.folds is not None:
@@ -91,7 +91,7 @@ class Battles:
         return {source: count * node.training.share for source, count in found.items()}
 
     def scored(self, judge: str, fold: int) -> dict[str, float]:
-        """Battles by source that the judge of a fold scores."""
+        """Battles that a judge's fold scores, by source."""
         settings = LogitsSettings.of(self.config, judge)
         if self.folds is not None:
             return _sources(fold_rows(self.folds, fold, settings))
@@ -104,7 +104,7 @@ class Battles:
         return found
 
     def held_out(self) -> dict[str, float]:
-        """Battles that choices are made by."""
+        """Held-out battles, by source."""
         return {"train": self.counts["train"] * self.config.folds.holdout}
 
     def _in_folds(self) -> float:
@@ -113,7 +113,7 @@ class Battles:
     def work(
         self, judge: str, battles: dict[str, float], shown: int, max_length: int | None = None
     ) -> Work:
-        """The sequences of `battles`, by source, each shown `shown` times to a judge."""
+        """The sequences of `battles` (by source), with `shown` sequences per battle."""
         total = Work()
         for source, count in battles.items():
             if count:
@@ -137,11 +137,11 @@ class Battles:
 
 
 def assumed_sequence(plan: Plan, encoding: Encoding, head: Head, max_length: int) -> Work:
-    """The mean sequence where lengths are log-normal and cut at `max_length`."""
+    """The mean sequence if lengths are log-normal and cut at `max_length`."""
     mean = plan.tokens_per_battle * (plan.one_answer if head.kind == "pointwise" else 1)
     normal = NormalDist(math.log(mean) - plan.tokens_spread**2 / 2, plan.tokens_spread)
     if encoding.tokens_per_battle is not None:
-        # All are cut where they average so many.
+        # All are cut at the length that gives this average.
         while max_length > 32 and _moment(normal, 1, max_length) > encoding.tokens_per_battle:
             max_length -= 1
     return Work(1, _moment(normal, 1, max_length), _moment(normal, 2, max_length), max_length)

@@ -1,28 +1,28 @@
-"""Calibration: a map of the final logits that makes probabilities mean what they say.
+"""Fit and apply the calibration of a judge's final logits.
 
-A judge may be right about who wins and wrong about how surely. These maps mend that, fitted by maximum
-likelihood to votes on battles that the judge was not trained on:
+A judge may predict the right winner with the wrong confidence. These maps correct its probabilities.
+They are fitted by maximum likelihood to votes on battles that the judge was not trained on:
 
 - `temperature`: softmax(z / T), one parameter. No verdict changes.
-- `vector`: softmax(W z + b) with a diagonal W. Exchanging the answers has to exchange the verdict, so
-  A and B share their scale and bias: three parameters are left, the scale of the answers, the scale
-  of the tie and its bias (the answers' bias is 0: a constant more on all logits changes nothing).
-- `style`: `vector`, and how the answers differ at first sight (:mod:`arena_distill.style`) as
-  covariates: a judge that saw long answers cut cannot know how long they are. Each difference moves
-  the lead of A over B, and its size the tie.
+- `vector`: softmax(W z + b) with a diagonal W. Exchanging the answers must exchange the verdict, so A
+  and B share their scale and bias. Three parameters remain: the scale of the answers, the scale and
+  the bias of the tie (the answers' bias is 0, because softmax ignores a constant).
+- `style`: `vector`, with the differences in style (:mod:`arena_distill.battles.style_features`) as
+  covariates: a judge that reads truncated answers does not know their length. Each difference shifts
+  the lead of A over B, and its absolute value shifts the tie.
 
-Logits are centred first (their mean over the classes is taken off), as softmax does not see a constant
-but W would. With the three classes of a battle, `vector` is as general as a matrix could be: the
-maps that respect the exchange scale the lead of A over B, and scale and shift that of the tie.
+Logits are centred first (minus their mean over the classes), because softmax ignores a constant but W
+does not. For three classes, `vector` is as general as a full matrix: the maps that respect the
+exchange scale the lead of A over B, and scale and shift that of the tie.
 
-All are logistic regressions on the logits, so the likelihood has one optimum. A ridge of `RIDGE` to
-the identity decides where votes do not: where a judge says the same of every battle, or a kind of vote
-is absent. Covariates, of which there are more, have a stronger one. Either is zero for the identity, so
-a fit never has a worse likelihood than the raw logits.
+All are logistic regressions on the logits, so the likelihood has one optimum. A ridge of `RIDGE` towards
+the identity gives a unique fit if a judge predicts the same for every battle, or a class has no votes.
+Covariates are more numerous and have a stronger ridge. Both are zero for the identity, so a fit never
+has a lower likelihood than the raw logits.
 
-What a calibration is judged by is cross-fitted: each part of the battles is calibrated by what was
-fitted to the other parts (:func:`parts_of`). The votes of a part reach its parameters only by way of
-the other parts' logits, whose models were trained on them, as with all stacking.
+The scores of a calibration are cross-fitted: each part of the battles is calibrated with parameters
+fitted to the other parts (:func:`parts_of`). The votes of a part affect its parameters only through the
+other parts' logits, whose models were trained on them, as in all stacking.
 
 References:
     Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
@@ -57,10 +57,10 @@ COLDEST, HOTTEST = 0.01, 100.0
 """The bounds of a temperature: of T, and of the inverse of each scale of `vector`."""
 
 RIDGE = 1e-6
-"""Weight of half the squared distance from the identity, beside the mean log loss in nats."""
+"""Weight of half the squared distance from the identity, relative to the mean log loss in nats."""
 
 STYLE_RIDGE = 10.0
-"""The same for what covariates weigh, on their standardised scale, beside the log loss of all battles."""
+"""The same for the coefficients of standardised covariates, relative to the log loss of all battles."""
 
 # Each parameter is a scale or a bias of these classes (A, B, tie).
 _ALL, _APART = np.array([[1.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
@@ -75,14 +75,14 @@ _BIASES: dict[CalibrationMethod, np.ndarray] = {"temperature": _NONE, "vector": 
 
 @dataclass(frozen=True)
 class CalibrationMap:
-    """A map of logits: centred, times `scale`, plus `bias`, plus what the style of the answers adds.
+    """A map of logits: centred, times `scale`, plus `bias`, plus the effect of the answers' style.
 
-    It is affine in the logits, so it may be applied before they are averaged or after.
+    It is affine in the logits, so it can be applied before or after averaging them.
 
     scale, bias: float64 (3,).
-    lead: float64 (features,), by how much each unit of a difference moves A's logit from B's; empty
-        where style plays no part.
-    tie: float64 (features,), by how much each unit of a difference's size moves the tie's logit.
+    lead: float64 (features,), the shift of A's logit relative to B's per unit of a difference; empty
+        without style.
+    tie: float64 (features,), the shift of the tie's logit per unit of a difference's absolute value.
     """
 
     scale: np.ndarray
@@ -95,7 +95,7 @@ class CalibrationMap:
 
         Args:
             logits: float (rows, ..., 3).
-            styles: float (rows, features), of the battles; needed where style plays a part.
+            styles: float (rows, features), of the battles; needed for `style`.
 
         Returns:
             float64, of the shape of `logits`.
@@ -110,7 +110,7 @@ class CalibrationMap:
 
     @property
     def parameters(self) -> Figures:
-        """As JSON: the fields that are not empty, and the `temperature` where it is but that."""
+        """As JSON: the non-empty fields, and the `temperature` if that is the only parameter."""
         found: Figures = {"scale": self.scale.tolist(), "bias": self.bias.tolist()}
         if len(self.lead):
             return {**found, "lead": self.lead.tolist(), "tie": self.tie.tolist()}
@@ -120,7 +120,7 @@ class CalibrationMap:
 
 
 def _by_style(styles: np.ndarray) -> np.ndarray:
-    """What leads and ties multiply: float64 (rows, 3, 2 · features)."""
+    """The factors of `lead` and `tie`: float64 (rows, 3, 2 · features)."""
     zero, size = np.zeros_like(styles), np.abs(styles)
     lead = np.stack([styles / 2, -styles / 2, zero], axis=1)
     return np.concatenate([lead, np.stack([zero, zero, size], axis=1)], axis=2)
@@ -135,7 +135,7 @@ def fit(
     votes: Votes,
     styles: np.ndarray | None = None,
 ) -> CalibrationMap:
-    """Fit a calibration by maximum likelihood; with no rows, it is the identity.
+    """Fit a calibration by maximum likelihood; without rows it is the identity.
 
     Args:
         logits: float (rows, 3).
@@ -148,7 +148,7 @@ def fit(
     rows, total_weight = len(votes), votes.weights.sum() or 1.0
     if method != "style" or styles is None:
         styles = np.empty((rows, 0))
-    # Differences have no mean that could be taken off: it would favour one side.
+    # Differences are not centred: that would favour one side.
     spread = np.sqrt(np.square(styles).mean(axis=0)) if rows else np.ones(styles.shape[1])
     spread[spread == 0] = 1
     by_style = _by_style(styles / spread)
@@ -196,7 +196,7 @@ def cross_fit(
     parts: np.ndarray,
     styles: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Calibrate each part by what is fitted to the other parts: float64 (rows, 3), logits.
+    """Calibrate each part with a fit to the other parts: float64 (rows, 3), logits.
 
     Args:
         logits: float (rows, 3).
@@ -213,11 +213,11 @@ def cross_fit(
 
 
 def parts_of(folds: pa.Table) -> np.ndarray:
-    """Deal the out-of-fold rows into parts for cross-fitting that share no prompt.
+    """Assign the out-of-fold rows to parts for cross-fitting that share no prompt.
 
-    The folds themselves where they keep prompts together (``stratified_group``), else as many parts
-    of whole prompts, dealt by scikit-learn's GroupKFold: a vote on the same prompt would tell of the
-    rows that are judged. Where all rows share one prompt there is one part, and nothing to fit to.
+    The parts are the folds if these keep prompts together (``stratified_group``), else as many parts
+    of whole prompts by scikit-learn's GroupKFold: a vote on the same prompt would leak into the fit.
+    If all rows share one prompt there is one part, and no rows to fit to.
 
     Args:
         folds: `folds.parquet`.
@@ -260,8 +260,8 @@ def fit_calibration(
 ) -> None:
     """Fit every method to a judge's out-of-fold logits, both orders averaged → JSON.
 
-    It holds `judge`, `rows`, the scores as they are (`raw`), and per method the `parameters`,
-    fitted to all rows, and the scores, cross-fitted.
+    It holds `judge`, `rows`, the uncalibrated scores (`raw`), and per method the `parameters`,
+    fitted to all rows, and the cross-fitted scores.
 
     Args:
         folds: `folds.parquet`.
@@ -269,7 +269,7 @@ def fit_calibration(
         logits: the judge's files `fold_<k>.npy`.
 
     Raises:
-        InputError: a fold has no logits, or a row is missing, there twice, or unknown.
+        InputError: a fold has no logits, or a row is missing, duplicated or unknown.
     """
     table = read_parquet(folds)
     seen = read_out_of_fold(table, logits, judge).mean(axis=1, dtype=np.float64)
@@ -296,10 +296,10 @@ def fit_calibration(
 
 
 def read_calibration(path: Path, method: CalibrationMethod) -> CalibrationMap:
-    """Read what :func:`fit_calibration` found by one of its methods.
+    """Read one method's calibration from a file of :func:`fit_calibration`.
 
     Raises:
-        InputError: the file is missing, broken, or holds something else.
+        InputError: the file is missing or invalid, or lacks the method.
     """
     figures = read_json(path)
     try:

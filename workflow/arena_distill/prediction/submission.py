@@ -21,14 +21,14 @@ SUM_TOLERANCE = 1e-6
 
 
 def write_submission(predictions: Path, battles: Path, output: Path) -> None:
-    """Write the submitted variant as Kaggle wants it → `submission.csv`.
+    """Write the submitted variant in Kaggle's format → `submission.csv`.
 
     One row per test battle, in the order of `battles`: `id`, `winner_model_a`, `winner_model_b`,
-    `winner_tie`. Numbers are written in full, so what was checked is what a reader gets.
+    `winner_tie`. Numbers are written in full precision, as they were checked.
 
     Raises:
         InputError: a test battle has no prediction or several, a prediction belongs to no test
-            battle, or its numbers are no probabilities.
+            battle, or its numbers are not probabilities.
     """
     import pandas as pd
 
@@ -49,12 +49,12 @@ def write_submission(predictions: Path, battles: Path, output: Path) -> None:
 def _check_submission(
     ids: pa.Array, predicted: pa.Array, probabilities: np.ndarray, file: Path
 ) -> None:
-    """Raise InputError for what `locate` does not see: foreign ids, and impossible numbers."""
+    """Raise InputError for errors that `locate` does not find: foreign ids and invalid numbers."""
     foreign = predicted.filter(pc.invert(pc.is_in(predicted, ids)))
     if len(foreign):
         raise InputError(
             f"{file}: {len(foreign)} predictions belong to no test battle, "
-            f"that of {foreign[0]} among them"
+            f"for example that of {foreign[0]}"
         )
     faults = {
         "are not finite": ~np.isfinite(probabilities).all(axis=1),

@@ -1,14 +1,14 @@
-"""The final judge on the test battles: logits of every length and order, and their averages.
+"""Score the test battles with the final judge: logits of every length and order, and their averages.
 
-Test-time augmentation (TTA) shows a battle several times: cut to several lengths, and with the
-answers in both orders. The forward passes are done once and kept as logits; every average of them
-that may be asked about is then a variant, and one of the variants is submitted: the configured
-model's, averaged over all lengths and all orders, and calibrated where the configuration says so.
+Test-time augmentation (TTA) scores a battle several times: cut to several lengths, with the answers
+in both orders. The forward passes run once and are kept as logits; every average of them is a
+variant. One variant is submitted: the configured model's average over all lengths and all orders,
+calibrated if the configuration says so.
 
-A cascade spares forward passes: a battle that the judge is sure of at the shortest length is not
-scored at the longer ones, where it counts as saying the same. So the prediction of a sure battle is
-that of the shortest length, of any other the average over all lengths, and in either case what
-:func:`averages` makes of the logits on file.
+A cascade saves forward passes: if the judge is confident of a battle at the shortest length, the
+battle is not scored at the longer ones; they get the same logits. So the prediction of such a battle
+is that of the shortest length, and of any other the average over all lengths; :func:`averages`
+computes both from the logits on file.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from arena_distill.verdicts import CLASSES, Order
 
 @dataclass(frozen=True)
 class Passes:
-    """What it takes to score each battle at each length, and whether it was done.
+    """The cost of scoring each battle at each length, and whether it was scored.
 
-    A sequence that a battle has already had, at a shorter length or in another order, takes nothing.
+    A sequence equal to one at a shorter length or in another order costs nothing.
 
-    sequences, tokens: int32 (rows, lengths); tokens without padding, all views of a battle together.
-    scored: bool (rows, lengths), False where it takes nothing, and where a cascade stopped before.
+    sequences, tokens: int32 (rows, lengths); tokens without padding, the sum over a battle's views.
+    scored: bool (rows, lengths), False if it costs nothing, or if a cascade stopped before.
     """
 
     sequences: np.ndarray
@@ -91,11 +91,11 @@ def score_test(
     """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
 
     The file holds float32 (rows, lengths, orders, 3) in the canonical frame; lengths and orders are
-    those of `settings`, which the ids' provenance repeats. The ids say what each battle took at each
-    length, and whether it was scored there (see :class:`Passes`).
+    those of `settings`, which the ids' provenance repeats. The ids hold the cost of each battle at
+    each length, and whether it was scored there (see :class:`Passes`).
 
     Args:
-        model: a dense folder, or a GPTQ one where `quantized`.
+        model: a dense folder, or a GPTQ one if `quantized`.
         batch_tokens: tokens per forward pass, padding included.
         attention: the kernel (see ``loading.choose_attention``).
 
@@ -136,19 +136,19 @@ def score_test(
 def score_variants(
     tokens: Tokens, settings: ScoringSettings, forward: Callable[[Sequences], np.ndarray]
 ) -> tuple[np.ndarray, Passes]:
-    """Score every battle at every length and in every order, the same sequence only once.
+    """Score every battle at every length and in every order, each distinct sequence once.
 
-    A battle that fits into the shorter length reads the same at the longer one, and one with two
-    equal answers reads the same in both orders: such repetitions are copied. A pointwise judge is
-    shown each answer once, whatever the orders. With a cascade, a battle whose :func:`confidence` at
-    the shortest length is not below the threshold has that length's logits at every length.
+    A battle that fits into the shorter length has the same sequence at the longer one, and a battle
+    with two equal answers the same in both orders: their logits are copied. A pointwise judge reads
+    each answer once for all orders. With a cascade, a battle whose :func:`confidence` at the shortest
+    length is not below the threshold has that length's logits at every length.
 
     Args:
         forward: sequences → float32 (rows, outputs of the head).
 
     Returns:
         logits: float32 (rows, lengths, orders, 3), in the canonical frame.
-        costs: what went through `forward`.
+        costs: of the calls of `forward`.
     """
     lengths, orders, head = settings.max_lengths, settings.orders, settings.head
     ascending = np.argsort(lengths, kind="stable")
@@ -165,7 +165,7 @@ def score_variants(
     outputs = np.zeros((*own.shape, len(OUTPUTS[head.kind])), np.float32)
 
     def run(wanted: np.ndarray) -> None:
-        # One call for all: batches of like length are easier to fill.
+        # One call for all views: this fills batches of similar length better.
         parts = [part.take(mask) for part, mask in zip(shown, wanted, strict=True)]
         outputs[wanted] = forward(Sequences.concatenate(parts))
 
@@ -182,21 +182,21 @@ def score_variants(
         first = own & (np.arange(len(shown)) < size)[:, None]
         run(first)
         sure = confidence(seen(slice(size))) >= settings.cascade.threshold
-        # From here on, a sure battle repeats at every length what it showed at the shortest.
+        # A confident battle gets the logits of the shortest length at every length.
         original[:, sure] = np.tile(original[:size, sure], (len(lengths), 1))
         scored = original == np.arange(len(shown))[:, None]
         run(scored & ~first)
     place = np.argsort(ascending)  # from the shortest first to the order of the settings
     logits = np.stack([seen(slice(i * size, (i + 1) * size)) for i in place], axis=1)
     taken = own * np.stack([part.lengths for part in shown])
-    # Of (lengths, views of each, rows), what all views of a battle take together.
+    # (lengths, views of each, rows) → the sum over a battle's views.
     own, taken, scored = (x.reshape(len(lengths), size, -1)[place] for x in (own, taken, scored))
     sequences, taken = (x.sum(axis=1, dtype=np.int32).T for x in (own, taken))
     return logits, Passes(sequences, taken, scored.any(axis=1).T)
 
 
 def confidence(logits: np.ndarray) -> np.ndarray:
-    """How sure a judge is: the probability of the likeliest verdict, by the mean logits of all orders.
+    """A judge's confidence: the probability of its verdict, from the mean logits of all orders.
 
     Args:
         logits: float (rows, orders, 3), in the canonical frame.
@@ -209,7 +209,7 @@ def confidence(logits: np.ndarray) -> np.ndarray:
 
 
 def identical(first: Sequences, second: Sequences) -> np.ndarray:
-    """Which rows of two sets hold the same tokens: bool (rows,)."""
+    """Which rows of two sets have the same tokens: bool (rows,)."""
     same = first.lengths == second.lengths
     candidates = np.flatnonzero(same)
     one, other = first.take(candidates), second.take(candidates)
@@ -234,18 +234,18 @@ def predict_test(
 
     Its columns are `id`, `model`, `variant` (such as ``256+512/AB+BA``), the probabilities
     `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the variant of
-    all lengths and all orders, which is submitted where this model is.
+    all lengths and all orders, which is submitted if this model is.
 
-    With `settings.calibration` every variant is there twice: as it is, and calibrated, named after
-    the method as well (``256+512/AB+BA/temperature``), and a calibrated one is submitted. The
-    parameters were fitted to the folds' models at their own length, with the logits of both orders
-    averaged, and are taken for the merged models and all variants alike.
+    With `settings.calibration` every variant has two rows: uncalibrated, and calibrated with the
+    method in its name (``256+512/AB+BA/temperature``); a calibrated one is submitted. The parameters
+    were fitted to the folds' models at their own length, with the mean logits of both orders; they
+    are used for the merged models and for all variants.
 
     Args:
         logits: a file of :func:`score_test`.
         model: the model whose logits they are.
         calibration: the judge's file of :func:`arena_distill.calibration.fit_calibration`.
-        battles: `battles.parquet`, where they are calibrated.
+        battles: `battles.parquet`, for calibration.
 
     Raises:
         InputError: the file was made with other lengths or orders, or there is no calibration.
@@ -262,7 +262,7 @@ def predict_test(
     scores, ids = _read_test_logits(logits, settings)
     variants = averages(scores, lengths, orders, settings.average)
     if calibrate:
-        # Each view, before any average; of logits, it is the same after: the map is affine.
+        # Before averaging; for logits this equals calibration after it, as the map is affine.
         styles = read_styles(battles, key(ids)) if battles else None
         calibrated = averages(calibrate(scores, styles), lengths, orders, settings.average)
         variants |= {f"{name}/{settings.calibration}": p for name, p in calibrated.items()}
@@ -288,10 +288,10 @@ def averages(
 
     Args:
         logits: float (rows, lengths, orders, 3), in the canonical frame.
-        average: what is averaged; both are the same where a variant is a single view.
+        average: average logits or probabilities; equal for variants of a single view.
 
     Returns:
-        Name, as ``256+512/AB+BA``, → float64 (rows, 3), every row of which sums to 1.
+        Name, such as ``256+512/AB+BA``, → float64 (rows, 3); every row sums to 1.
     """
     variants = {}
     for length_name, i in _choices(lengths):
@@ -309,7 +309,7 @@ def mean_of_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
 
 
 def submitted_variant(settings: PredictionSettings) -> str:
-    """The name of the variant of all lengths and all orders, calibrated where it is to be."""
+    """The name of the variant of all lengths and all orders, with the calibration if any."""
     name = f"{_joined(settings.max_lengths)}/{_joined(settings.orders)}"
     return name if settings.calibration == "none" else f"{name}/{settings.calibration}"
 
@@ -321,7 +321,7 @@ def _choices(values: Sequence[object]) -> list[tuple[str, list[int]]]:
 
 
 def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndarray, pa.Table]:
-    """Read a file of `score_test`, sure that its lengths, orders and cascade are those of `settings`."""
+    """Read a file of `score_test`, and check its lengths, orders and cascade against `settings`."""
     scores, rows = read_logits(path)
     made_with = read_provenance(ids_path(path)).get("settings", {})
     asked = settings.model_dump(mode="json")

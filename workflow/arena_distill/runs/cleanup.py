@@ -1,4 +1,4 @@
-"""What surrounds a run: jobs that an earlier Snakemake left, and files that are not needed any more."""
+"""Wait for jobs that an earlier Snakemake left, and remove files that a run no longer needs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from arena_distill.errors import InputError
 
 
 def wait_for_orphans(comments: Iterable[str], *, every: float = 10) -> None:
-    """Wait for Slurm jobs that a Snakemake which was killed has left in this folder.
+    """Wait for Slurm jobs that a killed Snakemake has left in this folder.
 
-    Starting their rules again beside them would do everything twice. (Snakemake's own notes do not
-    help: a job that has begun overwrites the note of its number.)
+    Otherwise the new run would start the same jobs a second time. (Snakemake's own markers do not
+    help: a job that has started overwrites the one with its number.)
 
     Args:
-        comments: what the Slurm plugin calls the jobs that are to be run.
-        every: seconds between questions.
+        comments: the Slurm plugin's comments of the jobs to run.
+        every: seconds between queries.
 
     Raises:
         InputError: Slurm does not answer.
@@ -44,7 +44,7 @@ def wait_for_orphans(comments: Iterable[str], *, every: float = 10) -> None:
         if not said:
             print(
                 f"Waiting for Slurm jobs that an earlier Snakemake left: {', '.join(left)} "
-                "(scancel them to go on at once: training resumes at its last checkpoint)",
+                "(scancel them to continue at once: training resumes from its last checkpoint)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -53,9 +53,9 @@ def wait_for_orphans(comments: Iterable[str], *, every: float = 10) -> None:
 
 
 def clean_up(results: Path) -> None:
-    """Remove what a run that has succeeded needs no more: finished trainings, files half written.
+    """Remove what a successful run no longer needs: checkpoints of finished training, partial files.
 
-    What another Snakemake may be working on stays.
+    Files that another Snakemake may be writing are kept.
     """
     for lock in results.glob(".checkpoints/*/*/lock"):
         with open(lock, "w") as file:
@@ -66,7 +66,7 @@ def clean_up(results: Path) -> None:
             if any(lock.parent.glob("*/finished")):
                 shutil.rmtree(lock.parent)
     for folder in (*results.glob(".checkpoints/*"), results / ".checkpoints"):
-        with suppress(OSError):  # not empty, or not there
+        with suppress(OSError):  # not empty, or missing
             folder.rmdir()
     yesterday = time.time() - 24 * 3600
     for path in results.rglob(".*.tmp"):

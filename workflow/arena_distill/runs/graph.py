@@ -1,8 +1,7 @@
-"""The jobs of a run, as Snakemake itself plans them for a command line: nothing is started or changed.
+"""Read the jobs of a run, as Snakemake plans them for a command line, without starting any.
 
-Whoever looks at a run (``status``) or ahead of it (``planning``) asks Snakemake, in a process of its own,
-with the arguments that a person would give `snakemake`: the same Snakefile, profile and configuration,
-and so the same jobs, threads and resources.
+``status`` and ``planning`` call Snakemake in a separate process, with the arguments that a user would pass
+to `snakemake`: the same Snakefile, profile and configuration, and so the same jobs, threads and resources.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from arena_distill.errors import InputError
 class Planned:
     """A job of the graph.
 
-    Files are named as the rules name them, relative to the folder Snakemake works in.
+    File names are those of the rules, relative to Snakemake's working folder.
     """
 
     rule: str
@@ -34,12 +33,12 @@ class Planned:
     needed: bool
     """Whether Snakemake would run it now."""
     after: list[int] = field(default_factory=list)
-    """The jobs whose outputs it reads, by their place among all."""
+    """The indices of the jobs whose outputs it reads."""
     threads: int = 1
     resources: dict[str, int | str] = field(default_factory=dict)
-    """What its rule asks for, at the first attempt."""
+    """The resources that its rule requests at the first attempt."""
     original: str = ""
-    """The name of its rule in this workflow, where another repository uses it under its own."""
+    """The name of its rule in this workflow, if another workflow imports it under another name."""
 
     @property
     def phase(self) -> str:
@@ -48,19 +47,19 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """What tells the job from others of its rule: ``llama-teacher fold_1``; may be empty."""
+        """The wildcards of the job, such as ``llama-teacher fold_1``; may be empty."""
         parts = self.wildcards.items()
         return " ".join(f"{key}_{value}" if value.isdigit() else value for key, value in parts)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The jobs in the order of their rules, and what they were planned from.
+    """The jobs in the order of their rules, and their configuration.
 
-    folder: where Snakemake works.
+    folder: Snakemake's working folder.
     run: the folder of the run, relative to it.
-    config: the configuration of this workflow as it was read, all files and `--config` laid over each
-        other; where another repository uses it as a module, the part that it is given.
+    config: the configuration of this workflow, merged from all files and `--config`; if another
+        workflow imports it as a module, the part that is passed to the module.
     """
 
     folder: Path
@@ -70,19 +69,19 @@ class Graph:
 
 
 def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Graph:
-    """Return the graph that `arguments`, those of a `snakemake` command, ask for.
+    """Return the graph for the `arguments` of a `snakemake` command.
 
-    Targets without files of their own, as ``all``, are no jobs.
+    Targets without files, such as ``all``, are not jobs.
 
     Args:
-        without_inputs: files that no job makes may be missing: their readers are planned all the same.
+        without_inputs: files that no job makes may be missing; their readers are planned anyway.
 
     Raises:
-        InputError: Snakemake refuses; the message is its own.
+        InputError: Snakemake fails; with its own message.
     """
     source = inspect.getsource(_print_graph)
     source = f"from __future__ import annotations\n{source}\n_print_graph({without_inputs})"
-    # A dry run leaves no log behind in .snakemake/log, a summary alone does.
+    # A dry run leaves no log in .snakemake/log; only a summary does.
     command = [sys.executable, "-c", source, "--dry-run", "--detailed-summary", *arguments]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
@@ -96,11 +95,11 @@ def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Gra
 
 
 def _print_graph(without_inputs: bool) -> None:
-    """Be Snakemake, and print its summary with a line of JSON in place of the table.
+    """Run Snakemake, and print a line of JSON in place of the table of its summary.
 
-    Snakemake's own table names no log of a job that never ended, nor which outputs are one job.
-    This function is run by an interpreter of its own that does not import this package: the
-    Snakefile imports the one that lies beside it.
+    Snakemake's own table has no logs of jobs that never ended, and does not group outputs by job.
+    This function runs in a separate interpreter that does not import this package: the Snakefile
+    imports the one in its own folder.
     """
     import json
     import os
@@ -120,7 +119,7 @@ def _print_graph(without_inputs: bool) -> None:
 
         jobs = sorted((job for job in dag.jobs if job.output), key=place)
         number = {job: i for i, job in enumerate(jobs)}
-        # This workflow's own names, in whatever workflow it is a module.
+        # This workflow's own names, also as a module of another one.
         names = [rule.module_globals for rule in dag.workflow.rules]
         own = next((n for n in names if {"STUDIES", "RUN"} <= n.keys()), dag.workflow.globals)
         proxies = vars(own["rules"]).get("_rules", {})
@@ -161,17 +160,17 @@ def _print_graph(without_inputs: bool) -> None:
 
 
 def _refusal(stdout: str, stderr: str) -> str:
-    """What Snakemake said last, without its progress, its insides and the page on how to call it."""
+    """Snakemake's last messages, without progress, tracebacks and usage."""
     lines = [line for line in plain(f"{stdout}\n{stderr}").split("\n") if line.strip()]
     if any(line.startswith("usage:") for line in lines):
         lines = [line for line in lines if not line.startswith(("usage:", " "))]
     noise = ("Building DAG", "Using profile", "Using workflow specific", "Config file ", '  File "')
     told = [line.rstrip() for line in lines if not line.startswith(noise)]
     insides = any(line.startswith("Traceback (most recent call last)") for line in told)
-    return "\n".join(told[-1:] if insides else told[-12:]) or "Snakemake failed without a word"
+    return "\n".join(told[-1:] if insides else told[-12:]) or "Snakemake failed without a message"
 
 
 def plain(text: str) -> str:
-    """Text without colours, and of progress bars only what they ended with."""
+    """Text without colours, and with only the last state of progress bars."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return re.sub(r"^[^\n]*\r(?=[^\r\n])", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)

@@ -1,10 +1,10 @@
-"""Where a run stands: which jobs are done, running, queued, failed or waiting, and why they failed.
+"""Report the status of a run: which jobs are done, running, queued, failed or waiting, and why they failed.
 
-Four witnesses are heard. Snakemake itself says which jobs the graph has and which of them are still
-to be made. Its folder ``.snakemake`` says which were started and have not ended (a marker per output)
-and, in its logs, which it saw fail. Slurm's ``squeue`` says which submitted jobs are alive. The jobs'
-own logs, and those that Slurm keeps of them, say what went wrong. Nothing is changed and no lock is
-taken, so that a run can be looked at while Snakemake works and after it died.
+There are four sources. Snakemake lists the jobs of the graph, and which of them are still to run. Its
+folder ``.snakemake`` shows which jobs were started and have not ended (a marker per output) and, in its
+logs, which failed. Slurm's ``squeue`` lists the submitted jobs that are alive. The jobs' own logs, and
+Slurm's logs of them, hold the errors. Nothing is changed and no lock is taken, so this works while
+Snakemake runs and after it was killed.
 """
 
 from __future__ import annotations
@@ -35,54 +35,54 @@ from arena_distill.runs.graph import Planned, plain, read_graph
 JobState = Literal["done", "running", "queued", "failed", "interrupted", "waiting"]
 STATES: tuple[JobState, ...] = get_args(JobState)
 
-# States in which `squeue` shows a job that has not begun, or that has just ended; all others run.
+# States of `squeue` for a job that has not started, or that has just ended; in all others it runs.
 _QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
 _ENDED |= {"OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 
-# Two files written at the same moment differ by less, clocks of a shared file system included.
+# The times of two files written together differ by less, also on a shared file system.
 _SLACK = 5.0
-# An error stands at the end of its log; a log of many megabytes is not read as a whole.
+# An error is at the end of its log; a log of many megabytes is not read completely.
 _TAIL = 1 << 18
-# What tells that somebody, or Slurm in favour of others, ended a job: that is no failure of the job.
+# Signs that a user, or Slurm for another job, stopped a job: this is not a failure.
 _STOPPED = re.compile(
     r"^stopped: |CANCELLED AT \S+( DUE TO (PREEMPTION|JOB REQUEUE|SIGNAL.*))? \*", re.I
 )
-# How Snakemake writes down a failure. A message may have many lines.
+# Snakemake's format of a failure. A message may have many lines.
 _FAILURE = re.compile(
     r"^\[(?P<time>\w{3} \w{3} [ \d]\d [\d:]{8} \d{4})\]\nError in rule (?P<rule>\w+):\n"
     r"    message: (?P<message>(?s:.*?))\n    jobid: .*\n(?P<fields>(?:    .*\n)*)",
     re.MULTILINE,
 )
-# What follows an executor's message and tells a person nothing.
+# The useless text after an executor's message.
 _CHATTER = r" Detailed failure reason unavailable|For further error details|\n    sbatch call:"
-# Snakemake's logs, newest first, that are searched for failures: each start of it leaves one.
+# The number of Snakemake's newest logs to search for failures; each start writes one.
 _RUNS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Planned):
-    """A job and its state; what `failed` and `interrupted` ones left behind."""
+    """A job and its state; for `failed` and `interrupted` jobs also the error."""
 
     state: JobState
     slurm_job: str | None = None
     slurm_log: str | None = None
     error: list[str] = field(default_factory=list)
-    """The lines that tell why: Slurm's word first, then the last ones of the job's log."""
+    """The lines that say why: Slurm's first, then the last ones of the job's log."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """Snakemake's note that an output's job was started and has not ended."""
+    """Snakemake's marker that an output's job was started and has not ended."""
 
     time: float
     slurm_job: str | None
-    """Only until the job begins: then the node writes a marker of its own, without it."""
+    """Only until the job starts: then the node writes another marker, without it."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file below the folder Snakemake works in, and when it was last written."""
+    """A file in Snakemake's working folder, and when it was last written."""
 
     path: str
     time: float
@@ -90,11 +90,11 @@ class File:
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure that Snakemake saw and wrote into its log."""
+    """A failure in Snakemake's log."""
 
     time: float
     message: str | None
-    """Of the executor; a local job has none."""
+    """From the executor; a local job has none."""
     slurm_job: str | None
 
 
@@ -115,7 +115,7 @@ class Status:
         """JSON values: ``folder``, ``at_work``, ``counts`` by state, ``jobs`` with their fields."""
         jobs = [{"name": job.name, **asdict(job)} for job in self.jobs]
         for job in jobs:
-            # `needed` says of a job that runs what Snakemake will think once it has ended.
+            # For a running job, `needed` is Snakemake's view after the job has ended.
             for key in ("needed", "after", "threads", "resources"):
                 del job[key]
         counts = {str(state): number for state, number in self.counts.items()}
@@ -123,10 +123,10 @@ class Status:
 
 
 def read_status(arguments: Sequence[str]) -> Status:
-    """Return the state of every job that `arguments`, those of a `snakemake` command, ask for.
+    """Return the state of every job for the `arguments` of a `snakemake` command.
 
     Raises:
-        InputError: Snakemake cannot plan the graph; the message is its own.
+        InputError: Snakemake cannot plan the graph; with its own message.
     """
     graph = read_graph(arguments)
     at_work = snakemake_at_work(graph.folder)
@@ -134,14 +134,14 @@ def read_status(arguments: Sequence[str]) -> Status:
     return Status(graph.folder, at_work, [evidence.judge(job, at_work) for job in graph.jobs])
 
 
-# --- what lies in .snakemake ------------------------------------------------------------------------
+# --- the folder .snakemake --------------------------------------------------------------------------
 
 
 def snakemake_at_work(folder: Path) -> bool:
-    """Whether a Snakemake works in `folder`: it holds locks there, and lives.
+    """Whether a Snakemake runs in `folder`: it holds locks there, and is alive.
 
-    One that was killed leaves its locks. On this host its process is looked for; a Snakemake that
-    was started on another one is believed to live.
+    A killed Snakemake leaves its locks. On this host its process is searched for; a Snakemake that
+    was started on another host is assumed to be alive.
     """
     owners = set()
     for lock in (folder / ".snakemake/locks").glob("*.lock"):
@@ -149,7 +149,7 @@ def snakemake_at_work(folder: Path) -> bool:
             owners.add(lock.stat().st_uid)
     for process in psutil.process_iter(["cmdline", "cwd", "uids"]):
         words, place = process.info["cmdline"] or [], process.info["cwd"]
-        # Where another user's process works cannot be seen: that it may be here has to do.
+        # The folder of another user's process is not visible: assume that it is this one.
         here = place == str(folder) or (place is None and process.info["uids"].real in owners)
         if here and _works(words) and (owners or "--nolock" in words):
             return True
@@ -157,7 +157,7 @@ def snakemake_at_work(folder: Path) -> bool:
 
 
 def _works(words: Sequence[str]) -> bool:
-    """Whether a process of these words is a Snakemake that runs a graph, not one job, not a look."""
+    """Whether this command line is a Snakemake that runs a graph: not a single job, not a query."""
     called = any(Path(word).name == "snakemake" for word in words[:4])
     looks = {"-n", "--dry-run", "--dryrun", "-S", "--summary", "-D", "--detailed-summary", "--mode"}
     return called and looks.isdisjoint(words)
@@ -172,7 +172,7 @@ def _host_of_last_run(folder: Path) -> str | None:
 
 
 def _snakemake_logs(folder: Path) -> list[Path]:
-    """Snakemake's logs, newest first: their names are dates."""
+    """Snakemake's logs, newest first (their names are dates)."""
     return sorted((folder / ".snakemake/log").glob("*.snakemake.log"), reverse=True)[:_RUNS]
 
 
@@ -183,13 +183,13 @@ def read_markers(folder: Path) -> dict[str, Marker]:
     for directory, _, names in os.walk(root):
         for name in names:
             path = Path(directory, name)
-            # A name too long for a file goes on in folders, each with an @ before its part.
+            # A name too long for a file continues in folders, each with an @ before its part.
             parts = [part.removeprefix("@") for part in path.relative_to(root).parts]
             try:
                 output = urlsafe_b64decode("".join(parts)).decode()
                 written = path.stat().st_mtime
                 content = path.read_text()
-            except (OSError, ValueError):  # ended meanwhile, or no marker
+            except (OSError, ValueError):  # the job has ended, or not a marker
                 continue
             try:
                 job = json.loads(content)["external_jobid"]
@@ -209,7 +209,7 @@ def read_failures(folder: Path) -> dict[tuple[str, str], Failure]:
 
 
 def parse_failures(text: str) -> Iterator[tuple[tuple[str, str], Failure]]:
-    """Yield the failures a log of Snakemake's tells of: rule and outputs joined, what it says."""
+    """Yield the failures in a log of Snakemake: rule and joined outputs, and the failure."""
     for found in _FAILURE.finditer(plain(text)):
         fields = dict(re.findall(r"^    ([\w-]+): (.*)$", found["fields"], re.MULTILINE))
         message = re.split(_CHATTER, found["message"])[0]
@@ -238,7 +238,7 @@ def ask_squeue(jobs: Iterable[str]) -> dict[str, JobState] | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    # Slurm forgets a job some minutes after its end; asked for that one alone, squeue fails.
+    # Slurm forgets a job some minutes after its end; a query for that job only then fails.
     if done.returncode and "Invalid job id" not in done.stderr:
         return None
     return parse_squeue(done.stdout)
@@ -255,15 +255,15 @@ def parse_squeue(text: str) -> dict[str, JobState]:
 
 
 def slurm_lines(text: str) -> list[str]:
-    """Return the lines of a job's Slurm log in which Slurm itself tells of its end."""
+    """Return Slurm's own lines about a job's end from its Slurm log."""
     told = re.compile(r"^(?:slurmstepd|slurmd|srun)\S*: (?:error|fatal): .+$", re.MULTILINE)
     lines = dict.fromkeys(told.findall(plain(text)))
-    # That a task ended is known; why, the other lines and the job's own log tell.
+    # These lines say only that a task ended; others, and the job's own log, say why.
     return [line for line in lines if not re.search("Exited with exit|task .*Terminated$", line)]
 
 
 def find_slurm_logs(folder: Path) -> dict[str, dict[str, File]]:
-    """Return Slurm's logs under ``folder/.snakemake``: by the folder's name and the job's id.
+    """Return Slurm's logs under ``folder/.snakemake``, by the folder's name and the job's id.
 
     The plugin's folders are ``rule_<rule>/<wildcards joined by _>``, those of array jobs without
     wildcards; it removes the logs of jobs that succeeded. The oldest log of a folder comes first.
@@ -280,15 +280,15 @@ def find_slurm_logs(folder: Path) -> dict[str, dict[str, File]]:
     return logs
 
 
-# --- what logs tell ---------------------------------------------------------------------------------
+# --- errors in logs ---------------------------------------------------------------------------------
 
 
 def error_lines(text: str, most: int = 5) -> list[str]:
-    """Return the lines of a job's log that tell its error, at most `most`; none without an error.
+    """Return the lines of a job's log with its error, at most `most`; none without an error.
 
-    These are the command line's own last words (``error: …``, ``stopped: …``), else the place and
-    the message of the last traceback, else what the shell says of a command that was killed or not
-    found. A keyboard interrupt is no error.
+    These are the command line's own last lines (``error: …``, ``stopped: …``), else the place and the
+    message of the last traceback, else the shell's message about a command that was killed or not
+    found. A keyboard interrupt is not an error.
     """
     lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in plain(text).split("\n")]
     for start in ("error: ", "stopped: "):
@@ -297,7 +297,7 @@ def error_lines(text: str, most: int = 5) -> list[str]:
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
     blocks = [lines[i + 1 : end] for i, end in zip(starts, [*starts, None][1:], strict=True)]
     tracebacks = [found for block in blocks if (found := _end_of_traceback(block, most))]
-    # The launcher of several processes fails last, and only because one of them did.
+    # The launcher of several processes fails last, and only because a process failed.
     own = [found for found in tracebacks if not any("ChildFailedError" in line for line in found)]
     if last := (own or tracebacks)[-1:]:
         return [] if any(line.startswith("KeyboardInterrupt") for line in last[0]) else last[0]
@@ -306,7 +306,7 @@ def error_lines(text: str, most: int = 5) -> list[str]:
 
 
 def _end_of_traceback(lines: Sequence[str], most: int) -> list[str]:
-    """Of what follows a traceback's head: the innermost place and the exception's message."""
+    """From the lines after a traceback's head: the innermost place and the exception's message."""
     end = next((i for i, line in enumerate(lines) if line[:1].strip()), None)
     if end is None:  # cut off
         return []
@@ -321,7 +321,7 @@ def _end_of_traceback(lines: Sequence[str], most: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What lies in a folder about its jobs."""
+    """The records of a folder about its jobs."""
 
     folder: Path
     markers: dict[str, Marker]
@@ -332,7 +332,7 @@ class Evidence:
 
     @classmethod
     def of(cls, folder: Path, jobs: Iterable[Planned]) -> Evidence:
-        """Gather what tells of `jobs`; `squeue` is asked once."""
+        """Gather the records of `jobs`; `squeue` is called once."""
         found = cls(
             folder, read_markers(folder), read_failures(folder), find_slurm_logs(folder), None
         )
@@ -340,7 +340,7 @@ class Evidence:
         return replace(found, alive=ask_squeue(ids))
 
     def judge(self, job: Planned, at_work: bool) -> Job:
-        """Return `job` with its state; `at_work`: a Snakemake works in the folder."""
+        """Return `job` with its state; `at_work`: a Snakemake runs in the folder."""
         marker = self._marker(job)
         if not marker and not job.needed:
             return Job(**vars(job), state="done")
@@ -363,14 +363,14 @@ class Evidence:
             log = None  # an earlier attempt's
         own, slurm = error_lines(self._tail(log)), slurm_lines(self._tail(slurm_log))
         unmade = marker or any(self._time(output) is None for output in job.outputs)
-        # What a cancelled job's processes say of their end tells nothing of its cause.
+        # The messages of a cancelled job's processes do not give the cause.
         causes = own + ([line for line in slurm if "CANCELLED AT" in line] or slurm)
         fatal = any(not _STOPPED.search(line) for line in causes)
         if not (failure or (fatal and unmade)):
-            # Without a trace its input is not there or has changed, or the output was removed.
+            # No record: its input is missing or has changed, or the output was removed.
             return ("interrupted" if marker or (causes and unmade) else "waiting"), slurm + own
         said = failure.message.split("\n") if failure and failure.message else []
-        if own + slurm:  # they tell more than that the Slurm job has failed
+        if own + slurm:  # they say more than that the Slurm job has failed
             said = [line for line in said if "'FAILED'" not in line]
         if said + own + slurm:
             return "failed", said + slurm + own
@@ -381,7 +381,7 @@ class Evidence:
         return max(found, key=lambda marker: marker.time, default=None)
 
     def _failure(self, job: Planned) -> Failure | None:
-        """The job's last failure, unless it was started again since, or brought to an end."""
+        """The job's last failure, unless it was started again or finished since."""
         failure = self.failures.get((job.rule, ", ".join(job.outputs)))
         if failure is None or self._marker(job):
             return None
@@ -389,8 +389,8 @@ class Evidence:
         return failure if max(later) <= failure.time + _SLACK else None
 
     def _slurm(self, job: Planned) -> tuple[str | None, File | None]:
-        """The Slurm job of the last attempt and its log, where there are any."""
-        task = self.slurm_logs.get(f"rule_{job.rule}", {})  # the tasks of an array; no wildcards
+        """The Slurm job of the last attempt and its log, if any."""
+        task = self.slurm_logs.get(f"rule_{job.rule}", {})  # array tasks have no wildcards
         wildcards = "_".join(job.wildcards.values()).replace("/", "_")
         own = self.slurm_logs.get(f"rule_{job.rule}/{wildcards}", {}) if wildcards else task
         marker, failure = self._marker(job), self._failure(job)
@@ -400,7 +400,7 @@ class Evidence:
         if marker:
             fitting = [i for i, log in own.items() if log.time >= marker.time - _SLACK][-1:]
         elif not failure and job.needed and (log := self._log(job)):
-            # The same job of another run has its Slurm logs in the same folder.
+            # The same job of another run writes its Slurm logs into the same folder.
             later = [i for i, slurm in own.items() if slurm.time >= log.time - _SLACK][:1]
             fitting = [i for i in later if self._may_tell_of(job, own[i])]
         else:
@@ -440,9 +440,9 @@ def print_status(status: Status, console: Console | None = None, most: int = 20)
     console = console or Console()
     console.print(_table(status))
     counts = status.counts
-    work = "Snakemake is at work" if status.at_work else "no Snakemake is at work"
+    work = "Snakemake is running" if status.at_work else "Snakemake is not running"
     if not status.at_work and counts["running"] + counts["queued"]:
-        work += ", its Slurm jobs go on without it"
+        work += ", but its Slurm jobs continue"
     console.print(f"\n{counts['done']} of {len(status.jobs)} jobs are done; {work}")
     told = [job for job in status.jobs if job.state in ("failed", "interrupted")]
     for job in told[:most]:
@@ -454,8 +454,8 @@ def print_status(status: Status, console: Console | None = None, most: int = 20)
         console.print(f"\n… and {len(told) - most} more: --json lists them all")
     if counts["interrupted"] and not status.at_work:
         console.print(
-            "\nAn interrupted run goes on with `snakemake --rerun-incomplete`, "
-            "after a kill with `snakemake --unlock` before it."
+            "\nContinue an interrupted run with `snakemake --rerun-incomplete`; "
+            "after a kill, run `snakemake --unlock` first."
         )
 
 
@@ -498,7 +498,7 @@ def _cells(counts: Mapping[JobState, int], states: Sequence[JobState]) -> list[T
 
 
 def _now(jobs: Sequence[Job], most: int = 3) -> str:
-    """What of a rule runs now."""
+    """The running jobs of a rule."""
     names = [job.name for job in jobs if job.state == "running" and job.name]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

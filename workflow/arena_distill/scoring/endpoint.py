@@ -1,8 +1,8 @@
-"""Query an OpenAI-compatible endpoint: many requests at a time, and none that was answered again.
+"""Query an OpenAI-compatible endpoint: many requests in parallel, and each only until it is answered.
 
-Answers go to disk as they arrive, under a digest of what decides them. Whatever ends a job (a refusal, a
-signal, the cost limit), requests under way are waited for and their answers kept, and the next attempt asks
-for the others alone; only a kill, or a second signal, loses the answers to those under way.
+Answers are written as they arrive, under a digest of their request. When a job ends (by a refusal, a
+signal or the cost limit), it waits for open requests and keeps their answers, and the next attempt sends
+only the rest. Only a kill, or a second signal, loses the answers to open requests.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from arena_distill.config.external import EndpointLimits
 from arena_distill.errors import InputError, Stopped
 
 PASSING = (408, 409, 425, 429)
-"""Statuses that, as those from 500 on, another attempt may not meet."""
+"""Statuses to retry, besides those from 500 on."""
 
 ADVICE = {
     400: "is it too long for the model (max_characters), or a field it does not know (parameters)?",
     401: "check the key",
-    402: "the account has to be topped up",
-    403: "check what the key may do",
+    402: "add credit to the account",
+    403: "check the permissions of the key",
     404: "check `url` (most end in /v1) and `model`",
     413: "lower max_characters",
-    429: "the account has to be topped up",  # insufficient_quota: the others pass
+    429: "add credit to the account",  # insufficient_quota; other 429s are retried
     422: "is it too long for the model (max_characters), or a field it does not know (parameters)?",
 }
 
@@ -66,7 +66,7 @@ _BACKOFF = wait_exponential_jitter(initial=0.5, max=60, jitter=0.5)  # seconds: 
 
 
 class _Part(BaseModel):
-    # What is not needed is left out, and so not kept either.
+    # Other fields are dropped and not stored.
     model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="constants")
 
 
@@ -76,7 +76,7 @@ class Alternative(_Part):
 
 
 class Token(Alternative):
-    """A token that was generated, and the most probable ones at its place."""
+    """A generated token, and the most probable ones at its position."""
 
     top_logprobs: tuple[Alternative, ...] = ()
 
@@ -98,29 +98,29 @@ class _Usage(_Part):
 
 
 class Completion(_Part):
-    """What is kept of an answer: the tokens' log-probabilities and how many tokens were counted."""
+    """The stored part of an answer: the tokens' log-probabilities and the token counts."""
 
     choices: tuple[_Choice, ...] = Field(min_length=1)
     usage: _Usage | None = None
 
     def tokens(self) -> tuple[Token, ...] | None:
-        """The generated tokens; None where the endpoint tells no log-probabilities."""
+        """The generated tokens; None if the endpoint returns no log-probabilities."""
         logprobs = self.choices[0].logprobs
         return None if logprobs is None else logprobs.content
 
     def counts(self) -> tuple[int, int]:
-        """Prompt and generated tokens; 0 where the endpoint does not count them."""
+        """Prompt and generated tokens; 0 if the endpoint does not count them."""
         return (self.usage.prompt_tokens, self.usage.completion_tokens) if self.usage else (0, 0)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question.
+    """One request.
 
-    name: what it is about, for messages.
+    name: its battle and order, for messages.
     url: of the API.
     content: the request's body, JSON.
-    most_tokens: how many it may generate.
+    most_tokens: the most tokens to generate.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Request:
 
     @cached_property
     def key(self) -> bytes:
-        """A digest of everything that decides the answer."""
+        """A digest of everything that determines the answer."""
         return hashlib.sha256(self.url.encode() + b"\n" + self.content).digest()
 
 
@@ -151,20 +151,20 @@ class Answers:
         self._database.close()
 
     def tokens(self, key: bytes) -> tuple[int, int] | None:
-        """Prompt and generated tokens of an answer; None where there is none."""
+        """Prompt and generated tokens of an answer; None if there is no answer."""
         return self._row("prompt_tokens, completion_tokens", key)
 
     def get(self, key: bytes) -> Completion:
-        """An answer that is there."""
+        """Return a stored answer."""
         row = self._row("completion", key)
         if row is None:
             raise KeyError(key)
         return Completion.model_validate_json(row[0])
 
     def put(self, completions: Mapping[bytes, Completion]) -> None:
-        """Keep answers; they are on the disk when this returns."""
+        """Store answers; they are on disk when this returns."""
         rows = [(key, c.model_dump_json(), *c.counts()) for key, c in completions.items()]
-        with self._told(), self._database:  # a commit waits for the disk: one for all of them
+        with self._told(), self._database:  # a commit waits for the disk: one for all
             self._database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
 
     def _row(self, columns: str, key: bytes) -> Any:
@@ -176,16 +176,16 @@ class Answers:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:  # a full disk, no right to write
+        except sqlite3.OperationalError as error:  # full disk, no write permission
             raise InputError(f"{self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
             raise InputError(
-                f"{self.path}: damaged ({error}); move it away and run again: all will be asked anew"
+                f"{self.path}: damaged ({error}); move it away and run again: all requests are sent again"
             ) from error
 
 
 def cost(prompt_tokens: int, completion_tokens: int, limits: EndpointLimits) -> float:
-    """What tokens cost, in the currency of the prices; 0 where there are none."""
+    """The cost of tokens, in the currency of the prices; 0 without prices."""
     prompt, completion = limits.prompt_price or 0.0, limits.completion_price or 0.0
     return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
 
@@ -198,20 +198,20 @@ def ask(
     spent: float,
     total: int,
 ) -> None:
-    """Ask all requests and keep the answers.
+    """Send all requests and store the answers.
 
     Args:
         requests: those without an answer.
-        answers: where the answers go.
-        spent: what earlier answers have cost, for `max_cost`. A request is sent only if it cannot exceed
-            that: of its prompt no more is known than that it has no more tokens than bytes. An attempt
-            that fails is taken to cost nothing.
-        total: how many requests there are, for the progress.
+        answers: the store of the answers.
+        spent: the cost of earlier answers, for `max_cost`. A request is sent only if it cannot exceed
+            that; its prompt is assumed to have a token per byte. A failed attempt is assumed to cost
+            nothing.
+        total: the number of all requests, for the progress.
 
     Raises:
-        InputError: the endpoint refuses a request, keeps failing at it, or tells no log-probabilities;
-            or `max_cost` is reached. What was answered is kept.
-        Stopped: SIGINT or SIGTERM came. What was answered is kept.
+        InputError: the endpoint refuses a request, keeps failing, or returns no log-probabilities; or
+            `max_cost` is reached. Answers are kept.
+        Stopped: by SIGINT or SIGTERM. Answers are kept.
     """
     left, stop = total, threading.Event()
     failures: list[InputError] = []
@@ -225,7 +225,7 @@ def ask(
         return limits.max_cost is not None and expected > limits.max_cost
 
     def settle(until: int) -> None:
-        """Take answers in until so many requests are under way."""
+        """Collect answers until at most `until` requests are open."""
         nonlocal spent, left
         while len(under_way) > until:
             arrived: dict[bytes, Completion] = {}
@@ -251,7 +251,7 @@ def ask(
             for request in requests:
                 settle(limits.concurrency - 1)
                 if too_much(request):
-                    settle(0)  # what is under way costs less than feared
+                    settle(0)  # open requests cost less than their bound
                 if stop.is_set():
                     break
                 if too_much(request):
@@ -260,19 +260,19 @@ def ask(
                 under_way[pool.submit(client.ask, request)] = request
             settle(0)
         finally:
-            stop.set()  # nobody waits for another attempt any more
+            stop.set()  # no thread waits for another attempt any more
     if heard and left:
         raise Stopped(
-            f"{heard[0].name} received: {left:,} of {total:,} requests are left; the next attempt goes "
-            "on from there",
+            f"{heard[0].name} received: {left:,} of {total:,} requests are left; the next attempt sends "
+            "only these",
             heard[0],
         )
     if failures:
-        raise InputError(f"{failures[0]}; what was answered is kept: run again to ask for the rest")
+        raise InputError(f"{failures[0]}; all answers are kept: run again to request the rest")
 
 
 class _Passing(Exception):
-    """Another attempt may succeed, after so many seconds if the server has said."""
+    """Another attempt may succeed, after `retry_after` seconds if the server sent it."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -284,7 +284,7 @@ class _Refused(Exception):
 
 
 class _Client:
-    """Sends requests, from several threads, at the agreed rate and again where that may help."""
+    """Sends requests from several threads, limits their rate, and retries them."""
 
     def __init__(self, limits: EndpointLimits, stop: threading.Event) -> None:
         self._traffic, self._stop = limits, stop
@@ -315,7 +315,7 @@ class _Client:
             wait=_seconds_to_wait,
             sleep=sleep_using_event(self._stop),
             before_sleep=lambda state: print(
-                f"{request.name}: {_error(state)}; again in {state.upcoming_sleep:.1f} s",
+                f"{request.name}: {_error(state)}; retry in {state.upcoming_sleep:.1f} s",
                 flush=True,
             ),
             reraise=True,
@@ -325,7 +325,7 @@ class _Client:
     def _attempt(self, request: Request) -> Completion:
         self._pace.wait()
         if self._stop.is_set():
-            raise _Passing("stopped before it was asked")
+            raise _Passing("stopped before it was sent")
         try:
             response = self._post(request)
         except httpx2.TimeoutException:
@@ -346,11 +346,11 @@ class _Client:
             ) from None
         if completion.tokens() is None:
             raise _Refused(
-                "the endpoint tells no log-probabilities: this model cannot be a judge here"
+                "the endpoint returns no log-probabilities: this model cannot be a judge"
             )
         if completion.usage is None and self._traffic.max_cost is not None:
             raise _Refused(
-                "the endpoint counts no tokens, so max_cost cannot be kept: leave it out"
+                "the endpoint counts no tokens, but max_cost depends on them: remove max_cost"
             )
         return completion
 
@@ -382,16 +382,16 @@ class _Client:
         if (status in PASSING or status >= 500) and "insufficient_quota" not in response.text:
             pause = _retry_after(response)
             if status == 429:
-                self._pace.pause(pause)  # all of us are asking too fast
+                self._pace.pause(pause)  # all threads are too fast
             return _Passing(said, pause)
         advice = ADVICE.get(status, "check `url`")
         if status in (401, 403):
             name = self._traffic.api_key_env
-            advice += f" in {name}" if name else ": api_key_env names no variable that holds one"
+            advice += f" in {name}" if name else ": api_key_env names no variable with a key"
         return _Refused(f"{said}; {advice}")
 
     def _said(self, response: httpx2.Response) -> str:
-        """What the server says is wrong, in one line."""
+        """The server's error message, in one line."""
         try:
             said = response.json()
             for name in ("error", "message", "detail"):
@@ -435,12 +435,12 @@ def _api_key(variable: str | None) -> str:
             f"the environment variable {variable} (api_key_env) holds no key: export it"
         )
     if not (key.isascii() and key.isprintable()):
-        raise InputError(f"the environment variable {variable} holds something else than a key")
+        raise InputError(f"the environment variable {variable} (api_key_env) holds no valid key")
     return key
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Seconds the server asks to wait, given as such or as a date (RFC 9110, 10.2.3); else 0."""
+    """Seconds to wait from the server's Retry-After, a number or a date (RFC 9110, 10.2.3); else 0."""
     value = response.headers.get("Retry-After", "")
     try:
         if re.fullmatch(r"[0-9]+(\.[0-9]*)?", value):
@@ -474,25 +474,25 @@ def _failure(request: Request, error: Exception, limits: EndpointLimits) -> Inpu
 def _too_dear(spent: float, limits: EndpointLimits) -> InputError:
     return InputError(
         f"{spent:.6g} is spent, and another request could exceed max_cost: {limits.max_cost:g}; "
-        "raise max_cost to go on"
+        "raise max_cost to continue"
     )
 
 
 @contextmanager
 def _listening(stop: threading.Event) -> Iterator[list[signal.Signals]]:
-    """Turn a signal that ends the job into `stop`; the second one ends it at once."""
+    """Set `stop` on a signal that ends the job; a second signal ends it at once."""
     heard: list[signal.Signals] = []
     before: dict[int, Any] = {}
 
     def hear(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        # Not by `print`, which it may have interrupted.
+        # Not with `print`, which the signal may have interrupted.
         if heard:
-            os.write(2, f"\n{name}: stopped without the requests under way\n".encode())
-            os._exit(128 + number)  # what was answered is on disk
+            os.write(2, f"\n{name}: stopped without waiting for open requests\n".encode())
+            os._exit(128 + number)  # answers are on disk
         heard.append(signal.Signals(number))
         stop.set()
-        os.write(2, f"\n{name}: waiting for the requests under way; again: stop at once\n".encode())
+        os.write(2, f"\n{name}: waiting for open requests; again: stop at once\n".encode())
 
     for ending in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(ending) != signal.SIG_IGN:  # see `jobs.ignore_signals`

@@ -1,13 +1,13 @@
-"""Judges that are not trained here: their logits come from a file, or from an endpoint that is asked.
+"""Get the logits of external judges from a file or from an endpoint.
 
-Either way they become one file of all labelled battles (sources train and extra), and of those without
-votes that students learn from it. Of it each fold is dealt its rows: evaluation and students find what they
-would find of a judge that is trained here. The judge is the same in every fold, so its out-of-fold and its
-in-sample logits are the same.
+They are written to one file of all labelled battles (sources train and extra), and of the battles without
+votes that students learn from the judge. Each fold gets its rows of it, in the same form as for a judge
+that is trained here. The judge is the same in every fold, so its out-of-fold and its in-sample logits are
+equal.
 
-An endpoint is a chat model. It is shown a battle in both orders and asked for one token, the verdict; the
-log-probabilities of the three verdicts are the logits. (On chat models as judges, and how much the order
-of the answers matters to them: Zheng et al. 2023, arXiv:2306.05685.)
+An endpoint is a chat model. Its prompt is a battle, in both orders, and asks for one token, the verdict;
+the log-probabilities of the three verdicts are the logits. (On chat models as judges, and the effect of the
+order of the answers on them: Zheng et al. 2023, arXiv:2306.05685.)
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from arena_distill.scoring.endpoint import Alternative, Request, Token
 from arena_distill.verdicts import CLASSES, ORDERS, Order, swap_classes
 
 COLUMNS: Mapping[str, tuple[str, str, str]] = {
-    # What a file may hold, and the columns of A, B and tie.
+    # The forms of a file, and their columns of A, B and tie.
     "logits": ("logit_model_a", "logit_model_b", "logit_tie"),
     "probabilities": ("p_model_a", "p_model_b", "p_tie"),
     "predictions": ("winner_model_a", "winner_model_b", "winner_tie"),  # as in a submission
 }
 
 LEAST = 1e-6
-"""A probability of a file that is smaller, or 0, counts as this: its logarithm has to be finite. So does
-what a list of the most probable tokens leaves over, where it is no more than a rounding error."""
+"""The smallest probability: smaller ones in a file, or 0, count as this, so that the logarithm is finite.
+So does the rest that a list of the most probable tokens leaves, if it is a rounding error."""
 
 TEMPLATE = """\
 {instructions}
@@ -60,7 +60,7 @@ TEMPLATE = """\
 </answer_b>
 
 Verdict ({a}, {b} or {tie}):"""
-"""What an endpoint is asked: one message of the user, which every chat template knows."""
+"""The prompt: one user message, which every chat template supports."""
 
 NEXT_TURN = "\n\n[next turn]\n\n"
 LEFT_OUT = "\n[…]\n"
@@ -72,10 +72,10 @@ _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 def split_external_logits(
     logits: Path, folds: Path, fold: int, output: Path, *, settings: LogitsSettings
 ) -> None:
-    """Write the rows of a fold out of an external judge's logits → `fold_<k>.npy` and its ids.
+    """Write a fold's rows of an external judge's logits → `fold_<k>.npy` and its ids.
 
-    The judge is the same in all folds and trained in none; which rows a fold's file holds, and which of
-    them validate, is as it is for a judge that is trained.
+    The judge is the same in all folds; the rows of a fold's file, and its validation rows, are those of
+    a judge that is trained.
     """
     scores, ids = read_logits(logits)
     rows = fold_rows(read_parquet(folds), fold, settings)
@@ -84,7 +84,7 @@ def split_external_logits(
     )
     if lacking := pc.sum(unjudged).as_py():
         raise InputError(
-            f"{logits}: {lacking:,} unlabelled battles are not judged, but students learn them from this "
+            f"{logits}: {lacking:,} unlabelled battles have no logits, but students learn them from this "
             "judge: add them to its file (source: unlabelled), or set the students' pseudo_labels: false"
         )
     place = locate(key(rows), key(ids), f"logits in {logits}")
@@ -100,15 +100,14 @@ def split_external_logits(
 def read_external_logits(file: Path, battles: Path, output: Path, *, settings: Settings) -> None:
     """Read a judge's logits or probabilities from a parquet, CSV or JSONL file → `logits.npy` and its ids.
 
-    The file has a row per battle, or one per battle and order, with the columns `id`, `source` (train,
-    extra or unlabelled; without the column: train), `order` (AB or BA: which answer the judge saw first;
-    without the column: AB) and one of the triples of `COLUMNS`. These are of the battle's own model_a and
-    model_b, whatever the order. An order that a battle lacks takes the other one's; rows of other battles
-    are ignored; battles without votes may be missing. The output is float32 (rows, orders, 3), natural
-    logarithms of probabilities.
+    The file has a row per battle, or per battle and order, with the columns `id`, `source` (train, extra
+    or unlabelled; default: train), `order` (AB or BA: which answer the judge saw first; default: AB) and
+    one of the triples of `COLUMNS`. These refer to the battle's own model_a and model_b in both orders. A
+    missing order is copied from the other one; rows of other battles are ignored; battles without votes
+    may be missing. The output is float32 (rows, orders, 3), natural logarithms of probabilities.
 
     Raises:
-        InputError: the file is unusable, a value is none, or a battle is missing or there twice.
+        InputError: the file is unusable, a value is invalid, or a battle is missing or duplicated.
     """
     rows = _battles(battles, unlabelled=True)
     keys, order, scores = _judged(file)
@@ -124,8 +123,8 @@ def read_external_logits(file: Path, battles: Path, output: Path, *, settings: S
     if (missing := absent & labelled).any():
         example = wanted[int(missing.argmax())]
         raise InputError(
-            f"{file}: {missing.sum():,} of {labelled.sum():,} labelled battles are not judged, {example} "
-            "among them; the file needs all of sources train and extra"
+            f"{file}: {missing.sum():,} of {labelled.sum():,} labelled battles are missing, for example "
+            f"{example}; the file needs all battles of sources train and extra"
         )
     rows, logits, lacks = rows.filter(pa.array(~absent)), logits[~absent], lacks[~absent]
     logits = np.where(lacks[..., None], logits[:, ::-1], logits)
@@ -175,7 +174,7 @@ def _judged(file: Path) -> tuple[pa.Array, np.ndarray, np.ndarray]:
 
 
 def _numbers(file: Path, numbers: np.ndarray, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """A column of texts as numbers: float64 (rows,)."""
+    """Parse a text column as numbers: float64 (rows,)."""
     column = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
     good = pc.match_substring_regex(column, _NUMBER).to_numpy()
     _refuse(file, numbers, name, ~good, "a number expected")
@@ -190,7 +189,7 @@ def _refuse(file: Path, numbers: np.ndarray, column: str, bad: np.ndarray, why: 
 
 
 def _positions(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
-    """Where the wanted keys are among the available ones: int64 (wanted,), -1 where they are not."""
+    """Positions of the wanted keys among the available ones: int64 (wanted,), -1 if missing."""
     counts = pc.value_counts(available.filter(pc.is_in(available, wanted)))
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
@@ -211,33 +210,33 @@ def query_endpoint(
     settings: QuerySettings,
     limits: EndpointLimits,
 ) -> None:
-    """Ask an endpoint about all labelled battles in both orders → `logits.npy`, its ids, `cost.json`.
+    """Query an endpoint for all labelled battles in both orders → `logits.npy`, its ids, `cost.json`.
 
-    And about those without votes, where a student learns them.
+    Also for battles without votes, if a student learns them.
 
     Args:
-        answers: folder in which answers are kept; what is there already is not asked again.
-        settings: what decides the answers.
-        limits: how they are asked for.
+        answers: folder of the stored answers; their requests are not sent again.
+        settings: all that determines the answers.
+        limits: rate, retries and cost of the requests.
 
     Raises:
-        InputError: the endpoint refuses or keeps failing, `max_cost` is reached, or no answer holds a
+        InputError: the endpoint refuses or keeps failing, `max_cost` is reached, or no answer has a
             verdict.
-        Stopped: SIGINT or SIGTERM came.
+        Stopped: by SIGINT or SIGTERM.
     """
     questions = Questions(_battles(battles, TEXTS, unlabelled=settings.unlabelled), settings)
     if questions.cut:
         print(
             f"{questions.cut:,} of {len(questions.rows):,} battles have a text of more than "
-            f"{settings.max_characters:,} characters: its middle is left out",
+            f"{settings.max_characters:,} characters: its middle is cut out",
             flush=True,
         )
     with closing(endpoint.Answers(answers)) as kept:
-        keys: dict[bytes, int] = {}  # equal requests are one
+        keys: dict[bytes, int] = {}  # equal requests are sent once
         number_of = np.array([keys.setdefault(request.key, len(keys)) for request in questions])
         known = [kept.tokens(key) for key in keys]
         unknown = [number for number, tokens in enumerate(known) if tokens is None]
-        print(f"{len(keys):,} requests, {len(unknown):,} of them to be asked", flush=True)
+        print(f"{len(keys):,} requests, {len(unknown):,} of them to send", flush=True)
         first = np.unique(number_of, return_index=True)[1]
         if unknown:
             endpoint.ask(
@@ -252,9 +251,9 @@ def query_endpoint(
     scores, listed = (np.array(part) for part in zip(*found, strict=True))
     if not listed.any():
         raise InputError(
-            f"{settings.url}: none of {len(keys):,} answers of {settings.model} holds one of the verdicts "
-            f"{', '.join(settings.verdicts)}: change `instructions` or `verdicts`; a model that thinks "
-            "first has to be told not to (parameters)"
+            f"{settings.url}: none of {len(keys):,} answers of {settings.model} has one of the verdicts "
+            f"{', '.join(settings.verdicts)}: change `instructions` or `verdicts`; if the model reasons "
+            "before it answers, switch that off (parameters)"
         )
     seen = _log_softmax(scores)[number_of].reshape(-1, len(ORDERS), len(CLASSES))
     logits = np.stack([seen[:, 0], swap_classes(seen[:, 1])], axis=1).astype(np.float32)
@@ -285,7 +284,7 @@ def query_endpoint(
 
 
 TEXTS = {"prompt": "question", "response_a": "answer_a", "response_b": "answer_b"}
-"""Columns of the battles, and what `TEMPLATE` calls them."""
+"""Columns of the battles, and their names in `TEMPLATE`."""
 
 
 class Questions:
@@ -341,15 +340,15 @@ class Questions:
 def verdict_scores(
     tokens: Sequence[Token], verdicts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probabilities of the three verdicts in an answer.
+    """Compute the log-probabilities of the three verdicts in an answer.
 
     "A", " A" and "a" are one verdict: their probabilities add up. Of several generated tokens the first
-    that is a verdict counts, or else the very first. A verdict that is not listed there is no more probable
-    than the least of the listed tokens, nor than all that they leave over (see `LEAST`): it gets the
-    smaller of these two bounds. Where there is no token, all verdicts are alike.
+    verdict counts, or else the first token. A verdict that is not listed there cannot be more probable than
+    the least probable listed token, nor than the rest that the listed ones leave (see `LEAST`): it gets the
+    smaller of these two bounds. Without a token, all verdicts are equal.
 
     Returns:
-        float64 (3,), in the frame of the answers as shown; and bool (3,), whether each was listed.
+        float64 (3,), for the answers as shown; and bool (3,), whether each was listed.
     """
     wanted = [_plain(verdict) for verdict in verdicts]
     if not tokens:
@@ -369,18 +368,18 @@ def verdict_scores(
 
 
 UNLIKELY = -9999.0
-"""What OpenAI and vLLM tell of a token whose log-probability they do not tell."""
+"""What OpenAI and vLLM return in place of an unknown log-probability."""
 
 
 def _plain(token: str) -> str:
-    # Some servers leave the sign that a tokenizer has for a space.
+    # Some servers return the tokenizer's own symbol for a space.
     return token.strip().lstrip("▁Ġ").casefold()
 
 
 def _shown(column: pa.ChunkedArray, most: int) -> tuple[pa.Array, np.ndarray]:
-    """A column of turns as texts of at most so many characters, and which of them were cut: bool (rows,).
+    """Turns as texts of at most `most` characters, and which of them were cut: bool (rows,).
 
-    Text is data: what looks like a tag of the template gets a space, so that no battle ends its own frame.
+    Text is data: what looks like a tag of the template gets a space, so that no battle can close its tag.
     """
     texts = pc.binary_join(column, NEXT_TURN).cast(pa.large_string()).combine_chunks()
     long = pc.greater(pc.utf8_length(texts), most)
@@ -395,7 +394,7 @@ def _summary(output: Path, figures: Mapping[str, Any]) -> str:
     verdicts = figures["verdicts"]
     parts = [
         f"{output}: {figures['battles']:,} battles in {len(ORDERS)} orders",
-        f"{figures['asked_now']:,} of {figures['requests']:,} requests asked now",
+        f"{figures['asked_now']:,} of {figures['requests']:,} requests sent now",
         f"{figures['prompt_tokens']:,} + {figures['completion_tokens']:,} tokens",
         *([] if figures["cost"] is None else [f"cost {figures['cost']:.4g}"]),
         f"the verdicts have {verdicts['probability']:.1%} of the probability",
@@ -411,7 +410,7 @@ def _summary(output: Path, figures: Mapping[str, Any]) -> str:
 
 
 def _battles(battles: Path, columns: Iterable[str] = (), *, unlabelled: bool) -> pa.Table:
-    """The labelled battles, and those without votes if asked: `id`, `source` and the columns asked for."""
+    """The labelled battles, and if `unlabelled` those without votes: `id`, `source` and `columns`."""
     table = read_parquet(battles, ["id", "source", *columns])
     sources = ["train", "extra", *(["unlabelled"] if unlabelled else [])]
     judged = pc.is_in(table["source"].cast(pa.string()), pa.array(sources))

@@ -1,6 +1,6 @@
 """Score the battles of a fold in both orders, for evaluation and for students: float32 logits.
 
-Beside them are the hidden states that students read (see ``models.hidden_states``).
+The hidden states for students are written with them (see ``models.hidden_states``).
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def predict_logits(
 ) -> None:
     """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
 
-    The file holds float32 (rows, orders, 3) in the canonical frame. The ids say of each row whether it
-    is a validation row of this fold: those alone are out-of-fold.
+    The file holds float32 (rows, orders, 3) in the canonical frame. The ids mark the validation rows of
+    this fold; only those are out of fold.
 
-    A shard is every n-th batch of rows that have like length, so shards take equally long and
-    :func:`gather_logits` makes of them what one job would have written: a row's batch, and so its last
-    bits, do not depend on the number of shards.
+    A shard is every n-th batch of rows of similar length, so shards take equally long, and
+    :func:`gather_logits` writes from them what one job would have written: a row's batch, and so its
+    last bits, do not depend on the number of shards.
 
     Raises:
         InputError: a logit or a state is not finite.
@@ -70,7 +70,7 @@ def predict_logits(
         precision=settings.precision,
         attention=attention,
         pad_token_id=read.vocabulary.pad,
-        head_seed=0,  # the adapter brings its own
+        head_seed=0,  # the adapter has its own
     )
     model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}
@@ -100,10 +100,10 @@ def predict_logits(
 def gather_logits(
     shards: Sequence[Path], folds: Path, fold: int, output: Path, *, settings: LogitsSettings
 ) -> None:
-    """Put the shards of a fold together, exactly: the bytes that one job would have written.
+    """Join the shards of a fold into exactly the bytes that one job would have written.
 
     Raises:
-        InputError: a shard is damaged, or a row is in none of them or in two.
+        InputError: a shard is damaged, or a row is missing or duplicated.
     """
     rows = fold_rows(read_parquet(folds), fold, settings)
     parts = [read_logits(path) for path in shards]
@@ -112,7 +112,7 @@ def gather_logits(
     if len(logits) != len(rows):
         raise InputError(
             f"{shards[0].parent}: the shards hold {len(logits):,} rows, the fold has {len(rows):,}; "
-            "delete them and run the workflow again: they will be rebuilt"
+            "delete them and run the workflow again"
         )
     place = locate(key(rows), key(ids), f"logits in {shards[0].parent}")
     states: dict[str, np.ndarray] = {
@@ -126,17 +126,17 @@ def gather_logits(
 def _checked(
     states: Mapping[State, np.ndarray], rows: np.ndarray, adapter: Path
 ) -> dict[str, np.ndarray] | None:
-    """The states of these rows; None where nobody wants any.
+    """The states of these rows; None if there are none to write.
 
     Raises:
-        InputError: a number is too large for float16. (Nothing is scaled, so that the head gives
-            the logits of what is stored; and final norms keep hidden states far below.)
+        InputError: a number is too large for float16. (States are not scaled, so that the head
+            reproduces the logits from them; final norms keep hidden states far below the limit.)
     """
     for name, values in states.items():
         if not np.isfinite(values).all():
             raise InputError(
-                f"{adapter}: its {name} reach beyond {np.finfo(np.float16).max:,.0f}, the largest "
-                f"number that is stored; students have to do without them: loss.{name}: 0"
+                f"{adapter}: its {name} exceed {np.finfo(np.float16).max:,.0f}, the largest number "
+                f"in float16; students cannot learn from them: set loss.{name}: 0"
             )
     return {name: values[rows] for name, values in states.items()} or None
 
@@ -146,7 +146,7 @@ def _about(settings: LogitsSettings, fold: int) -> dict[str, Any]:
 
 
 def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.ndarray:
-    """A judge's logits of the validation rows, each by the fold model that never saw it.
+    """Read a judge's logits of the validation rows, each from the fold that did not train on it.
 
     Args:
         folds: `folds.parquet`.
@@ -157,7 +157,7 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
         float32 (out-of-fold rows, orders, 3), in the canonical frame; rows in their order in `folds`.
 
     Raises:
-        InputError: a fold has no logits, or a row is missing, there twice, or unknown.
+        InputError: a fold has no logits, or a row is missing, duplicated or unknown.
     """
     logits = np.empty((len(folds), len(ORDERS), len(CLASSES)), np.float32)
     fold_of = folds["fold"].to_numpy()
@@ -171,7 +171,7 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
             raise InputError(f"{path}: {found.shape[1:]} logits a row, {logits.shape[1:]} expected")
         if "validation" not in ids.column_names:
             raise InputError(f"{ids_path(path)}: no column validation")
-        # Training and extra rows lie in the same file for students; they are no fold's validation.
+        # The file also holds training and extra rows for students; these validate no fold.
         mine = np.flatnonzero(ids["validation"].to_numpy())
         available = key(ids.take(pa.array(mine)))
         rows = validation_rows(folds, fold)
@@ -181,6 +181,6 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
             foreign = available.filter(pc.invert(pc.is_in(available, wanted)))
             raise InputError(
                 f"{ids_path(path)}: {len(foreign)} validation rows are not of fold {fold}, "
-                f"{foreign[0]} among them"
+                f"for example {foreign[0]}"
             )
     return logits[fold_of >= 0]
