@@ -131,7 +131,7 @@ def test_calibration_and_position_are_shown_for_every_judge(
     both = [small["calibration"][method] for method in METHODS]
     position = small["position"]
     by_caption = {
-        "What changes when": [
+        "Changes when": [
             percent(position["flip_rate"]),
             f"{position['total_variation']:.4f}",
             f"{signed(100 * position['first_place_preference'], 1)}\u202f%",
@@ -154,7 +154,7 @@ def test_calibration_and_position_are_shown_for_every_judge(
         assert rows[-1][1:] == expected
         assert len(header) == len(rows[-1])
     assert [row[0] for row in table(page, "All measures of small")[1:]] == [
-        "as it is", *METHODS,
+        "uncalibrated", *METHODS,
     ]  # fmt: skip
     assert "prediction.calibration" in page
 
@@ -169,7 +169,7 @@ def test_students_with_optimistic_scores_are_named(
     render_report(tmp_path / "metrics.json", tmp_path / "report.html")
     shown = " ".join((tmp_path / "report.html").read_text().split())
     assert "Out of fold, small is optimistic" in shown
-    assert "would make it too sure" in shown
+    assert "would make it overconfident" in shown
 
 
 def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_run_without_test_votes_has_a_report_and_all_its_files(tmp_path: Path)
     run = made_up_run(tmp_path)
     render_report(run.evaluate(test=False, rejected=None), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "votes are not known" in page
+    assert "votes of the test battles are unknown" in page
     assert "is not quantised" in page
     assert "Bayes" not in page
     assert "true probabilities" not in page
@@ -284,9 +284,9 @@ def test_leaks_are_shown_by_relation(
     for name, figures in (("clean", clean), ("leaking", leaking)):
         write_json(figures, tmp_path / f"{name}.json")
         render_report(tmp_path / f"{name}.json", tmp_path / f"{name}.html")
-    assert "No battle’s prompt" in (tmp_path / "clean.html").read_text()
+    assert "No battle has a prompt" in (tmp_path / "clean.html").read_text()
     shown = (tmp_path / "leaking.html").read_text()
-    assert "No battle’s prompt" not in shown
+    assert "No battle has a prompt" not in shown
     (pair,) = table(shown, "Pairs of battles")[1:]
     assert pair == ["train:7 <b>why</b>", "train:7 <i>how</i>", "0.91", "yes"]
 

@@ -1,4 +1,4 @@
-"""The command line that people use; the commands of the rules are in ``phase_cli``."""
+"""Define the command line for users; the commands of the rules are in ``phase_cli``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app.add_typer(phase_cli.app, name="phase")
 
 
 def main() -> NoReturn:
-    """Run a command; bad input ends in one line on stderr and exit status 1."""
+    """Run a command; on bad input, print one line on stderr and exit with status 1."""
     launch.ignore_signals()
     try:
         app(prog_name="arena-distill")
@@ -42,12 +42,12 @@ def main() -> NoReturn:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def plan(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every job.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
 ) -> None:
     """Report what a run will cost: memory, time, GPU-hours, disk; exits with 1 if a job cannot fit.
 
-    All other arguments are those of snakemake: --configfile, --config, --profile, targets.
+    All other arguments are passed to snakemake: --configfile, --config, --profile, targets.
     """
     from arena_distill.files.artifacts import write_json
     from arena_distill.planning.forecast import forecast, print_forecast
@@ -64,11 +64,11 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def status(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every job of it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every job.")] = False,
 ) -> None:
-    """Report what of a run is done, runs, waits and has failed, and why; exits with 1 if a job failed.
+    """Report which jobs are done, running, waiting or failed, and why; exits with 1 if a job failed.
 
-    All other arguments are those of snakemake: --configfile, --directory, --profile, targets.
+    All other arguments are passed to snakemake: --configfile, --directory, --profile, targets.
     """
     from arena_distill.runs.status import print_status, read_status
 
@@ -97,7 +97,7 @@ def pretrain_tiny(
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     battles: Annotated[int, typer.Option(help="Battles of the pool.")] = 40_000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 4,
-    seed: Annotated[int, typer.Option(help="Decides pool and weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of pool and weights.")] = 0,
 ) -> None:
     """Pretrain one of the tiny backbones that ship with the workflow, tokenizer included."""
     from arena_distill.models.tiny_backbones import pretrain_tiny

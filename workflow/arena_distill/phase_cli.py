@@ -1,8 +1,8 @@
-"""The commands of the rules, `arena-distill phase …`: one per rule, in the order that data flows.
+"""Define the commands of the rules, `arena-distill phase …`: one per rule, in the order of the data flow.
 
-Each can be run by hand. `--settings` takes what the rule hands over: JSON of one of the models in
-``config.phases`` (``snakemake -n -p`` prints it). A command imports its phase when it runs, so that
-`--help` and small jobs start at once, without torch.
+Each can be run by hand. `--settings` takes the rule's settings: JSON of one of the models in
+``config.phases`` (``snakemake -n -p`` prints it). A command imports its phase when it runs, so `--help`
+and small jobs start fast, without torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from arena_distill.runtime import launch
 from arena_distill.runtime.launch import Launch
 
 app = typer.Typer(
-    help="The phases of the workflow, as its rules run them.",
+    help="The phases of the workflow, as the rules run them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -67,7 +67,7 @@ def fetch_battles(
     output: Output,
     settings: Settings,
     without: Annotated[
-        list[Path] | None, typer.Option(help="Battles whose prompts are left out (repeatable).")
+        list[Path] | None, typer.Option(help="Omit battles with prompts of this file (repeatable).")
     ] = None,
 ) -> None:
     """Fetch a file of battles from Kaggle or the Hugging Face hub."""
@@ -79,7 +79,7 @@ def fetch_battles(
 
 @app.command()
 def simulate_arena(output: Output, settings: Settings) -> None:
-    """Write the synthetic arena: train, extra, ut and test battles, and the truth about them."""
+    """Write the synthetic arena: train, extra, ut and test battles, and their true probabilities."""
     from arena_distill.battles.simulation import write_arena
 
     write_arena(output, settings=parse(phase.ArenaSettings, settings))
@@ -121,7 +121,7 @@ def read_solution(
 
 @app.command()
 def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
-    """Deal the training battles into folds."""
+    """Assign the training battles to folds."""
     from arena_distill.battles.folds import write_folds
 
     write_folds(battles, output, settings=parse(phase.FoldsSettings, settings))
@@ -132,10 +132,10 @@ def audit_leaks(
     battles: Battles,
     folds: Folds,
     output: Output,
-    table: Annotated[Path, typer.Option(help="Where the worst examples go, as CSV.")],
+    table: Annotated[Path, typer.Option(help="CSV file for the worst examples.")],
     settings: Settings,
 ) -> None:
-    """Count battles whose prompt also stands where a judge has learned from it."""
+    """Count battles whose prompt is also in a judge's training battles."""
     from arena_distill.battles.audit import write_audit
 
     write_audit(battles, folds, output, table, settings=parse(phase.AuditSettings, settings))
@@ -149,10 +149,10 @@ def prepare_backbone(
     output: Output,
     settings: Settings,
     source: Annotated[
-        Path | None, typer.Argument(help="The whole model, where it was downloaded from the hub.")
+        Path | None, typer.Argument(help="The folder of the whole model from the hub.")
     ] = None,
 ) -> None:
-    """Make an ordinary folder of a hub model, a GGUF file, a model's first layers."""
+    """Make a Hugging Face folder from a hub model, a GGUF file or a model's first layers."""
     from arena_distill.models.preparation import prepare_backbone
 
     prepare_backbone(output, settings=parse(phase.BackboneSettings, settings), source=source)
@@ -235,13 +235,13 @@ def predict_logits(
     fold: Fold,
     output: Output,
     settings: Settings,
-    shard: Annotated[int, typer.Option(help="0 to --shards less 1.", min=0)] = 0,
+    shard: Annotated[int, typer.Option(help="0 to --shards - 1.", min=0)] = 0,
     shards: Annotated[int, typer.Option(help="Jobs that share the fold.", min=1)] = 1,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
     attention: Attention = "auto",
 ) -> None:
-    """Score a fold's battles in both orders; or one shard of them."""
+    """Score a fold's battles, or one shard of them, in both orders."""
     launch.claim_gpus(gpus)
     from arena_distill.scoring.logits import predict_logits
 
@@ -268,7 +268,7 @@ def gather_logits(
     settings: Settings,
     shards: Annotated[list[Path], typer.Argument(help="The shards' .npy files.")],
 ) -> None:
-    """Put the shards of a fold together."""
+    """Join the shards of a fold."""
     from arena_distill.scoring.logits import gather_logits
 
     gather_logits(shards, folds, fold, output, settings=parse(phase.LogitsSettings, settings))
@@ -281,12 +281,12 @@ def gather_logits(
 def query_endpoint(
     battles: Battles,
     output: Output,
-    cost: Annotated[Path, typer.Option(help="Where tokens and cost are written.")],
-    answers: Annotated[Path, typer.Option(help="Folder in which answers are kept.")],
+    cost: Annotated[Path, typer.Option(help="File for token counts and cost.")],
+    answers: Annotated[Path, typer.Option(help="Folder of the stored answers.")],
     settings: Settings,
     limits: Annotated[str, typer.Option(help="Limits of the requests, as JSON.")],
 ) -> None:
-    """Ask an OpenAI-compatible endpoint about all labelled battles in both orders."""
+    """Query an OpenAI-compatible endpoint for all labelled battles in both orders."""
     launch.lock_output(answers)
     from arena_distill.scoring.external import query_endpoint
 
@@ -321,7 +321,7 @@ def split_external_logits(
     output: Output,
     settings: Settings,
 ) -> None:
-    """Write a fold's rows out of an external judge's logits."""
+    """Write a fold's rows of an external judge's logits."""
     from arena_distill.scoring.external import split_external_logits
 
     split_external_logits(
@@ -398,7 +398,7 @@ def check_drift(
     output: Output,
     settings: Settings,
 ) -> None:
-    """Fail where quantisation changed the model by more than the configured bound."""
+    """Fail if quantisation changed the model by more than the configured bound."""
     from arena_distill.deployment.quantization_error import DRIFT, check_drift
 
     check_drift(model / DRIFT, output, settings=parse(phase.DriftSettings, settings))
@@ -438,7 +438,7 @@ def score_test(
 def fit_calibration(
     folds: Folds,
     battles: Battles,
-    judge: Annotated[str, typer.Option(help="Its name.")],
+    judge: Annotated[str, typer.Option(help="The judge's name.")],
     output: Output,
     settings: Settings,
     logits: Annotated[list[Path], typer.Argument(help="The folds' logits, in their order.")],
@@ -474,7 +474,7 @@ def write_submission(
     battles: Battles,
     output: Output,
 ) -> None:
-    """Write the submission, validated against the test battles."""
+    """Write the submission, and check it against the test battles."""
     from arena_distill.prediction.submission import write_submission
 
     write_submission(predictions, battles, output)
@@ -554,7 +554,7 @@ def write_plan(
     settings: Annotated[str, typer.Option(help="The configuration, as JSON.")],
     snakefile: Annotated[Path, typer.Option(help="The workflow.")],
 ) -> None:
-    """Write what the run will cost."""
+    """Write the forecast of the run's cost."""
     from arena_distill.planning.forecast import write_forecast
 
     write_forecast(settings, snakefile, output)
@@ -576,7 +576,7 @@ def compare_soups(
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
 ) -> None:
-    """Score every way of making one model of a judge's folds."""
+    """Score every way to make one model from a judge's folds."""
     launch.claim_gpus(gpus)
     from arena_distill.studies.averaging import compare_soups
 
@@ -601,7 +601,7 @@ def draw_averaging(
     settings: Settings,
     soups: Annotated[list[Path], typer.Argument(help="soups/<judge>.json")],
 ) -> None:
-    """Show how the means of factors and of products part as the folds drift apart."""
+    """Draw the gap between the means of factors and of products as the folds drift apart."""
     from arena_distill.studies.averaging import draw_averaging
 
     draw_averaging(soups, output, settings=parse(phase.AveragingSettings, settings))
@@ -614,7 +614,7 @@ def draw_curves(
     settings: Settings,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
 ) -> None:
-    """Show how judges get better with more training battles."""
+    """Draw the scores of judges against the number of training battles."""
     from arena_distill.studies.learning_curves import draw_curves
 
     draw_curves(run, output, settings=parse(phase.CurveSettings, settings), truth=truth)

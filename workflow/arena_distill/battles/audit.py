@@ -36,12 +36,12 @@ from arena_distill.files.keys import key, locate
 from arena_distill.metrics import Figures
 
 EXAMPLES = 5
-"""Pairs shown of each relation and kind, the worst."""
+"""The number of worst pairs to report per relation and kind."""
 
 EXCERPT = 160
-"""Characters of a prompt that are shown."""
+"""The number of characters of a prompt to report."""
 
-SLICE = 20_000  # answers that are read at a time
+SLICE = 20_000  # answers that are read together
 
 KINDS = SAME, NEAR = "same", "near"
 
@@ -54,10 +54,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Relation:
-    """Some battles that should not be found among others.
+    """Two sets of battles that should have nothing in common.
 
     of, among: their names.
-    left, right: bool (rows of battles,), which they are.
+    left, right: bool (rows of battles,), their members.
     """
 
     of: str
@@ -69,16 +69,16 @@ class Relation:
 def write_audit(
     battles: Path, folds: Path, output: Path, table: Path, *, settings: AuditSettings
 ) -> None:
-    """Audit a run's battles → `audit.json` and, of the worst examples, `leaks.csv`.
+    """Audit a run's battles → `audit.json`, and the worst examples → `leaks.csv`.
 
     Args:
         battles: `battles.parquet`.
         folds: `folds.parquet`.
-        output: where the figures go, as of :func:`audit`, with their provenance.
-        table: where the table of examples goes.
+        output: the file for the result of :func:`audit`, with its provenance.
+        table: the file for the table of examples.
 
     Raises:
-        InputError: a file is missing or broken, or a row of `folds` is not among the battles.
+        InputError: a file is missing or damaged, or a row of `folds` has no battle.
     """
     columns = ["id", "source", "prompt", "group", "response_a", "response_b"]
     chosen = settings.model_dump()
@@ -97,7 +97,7 @@ def write_audit(
 def audit(
     battles: pa.Table, folds: pa.Table, *, threshold: float, permutations: int, seed: int
 ) -> Figures:
-    """Count the battles of each relation that leak, and show the worst.
+    """Count the leaking battles of each relation, and list the worst.
 
     Args:
         battles: columns `id`, `source`, `prompt`, `group`, `response_a` and `response_b`.
@@ -105,9 +105,9 @@ def audit(
         threshold, permutations, seed: of :func:`arena_distill.similarity.near_pairs`.
 
     Returns:
-        `prompts`: how many there are; `recall`: the least share of the nearly same ones that is found;
+        `prompts`: their number; `recall`: the least share of near-duplicates that is found;
         `relations`: a record of `COUNTS` each; `examples`: at most `EXAMPLES` records of `COLUMNS` for
-        each relation and kind. The order of the battles changes nothing.
+        each relation and kind. The result does not depend on the order of the battles.
     """
     groups, texts = distinct_prompts(battles)
     texts, groups = _sorted(texts, groups)
@@ -141,7 +141,7 @@ def audit(
 
 
 def relations(battles: pa.Table, folds: pa.Table) -> list[Relation]:
-    """What the audit looks at: each fold's validation, what is held out for choices, then the sources."""
+    """The relations to audit: each fold's validation battles, held-out battles, then the sources."""
     rows = locate(key(folds), key(battles), "battles")
     found = []
     for fold in range(fold_settings(folds)["n"]):
@@ -170,13 +170,13 @@ def relations(battles: pa.Table, folds: pa.Table) -> list[Relation]:
 
 @dataclass
 class _Items:
-    """What battles share: prompts, or answers to a prompt; and on which sides of the relations it is.
+    """The prompts of battles, or the answers to prompts, and their sides in the relations.
 
     of_row: int64 (rows, 1 or 2), the items of each battle.
-    prompt: int64 (items,), the prompt an item is, or belongs to.
-    battles: int64 (items,), how many have it.
+    prompt: int64 (items,), the prompt that an item is or belongs to.
+    battles: int64 (items,), the number of battles with it.
     left, right: bool (items, relations).
-    near: bool (items, relations), whether one nearly the same is on the right.
+    near: bool (items, relations), whether a near-duplicate is on the right.
     worst: the worst pairs of a relation and kind: first and second item, similarity.
     """
 
@@ -206,14 +206,14 @@ class _Items:
         return answer
 
     def meet(self, first: np.ndarray, second: np.ndarray, similarity: np.ndarray) -> None:
-        """Take note of items that are nearly the same."""
+        """Record near-duplicate items."""
         for a, b in ((first, second), (second, first)):
             for i in range(self.near.shape[1]):
                 self.near[a[self.right[b, i]], i] = True
             self.remember(NEAR, a, b, similarity)
 
     def remember(self, kind: str, a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
-        """Keep the worst pairs: the most similar, then those of most battles; of two prompts one."""
+        """Keep the worst pairs: the most similar, then those of most battles; one per two prompts."""
         for i in range(self.near.shape[1]):
             hit = self.left[a, i] & self.right[b, i]
             known = self.worst.get((i, kind), (a[:0], b[:0], similarity[:0]))
@@ -243,7 +243,7 @@ def _counts(relation: Relation, i: int, prompts: _Items, answers: _Items) -> Fig
 
 
 def _sorted(texts: pa.StringArray, groups: np.ndarray) -> tuple[pa.StringArray, np.ndarray]:
-    """Number prompts by their text instead of by their first battle: the battles' order is chance."""
+    """Number prompts by their text, so that the numbers do not depend on the battles' order."""
     order = pc.sort_indices(texts)
     place = np.empty(len(texts), np.int64)
     place[order.to_numpy()] = np.arange(len(texts))
@@ -251,7 +251,7 @@ def _sorted(texts: pa.StringArray, groups: np.ndarray) -> tuple[pa.StringArray, 
 
 
 def _answers(battles: pa.Table) -> np.ndarray:
-    """Number the answers, the same ones alike: int64 (rows, 2). They are compared by a 64-bit hash."""
+    """Number the distinct answers, compared by a 64-bit hash: int64 (rows, 2)."""
     from pandas.util import hash_array
 
     hashes = np.empty((len(battles), 2), np.uint64)
@@ -267,13 +267,13 @@ def _answers(battles: pa.Table) -> np.ndarray:
 def _common(
     nodes: np.ndarray, several: int, first: np.ndarray, second: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The answers that two prompts have in common, for each pair of prompts.
+    """Find the common answers of each pair of prompts.
 
     Args:
-        nodes: prompt * `several` + answer, of each answer to a prompt, ascending.
+        nodes: prompt * `several` + answer, for each answer to a prompt, ascending.
 
     Returns:
-        Positions in `nodes` of the answer to the one prompt and to the other, and those of the pairs.
+        Positions in `nodes` of the answer to the first and to the second prompt, and of the pairs.
     """
     sides = np.stack((first, second))
     begin = np.searchsorted(nodes, sides * several)
@@ -329,7 +329,7 @@ def _first(of_row: np.ndarray, item: int, side: np.ndarray, place: np.ndarray) -
 def _pair(battles: pa.Table, row: int, other: int) -> Figures:
     pair = battles.select(["source", "id", "prompt"]).take([row, other]).to_pylist()
     one, two = (_printable(" ".join(battle["prompt"])) for battle in pair)
-    # Prompts that begin alike are shown from where they begin to differ.
+    # If prompts have a common start, the excerpts begin where they differ.
     alike = len(commonprefix([one, two]))
     start = max(alike - EXCERPT // 4, 0) if EXCERPT // 2 < alike < max(len(one), len(two)) else 0
     return {

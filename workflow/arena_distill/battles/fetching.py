@@ -1,10 +1,10 @@
-"""Battles that others published → files in the Kaggle schema. Beside backbones the one thing that
-reaches for the network, and only for the files that ``data.fetch`` names.
+"""Download published battles into files of the Kaggle schema, for ``data.fetch`` only. Besides the download
+of backbones, nothing else uses the network.
 
-A file of a Kaggle competition is taken as it is. Data sets of the Hugging Face hub are as well, or they
-are converted: what rates answers (:func:`ultrafeedback_battles`), and conversations people voted on
-(:func:`arena_battles`). Tokens come from where Kaggle's client and the hub's look for them (environment,
-home directory) and are written nowhere.
+A file of a Kaggle competition is stored unchanged. Data sets of the Hugging Face hub are stored unchanged
+or converted: rated answers (:func:`ultrafeedback_battles`) and conversations with votes
+(:func:`arena_battles`). Tokens are read by Kaggle's client and the hub's from their usual places
+(environment, home directory), and are never written.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
 )
 
 KAGGLE_FILES = ("kaggle.json", "access_token", "credentials.json")
-"""Where Kaggle's client finds who is asking, below ~/.kaggle (or KAGGLE_CONFIG_DIR)."""
+"""The files of Kaggle's credentials below ~/.kaggle (or KAGGLE_CONFIG_DIR)."""
 
 
 def fetch_battles(output: Path, *, without: Sequence[Path], settings: FetchSettings) -> None:
@@ -107,11 +107,11 @@ def fetch_battles(output: Path, *, without: Sequence[Path], settings: FetchSetti
 
 
 def check_access(origins: Iterable[Fetch], backbones: Iterable[Backbone]) -> None:
-    """Find out, before anything is spent, what would keep downloads from succeeding.
+    """Check access to all downloads before a run starts.
 
     Raises:
-        InputError: a line for each of them: a package or token that is missing, or a repository that
-            its owner has not opened to whoever is asking.
+        InputError: a line for each problem: a missing package or token, or a repository without
+            access.
     """
     problems = [_problem(origin) for origin in origins]
     wanted = {b.hub for b in backbones if b.hub}
@@ -121,12 +121,12 @@ def check_access(origins: Iterable[Fetch], backbones: Iterable[Backbone]) -> Non
 
 
 def _problem(origin: Fetch) -> str | None:
-    """What keeps this one from being fetched."""
+    """Why this source cannot be fetched; None if it can."""
     if origin.hub:
         return access_problem(origin.hub, "dataset")
     if importlib.util.find_spec("kaggle") is None:
         return (
-            f"data.fetch: {origin.source()} needs Kaggle's client, which is not installed beside "
+            f"data.fetch: {origin.source()} needs Kaggle's client, which is not installed for "
             f"{sys.executable}: pip install 'arena-distill[fetch]'"
         )
     by_name = {"KAGGLE_USERNAME", "KAGGLE_KEY"} <= set(os.environ)
@@ -144,7 +144,7 @@ def _problem(origin: Fetch) -> str | None:
 
 
 def _from_kaggle(competition: str, name: str, folder: Path) -> None:
-    """Have Kaggle's own client download a file of a competition into a folder."""
+    """Download a file of a competition into a folder with Kaggle's own client."""
     command = [sys.executable, "-m", "kaggle", "competitions", "download", competition]
     done = subprocess.run(
         [*command, "-f", name, "-p", str(folder), "-q"],
@@ -172,22 +172,22 @@ def _from_kaggle(competition: str, name: str, folder: Path) -> None:
 
 
 def ultrafeedback_battles(rows: Iterable[Mapping[str, Any]], *, seed: int) -> pa.Table:
-    """Battles out of UltraFeedback (Cui et al. 2023, arXiv:2310.01377): GPT-4's ratings decide.
+    """Convert UltraFeedback (Cui et al. 2023, arXiv:2310.01377) to battles with GPT-4's ratings as votes.
 
-    Two of a prompt's answers meet, the better rated one wins, and equal ratings are a tie. Which two, and
-    which of them is A, is drawn from seed and prompt: so it does not depend on the rows before.
+    A battle has two answers to a prompt; the better rated one wins, and equal ratings are a tie. The two
+    answers and their order are drawn from seed and prompt, so they do not depend on other rows.
 
     Args:
-        rows: as `openbmb/UltraFeedback` has them (`instruction`, `completions` with `model`, `response`
-            and `fine-grained_score`, the mean rating of four aspects: `overall_score` was found to be
-            wrong in places), or as `HuggingFaceH4/ultrafeedback_binarized` does (`chosen`, `rejected`
-            and their scores: the best answer and another).
+        rows: of `openbmb/UltraFeedback` (`instruction`, `completions` with `model`, `response` and
+            `fine-grained_score`, the mean rating of four aspects; `overall_score` is wrong in places),
+            or of `HuggingFaceH4/ultrafeedback_binarized` (`chosen`, `rejected` and their scores: the
+            best answer and another).
 
     Returns:
-        Table of `SCHEMA`. Prompts without two answers that are rated are left out.
+        Table of `SCHEMA`. Prompts without two rated answers are omitted.
 
     Raises:
-        InputError: the rows are of neither kind.
+        InputError: the rows have neither form.
     """
     battles = []
     for number, row in enumerate(rows, 1):
@@ -272,7 +272,7 @@ def _plain(prompt: Iterable[str]) -> str:
 
 
 def _utf8(text: str) -> str:
-    """The text with lone surrogates, which JSON may hold and no file can, replaced."""
+    """Replace lone surrogates, which JSON may contain but UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

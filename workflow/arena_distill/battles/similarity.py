@@ -1,18 +1,17 @@
-"""Nearly the same texts among many: MinHash proposes pairs, the texts themselves decide.
+"""Find near-duplicate texts: MinHash proposes pairs, and their exact similarity decides.
 
-Two texts are as similar as the sets of their shingles, by Jaccard's index |A ∩ B| / |A ∪ B| (Broder
-1997, On the resemblance and containment of documents). A shingle is a run of five characters, spaces and
-punctuation among them. Words would not do: Chinese, Japanese and Thai do not mark them, and of a short
-prompt one changed word spoils every run of three. Bytes would not do either: five of them are less than
-two letters of Hindi, and then all its texts look alike. A text of fewer than five characters is one
-shingle.
+The similarity of two texts is Jaccard's index |A ∩ B| / |A ∪ B| of their sets of shingles (Broder 1997, On
+the resemblance and containment of documents). A shingle is a run of five characters, including spaces
+and punctuation. Words do not work: Chinese, Japanese and Thai do not separate them, and in a short prompt
+one changed word changes every run of three. Bytes do not work either: five of them are less than two
+letters of Hindi, so all Hindi texts look alike. A text of fewer than five characters is one shingle.
 
-Comparing all pairs would take the square of the texts. MinHash signatures agree in each place with a
-probability of the texts' similarity s; they are cut into `bands` of `rows` places, and texts that agree
-in a whole band are candidates, with a probability of 1 - (1 - s^rows)^bands (Indyk and Motwani 1998,
-Approximate nearest neighbors). Candidates are then compared shingle by shingle: what is found is so, and
-of what is there at the threshold a share of at most 1 - `RECALL` is missed. Whether a pair is found
-depends on its two texts and the seed alone, never on the other texts.
+Comparing all pairs would take quadratic time. MinHash signatures agree in each position with a
+probability equal to the texts' similarity s. They are cut into `bands` of `rows` positions, and texts that
+agree in a whole band are candidates, with a probability of 1 - (1 - s^rows)^bands (Indyk and Motwani 1998,
+Approximate nearest neighbors). Candidates are then compared exactly: there are no false pairs, and at
+the threshold at most a share of 1 - `RECALL` is missed. Whether a pair is found depends only on its two
+texts and the seed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ RECALL = 0.999
 """Share of the pairs at the threshold that become candidates; of the more similar ones it is larger."""
 
 PAIRS, SHINGLES = 1 << 18, 1 << 22
-"""What is held in memory at a time: candidates, and shingles that are signed or compared."""
+"""The most items in memory: candidates, and shingles to sign or compare."""
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Positions of the first and of the second texts, int64, and their similarities, float64."""
@@ -41,7 +40,7 @@ Wanted = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _COLUMNS = (
     1 << 62
-)  # a shingle is known by a hash of 62 bits: any two of ten million meet once in 90,000 times
+)  # 62 bits: among ten million shingles, the probability of any collision is 1 in 90,000
 
 
 def near_pairs(
@@ -52,17 +51,17 @@ def near_pairs(
     seed: int,
     wanted: Wanted | None = None,
 ) -> Iterator[Pairs]:
-    """Find the pairs of texts whose similarity is `threshold` or more, some at a time.
+    """Find the pairs of texts whose similarity is `threshold` or more, in parts.
 
-    Memory is bounded by the texts, not by the pairs; m texts that are all alike are m² / 2 pairs, and take
-    as long, unless they are not `wanted`.
+    Memory depends on the texts, not on the pairs; m similar texts have m² / 2 pairs, and take that much
+    time unless `wanted` excludes them.
 
     Args:
-        texts: distinct texts, normalised as the caller sees fit; an empty one is similar to none.
+        texts: distinct texts, normalised by the caller; an empty one is similar to none.
         threshold: in (0, 1].
-        permutations: places of the MinHash signature; the more, the fewer candidates are none.
+        permutations: length of the MinHash signature; more give fewer false candidates.
         seed: of the signatures.
-        wanted: asked about each candidate before it is compared.
+        wanted: called for candidates before they are compared.
 
     Yields:
         Pairs with the first position below the second; no pair comes twice.
@@ -89,7 +88,7 @@ def near_groups(
 ) -> np.ndarray:
     """Number the groups of texts that chains of :func:`near_pairs` connect: int64 (texts,), from 0.
 
-    Texts that are connected already are not compared, so that many that are all alike take little time.
+    Texts that are already connected are not compared, so many similar texts take little time.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -109,7 +108,7 @@ def near_groups(
 
 
 def jaccard(texts: pa.StringArray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Similarity of the pairs of texts at the given positions: float64 (pairs,)."""
+    """Compute the similarity of the pairs of texts at the given positions: float64 (pairs,)."""
     involved, position = np.unique((first, second), return_inverse=True)
     sets = _sets(texts.take(pa.array(involved)))
     a, b = sets[position[0]], sets[position[1]]
@@ -119,9 +118,9 @@ def jaccard(texts: pa.StringArray, first: np.ndarray, second: np.ndarray) -> np.
 
 
 def banding(threshold: float, permutations: int) -> tuple[int, int]:
-    """Bands and rows of a signature: as many rows as let `RECALL` be kept at the threshold.
+    """Choose bands and rows of a signature: the most rows with `RECALL` at the threshold.
 
-    More rows, fewer candidates that are none. Where too few permutations keep no recall, a row a band.
+    More rows give fewer false candidates. With too few permutations for `RECALL`, bands have one row.
     """
     rows = np.arange(1, permutations + 1)
     enough = recall(threshold, permutations // rows, rows) >= RECALL
@@ -170,7 +169,7 @@ def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part in _slices(np.cumsum(others), PAIRS):
             place = np.repeat(np.arange(part.start, part.stop), others[part])
             first, second = order[place], order[place + 1 + within(others[part])]
-            # A band before this one may have brought them together already.
+            # An earlier band may have found the pair already.
             new = ~(keys[:band, first] == keys[:band, second]).any(axis=0)
             yield first[new], second[new]
 
@@ -185,7 +184,7 @@ def _slices(ends: np.ndarray, most: int) -> Iterator[slice]:
 
 
 def within(counts: np.ndarray) -> np.ndarray:
-    """0 to count - 1 for each of the counts: int64 (sum of counts,)."""
+    """Return 0 to count - 1 for each count: int64 (sum of counts,)."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
@@ -197,7 +196,7 @@ def _sets(texts: pa.StringArray) -> Any:
     from scipy.sparse import csr_array
 
     lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(np.int64)
-    # Characters count from 1, and zeros fill what is too short for a shingle.
+    # Characters count from 1; zeros pad texts that are too short for a shingle.
     places = np.where(lengths > 0, np.maximum(lengths, SHINGLE), 0)
     characters = np.zeros(places.sum(), np.uint64)
     ends = np.cumsum(places)

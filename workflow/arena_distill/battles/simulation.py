@@ -1,4 +1,4 @@
-"""A synthetic arena: battles nobody owns, whose true vote probabilities are known.
+"""Simulate an arena: synthetic battles with known vote probabilities.
 
 Users ask about a small invented world (six lands with four facts each, five categories of things),
 sometimes for a certain style or language. Models of different skill answer from a grammar, and
@@ -13,8 +13,8 @@ verbosity      filler sentences, 1 for three or more
 formatting     a bullet point or a numbered list
 =============  ==================================================================================
 
-The first four are relations between prompt and answer: no word gives them away, since right and
-wrong answers draw on the same words. A battle of several rounds has the mean of its rounds.
+The first four are relations between prompt and answer: single words do not reveal them, because right
+and wrong answers use the same words. A battle of several rounds has the mean of its rounds.
 
 Votes follow Davidson's extension of the Bradley-Terry model to ties. With the utilities
 ``u = weights . qualities`` of the two answers and a tie parameter ``nu``,
@@ -77,7 +77,7 @@ _FACTS = {
     "capital": ("Merin", "Tolva", "Askar", "Brenn", "Calder", "Dunmore"),
     "ruler": ("Aldric", "Bertha", "Cosima", "Darius", "Edmund", "Freya"),
     "coin": ("ducat", "florin", "groat", "kopek", "thaler", "denar"),
-    # Two lands share each emblem, so a value alone does not tell its land.
+    # Two lands share each emblem, so a value alone does not identify its land.
     "emblem": ("lion", "raven", "boar") * 2,
 }
 WORLD: dict[str, dict[str, str]] = {
@@ -186,7 +186,7 @@ _REFUSAL = "I am sorry, but I cannot help with that."
 
 @dataclass(frozen=True)
 class Model:
-    """A contestant: chances of doing well per relation, and its habits."""
+    """A contestant: its probability of success per relation, and its style."""
 
     name: str
     correct: float  # a fact, or the category of a list, is right
@@ -195,7 +195,7 @@ class Model:
     polyglot: float  # the language asked for is met
     fillers: float  # mean number of filler sentences
     markdown: float  # bullet points and numbered lists
-    accent: str | None = None  # the style used where none is asked for or met
+    accent: str | None = None  # the style used if none is requested or met
     refuses: float = 0.01
 
 
@@ -217,7 +217,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class SimulatedBattles:
-    """Battles, with what is never known of real ones.
+    """Battles, with their true probabilities and qualities.
 
     frame: one row per battle: `id`, `model_a`, `model_b`, `prompt`, `response_a` and `response_b`
         as lists of turns, and the vote as three 0/1 columns `WINNERS`.
@@ -240,14 +240,14 @@ def simulate(*, rows: int, seed: int, voters: str, id_offset: int = 0) -> Simula
         id_offset: the first id; ids count up from it.
 
     Raises:
-        ValueError: `rows` is negative, or nobody knows these voters.
+        ValueError: `rows` is negative, or `voters` is unknown.
     """
     if rows < 0:
         raise ValueError(f"rows must not be negative, got {rows}")
     if voters not in VOTERS:
         raise ValueError(f"voters must be one of {sorted(VOTERS)}, got {voters!r}")
 
-    # Text takes some fifty scalar draws a battle, where Random is far faster than a Generator.
+    # Text needs about fifty scalar draws per battle: Random is much faster than a Generator.
     rng = Random(seed)
     asked: list[list[_Ask]] = []
     records = []
@@ -352,7 +352,7 @@ class _Ask(NamedTuple):
 
 
 def _asks(rng: Random, asked: Sequence[list[_Ask]]) -> list[_Ask]:
-    """The user's turns of one battle; now and then the same as in an earlier battle."""
+    """The user's turns of one battle; sometimes the same as in an earlier battle."""
     if asked and rng.random() < 0.04:
         return rng.choice(asked)
     rounds = rng.choices((1, 2, 3), weights=(88, 9, 3))[0]
@@ -426,7 +426,7 @@ def _answer(ask: _Ask, model: Model, rng: Random) -> _Answer:
         style = rng.choice(others)
     sentences = [body]
     fillers = 0
-    if language is None and style != "brief":  # all else is said in English
+    if language is None and style != "brief":  # all other text is English
         if style in _OPEN:
             sentences.insert(0, rng.choice(_OPEN[style]))
         if style == "reason":

@@ -1,4 +1,4 @@
-"""What a cascade over lengths spares, and what it costs in log loss."""
+"""Compute the tokens that a cascade over lengths saves, and its cost in log loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASCADE_COLUMNS = (
 
 
 THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
-"""Of the cascade's curve; the likeliest of three verdicts has a third at least."""
+"""Of the cascade's curve; the most probable of three verdicts has at least 1/3."""
 
 
 def _cascade(test_logits: Path, solved: Solution, average: ViewAverage) -> list[Figures] | None:
@@ -54,11 +54,11 @@ def cascade_curve(
     groups: np.ndarray,
     threshold: float | None = None,
 ) -> list[Figures] | None:
-    """What a cascade takes, and what it costs in log loss, at each of `THRESHOLDS` that changes it.
+    """Compute a cascade's work and scores at each of `THRESHOLDS` that changes them.
 
-    Every point has the shares of `battles` that are scored at the longer lengths, of the `sequences`
-    and the `tokens` that all battles have there, and of the tokens of all lengths (`all_tokens`); the
-    scores of the prediction; and `versus_all`, the paired difference from scoring everything.
+    Every point has the shares of `battles`, `sequences` and `tokens` that are scored at the longer
+    lengths, and of the tokens at all lengths (`all_tokens`); the scores of the prediction; and
+    `versus_all`, the paired difference from scoring everything.
 
     Args:
         logits: float32 (rows, lengths, orders, 3), in the canonical frame.
@@ -80,7 +80,7 @@ def cascade_curve(
     sure, more = confidence(logits[:, short]), costs.sequences[:, longer].any(axis=1)
     sequences, tokens = (c[:, longer].sum(axis=1) for c in (costs.sequences, costs.tokens))
     always = costs.tokens[:, short].sum()
-    # A threshold above which no further battle goes on says nothing new.
+    # Skip thresholds that send no further battle to the longer lengths.
     told = {int((more & (sure < p)).sum()): p for p in reversed(THRESHOLDS)}
     points = []
     for p in sorted(told.values()) if threshold is None else [threshold]:

@@ -1,8 +1,8 @@
-"""`metrics.json` → one HTML file to send to a colleague, and its figures and tables as files.
+"""Render `metrics.json` as one HTML file, and its figures and tables as separate files.
 
-The page is whole: style and drawings are inside, nothing is fetched, nothing runs. Drawings are
-made by matplotlib with a handful of colours that stand for roles (ink, accent, paper); on the page
-these become the page's own colours, so they follow its light or dark theme.
+The page is self-contained: it includes style and drawings, loads nothing and has no scripts. matplotlib
+draws with a few colours for roles (ink, accent, paper); on the page they are replaced by the page's own
+colours, so drawings follow its light or dark theme.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ ROLES = {
     ACCENT: "var(--accent)",
     SECOND: "var(--second)",
 }
-"""What the drawings' colours become on the page."""
+"""The page's colours in place of the drawings'."""
 
 FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 NAMES = {"class_prior": "class prior", "length": "length regression", "bayes": "Bayes limit"}
 MODELS = {"merged": "merged", "gptq": "GPTQ"}
-CALIBRATIONS: dict[str, str] = {"raw": "as it is", **{method: method for method in METHODS}}
+CALIBRATIONS: dict[str, str] = {"raw": "uncalibrated", **{method: method for method in METHODS}}
 CLASS_NAMES = {"model_a": "A wins", "model_b": "B wins", "tie": "tie"}
 
 
@@ -66,10 +66,10 @@ def render_report(
         output: the HTML file.
         parts: folder of the separate files; by default `report` beside `output`. All of `FIGURES`
             and `TABLES` are written whatever the run holds.
-        configuration: the run's configuration, a text file that is shown as it is.
+        configuration: the run's configuration, a text file to include unchanged.
 
     Raises:
-        InputError: `metrics` is missing, broken, or of another version.
+        InputError: `metrics` is missing, invalid, or of another version.
     """
     figures = read_json(metrics)
     try:
@@ -85,7 +85,7 @@ def render_report(
 
 
 def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dict[str, str]]:
-    """The page's HTML, and the text of the separate files by name."""
+    """Render the page's HTML, and the text of the separate files by name."""
     makers = (_log_loss, _reliability, _variants, _cascade)
     drawings = {n: draw(n, make, metrics) for n, make in zip(FIGURES, makers, strict=True)}
     tables = _tables(metrics)
@@ -126,12 +126,12 @@ def template(name: str) -> jinja2.Template:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as people read it, a narrow space before the sign."""
+    """Format a share in per cent, with a narrow space before the sign."""
     return f"{100 * share:.{digits}f}\u202f%"
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """A number with its sign, the minus as long as the plus."""
+    """Format a number with its sign, with a typographic minus."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -156,7 +156,7 @@ def _variants_by_name(metrics: Figures) -> dict[str, dict[str, Figures]]:
 
 
 def _calibrations(judge: Figures) -> dict[str, Figures]:
-    """A judge's scores as it is (`raw`) and by each method, with their distance from the truth."""
+    """A judge's uncalibrated scores (`raw`) and those of each method, with their truth scores."""
     scored = {"raw": {**judge, **judge["oof"]}, **judge["calibration"]}
     truth = judge["truth"] or {}
     return {name: {**scored[name], "truth": truth.get(name)} for name in CALIBRATIONS}
@@ -238,7 +238,7 @@ def write_csv(records: Sequence[Figures], columns: Sequence[str] | None = None) 
 
 
 def _alt(name: str, metrics: Figures) -> str:
-    """What a drawing shows, for those who do not see it."""
+    """A description of a drawing, for screen readers."""
     if name == "log_loss":
         shown = [f"{r['name']} {r['log_loss']:.3f}" for r in _overview(metrics)]
         return f"Dot chart of log loss out of fold, lower is better: {', '.join(shown)}."
@@ -273,8 +273,8 @@ def draw(name: str, make: Callable[[Figures], Figure], metrics: Figures) -> str:
     import matplotlib as mpl
 
     style: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text: smaller, selectable, read aloud
-        "svg.hashsalt": name,  # no drawing's ids are another's, so that a page can hold them all
+        "svg.fonttype": "none",  # text stays text: smaller, selectable, accessible
+        "svg.hashsalt": name,  # ids are unique among the drawings of a page
         "font.size": 10,
         "text.color": INK,
         "axes.labelcolor": MUTED,
@@ -303,7 +303,7 @@ def inline(svg: str, alt: str) -> Markup:
     """An SVG file's text as an element of the page, in the page's colours, with a description."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'(<g) id="[\w.]+_\d+"', r"\1", body)  # would be the same in every drawing
+    body = re.sub(r'(<g) id="[\w.]+_\d+"', r"\1", body)  # not unique among drawings
     for colour, role in ROLES.items():
         body = body.replace(colour, role)
     box = re.search(r'viewBox="([^"]*)"', body)
@@ -387,7 +387,7 @@ def _reliability(metrics: Figures) -> Figure:
 
 
 def _shown(metrics: Figures) -> tuple[str, str]:
-    """What the reliability diagrams compare: as it is, and what is submitted or might be."""
+    """The two methods in the reliability diagrams: uncalibrated, and submitted or temperature."""
     return "raw", metrics["final"]["calibration"] or "temperature"
 
 
@@ -443,7 +443,7 @@ def _cascade(metrics: Figures) -> Figure:
     axes.plot(x, y, "-o", color=SECOND, ms=5.5, mec=PAPER, mew=0.8, lw=1.1)
     told = -100.0
     for share, height, point in zip(x, y, points, strict=True):
-        if share - told > 4:  # nearer ones would overlap
+        if share - told > 4:  # closer ones would overlap
             told, text = share, f"{point['threshold']:.2f}"
             axes.annotate(text, (share, height), (0, 7), textcoords="offset points", ha="center")
     axes.margins(y=0.15)
@@ -453,7 +453,7 @@ def _cascade(metrics: Figures) -> Figure:
 
 
 def _points(metrics: Figures) -> list[Figures]:
-    """The cascade's curve, where there is one."""
+    """The cascade's curve, if there is one."""
     return (metrics["test"] or {}).get("cascade") or []
 
 

@@ -1,4 +1,4 @@
-"""The result table on the terminal: what `metrics.json` says, in eighty columns."""
+"""Print the results of `metrics.json` on the terminal, in eighty columns."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
     optimistic = [name for name, judge in metrics["judges"].items() if judge.get("optimistic")]
     if optimistic:
         console.print(
-            f"optimistic out of fold: {', '.join(optimistic)}, whose teachers have learned from these "
-            "votes (the test battles are free of that)",
+            f"optimistic out of fold: {', '.join(optimistic)}, because their teachers were trained on "
+            "these votes (the test battles are not affected)",
             style="dim",
         )
     if test:
@@ -43,7 +43,7 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
 
 
 def describe_drift(gptq: Figures) -> str:
-    """One line: size before and after, drift, and the change in log loss where it is known."""
+    """One line: size before and after, drift, and the change in log loss if known."""
     before, after = gptq["bytes_before"], gptq["bytes"]
     line = (
         f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB ({before / after:.1f}× smaller), "

@@ -1,8 +1,8 @@
-"""How far the means of factors and of products part as the folds of a judge drift apart.
+"""Measure the gap between the means of factors and of products as a judge's folds drift apart.
 
-Folds that start from one adapter and stay near it can be averaged factor by factor; folds that started
-apart, or went far, cannot: mean(B)·mean(A) is then another matrix than mean(B·A). The drawing shows the
-gap between the two against how far the folds are from their mean, and what it costs in test log loss.
+Folds that start from one adapter and stay near it can be averaged factor by factor. Folds with different
+starts, or far from their start, cannot: mean(B)·mean(A) then differs from mean(B·A). The drawing shows the
+gap between the two against the folds' distance from their mean, and its cost in test log loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from arena_distill.deployment.merging import Adapter
 
-STARTS = {"shared": "one start for all folds", "own": "each fold its own start"}
+STARTS = {"shared": "same start for all folds", "own": "own start for each fold"}
 
 
 def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSettings) -> None:
@@ -88,7 +88,7 @@ def _drawing(figures: dict[str, Any]) -> Figure:
         ticks = sorted({point["epochs"] for point in figures["points"]})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("epochs that the folds train apart")
+        axes.set_xlabel("epochs of separate training")
         axes.grid(True)
     if scored:
         panels[1].set_ylabel("test log loss of the merged model, nats")
@@ -111,12 +111,12 @@ def compare_soups(
     settings: SoupSettings,
     batch_tokens: int,
 ) -> None:
-    """Every way of making one model of a judge's folds, scored on the test battles → JSON.
+    """Score every way to make one model from a judge's folds on the test battles → JSON.
 
     `fold_<k>` alone, `best_fold` (by its validation loss), `ensemble` (the mean of the folds' logits: as
     many models as folds), `factors`, `products`, `validation` (weighted products). Differences are to
-    the ensemble, paired, with intervals by prompt. Without the test battles' votes there are no scores:
-    then only the gap between the two averages is told.
+    the ensemble, paired, with intervals by prompt. Without the test battles' votes there are no scores,
+    only the gap between the two averages.
 
     Args:
         logits: the folds' `fold_<k>.npy`, in the order of `adapters`.
@@ -162,7 +162,7 @@ def compare_soups(
 
 
 def _distance(folds: Sequence[Adapter]) -> float:
-    """How far the folds are from their mean, relative to it: root of Σ‖Δ_k − Δ̄‖² / (n Σ‖Δ̄‖²).
+    """Relative distance of the folds from their mean: root of Σ‖Δ_k − Δ̄‖² / (n Σ‖Δ̄‖²).
 
     Δ are the folds' updates s·B·A of all adapted layers, ‖·‖ Frobenius.
     """

@@ -1,7 +1,7 @@
-"""Judges side by side, on the same battles: which is better, and is the difference more than luck?
+"""Compare judges on the same battles, with intervals for their differences.
 
-Every difference is paired (two judges, the same battle) and has an interval from a bootstrap that draws
-whole prompts: battles of one prompt are not independent, so drawing battles would make it too narrow.
+Every difference is paired (two judges, the same battle) and has an interval from a bootstrap over whole
+prompts: battles with one prompt are not independent, so a bootstrap over battles would be too narrow.
 
 References:
     Efron and Tibshirani 1993, An Introduction to the Bootstrap (percentile intervals).
@@ -45,14 +45,14 @@ from arena_distill.prediction.test_time import mean_of_views
 from arena_distill.verdicts import CLASSES, Votes
 
 STYLE_ALONE = "style alone"
-"""What a calibration by style says of battles without a judge."""
+"""The name of a calibration by style without a judge."""
 
 
 class _Calibrated(NamedTuple):
-    """A row of the tables: a judge with a method of calibration, and the logits that fit it."""
+    """A row of the tables: a judge with a method of calibration, and the logits to fit it to."""
 
     label: str
-    """The judge's; `STYLE_ALONE`: a judge that knows nothing."""
+    """The judge's name, or `STYLE_ALONE` for constant logits."""
     method: CalibrationMethod
     known: np.ndarray
     """Float64 (rows, 3), out of fold."""
@@ -128,14 +128,14 @@ def compare(
 
 
 def calibrated_label(label: str, method: str) -> str:
-    """What a judge is called in the tables where its probabilities are calibrated."""
+    """The label of a judge in the tables, with its calibration."""
     return label if method == "none" else f"{label}, {method}"
 
 
 def _calibrated(
     seen: Mapping[str, np.ndarray], settings: CompareSettings
 ) -> dict[str, _Calibrated]:
-    """The calibrated judges by their label in the tables."""
+    """The calibrated judges, by their label in the tables."""
     found = {
         calibrated_label(entry.label, method): _Calibrated(
             entry.label, method, seen[entry.label].mean(axis=1, dtype=np.float64)

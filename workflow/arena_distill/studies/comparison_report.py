@@ -1,4 +1,4 @@
-"""`compare.json` → one HTML page, a drawing, and two flat tables."""
+"""Render `compare.json` as one HTML page, a drawing, and two flat tables."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def render_comparison(path: Path, output: Path) -> None:
 
 
 def gains(figures: Figures) -> list[Figures]:
-    """What distillation adds: each student against the same judge trained on votes alone."""
+    """The gain of distillation: each student against the same judge trained on votes only."""
     pairs = [
         (calibrated_label(entry["label"], method), calibrated_label(entry["against"], method))
         for entry in figures["entries"]

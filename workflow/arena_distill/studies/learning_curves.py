@@ -1,8 +1,8 @@
-"""Learning curves: how judges get better as the battles they learn from grow.
+"""Draw learning curves: the scores of judges against the number of training battles.
 
 All points of a curve are scored on the same validation rows; a larger share of the training battles
-holds the smaller ones. On the synthetic arena the truth is known, so the excess over the Bayes limit
-has a form without the luck of the votes: the mean KL divergence from the true probabilities.
+contains the smaller ones. On the synthetic arena the truth is known, so the excess over the Bayes limit
+can be computed without noise from the votes: the mean KL divergence from the true probabilities.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
 
 
 def _drawing(figures: dict[str, Any]) -> Figure:
-    """Log loss against battles, with intervals; beside it the calibration error against the truth."""
+    """Log loss against battles, with intervals; if known, also the KL divergence from the truth."""
     from matplotlib.figure import Figure
 
     points = figures["points"]
