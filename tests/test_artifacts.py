@@ -23,11 +23,11 @@ from hypothesis.extra import numpy as hnp
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     atomic_directory,
-    full_disk_told,
     provenance,
     read_json,
     read_parquet,
     read_provenance,
+    report_full_disk,
     write_json,
     write_parquet,
     write_text,
@@ -254,10 +254,10 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
 
 @pytest.mark.parametrize("write", [write_weights, write_optimizer])
 def test_a_full_disk_is_told_whoever_writes(write: Any, full_disk: Path) -> None:
-    with pytest.raises(InputError, match="no space left"), full_disk_told(full_disk):
+    with pytest.raises(InputError, match="no space left"), report_full_disk(full_disk):
         write(full_disk)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mine"), full_disk_told(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), report_full_disk(tmp_path):
         raise RuntimeError("mine")

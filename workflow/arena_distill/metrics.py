@@ -159,10 +159,10 @@ def calibration_error(bins: Sequence[Figures]) -> float:
 
 
 def adaptive_calibration_error(probabilities: np.ndarray, votes: Votes) -> float:
-    """The ECE of the verdicts in 15 bins that hold equally many of them.
+    """The ECE of the verdicts in 15 bins of equal size.
 
-    Bins of equal width leave most verdicts of a judge that is rarely sure to a few bins. Equal
-    confidences share a bin, so that the order of the rows decides nothing.
+    If a judge is rarely confident, most of its verdicts fall into few bins of equal width. Equal
+    confidences share a bin, so the result does not depend on the order of the rows.
 
     References:
         Nguyen and O'Connor 2015, Posterior Calibration and Exploratory Analysis for Natural
@@ -218,7 +218,7 @@ def _diagram(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> 
 
 
 def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: Votes) -> Figures:
-    """How far probabilities (rows, 3) are from the true ones (rows, 3), whose draws the votes are.
+    """Distance of probabilities (rows, 3) from the true ones (rows, 3), from which votes are drawn.
 
     Returns:
         `kl`, the mean KL(truth ‖ probabilities) in nats; `mean_absolute_error`, over rows and
@@ -241,11 +241,11 @@ def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: Votes) -> 
 
 
 def position_bias(logits: np.ndarray, votes: Votes) -> Figures:
-    """What the order in which a judge sees the answers does to it: all zero where nothing.
+    """How much the order of the answers changes a judge's output; all zero if it does not.
 
     Args:
-        logits: float (rows, orders, 3), in the canonical frame: of a judge that pays no heed to the
-            order, those of both orders are the same.
+        logits: float (rows, orders, 3), in the canonical frame: if a judge ignores the order, the
+            logits of both orders are equal.
 
     Returns:
         `flip_rate`, the share of battles whose verdict differs between the orders;

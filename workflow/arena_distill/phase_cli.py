@@ -455,11 +455,11 @@ def predict_test(
     output: Output,
     settings: Settings,
     logits: Annotated[Path, typer.Option(help="logits/<judge>/<model>_test.npy")],
-    model: Annotated[ModelKind, typer.Option(help="Which model they are of.")],
+    model: Annotated[ModelKind, typer.Option(help="The model of these logits.")],
     calibration: Annotated[Path | None, typer.Option(help="calibration/<judge>.json")] = None,
     battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
 ) -> None:
-    """Average the test logits over lengths and orders, every variant of it; calibrate them."""
+    """Average the test logits over lengths and orders in every variant, and calibrate them."""
     from arena_distill.prediction.test_time import predict_test
 
     parsed = parse(phase.PredictionSettings, settings)
@@ -529,7 +529,7 @@ def write_config(
     output: Output,
     settings: Annotated[str, typer.Option(help="What of the configuration decides, as JSON.")],
 ) -> None:
-    """Write down the configuration that made a run."""
+    """Write the configuration of a run."""
     from arena_distill.files.artifacts import write_text
 
     write_text(run.load(json.loads(settings)).described(), output)
@@ -644,7 +644,7 @@ def compare(
 
 
 def _by_judge(pairs: Sequence[str], judges: Iterable[str]) -> dict[str, list[Path]]:
-    """The files of each judge, of arguments ``<judge>=<file>``."""
+    """The files of each judge, from arguments ``<judge>=<file>``."""
     files = [pair.split("=", 1) for pair in pairs]
     return {judge: [Path(file) for name, file in files if name == judge] for judge in judges}
 

@@ -1,9 +1,9 @@
 """Define the two orders of the answers, and exchange verdicts between them.
 
-Classes are always 0 = model_a, 1 = model_b, 2 = tie. Files hold logits in that canonical frame whatever
-order the judge saw, so whoever reads a file may average over orders at once. What a judge *saw* is
-needed in two places only: right after a forward pass and where a swapped row's target is built. The
-exchange is its own inverse, so :func:`swap_classes` serves both ways.
+Classes are always 0 = model_a, 1 = model_b, 2 = tie. Files hold logits in this canonical frame for both
+orders, so a reader can average over orders directly. The frame of the answers as shown is used in
+two places only: right after a forward pass, and for the targets of swapped rows. The exchange is its
+own inverse, so :func:`swap_classes` works both ways.
 
 A vote is three probabilities in that order, a battle's weight is how much it counts: see :class:`Votes`.
 """

@@ -1,14 +1,14 @@
-"""Leaks: battles whose prompt, or prompt and answer, also stand where a judge has learned from them.
+"""Audit leaks: battles whose prompt, or prompt and answer, are also among a judge's training battles.
 
-A log loss out of fold is as honest as the battles that validate a fold differ from those that train its
-model, and test battles tell as much as ``train``, ``extra`` and ``ut`` do not hold them. The same goes for
-battles that are held out for choices. For each such relation, of some battles among others, are counted
+An out-of-fold log loss is honest only if the validation battles of a fold differ from its training
+battles. The same is true of test battles with ``train``, ``extra`` and ``ut``, and of held-out battles.
+For each such relation between two sets of battles, the audit counts the battles of the first with
 
-- ``same``: the prompt is among the others' (see :mod:`arena_distill.battles.prompts`);
-- ``near``: it is not, but one nearly the same is (see :mod:`arena_distill.similarity`);
-- ``answers``: it is, the same or nearly so, and there an answer is the same, too: nearly the same battle.
+- ``same``: a prompt of the second (as in :func:`arena_distill.battles.prompts.distinct_prompts`);
+- ``near``: not the same, but a near-duplicate prompt (see :mod:`arena_distill.battles.similarity`);
+- ``answers``: such a prompt, and also one of its answers: a near-duplicate battle.
 
-Prompts are compared once each however many battles have them, and only where a relation asks for it.
+Each distinct prompt is compared once, and only for relations that need it.
 """
 
 from __future__ import annotations

@@ -57,11 +57,11 @@ def fetch_battles(output: Path, *, without: Sequence[Path], settings: FetchSetti
 
     Args:
         output: the file to write.
-        without: files of battles, in the Kaggle schema; what asks one of their prompts is left out.
+        without: files of battles, in the Kaggle schema; battles with one of their prompts are omitted.
 
     Raises:
-        InputError: a token or a package is missing, the network does not answer, the file is not there,
-            or it is not of the format it is said to be.
+        InputError: a token or a package is missing, the network does not answer, the file does not
+            exist, or it has another format.
     """
     if problem := _problem(settings):
         raise InputError(problem)
@@ -87,7 +87,7 @@ def fetch_battles(output: Path, *, without: Sequence[Path], settings: FetchSetti
         if settings.format == "battles":
             if len(files) > 1:
                 raise InputError(
-                    f"{output}: {len(files)} files of {settings.source()} would be one; name one of them"
+                    f"{output}: {len(files)} files of {settings.source()} match; name one of them"
                 )
             os.replace(files[0], output)
             print(f"{output}: {settings.source()}")
@@ -218,7 +218,7 @@ def ultrafeedback_battles(rows: Iterable[Mapping[str, Any]], *, seed: int) -> pa
 
 
 def arena_battles(rows: Iterable[Mapping[str, Any]], *, without: Collection[str] = ()) -> pa.Table:
-    """Battles out of conversations with two models at a time, such as `lmsys/chatbot_arena_conversations`.
+    """Convert conversations with two models to battles, such as `lmsys/chatbot_arena_conversations`.
 
     Args:
         rows: `question_id`, `model_a`, `model_b`, `conversation_a` and `conversation_b` as lists of

@@ -294,7 +294,7 @@ def vote_probabilities(qualities: NDArray[np.float64], voters: Voters) -> NDArra
 
 
 def write_arena(folder: Path, *, settings: ArenaSettings) -> None:
-    """Write an arena as files of the Kaggle schema, and the truth beside them.
+    """Write an arena as files of the Kaggle schema, and the truth.
 
     ``train.csv``, ``extra.csv`` and ``ut.csv`` hold labelled battles, ``test.csv`` battles without
     models and votes, ``test_solution.csv`` their votes, ``unlabelled.csv`` (if there are any) battles
@@ -309,7 +309,7 @@ def write_arena(folder: Path, *, settings: ArenaSettings) -> None:
     sizes = {source: getattr(settings, source) for source in ("train", "extra", "ut", "test")}
     stream = np.random.SeedSequence(settings.seed)
     seeds = stream.generate_state(len(sizes)).tolist()
-    if settings.unlabelled:  # a stream of their own, and ids after all others
+    if settings.unlabelled:  # a separate random stream, and ids after all others
         sizes["unlabelled"] = settings.unlabelled
         seeds += stream.spawn(1)[0].generate_state(1).tolist()
     truths = []

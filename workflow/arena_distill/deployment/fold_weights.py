@@ -125,7 +125,7 @@ class FoldMerger:
     def logits(
         self, weights: Sequence[float], average: str = "products"
     ) -> tuple[np.ndarray, float | None]:
-        """What the soup says: float32 (rows, orders, 3), and the gap between its two averages."""
+        """Logits of the soup: float32 (rows, orders, 3), and the gap between its two averages."""
         model: Any = load_classifier(
             self.backbone,
             head=self.settings.head,
@@ -140,7 +140,7 @@ class FoldMerger:
         return verdicts(np.stack(outputs, axis=1), self.settings.head), gap
 
     def log_loss(self, some: Sequence[int], votes: Votes) -> float:
-        """That of the equal soup of some folds, by the mean of both orders' logits."""
+        """Log loss of the equal soup of some folds, with the mean of both orders' logits."""
         weights = [1 / len(some) if fold in some else 0.0 for fold in range(len(self.folds))]
         logits, _ = self.logits(weights, self.settings.average)
         return log_loss(mean_over_views(logits), votes)

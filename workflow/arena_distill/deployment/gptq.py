@@ -1,14 +1,14 @@
-"""A dense judge → its GPTQ twin of 2, 3, 4 or 8 bits.
+"""Quantise a dense judge with GPTQ to 2, 3, 4 or 8 bits.
 
-GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a layer's weights one column at a time and lets
-the columns not yet rounded make up for the error, measured on inputs the layer really gets. The
-arithmetic and the packing are GPTQModel's, as transformers' own quantiser uses them. The walk over
-the blocks is ours, because classifiers need three things: sequences as the judge is asked them,
-each block's own mask and rotation (Gemma's blocks differ), and no need of a compiler.
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a layer's weights one column at a time, and
+adjusts the remaining columns to compensate the error, measured on the layer's real inputs. The
+arithmetic and the packing are GPTQModel's, as in transformers' own quantiser. The loop over the
+blocks is ours, because classifiers need three things: sequences in the judge's own template,
+each block's own mask and rotation (Gemma's blocks differ), and no compiler.
 
-The folder is loaded by plain transformers wherever gptqmodel and optimum are installed.
-:func:`check_drift` is a phase of its own, so that a bound that is exceeded stops the graph but
-never discards what took hours to quantise.
+Plain transformers loads the folder if gptqmodel and optimum are installed.
+:func:`check_drift` is a separate phase, so an exceeded bound stops the graph but does not
+discard a model that took hours to quantise.
 """
 
 from __future__ import annotations
@@ -99,18 +99,18 @@ def quantize_model(
 ) -> None:
     """Quantise a dense judge → a folder with the model, its tokenizer and card, and ``drift.json``.
 
-    Every linear layer of the blocks is quantised; embeddings, norms and head stay as they are, bit
-    for bit. The same model, sequences and seed give the same bytes on the same kind of machine.
+    Every linear layer of the blocks is quantised; embeddings, norms and head stay bit-identical.
+    The same model, sequences and seed give the same bytes on the same type of machine.
 
     Args:
-        model: a dense folder, such as ``merging`` writes.
-        calibration: sequences to draw from, as the judge is asked them.
+        model: a dense folder, as ``merging`` writes it.
+        calibration: sequences to draw from, encoded as for the judge.
         validation: the views of other battles, on which the drift is measured.
         batch_tokens: per forward pass while the drift is measured; calibration goes row by row.
         votes: of the validation rows as shown: adds the log loss before and after.
 
     Raises:
-        InputError: before any heavy work, where the settings do not fit the model, there are too
+        InputError: before any long computation: the settings do not fit the model, there are too
             few sequences, or gptqmodel is not installed.
     """
     bits, group_size, samples = settings.bits, settings.group_size, settings.samples
@@ -158,14 +158,14 @@ def quantize_model(
 
 
 def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
-    """Load a GPTQ folder for scoring, on the GPU where there is one, in the dtype of its config.
+    """Load a GPTQ folder for scoring, on the GPU if there is one, in the dtype of its config.
 
-    It is transformers' ``from_pretrained`` with two choices made: GPTQModel's PyTorch kernel, and
-    no compilation of it, which costs half a minute per job and gains nothing. The kernel it would
-    choose on a GPU (Marlin) is built by CUDA's compiler when it is first used: minutes where there
-    is one, and an error elsewhere. It is for generation, a token at a time; a judge reads batches of
-    thousands, where unpacking the weights first costs nothing that can be measured. On a CPU they
-    are unpacked once and kept.
+    It calls transformers' ``from_pretrained`` with two choices: GPTQModel's PyTorch kernel, without
+    compilation, which takes half a minute per job and saves nothing. The default kernel on a GPU
+    (Marlin) is built by CUDA's compiler at its first use: this takes minutes, and fails without a
+    compiler. Marlin is for generation, one token at a time; a judge reads batches of thousands of
+    tokens, for which the time to unpack the weights is negligible. On a CPU they are unpacked once
+    and kept.
 
     Args:
         attention: the kernel (see ``loading.choose_attention``); None leaves it to transformers.
@@ -304,7 +304,7 @@ class _Block:
     """A block, and its inputs for every calibration row.
 
     hidden: float (1, tokens, width) per row.
-    calls: per row the arguments beside the hidden states: mask, rotation, ...
+    calls: per row the arguments besides the hidden states: mask, rotation, ...
     """
 
     module: torch.nn.Module

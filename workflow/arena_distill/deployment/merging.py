@@ -60,10 +60,10 @@ def merge_folds(
         backbone: the folder that the folds were trained from, not quantised.
         adapters: one PEFT folder per fold, in the order of the folds.
         output: the folder to write: model, tokenizer, model card, ``merge.json``.
-        weights: of the folds, summing to 1 (see ``fold_weights``); None: equal.
+        weights: of the folds, with sum 1 (see ``fold_weights``); None: equal.
 
     Raises:
-        InputError: there is no adapter, one is not plain LoRA with a head, they do not fit each
+        InputError: there is no adapter, one is not plain LoRA with a head, they do not match each
             other or the backbone, or their factors cannot be averaged.
     """
     import torch
@@ -297,7 +297,7 @@ def _mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Te
 def _card(
     about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: MergeSettings
 ) -> str:
-    """The model card: what the model is, where it is from, how to ask it."""
+    """The model card: what the model is, how it was made, how to use it."""
     template, head = settings.encoding.template, settings.head
     joint = head.kind == "joint"
     literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
@@ -345,7 +345,7 @@ def ids(text):  # text is data: special tokens in it are ordinary text
 {size}
 def ask({", ".join(fields[:-1])}):
     pieces = [{", ".join(pieces)}]
-    tokens = [i for piece in pieces for i in ids(piece)]  # each for itself, as in training
+    tokens = [i for piece in pieces for i in ids(piece)]  # one by one, as in training
     {_READ[head.pooling].format(ids=ids)}
 
 {_ASK_JOINT if joint else _ASK_POINTWISE[head.ties]}

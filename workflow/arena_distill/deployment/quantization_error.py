@@ -16,7 +16,7 @@ DRIFT = "drift.json"
 
 
 def drift(before: np.ndarray, after: np.ndarray, votes: Votes | None = None) -> dict[str, Any]:
-    """How far logits moved.
+    """Compare logits before and after quantisation.
 
     Args:
         before: float32 (rows, 3), the dense model's.
@@ -25,7 +25,7 @@ def drift(before: np.ndarray, after: np.ndarray, votes: Votes | None = None) -> 
 
     Returns:
         Mean `kl` and `kl_max` over rows, KL(before ‖ after) in nats; `flip_rate`, the share of rows
-        whose likeliest class changed; `logit_change`, the mean absolute one; `log_loss_before`,
+        whose most probable class changed; `logit_change`, the mean absolute change; `log_loss_before`,
         `log_loss` and `log_loss_change`, None without votes.
     """
     old, new = _log_softmax(before), _log_softmax(after)
@@ -44,7 +44,7 @@ def drift(before: np.ndarray, after: np.ndarray, votes: Votes | None = None) -> 
 
 
 def check_drift(drift: Path, output: Path, *, settings: DriftSettings) -> None:
-    """Write a small file that says the drift is within bounds, or refuse.
+    """Write a small file if the drift is within bounds, else raise.
 
     Args:
         drift: the ``drift.json`` inside the folder of a quantised model.

@@ -1,4 +1,4 @@
-"""Tokenise every field of every battle, once per tokenizer.
+"""Text to token ids: every field of every battle, once per tokenizer.
 
 The output also holds the ids that the templates need (literals, begin and end of sequence, padding),
 so no later job loads a tokenizer. Token ids are never decoded and encoded again.
@@ -46,7 +46,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
-"""The winners cut fields to so many words before they tokenise."""
+"""The number of words to which the winners cut each field before tokenisation."""
 
 _VOTE = tuple(field.name for field in VOTE_FIELDS)
 
@@ -71,11 +71,11 @@ def tokenize(
     Returns:
         A table with `id`, `source`, the vote, and per field `f` (list<int32>: turns joined by a newline),
         `f_turns` (list<int32>: where each turn starts), `f_cap` (int32: tokens within the word cap) and,
-        of an answer, `f_size` (list<int32>: its :data:`SIZE`); and the vocabulary of the templates as
-        plain JSON.
+        for answers, `f_size` (list<int32>: its :data:`SIZE`); and the vocabulary of the templates as
+        JSON values.
 
     Raises:
-        InputError: the tokenizer has no token that is safe to pad with.
+        InputError: the tokenizer has no token that is safe for padding.
     """
     vocabulary = _vocabulary(tokenizer)
     newline = np.array(vocabulary["newline"], np.int32)

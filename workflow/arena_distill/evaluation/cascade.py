@@ -27,7 +27,7 @@ THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
 
 
 def _cascade(test_logits: Path, solved: Solution, average: ViewAverage) -> list[Figures] | None:
-    """The :func:`cascade_curve` of a file of `score_test`; None where it says nothing of costs."""
+    """The :func:`cascade_curve` of a file of `score_test`; None if it has no costs."""
     logits, scored = read_logits(test_logits)
     about = _settings(ids_path(test_logits))
     lengths, orders = (about.get(name, ()) for name in ("max_lengths", "orders"))
@@ -65,11 +65,11 @@ def cascade_curve(
         predict: logits → float64 (rows, 3), each row by itself.
         votes: of the battles.
         groups: int64 (rows,), their prompts.
-        threshold: of the cascade that the logits were scored with. What everything would score is
-            not known then: there is one point, that of this cascade, and its `versus_all` is None.
+        threshold: of the cascade that the logits were scored with. The score without it is unknown
+            then, so there is one point, of this cascade, and its `versus_all` is None.
 
     Returns:
-        None where no battle has more to show at a longer length.
+        None if no battle has more tokens at a longer length.
     """
     short = int(np.argmin(lengths))
     longer = np.arange(len(lengths)) != short

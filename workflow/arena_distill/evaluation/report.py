@@ -64,8 +64,8 @@ def render_report(
     Args:
         metrics: `metrics.json`.
         output: the HTML file.
-        parts: folder of the separate files; by default `report` beside `output`. All of `FIGURES`
-            and `TABLES` are written whatever the run holds.
+        parts: folder of the separate files; by default `report` next to `output`. All of
+            `FIGURES` and `TABLES` are always written.
         configuration: the run's configuration, a text file to include unchanged.
 
     Raises:
@@ -110,7 +110,7 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template, with the filters that all pages use."""
+    """Load a page's template, with the filters for all pages."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

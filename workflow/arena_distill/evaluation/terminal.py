@@ -97,7 +97,7 @@ def _variants_table(metrics: Figures) -> Table:
 
 
 def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table, lean enough for five folds in a terminal of 80 columns."""
+    """An empty table, narrow enough for five folds in 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
     for i, name in enumerate(names):
         table.add_column(name, no_wrap=i == 0, overflow="fold")

@@ -131,9 +131,9 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
     An existing directory at `path` is unchanged until then, and is replaced as a whole.
     """
     path = Path(path)
-    temporary = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        with full_disk_told(path):
+        with report_full_disk(path):
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
@@ -141,7 +141,7 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
                     _flush(file)
             if path.exists():
                 # A directory cannot be renamed onto a full one: rename the old one first.
-                old = _beside(path)
+                old = _temporary_path(path)
                 path.rename(old)
                 temporary.rename(path)
                 shutil.rmtree(old)
@@ -153,7 +153,7 @@ def atomic_directory(path: StrPath) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_told(path: StrPath) -> Iterator[None]:
+def report_full_disk(path: StrPath) -> Iterator[None]:
     """Turn any library's error about a full disk, while writing `path`, into an InputError.
 
     Raises:
@@ -176,9 +176,9 @@ def full_disk_told(path: StrPath) -> Iterator[None]:
 def replacing(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path in the same folder; the file becomes `path` if the block succeeds."""
     path = Path(path)
-    temporary = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        with full_disk_told(path):
+        with report_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _flush(temporary)
@@ -188,7 +188,7 @@ def replacing(path: StrPath) -> Iterator[Path]:
         raise
 
 
-def _beside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     # tempfile would make the file private; results are often shared within a group.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 

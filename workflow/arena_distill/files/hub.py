@@ -79,7 +79,7 @@ def download(
 
 
 def access_problem(repo: str, kind: Kind) -> str | None:
-    """What keeps us from a repository; None where nothing does. Asks the hub."""
+    """Ask the hub for access to a repository; returns the problem, or None."""
     try:
         huggingface_hub.HfApi().auth_check(repo, repo_type=kind)
     except Exception as error:

@@ -22,7 +22,7 @@ Both sequences of a pointwise judge contain the prompt. Sharing it would save ab
 of real battles (17 to 19 % between 192 and 2,000 tokens), which is faster on a CPU; but flash attention
 has no kernel for it. ``benchmarks/shared_prompt.py`` measures both ways on your own battles.
 
-Every later phase sees three logits per battle and order, whatever the head.
+Every later phase gets three logits per battle and order from any head.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def _obstacle(config: PretrainedConfig, kernel: str, dtype: torch.dtype | str) -
         return None
     oldest = "2.6.0" if getattr(config, "attn_logit_softcapping", None) else "2.3.3"
     if not is_flash_attn_greater_or_equal(oldest):
-        return f"the package flash-attn {oldest} or newer is not installed beside {sys.executable}"
+        return f"the package flash-attn {oldest} or newer is not installed for {sys.executable}"
     for device in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than Ampere"
@@ -252,7 +252,7 @@ def _nf4() -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f"config: precision: nf4 needs bitsandbytes, which is not installed beside "
+            f"config: precision: nf4 needs bitsandbytes, which is not installed for "
             f"{sys.executable}: pip install 'arena-distill[qlora]', or set precision: bf16"
         )
     return BitsAndBytesConfig(

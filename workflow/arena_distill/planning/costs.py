@@ -130,7 +130,7 @@ class Costs:
     Args:
         config: with the judges of studies.
         battles: of the run.
-        run: the run's folder.
+        run: its folder.
     """
 
     def __init__(self, config: Config, battles: Battles, run: Path) -> None:

@@ -219,11 +219,11 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
     device = DEVICES[costs.config.plan.accelerator]
     choices = list(_changes(job, judge, costs.config.plan))
     for size in range(1, _TOGETHER + 1):
-        told = set()
+        reported = set()
         for changes in itertools.combinations(choices, size):
             # For each key, the first value that fits is enough.
-            keys = tuple(change.told.partition(":")[0] for change in changes)
-            if keys in told or len({change.key for change in changes}) < size:
+            keys = tuple(change.text.partition(":")[0] for change in changes)
+            if keys in reported or len({change.key for change in changes}) < size:
                 continue
             changed, node, on = job, judge, device
             for change in changes:
@@ -232,9 +232,9 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
                 on = change.device or on
             peak = costs.of(changed, judge=node, device=on).peak
             if peak <= USABLE * on.memory:
-                told.add(keys)
-                yield " and ".join(change.told for change in changes), peak
-        if told:
+                reported.add(keys)
+                yield " and ".join(change.text for change in changes), peak
+        if reported:
             return
 
 
@@ -243,7 +243,7 @@ class _Change:
     """A possible change of a job; only one per key at a time."""
 
     key: str
-    told: str
+    text: str
     resources: dict[str, int | str]
     judge: dict[str, Any]
     device: Device | None = None
@@ -254,8 +254,8 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
     asked = job.resources
     compute = f"judges.{job.wildcards['judge']}.compute"
     if "gradient_checkpointing" in asked and not asked["gradient_checkpointing"]:
-        told = f"{compute}.gradient_checkpointing: true"
-        yield _Change("checkpointing", told, {"gradient_checkpointing": 1}, {})
+        text = f"{compute}.gradient_checkpointing: true"
+        yield _Change("checkpointing", text, {"gradient_checkpointing": 1}, {})
     for key in ("micro_batch_size", "batch_tokens"):
         value = int(asked.get(key, 0) or 0) // 2
         least = 1 if key == "micro_batch_size" else 1024
@@ -265,16 +265,16 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
     # Weights in NF4 cannot be sharded: only one of the two changes.
     if judge.precision != "nf4":
         if not job.phase.startswith(("score_test", "quantize")):
-            told = f"judges.{job.wildcards['judge']}.precision: nf4"
-            yield _Change("weights", told, {"fsdp": 0}, {"precision": "nf4"})
+            text = f"judges.{job.wildcards['judge']}.precision: nf4"
+            yield _Change("weights", text, {"fsdp": 0}, {"precision": "nf4"})
         if "fsdp" in asked:
             for count in (n for n in (2, 4, 8) if n <= plan.gpus_per_node):
-                told = f"{compute}.fsdp: true, gpus: {count}"
-                yield _Change("weights", told, {"fsdp": 1, "gpu": count}, {})
+                text = f"{compute}.fsdp: true, gpus: {count}"
+                yield _Change("weights", text, {"fsdp": 1, "gpu": count}, {})
     if job.phase.startswith(("predict", "score_test_merged")):
         for count in (n for n in (2, 4, 8) if int(asked["gpu"]) < n <= plan.gpus_per_node):
-            told = f"judges.{job.wildcards['judge']}.logits.gpus: {count}"
-            yield _Change("spread", told, {"gpu": count}, {})
+            text = f"judges.{job.wildcards['judge']}.logits.gpus: {count}"
+            yield _Change("spread", text, {"gpu": count}, {})
     for other in DEVICES.values():
         if other.memory > DEVICES[plan.accelerator].memory:
             yield _Change("accelerator", f"plan.accelerator: {other.name}", {}, {}, other)
@@ -312,7 +312,7 @@ def _following(jobs: Sequence[Planned]) -> list[list[int]]:
     return following
 
 
-def _to_the_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
+def _seconds_to_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
     """Seconds from each job's start to the end of the longest chain from it."""
     longest = [0.0] * len(jobs)
     waiting = list(map(len, _following(jobs)))  # readers not yet visited
@@ -330,7 +330,7 @@ def _to_the_end(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[float]:
 
 def critical_path(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[int]:
     """The jobs of the longest chain, in order; more machines cannot make it shorter."""
-    longest, following = _to_the_end(jobs, costs), _following(jobs)
+    longest, following = _seconds_to_end(jobs, costs), _following(jobs)
     chain: list[int] = []
     candidates = [i for i, job in enumerate(jobs) if not job.after]
     while candidates:
@@ -345,7 +345,7 @@ def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list
     A job runs on one node, and holds its GPUs and cores there. (R. L. Graham 1969, Bounds on
     multiprocessing timing anomalies, SIAM J. Appl. Math. 17(2).)
     """
-    longest, following = _to_the_end(jobs, costs), _following(jobs)
+    longest, following = _seconds_to_end(jobs, costs), _following(jobs)
     gpus, cores = [plan.gpus_per_node] * plan.nodes, [plan.cores_per_node] * plan.nodes
     start = [0.0] * len(jobs)
     left = [len(job.after) for job in jobs]

@@ -67,7 +67,7 @@ class Passes:
 
     @staticmethod
     def read(ids: pa.Table, lengths: Sequence[int]) -> Passes | None:
-        """From those columns; None where a file has none."""
+        """Read these columns; None if a file has none."""
         names = [[f"{k}_{n}" for n in lengths] for k in ("sequences", "tokens", "scored")]
         if not lengths or not {*chain(*names)} <= {*ids.column_names}:
             return None

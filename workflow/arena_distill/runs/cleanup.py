@@ -66,7 +66,7 @@ def clean_up(results: Path) -> None:
             if any(lock.parent.glob("*/finished")):
                 shutil.rmtree(lock.parent)
     for folder in (*results.glob(".checkpoints/*"), results / ".checkpoints"):
-        with suppress(OSError):  # not empty, or missing
+        with suppress(OSError):  # not empty, or not there
             folder.rmdir()
     yesterday = time.time() - 24 * 3600
     for path in results.rglob(".*.tmp"):

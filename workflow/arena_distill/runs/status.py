@@ -227,7 +227,7 @@ def parse_failures(text: str) -> Iterator[tuple[tuple[str, str], Failure]]:
 
 
 def ask_squeue(jobs: Iterable[str]) -> dict[str, JobState] | None:
-    """Return which of these Slurm jobs are alive: running or queued; None where nobody can tell."""
+    """Return which of these Slurm jobs are running or queued; None if squeue cannot answer."""
     ids = sorted(set(jobs))
     if not ids or not shutil.which("squeue"):
         return {} if not ids else None
@@ -245,7 +245,7 @@ def ask_squeue(jobs: Iterable[str]) -> dict[str, JobState] | None:
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:
-    """Return the living jobs of lines ``<id>|<state>``."""
+    """Parse lines ``<id>|<state>``; return the jobs that are alive."""
     pairs = [line.strip().split("|") for line in text.splitlines() if "|" in line]
     return {
         job: "queued" if state in _QUEUED else "running"
@@ -328,7 +328,7 @@ class Evidence:
     failures: dict[tuple[str, str], Failure]
     slurm_logs: dict[str, dict[str, File]]
     alive: dict[str, JobState] | None
-    """The living Slurm jobs among those asked for; None where `squeue` does not answer."""
+    """The Slurm jobs that are alive; None if `squeue` does not answer."""
 
     @classmethod
     def of(cls, folder: Path, jobs: Iterable[Planned]) -> Evidence:
@@ -357,7 +357,7 @@ class Evidence:
         return Job(**vars(job), state=state, slurm_job=slurm[0], slurm_log=slurm[1], error=error)
 
     def _end(self, job: Planned, slurm_log: File | None) -> tuple[JobState, list[str]]:
-        """How the last attempt ended that is neither alive nor was successful, and what tells so."""
+        """How the last attempt ended, if it is not alive and did not succeed; and its error lines."""
         marker, failure, log = self._marker(job), self._failure(job), self._log(job)
         if log and marker and log.time < marker.time - _SLACK:
             log = None  # an earlier attempt's

@@ -38,7 +38,7 @@ GRACE = 5.0
 
 @dataclass(frozen=True)
 class Launch:
-    """How a training job runs; what it computes does not depend on it. The options of its command."""
+    """How a training job runs, as options of its command; the result does not depend on it."""
 
     micro_batch_size: Annotated[
         int, typer.Option(help="Sequences per device and forward pass.", min=1)
@@ -51,15 +51,17 @@ class Launch:
     ] = 0
     checkpoints: Annotated[
         Path | None,
-        typer.Option(help="Folder of this output's checkpoints; none: none are written."),
+        typer.Option(help="Folder of this output's checkpoints; default: none."),
     ] = None
-    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between them.", min=0)] = 30
+    checkpoint_minutes: Annotated[float, typer.Option(help="Their interval in minutes.", min=0)] = (
+        30
+    )
     attention: Annotated[Attention, typer.Option(help="transformers' attention kernel.")] = "auto"
     gpus: Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)] = 0
 
 
 def cpu_is_wanted() -> bool:
-    """Whether jobs are to run on the CPU whatever GPUs there are."""
+    """Whether jobs must run on the CPU even if there are GPUs."""
     return os.environ.get(CPU_ALLOWED, "").lower() in ("1", "true", "yes")
 
 
@@ -80,10 +82,10 @@ def ignore_signals() -> None:
 
 
 def start(how: Launch) -> None:
-    """Begin a training job: alone at its output, on its own GPUs, one process per GPU.
+    """Start a training job: lock its output, claim its GPUs, run one process per GPU.
 
-    With several GPUs the same command is started once for each, and this process waits for them and
-    ends with them; in theirs this function returns at once.
+    With several GPUs this process starts the same command once per GPU, waits for these processes and
+    exits with their status; in them this function returns at once.
 
     Raises:
         InputError: there are fewer GPUs than asked for.

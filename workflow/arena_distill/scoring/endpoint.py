@@ -233,7 +233,7 @@ def ask(
                 request = under_way.pop(future)
                 try:
                     arrived[request.key] = future.result()
-                except Exception as error:  # whatever it is, the other answers are kept first
+                except Exception as error:  # first keep the other answers
                     failures.append(_failure(request, error, limits))
                     stop.set()
             answers.put(arrived)

@@ -32,10 +32,10 @@ STARTS = {"shared": "same start for all folds", "own": "own start for each fold"
 
 
 def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSettings) -> None:
-    """Gather the judges' soups (``compare_soups``) → `averaging.json`, `averaging.csv`, `averaging.svg`.
+    """Collect the judges' soups (``compare_soups``) → `averaging.json`, `averaging.csv`, `averaging.svg`.
 
     Args:
-        soups: a file per judge, in the order of `settings.averaging`.
+        soups: one file per judge, in the order of `settings.averaging`.
     """
     import pandas as pd
 

@@ -197,7 +197,7 @@ def _test(
     solved: Solution,
     truth: Path | None,
 ) -> Figures:
-    """The merged models on the test battles, averaged as their recipes say; calibrated as well."""
+    """The merged models on the test battles, averaged by their recipes; also calibrated."""
     keys = solved.keys
     tested = [entry for entry in settings.entries if entry.tested]
     views = {entry.label: _test_views(files, entry.judge, keys) for entry in tested}
@@ -220,14 +220,14 @@ def _test(
 
 
 def _test_views(files: Layout, judge: str, keys: pa.Array) -> np.ndarray:
-    """What the merged model says of the battles of `keys`: float (rows, lengths · orders, 3)."""
+    """The merged model's logits of the battles of `keys`: float (rows, lengths · orders, 3)."""
     path = Path(files.test_logits(judge, "merged"))
     logits, rows = read_logits(path)
     return logits[locate(keys, key(rows), str(path))].reshape(len(keys), -1, len(CLASSES))
 
 
 def _cost(files: Layout, entry: Entry, folds: Sequence[int]) -> Figures:
-    """What a judge took: its folds' training seconds and tokens; its size, and the model's bytes."""
+    """A judge's cost: its folds' training seconds and tokens, its size, and the model's bytes."""
     folders = [Path(files.adapter(entry.folds, k)) for k in folds]
     if not folders[0].exists():  # it was not trained here
         return {"seconds": None, "tokens": None, "parameters": None, "bytes": 0}
@@ -246,7 +246,7 @@ def _cost(files: Layout, entry: Entry, folds: Sequence[int]) -> Figures:
 def _other_run(
     other: Path, data: Run, seen: Mapping[str, np.ndarray], settings: CompareSettings
 ) -> Iterator[Figures]:
-    """The judges of another run against this one's, on the battles that both score out of fold."""
+    """Compare the judges of another run with this one's, on the battles that both score out of fold."""
     layout = Layout(str(other))
     theirs = Run.read(Path(layout.folds), Path(layout.battles))
     ours, their_keys = data.keys(), theirs.keys()

@@ -28,7 +28,7 @@ PARTS = {"out_of_fold": "out of fold", "test": "on the test battles, merged mode
 
 
 def render_comparison(path: Path, output: Path) -> None:
-    """Write `report.html`, `compare.svg`, `judges.csv`, `differences.csv` beside `compare.json`."""
+    """Write `report.html`, `compare.svg`, `judges.csv`, `differences.csv` next to `compare.json`."""
     figures = read_json(path)
     drawing = draw("compare", _drawing, figures)
     parts = {part: figures[part] for part in PARTS if figures[part]}

@@ -44,9 +44,9 @@ from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     atomic_directory,
-    full_disk_told,
     provenance,
     read_parquet,
+    report_full_disk,
     write_json,
     write_parquet,
 )
@@ -298,7 +298,10 @@ def _fit(
                 # Twice the tokens of a step, because there is no backward pass.
                 room = 2 * launch.micro_batch_size * int(examples.lengths.max())
                 fit_head(model, examples, loss=loss, head=settings.head, batch_tokens=room)
-            with checkpoints.listening() if checkpoints else nullcontext(), full_disk_told(folder):
+            with (
+                checkpoints.listening() if checkpoints else nullcontext(),
+                report_full_disk(folder),
+            ):
                 result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
             if checkpoints:
                 checkpoints.raise_if_stopped(trainer.state)
@@ -313,7 +316,7 @@ def _fit(
 
 
 def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
-    """Of everything that decides the weights; how it is launched does not, but for rounding."""
+    """A key of all that determines the weights; launch options do not, except for rounding."""
     arrays = [a for view in examples.views for a in (view.ids, view.offsets)]
     arrays += [examples.votes.probabilities, examples.votes.weights]
     arrays += [a for a in (examples.teachers, examples.weights) if a is not None]
