@@ -1,4 +1,4 @@
-"""One table of judges: what it says is what the evaluation says of each."""
+"""The comparison's table of judges has the figures of the evaluation."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path:
         mended, expected = found[f"{name}, style"], known[name]["calibration"]["style"]
         assert mended["log_loss"] == pytest.approx(expected["log_loss"])
         assert mended["low"] < mended["log_loss"] < mended["high"]
-    # What style tells without any judge: better than nothing, as the longer answer tends to win here.
+    # Style without a judge is better than nothing: the longer answer tends to win here.
     assert found["style alone"]["log_loss"] < found["class prior"]["log_loss"]
     assert found["small, style"]["log_loss"] < found["style alone"]["log_loss"]
 
 
-def test_on_test_battles_a_judge_stands_beside_itself_calibrated(tmp_path: Path) -> None:
+def test_on_test_battles_a_judge_is_listed_raw_and_calibrated(tmp_path: Path) -> None:
     made_up_run(tmp_path)
     found = {}
     for method in ("none", "style"):
