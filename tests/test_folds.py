@@ -201,7 +201,7 @@ def test_unknown_method_and_fold() -> None:
             validation_rows(folds, fold)
         with pytest.raises(InputError, match=f"no fold {fold}"):
             training_rows(folds, fold)
-    with pytest.raises(InputError, match="does not say how it was dealt"):
+    with pytest.raises(InputError, match="does not hold its method"):
         training_rows(folds.replace_schema_metadata(None), 0)
 
 

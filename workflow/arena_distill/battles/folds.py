@@ -1,18 +1,18 @@
-"""Battles → folds: which labelled battles validate which model.
+"""Assign battles to folds: which labelled battles validate which model.
 
 The folds' table has one row per battle of ``train``, with its fold, and of ``extra``, with fold
 `EVERY_FOLD`: extra battles join the training rows of all folds and validate none. Battles of
-``unlabelled`` have the fold `UNLABELLED` and no vote: only students that ask for them
-learn from them. Its metadata remember the method, so that whoever reads the file selects the right rows.
+``unlabelled`` have the fold `UNLABELLED` and no vote: only students with pseudo-labels
+learn from them. Its metadata hold the method, so that every reader of the file selects the same rows.
 
-Many people ask the same question: battles share prompts. ``kfold`` and ``stratified`` deal rows, so
-that the same prompt is trained on and validated with, as the historical recipes did; the
-count of such rows is printed. ``stratified_group`` deals prompts, and drops from a fold's training
-the extra (and unlabelled) battles whose prompt validates it; on request it takes prompts that are nearly
-the same for one.
+Battles share prompts. ``kfold`` and ``stratified`` assign rows, so a prompt may be in training and
+validation rows, as in the historical recipes; the
+number of such rows is printed. ``stratified_group`` assigns prompts, and drops from a fold's training
+the extra (and unlabelled) battles whose prompt validates it; with `near_duplicates` it treats nearly equal
+prompts as one.
 
-Where something is chosen by its score (a soup's ingredients), it is chosen on battles held out from all
-folds, whole prompts whatever the method: what a choice saw is never what is reported.
+Choices by score (a soup's ingredients) use battles held out from all folds, by whole prompts in any method:
+battles that made a choice never score its result.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ EVERY_FOLD = -1
 """The "fold" of extra battles: they train every model and validate none."""
 
 HELD_OUT = -2
-"""The "fold" of held-out battles: they train nothing and are reported of nothing; choices see them."""
+"""The "fold" of held-out battles: only choices use them, neither training nor scores."""
 
 UNLABELLED = -3
-"""The "fold" of battles without votes: they validate none, and train only who asks for them."""
+"""The "fold" of battles without votes: they validate none, and train only students with pseudo-labels."""
 
 MOST_FOLDS = 127  # what int8 holds
 
@@ -57,11 +57,11 @@ _SPLIT = b"arena_distill.split"
 
 
 def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSettings) -> None:
-    """Deal the battles of a file into folds, write them, and print what each fold holds.
+    """Assign the battles of a file to folds, write the table, and print the size of each fold.
 
     Args:
         battles_path: file of `arena_distill.battles.write_battles`.
-        folds_path: where the table of `assign_folds` goes.
+        folds_path: file to write, the table of `assign_folds`.
     """
     battles = read_parquet(battles_path, ["id", "source", "prompt", "vote", "weight", "group"])
     method, n, seed = settings.method, settings.n, settings.seed
@@ -96,7 +96,7 @@ def assign_folds(
     holdout: float = 0.0,
     near: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """Deal the battles of ``train`` into `n` folds, shuffled by `seed`.
+    """Assign the battles of ``train`` to `n` folds, shuffled by `seed`.
 
     Args:
         battles: columns ``id``, ``source``, ``prompt``, ``vote``, ``weight`` and ``group``, as of
@@ -188,21 +188,21 @@ def training_rows(
         folds: table of `assign_folds`, or read from its file.
         fold: 0 to n - 1.
         drop_shared_groups: leave out extra battles whose prompt is in the validation rows; by
-            default, whether the folds were dealt by ``stratified_group``.
-        unlabelled: also those without votes; the same prompts are left out of them.
+            default, whether the method of the folds is ``stratified_group``.
+        unlabelled: also select battles without votes, except those with the same prompts.
 
     Returns:
         int64 positions in `folds`, ascending.
 
     Raises:
-        InputError: `folds` has no such fold, or does not say how it was dealt.
+        InputError: `folds` has no such fold, or does not hold its method.
     """
     column, groups = _fold_column(folds, fold), undivided_groups(folds)
     held_out = column == HELD_OUT
     keep = (column != fold) & ~held_out
-    # Nobody trains on the prompts by which something is chosen.
-    beside = np.isin(column, (EVERY_FOLD, UNLABELLED))
-    keep &= ~(beside & np.isin(groups, groups[held_out]))
+    # No model trains on prompts that make choices.
+    other_sources = np.isin(column, (EVERY_FOLD, UNLABELLED))
+    keep &= ~(other_sources & np.isin(groups, groups[held_out]))
     if drop_shared_groups is None:
         drop_shared_groups = fold_settings(folds)["method"] == "stratified_group"
     if drop_shared_groups:
@@ -226,7 +226,7 @@ def dropped_extra(folds: pa.Table, fold: int) -> int:
 
 
 def held_out_rows(folds: pa.Table) -> np.ndarray:
-    """Select the rows by which choices are made: int64 positions in `folds`, ascending."""
+    """Select the rows that make choices: int64 positions in `folds`, ascending."""
     return np.flatnonzero(folds["fold"].to_numpy() == HELD_OUT).astype(np.int64)
 
 
@@ -243,13 +243,11 @@ def shared_prompts(folds: pa.Table, fold: int) -> int:
 
 
 def fold_settings(folds: pa.Table) -> dict[str, Any]:
-    """Return what `folds` was dealt with: ``method``, ``n``, ``seed``, and ``near_duplicates`` if so."""
+    """Return the settings of `folds`: ``method``, ``n``, ``seed``, and ``near_duplicates`` if used."""
     try:
         return dict(json.loads(folds.schema.metadata[_SPLIT]))
     except (KeyError, TypeError):
-        raise InputError(
-            "the table of folds does not say how it was dealt: write it again"
-        ) from None
+        raise InputError("the table of folds does not hold its method: write it again") from None
 
 
 def _deal(
@@ -288,7 +286,7 @@ def _joined(battles: pa.Table, near: Mapping[str, Any]) -> np.ndarray:
 
 
 def _check_enough(labels: np.ndarray, groups: np.ndarray, method: FoldMethod, n: int) -> None:
-    """Raise InputError where a fold would lack rows, prompts, or votes of a kind."""
+    """Raise InputError if a fold would lack rows, prompts, or votes of a kind."""
     advice = f"for {n} folds; lower n, give more battles or choose another method"
     if len(labels) < n:
         raise InputError(f"folds: {len(labels)} train battles {advice}")
