@@ -281,7 +281,9 @@ def test_an_injected_leak_is_found(of: str, among: str, near: bool, answer: bool
 @pytest.mark.parametrize("near", [False, True])
 def test_an_injected_leak_between_folds_is_found(near: bool) -> None:
     rows = clean()
-    fold = {row["id"]: row["fold"] for row in dealt(rows).to_pylist() if row["source"] == "train"}
+    fold = {
+        row["id"]: row["fold"] for row in folds_of(rows).to_pylist() if row["source"] == "train"
+    }
     train = [row for row in rows if row["source"] == "train"]
     victim = train[0]
     copy = next(row for row in train if fold[row["id"]] != fold[victim["id"]])
@@ -295,7 +297,7 @@ def test_an_injected_leak_between_folds_is_found(near: bool) -> None:
     assert leaks(audited(rows)) == expected
 
 
-def dealt(rows: Sequence[dict[str, Any]]) -> pa.Table:
+def folds_of(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return assign_folds(battles_table(rows), method="kfold", n=3, seed=0)
 
 
@@ -576,8 +578,8 @@ def test_folds_are_assigned_by_the_settings(tmp_path: Path) -> None:
     battles = near_battles(0)
     write_parquet(battles, tmp_path / "battles.parquet", {})
     chosen = config(folds={"method": "stratified_group", "n": 3, "near_duplicates": True})
-    dealing = FoldsSettings.of(chosen)
-    write_folds(tmp_path / "battles.parquet", tmp_path / "folds.parquet", settings=dealing)
+    chosen_folds = FoldsSettings.of(chosen)
+    write_folds(tmp_path / "battles.parquet", tmp_path / "folds.parquet", settings=chosen_folds)
     expected = assign_folds(battles, method="stratified_group", n=3, seed=42, near=HOW)
     written = pa.parquet.read_table(tmp_path / "folds.parquet")
     assert written.to_pylist() == expected.to_pylist()

@@ -423,7 +423,7 @@ def test_a_student_sees_none_whose_prompt_validates(
     hidden = sequences(run, folds.take(bare[validates]))
     if method == "stratified_group":
         assert not hidden & seen
-    else:  # deals rows, as the historical recipes did
+    else:  # assigns rows, as the historical recipes did
         assert hidden <= seen
 
 

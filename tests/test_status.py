@@ -631,7 +631,7 @@ rule bad:
     output: "bad"
     log: "logs/bad.log"
     message: "Bad"
-    shell: "[ -e mended ] && touch {output} || {{ echo error: x; false; }} > {log} 2>&1"
+    shell: "[ -e fixed ] && touch {output} || {{ echo error: x; false; }} > {log} 2>&1"
 rule slow:
     output: directory("slow")
     log: "logs/slow.log"
@@ -719,7 +719,7 @@ def test_a_run_from_its_start_over_its_death_to_its_end(tmp_path: Path) -> None:
         main.kill()
         (tmp_path / "go").touch()
 
-    (tmp_path / "mended").touch()
+    (tmp_path / "fixed").touch()
     flow.snakemake("--unlock")
     flow.snakemake("--rerun-incomplete")
     states, found, code = flow.states()

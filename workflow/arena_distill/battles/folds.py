@@ -80,8 +80,12 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSe
         dropped, shared = dropped_extra(folds, fold), shared_prompts(folds, fold)
         without_votes = len(training_rows(folds, fold, unlabelled=True)) - len(training)
         print(
-            f"fold {fold}: {len(training)} rows to train, {len(validation)} to validate"
-            + (f"; {dropped} extra rows dropped, their prompts validate" if dropped else "")
+            f"fold {fold}: {len(training)} training rows, {len(validation)} validation rows"
+            + (
+                f"; {dropped} extra rows dropped: validation rows have their prompts"
+                if dropped
+                else ""
+            )
             + (f"; {shared} validation rows share a prompt with training rows" if shared else "")
             + (f"; {without_votes} unlabelled rows for students" if without_votes else "")
         )
@@ -127,19 +131,19 @@ def assign_folds(
     source = battles["source"].cast(pa.string()).to_numpy()
     rows = np.flatnonzero(np.isin(source, ["train", "extra", "unlabelled"]))
     is_train, is_unlabelled = source[rows] == "train", source[rows] == "unlabelled"
-    dealt_to = battles.take(pa.array(rows))
-    votes = votes_of(dealt_to)
-    votes.probabilities[is_unlabelled] = 0  # whatever votes they have: nobody learns them
-    groups = dealt_to["group"].to_numpy()
+    selected = battles.take(pa.array(rows))
+    votes = votes_of(selected)
+    votes.probabilities[is_unlabelled] = 0  # their votes, if any, are not learned
+    groups = selected["group"].to_numpy()
     if near is not None:
-        groups = _joined(dealt_to, near)
+        groups = _joined(selected, near)
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
     fold[is_unlabelled] = UNLABELLED
     labels = votes.labels
-    dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
+    in_folds = is_train & ~_hold_out(groups, is_train, holdout, seed)
     fold[is_train] = HELD_OUT
-    fold[dealt] = _deal(labels[dealt], groups[dealt], method, n, seed)
-    columns = {name: dealt_to[name] for name in ("id", "source", "group")}
+    fold[in_folds] = _split_rows(labels[in_folds], groups[in_folds], method, n, seed)
+    columns = {name: selected[name] for name in ("id", "source", "group")}
     columns |= {"fold": fold, **vote_columns(votes)}
     table = pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
     if near is not None:
@@ -250,7 +254,7 @@ def fold_settings(folds: pa.Table) -> dict[str, Any]:
         raise InputError("the table of folds does not hold its method: write it again") from None
 
 
-def _deal(
+def _split_rows(
     labels: np.ndarray, groups: np.ndarray, method: FoldMethod, n: int, seed: int
 ) -> np.ndarray:
     """Return the fold (int8) of each train row."""
