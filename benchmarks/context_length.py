@@ -1,10 +1,10 @@
-"""What a budget of tokens keeps of battles, against one fixed length and against other ways to spend it.
+"""Compare a token budget with one fixed length and with other uses of the same budget.
 
     python benchmarks/context_length.py TOKENIZER_FOLDER BATTLES.csv [--budgets 192 256 384]
 
-A line per rule: the mean tokens of a sequence, the longest, the battles cut, the tokens lost of all, the
-mean share that a battle keeps, and attention's cost (mean square) by that of `tokens_per_battle`.
-`root` and `share` spend the same budget otherwise: lengths that grow with the root of a battle's size, and
+A line per rule: the mean tokens of a sequence, the longest, the battles cut, the share of all tokens
+lost, the mean share kept of a battle, and attention's cost (mean square) relative to `tokens_per_battle`.
+`root` and `share` use the same budget differently: lengths grow with the root of a battle's size, or are
 the same share of every battle.
 """
 

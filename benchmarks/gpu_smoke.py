@@ -1,15 +1,15 @@
-"""Does every path that needs a GPU run on this machine's, and how fast?
+"""Check that every path that needs a GPU runs on this machine, and measure its speed.
 
     python benchmarks/gpu_smoke.py [--size 1b] [--families llama gemma2] [--checks bf16 nf4 …]
 
-Each check calls the workflow's own commands, as its rules do, on battles of the synthetic arena: a fold is
-trained, its battles are scored, a model is quantised. Nothing is downloaded: backbones are the tiny ones
-that ship with the workflow, or with `--size 1b` freshly drawn ones of about a billion weights. A check
-passes if its commands succeed and its logits agree with those of the plainest way to compute them. What a
-machine lacks (a second GPU, a package) is skipped, saying so.
+Each check calls the workflow's own commands, as its rules do, on battles of the synthetic arena: it
+trains a fold, scores its battles, quantises a model. It downloads nothing: backbones are the tiny ones
+that ship with the workflow, or with `--size 1b` random ones of about a billion weights. A check passes if
+its commands succeed and its logits agree with those of the simplest way to compute them. If the machine
+lacks something (a second GPU, a package), the check is skipped with a message.
 
-Exits with 0 if nothing failed, with 1 if something did, with 2 where there is no GPU. `--cpu` tries the
-checks themselves without one.
+Exits with 0 if no check failed, with 1 if one did, with 2 without a GPU. `--cpu` tests the checks on the
+CPU.
 """
 
 from __future__ import annotations

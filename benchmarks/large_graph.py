@@ -1,17 +1,17 @@
-"""A dry run of a large graph: time and memory as it grows, and how much of the time is our own.
+"""Measure dry runs of growing graphs: time, memory, and the share of time in this repository's code.
 
     python benchmarks/large_graph.py                                     # 10 judges × 20 folds × 8 shards
-    python benchmarks/large_graph.py --folds 20 --shards 2 4 8           # what grows is up to you
+    python benchmarks/large_graph.py --folds 20 --shards 2 4 8           # any option can grow
     python benchmarks/large_graph.py --folds 5 --teachers 8 16 32
 
-Every size is a fresh `snakemake -n --quiet rules` in a temporary folder, run twice: plainly for its
-time and memory, and in Python's profiler for what was spent in `rules/` and in the package. Each row is
-compared with the row above it. What a further job costs is to stay what it is: where it grows with the
-graph, something goes through the whole graph for every job. One thing does by design: each fold of a
-student reads every fold of its teachers, so these inputs grow with the square of the folds.
+Every size is a fresh `snakemake -n --quiet rules` in a temporary folder, run twice: once for time and
+memory, once in Python's profiler for the time spent in `rules/` and in the package. Each row is compared
+with the row above it. The cost of a further job should be constant: if it grows with the graph, some code
+visits the whole graph for every job. One growth is by design: each fold of a student reads every fold of
+its teachers, so these inputs grow with the square of the folds.
 
-Times depend on the machine, and the profiler slows down what calls much; CPU seconds and shares are what
-to compare.
+Times depend on the machine, and the profiler slows down code with many calls: compare CPU seconds and
+shares.
 """
 
 from __future__ import annotations

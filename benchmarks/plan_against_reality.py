@@ -1,9 +1,9 @@
-"""What `arena-distill plan` says of a training step, beside what PyTorch counts while one runs.
+"""Compare the forecast of a training step with what PyTorch counts while one runs.
 
     python benchmarks/plan_against_reality.py [models/smollm2-135m-instruct.gguf]
 
-One step of the tiny backbones that ship with the workflow and, where its file is given, of SmolLM2 cut to
-its first layers: operations by PyTorch's FlopCounterMode, memory by what its allocator tells the profiler.
+One step of each tiny backbone that ships with the workflow and, if its file is given, of the first layers
+of SmolLM2: operations by PyTorch's FlopCounterMode, memory as its allocator reports it to the profiler.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Text → sequences in both orders: row by row as it is usually done, against this workflow.
+"""Compare the usual row-wise preparation of sequences, in both orders, with this workflow's.
 
     python benchmarks/preparation.py TOKENIZER_FOLDER BATTLES.csv [--max-length 1024]
 
 The row-wise side follows the published solutions: each row's text is cut by words, each of its fields is
 tokenised and cut, decoded, put into the template and tokenised again, once per order. Both sides run in
-this process, on the same rows; the ratio is what to compare, as the times depend on the machine.
+this process, on the same rows. Times depend on the machine: compare the ratio.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Whether a pointwise judge should read a battle's prompt once for both answers, or once for each.
+"""Compare two ways for a pointwise judge to read a prompt: once for both answers, or once for each.
 
     python benchmarks/shared_prompt.py BACKBONE_FOLDER BATTLES.csv [--max-length 192 512] [--rows 200]
 
-`apart` is what the workflow does: prompt and answer A, prompt and answer B, two causal sequences. `shared`
-appends to the first what the second has of its own, at the positions and with the attention it would have
-had alone (a tree of two branches). The mask of a tree is no causal one: flash attention has no kernel for
-it, so on a GPU the ratio of tokens is the most that can be won, and memory for the mask the least that is
-lost. Both sides give the same last hidden states, which is checked.
+`apart` is the way of the workflow: two causal sequences, prompt and answer A, prompt and answer B.
+`shared` appends answer B to the first sequence, with the positions and the attention of the second (a
+tree of two branches). The mask of a tree is not causal, and flash attention has no kernel for it: so on a
+GPU the gain is at most the ratio of tokens, and the loss at least the memory of the mask. The benchmark
+checks that both give the same last hidden states.
 
-A line per length: the tokens of both, their ratio, the seconds of both, and theirs.
+A line per length: the tokens of both and their ratio, the seconds of both and their ratio.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A real Slurm on one machine, for the tests: nodes gpu1 and gpu2, each with four make-believe A100s.
+# A real Slurm on one machine, for the tests: nodes gpu1 and gpu2, each with four fake A100s.
 # Needs Debian or Ubuntu and root; no systemd, no database, no network.
-#   scripts/slurm_cluster.sh start          bring up whatever is down (installs Slurm where it is missing)
-#   eval "$(scripts/slurm_cluster.sh env)"  this shell's sbatch, srun, squeue, scontrol … talk to it
-#   scripts/slurm_cluster.sh status         nodes and jobs; fails unless every node can take jobs
-#   scripts/slurm_cluster.sh lose NODE      the node loses its power: daemon and jobs are gone at once
-#   scripts/slurm_cluster.sh restore NODE   … and has it back, empty
+#   scripts/slurm_cluster.sh start          start all daemons that are down (installs Slurm if it is missing)
+#   eval "$(scripts/slurm_cluster.sh env)"  make this shell's sbatch, srun, squeue, scontrol … use it
+#   scripts/slurm_cluster.sh status         list nodes and jobs; fails if a node cannot take jobs
+#   scripts/slurm_cluster.sh lose NODE      simulate a power failure: daemon and jobs end at once
+#   scripts/slurm_cluster.sh restore NODE   bring the node back, without jobs
 #   scripts/slurm_cluster.sh stop           cancel the jobs, stop the daemons, remove the folder
-# All of it, logs included, is in one folder: $ARENA_SLURM or, by default, arena-slurm in $TMPDIR or /tmp.
-# Only /etc/slurm/slurm.conf, a link to it, is elsewhere: Snakemake's jobs look for it there. A machine that
-# has a Slurm of its own is left alone.
+# All files, logs included, are in one folder: $ARENA_SLURM or, by default, arena-slurm in $TMPDIR or /tmp.
+# Only /etc/slurm/slurm.conf, a link to it, is elsewhere: Snakemake's jobs look for it there. The script does
+# not touch a machine that already has a Slurm.
 set -euo pipefail
 umask 022
 

@@ -21,7 +21,7 @@ from arena_distill.runtime.launch import CPU_ALLOWED
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with GPUs, as far as the choice can tell."""
+    """A machine that seems to have GPUs."""
 
     def pretend(capability: tuple[int, int] = (8, 0), flash: str = "2.8.3", count: int = 1) -> None:
         def newer(version: str) -> bool:
@@ -44,7 +44,7 @@ def config(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_auto_takes_flash_attention_where_it_can(family: str, gpus: Callable[..., None]) -> None:
+def test_auto_uses_flash_attention_where_it_can(family: str, gpus: Callable[..., None]) -> None:
     gpus()
     assert choose_attention(config(family), "auto", torch.bfloat16) == "flash_attention_2"
 
@@ -60,7 +60,7 @@ def test_auto_takes_flash_attention_where_it_can(family: str, gpus: Callable[...
     ],
     ids=["no GPU", "old GPU", "no package", "fp32", "package without soft-capping"],
 )
-def test_auto_leaves_it_to_transformers_elsewhere(
+def test_auto_lets_transformers_choose_elsewhere(
     machine: dict[str, Any] | None, dtype: torch.dtype, gpus: Callable[..., None]
 ) -> None:
     if machine is not None:
@@ -68,7 +68,7 @@ def test_auto_leaves_it_to_transformers_elsewhere(
     assert choose_attention(config("gemma2"), "auto", dtype) is None
 
 
-def test_left_to_itself_transformers_soft_caps(run: Run, family: str) -> None:
+def test_the_default_of_transformers_soft_caps(run: Run, family: str) -> None:
     model = load_classifier(run.backbone, precision="fp32", attention="auto", head_seed=0)
     expected = "eager" if family == "gemma2" else "sdpa"
     assert model.config._attn_implementation == expected
@@ -84,7 +84,7 @@ def test_left_to_itself_transformers_soft_caps(run: Run, family: str) -> None:
         (None, "sdpa", "transformers has none for gemma2"),
     ],
 )
-def test_what_is_not_to_be_had_is_told_in_one_line(
+def test_a_missing_kernel_is_an_error_of_one_line(
     machine: dict[str, Any] | None, wanted: Any, message: str, gpus: Callable[..., None]
 ) -> None:
     if machine is not None:
@@ -161,7 +161,7 @@ def test_weights_go_where_the_process_computes(
     assert placement() is None
 
 
-def test_a_judge_spread_over_devices_says_the_same(run: Run, tmp_path: Path) -> None:
+def test_a_judge_spread_over_devices_has_the_same_logits(run: Run, tmp_path: Path) -> None:
     """Layers on several devices: here the CPU and, of the last layer, the disk."""
     tokens = read_tokens(run.tokens)
     judge = load(

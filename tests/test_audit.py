@@ -105,7 +105,7 @@ SCRIPTS = "abcdef éßñ の詩春天请写一首関西 жщыя ०१२हि
     st.lists(st.text(SCRIPTS, max_size=60), max_size=12, unique=True),
     st.sampled_from([0.5, 0.8, 1.0]),
 )
-def test_what_is_found_is_so(texts: list[str], threshold: float) -> None:
+def test_found_pairs_are_similar(texts: list[str], threshold: float) -> None:
     texts = list(dict.fromkeys([*texts, *(text + "!" for text in texts if text)]))
     expected = all_pairs(texts, threshold)
     found = found_pairs(texts, threshold=threshold)
@@ -116,7 +116,9 @@ def test_what_is_found_is_so(texts: list[str], threshold: float) -> None:
 
 @pytest.mark.parametrize("alphabet", ["abcdefghijklmnop  ", "春天的诗请写一首关于西湖"])
 @pytest.mark.parametrize(("threshold", "permutations"), [(0.6, 128), (0.8, 64), (0.8, 128)])
-def test_as_much_is_found_as_promised(alphabet: str, threshold: float, permutations: int) -> None:
+def test_recall_is_at_least_the_promised_one(
+    alphabet: str, threshold: float, permutations: int
+) -> None:
     texts = prompts(1, 60, alphabet)
     expected = all_pairs(texts, threshold)
     found = found_pairs(texts, threshold=threshold, permutations=permutations)
@@ -137,7 +139,7 @@ def test_bands_keep_the_recall_and_are_no_shorter_than_needed(
         assert recall(threshold, permutations // (rows + 1), rows + 1) < RECALL
 
 
-def test_neither_order_nor_company_decides_what_is_found() -> None:
+def test_neither_order_nor_other_texts_change_the_pairs() -> None:
     texts = prompts(2, 60)
     found = found_pairs(texts)
     assert found_pairs(texts[::-1]) == found
@@ -163,11 +165,11 @@ def test_neither_order_nor_company_decides_what_is_found() -> None:
         ("", "a", False),
     ],
 )
-def test_near_is_near_in_every_script(one: str, other: str, near: bool) -> None:
+def test_near_duplicates_are_found_in_every_script(one: str, other: str, near: bool) -> None:
     assert bool(found_pairs([one, other])) == near == (similarity(one, other) >= 0.8)
 
 
-def test_nothing_is_similar_to_nothing() -> None:
+def test_empty_texts_have_no_similarity() -> None:
     assert found_pairs([]) == found_pairs([""]) == {}
     assert near_groups(pa.array([], pa.string()), **HOW).tolist() == []
     assert jaccard(pa.array(["", "x"]), np.array([0]), np.array([1])).tolist() == [0.0]
@@ -175,7 +177,7 @@ def test_nothing_is_similar_to_nothing() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 1000))
-def test_groups_are_what_chains_connect(seed: int) -> None:
+def test_groups_are_connected_components(seed: int) -> None:
     texts = prompts(seed, 6)
     group = {text: {text} for text in texts}
     for pair in found_pairs(texts):
@@ -279,7 +281,9 @@ def test_an_injected_leak_is_found(of: str, among: str, near: bool, answer: bool
 @pytest.mark.parametrize("near", [False, True])
 def test_an_injected_leak_between_folds_is_found(near: bool) -> None:
     rows = clean()
-    fold = {row["id"]: row["fold"] for row in dealt(rows).to_pylist() if row["source"] == "train"}
+    fold = {
+        row["id"]: row["fold"] for row in folds_of(rows).to_pylist() if row["source"] == "train"
+    }
     train = [row for row in rows if row["source"] == "train"]
     victim = train[0]
     copy = next(row for row in train if fold[row["id"]] != fold[victim["id"]])
@@ -293,7 +297,7 @@ def test_an_injected_leak_between_folds_is_found(near: bool) -> None:
     assert leaks(audited(rows)) == expected
 
 
-def dealt(rows: Sequence[dict[str, Any]]) -> pa.Table:
+def folds_of(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return assign_folds(battles_table(rows), method="kfold", n=3, seed=0)
 
 
@@ -570,12 +574,12 @@ def test_the_audit_reaches_the_folds_only_where_they_use_it() -> None:
     assert parse(FoldsSettings, folds()).audit == Audit()
 
 
-def test_folds_are_dealt_by_the_settings(tmp_path: Path) -> None:
+def test_folds_are_assigned_by_the_settings(tmp_path: Path) -> None:
     battles = near_battles(0)
     write_parquet(battles, tmp_path / "battles.parquet", {})
     chosen = config(folds={"method": "stratified_group", "n": 3, "near_duplicates": True})
-    dealing = FoldsSettings.of(chosen)
-    write_folds(tmp_path / "battles.parquet", tmp_path / "folds.parquet", settings=dealing)
+    chosen_folds = FoldsSettings.of(chosen)
+    write_folds(tmp_path / "battles.parquet", tmp_path / "folds.parquet", settings=chosen_folds)
     expected = assign_folds(battles, method="stratified_group", n=3, seed=42, near=HOW)
     written = pa.parquet.read_table(tmp_path / "folds.parquet")
     assert written.to_pylist() == expected.to_pylist()

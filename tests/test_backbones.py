@@ -57,7 +57,7 @@ def test_a_fresh_judge_is_nearly_indifferent(family: str, backbones: Folders) ->
     assert 0 < logits.abs().max() < 0.6
 
 
-def test_a_judge_says_what_its_logits_mean(backbone: Path) -> None:
+def test_the_configuration_names_the_classes(backbone: Path) -> None:
     model = load_classifier(backbone, pad_token_id=2, head_seed=0)
     assert model.config.num_labels == 3
     assert model.config.id2label == {0: "model_a", 1: "model_b", 2: "tie"}
@@ -400,7 +400,7 @@ def test_sequences_beyond_the_models_positions_are_refused() -> None:
 
 
 def test_the_mean_is_over_the_sequences_own_tokens(family: str, backbones: Folders) -> None:
-    """A head that reads the mean says the mean of what it says of each token, padding aside."""
+    """With mean pooling, logits are the mean of the logits of each token, without padding."""
     folder = backbones(family)
     mean, last = (
         load_classifier(

@@ -112,12 +112,12 @@ def test_a_fit_is_never_worse_on_its_own_rows(
 
 
 @each_method
-def test_what_votes_do_not_decide_stays_as_it_is(method: CalibrationMethod) -> None:
+def test_parameters_that_votes_do_not_decide_keep_their_start(method: CalibrationMethod) -> None:
     none, no_votes = np.empty((0, 3)), Votes.hard(np.empty(0, int))
     empty = fit(method, none, no_votes)
     assert empty.scale.tolist() == [1, 1, 1]
     assert empty.bias.tolist() == [0, 0, 0]
-    # A judge that says the same of every battle: no temperature is better than another.
+    # A judge with the same logits for every battle: no temperature is better than another.
     constant = fit(method, np.full((9, 3), 4.0), Votes.hard(np.arange(9) % 3))
     np.testing.assert_allclose(constant.scale, 1)
     np.testing.assert_allclose(constant.bias, 0, atol=1e-6)
@@ -184,8 +184,8 @@ def test_the_same_rows_give_the_same_bits(method: CalibrationMethod) -> None:
 
 
 @each_method
-def test_luck_is_no_gain(method: CalibrationMethod) -> None:
-    """A judge that knows the truth cannot be mended: what fits its luck does worse elsewhere."""
+def test_cross_fitting_shows_no_gain_on_noise(method: CalibrationMethod) -> None:
+    """A judge that knows the truth needs no calibration: a fit to noise scores worse on other battles."""
     own, crossed = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -259,7 +259,7 @@ def styled(rows: int, seed: int) -> tuple[np.ndarray, Votes, np.ndarray]:
     return seen, drawn(softmax(true), rng), styles
 
 
-def test_what_style_adds_is_found() -> None:
+def test_a_known_effect_of_style_is_found() -> None:
     seen, votes, styles = styled(60_000, 1)
     found = fit("style", seen, votes, styles)
     np.testing.assert_allclose(found.lead * [1, 300, 0.2], [1, -0.6, 0], atol=0.08)
@@ -289,7 +289,7 @@ def test_exchanging_the_answers_exchanges_the_verdict_by_style(seed: int) -> Non
     np.testing.assert_allclose(exchanged(seen, styles), found(seen, styles), atol=1e-3)
 
 
-def test_a_style_that_tells_nothing_adds_next_to_nothing() -> None:
+def test_an_uninformative_style_adds_almost_nothing() -> None:
     """Five useless differences, a hundred battles: cross-fitted, little is lost."""
     seen, votes, _ = styled(100, 3)
     noise = np.random.default_rng(4).normal(size=(100, 5))
@@ -322,7 +322,7 @@ def calibration(run: MadeUpRun) -> Path:
     return output
 
 
-def test_the_file_and_the_evaluation_tell_the_same(run: MadeUpRun, calibration: Path) -> None:
+def test_the_file_and_the_evaluation_agree(run: MadeUpRun, calibration: Path) -> None:
     written = json.loads(calibration.read_text())
     judge = json.loads(run.evaluate().read_text())["judges"]["small"]
     assert written["judge"] == "small"
@@ -396,7 +396,7 @@ def test_every_fold_is_read_in_its_place(
         [],
     ],
 )
-def test_a_file_without_the_calibration_is_told(spoiled: Any, tmp_path: Path) -> None:
+def test_a_file_without_the_calibration_is_an_error(spoiled: Any, tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text(json.dumps(spoiled))
     with pytest.raises(InputError, match=r"small\.json: holds no calibration by vector"):
         read_calibration(tmp_path / "small.json", "vector")
@@ -447,13 +447,13 @@ def predict(folder: Path, logits: np.ndarray, **changes: Any) -> tuple[Any, dict
 
 @each_method
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
-def test_every_variant_is_there_as_it_is_and_calibrated(
+def test_every_variant_is_there_raw_and_calibrated(
     method: CalibrationMethod, average: str, calibration: Path, tmp_path: Path
 ) -> None:
     logits = np.random.default_rng(6).normal(size=(8, 2, 2, 3)).astype(np.float32)
     raw, _ = predict(tmp_path / "raw", logits, average=average)
     frame, _ = predict(
-        tmp_path / "mended", logits, average=average, calibration=method, file=calibration
+        tmp_path / "calibrated", logits, average=average, calibration=method, file=calibration
     )
     assert len(frame) == 2 * len(raw)
     plain = frame[~frame["variant"].str.endswith(method)].reset_index(drop=True)
@@ -477,7 +477,7 @@ def test_every_variant_is_there_as_it_is_and_calibrated(
     np.testing.assert_allclose(one, softmax(mend(logits[:, 1, 1])), rtol=1e-12)
 
 
-def test_without_calibration_nothing_tells_of_it(calibration: Path, tmp_path: Path) -> None:
+def test_without_calibration_a_file_changes_nothing(calibration: Path, tmp_path: Path) -> None:
     logits = np.zeros((3, 2, 2, 3), np.float32)
     _, about = predict(tmp_path / "a", logits, average="logits")
     assert about["settings"]["calibration"] == "none"

@@ -92,7 +92,7 @@ def score(
 
 @settings(max_examples=40)
 @given(heads, max_lengths, st.floats(0, 1))
-def test_the_unsure_go_on_and_the_sure_repeat_the_shortest_length(
+def test_unsure_battles_go_on_and_sure_ones_repeat_the_shortest_length(
     head: Head, lengths: tuple[int, ...], threshold: float
 ) -> None:
     logits, costs, judge = score(head, lengths, threshold)
@@ -304,7 +304,7 @@ def test_the_curve_by_hand() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=["joint", "pointwise"])
-def test_the_curve_foretells_what_a_cascade_does(head: Head) -> None:
+def test_the_curve_predicts_a_cascade(head: Head) -> None:
     every, costs, _ = score(head, (40, 90), None)
     points = curve(every, costs)
     for name in ("threshold", "battles", "sequences", "tokens", "all_tokens"):
@@ -358,7 +358,7 @@ def test_the_order_of_rows_in_the_file_changes_nothing(run: MadeUpRun) -> None:
     assert [p["log_loss"] for p in after] == pytest.approx([p["log_loss"] for p in before])
 
 
-def test_scores_that_say_nothing_of_costs_give_no_curve(run: MadeUpRun) -> None:
+def test_scores_without_costs_give_no_curve(run: MadeUpRun) -> None:
     """As scoring wrote them before there were cascades."""
     path = run.folder / "logits" / "small" / "gptq_test.npy"
     logits, ids = read_logits(path)
@@ -404,7 +404,7 @@ def config(**prediction: Any) -> Any:
     )
 
 
-def test_phases_are_told_of_a_cascade_only_where_there_is_one() -> None:
+def test_settings_name_a_cascade_only_if_there_is_one() -> None:
     """So that no finished run is rebuilt because the key exists."""
     for phase in (ScoringSettings, PredictionSettings):
         assert "cascade" not in phase.of(config(), "small").as_params()
@@ -421,6 +421,6 @@ def test_phases_are_told_of_a_cascade_only_where_there_is_one() -> None:
         ({"cascade": {"treshold": 0.5}}, "did you mean 'threshold'"),
     ],
 )
-def test_a_cascade_that_cannot_be_is_told(prediction: dict[str, Any], message: str) -> None:
+def test_an_invalid_cascade_is_an_error(prediction: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         config(**prediction)

@@ -272,7 +272,7 @@ def test_the_time_of_all_attempts_is_counted(
     assert read_json(tmp_path / "x/metrics.json")["seconds"] > before
 
 
-def test_a_digest_tells_content_shape_and_type_apart() -> None:
+def test_a_digest_depends_on_content_shape_and_type() -> None:
     import numpy as np
 
     zeros = np.zeros((2, 3), np.float32)

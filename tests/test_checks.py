@@ -104,9 +104,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NAMED)
-def test_what_an_earlier_run_left_does_not_stand_for_what_is_missing(
-    left: Checkout, path: str
-) -> None:
+def test_existing_outputs_do_not_replace_missing_inputs(left: Checkout, path: str) -> None:
     (left.folder / path).rename(left.folder / "renamed")
     try:
         for how in (["-n"], ["--cores", "1"]):
@@ -122,7 +120,7 @@ def test_what_an_earlier_run_left_does_not_stand_for_what_is_missing(
 
 
 @pytest.mark.slow
-def test_only_what_is_needed_has_to_be_there(left: Checkout) -> None:
+def test_only_needed_inputs_must_exist(left: Checkout) -> None:
     """Battles can be read before the models are there."""
     (left.folder / "models").rename(left.folder / "renamed")
     try:

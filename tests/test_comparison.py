@@ -1,4 +1,4 @@
-"""One table of judges: what it says is what the evaluation says of each."""
+"""The comparison's table of judges has the figures of the evaluation."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path:
     known = json.loads(run.evaluate(test=False).read_text())["judges"]
     for name in JUDGES:
         assert found[name]["log_loss"] == pytest.approx(known[name]["oof"]["log_loss"])
-        mended, expected = found[f"{name}, style"], known[name]["calibration"]["style"]
-        assert mended["log_loss"] == pytest.approx(expected["log_loss"])
-        assert mended["low"] < mended["log_loss"] < mended["high"]
-    # What style tells without any judge: better than nothing, as the longer answer tends to win here.
+        calibrated, expected = found[f"{name}, style"], known[name]["calibration"]["style"]
+        assert calibrated["log_loss"] == pytest.approx(expected["log_loss"])
+        assert calibrated["low"] < calibrated["log_loss"] < calibrated["high"]
+    # Style without a judge is better than nothing: the longer answer tends to win here.
     assert found["style alone"]["log_loss"] < found["class prior"]["log_loss"]
     assert found["small, style"]["log_loss"] < found["style alone"]["log_loss"]
 
 
-def test_on_test_battles_a_judge_stands_beside_itself_calibrated(tmp_path: Path) -> None:
+def test_on_test_battles_a_judge_is_listed_raw_and_calibrated(tmp_path: Path) -> None:
     made_up_run(tmp_path)
     found = {}
     for method in ("none", "style"):
@@ -66,10 +66,10 @@ def test_on_test_battles_a_judge_stands_beside_itself_calibrated(tmp_path: Path)
     votes = pd.read_csv(tmp_path / "solution.csv", dtype={"id": str}).set_index("id")
     seen = softmax(logits.reshape(len(logits), -1, 3).mean(axis=1, dtype=np.float64), axis=1)
     expected = log_loss(votes.loc[ids["id"].to_pylist()].to_numpy().argmax(axis=1), seen)
-    raw, mended = (found[method]["test"]["judges"] for method in ("none", "style"))
-    assert raw["small"]["log_loss"] == mended["small"]["log_loss"] == pytest.approx(expected)
-    assert mended["small, style"]["log_loss"] != mended["small"]["log_loss"]
-    assert set(mended) - set(raw) == {"small, style", "style alone"}
+    raw, calibrated = (found[method]["test"]["judges"] for method in ("none", "style"))
+    assert raw["small"]["log_loss"] == calibrated["small"]["log_loss"] == pytest.approx(expected)
+    assert calibrated["small, style"]["log_loss"] != calibrated["small"]["log_loss"]
+    assert set(calibrated) - set(raw) == {"small, style", "style alone"}
     pairs = {(gain["label"], gain["against"], gain["part"]) for gain in gains(found["style"])}
     assert pairs == {
         ("small", "big", "out_of_fold"),

@@ -1,4 +1,4 @@
-"""The configuration: mistakes are told in one line, and a phase is handed its own part alone."""
+"""The configuration: a mistake is one line, and each phase gets only its own part."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def lines(broken: dict[str, Any]) -> list[str]:
         ),
     ],
 )  # fmt: skip
-def test_an_unknown_key_is_told_with_what_is_meant(broken: dict[str, Any], expected: str) -> None:
+def test_an_unknown_key_is_an_error_with_a_suggestion(
+    broken: dict[str, Any], expected: str
+) -> None:
     assert expected in lines(broken)
 
 
@@ -144,13 +146,13 @@ def test_an_unknown_key_is_told_with_what_is_meant(broken: dict[str, Any], expec
         (raw(judges={"l": {}}), "config: judges.l.backbone: missing"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_key(broken: dict[str, Any], start: str) -> None:
+def test_a_wrong_value_is_an_error_with_its_key(broken: dict[str, Any], start: str) -> None:
     told = lines(broken)
     assert len([line for line in told if line.startswith(start)]) == 1, told
     assert len(told) == 1, told
 
 
-def test_whose_out_of_fold_score_is_optimistic() -> None:
+def test_which_scores_out_of_fold_are_optimistic() -> None:
     """Students of teachers that saw their votes, and whoever learns from such a student."""
     config = load(
         judged(s={"teachers": ["l"]}, t={"backbone": {"tiny": "llama"}, "teachers": ["s"]})
@@ -194,7 +196,7 @@ def test_unknown_teachers_cycles_and_finals() -> None:
     assert "prediction.model" in line
 
 
-def test_a_mistake_in_the_defaults_is_told_once() -> None:
+def test_a_mistake_in_the_defaults_is_reported_once() -> None:
     assert lines(raw(defaults={"lora": {"rank": 3}})) == [
         "config: defaults.lora.rank: unknown key; known keys: r, alpha, dropout, target_modules"
     ]
@@ -377,7 +379,7 @@ def test_without_ut_battles_nothing_is_post_pretrained() -> None:
     assert not TrainingSettings.of(config, "l").keep_head
 
 
-# --- what a phase is told ---------------------------------------------------------------------------
+# --- settings of a phase ----------------------------------------------------------------------------
 
 
 def all_settings(config: Config) -> dict[tuple[str, str], Any]:

@@ -172,7 +172,7 @@ def test_a_budget_too_small_for_the_template_is_an_error() -> None:
         encode(tokens, within(SMALLEST - 1, "rounds"), "AB")
 
 
-def test_without_training_battles_there_is_nothing_to_find_a_length_by() -> None:
+def test_without_training_battles_a_budget_is_an_error() -> None:
     tokens = tokens_of([[[[20]], [[30]], [[40]]]])
     encoding = Encoding(tokens_per_battle=64)
     for seen in (tokens, replace(tokens, training=tokens.take(np.zeros(0, np.int64)).fields)):
@@ -222,7 +222,7 @@ def config(**encoding: Any) -> Any:
     )
 
 
-def test_phases_are_told_of_a_budget_only_where_there_is_one() -> None:
+def test_settings_name_a_budget_only_if_there_is_one() -> None:
     """So that no finished run is rebuilt because the key exists."""
     for phase in (ScoringSettings, TrainingSettings):
         off, null, on = (

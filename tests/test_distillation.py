@@ -278,7 +278,7 @@ Write = Callable[..., Path]
 
 
 def logit_of(source: str, id_: str, salt: float = 0.0) -> np.ndarray:
-    """Logits that tell which row they belong to: (orders, 3)."""
+    """Logits that identify their row: (orders, 3)."""
     base = float(id_) + (1000.0 if source == "extra" else 0.0) + salt
     return np.array([[base, base + 0.25, -base], [base + 0.5, base + 0.75, -base]], np.float32)
 
@@ -423,7 +423,7 @@ def test_swapped_rows_have_their_targets_exchanged() -> None:
 def test_targets_out_of_fold_make_scores_optimistic_and_those_in_sample_do_not(
     tmp_path: Path,
 ) -> None:
-    """Votes are drawn by lot: who foresees them has been told, by teachers that learned from them."""
+    """Votes are random: a student predicts them only if its teachers have learned from them."""
     rng, rows, folds = np.random.default_rng(0), 240, 3
     features = torch.from_numpy(rng.normal(size=(rows, 1, 120)).astype(np.float32))
     votes = torch.from_numpy(rng.integers(0, 3, rows))

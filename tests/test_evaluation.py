@@ -161,10 +161,10 @@ def test_what_an_overconfident_judge_gains_by_its_temperature(tmp_path: Path) ->
     for path in run.logits["big"]:
         rewrite(path, lambda logits, ids: (logits * 4, ids))
     big = json.loads(run.evaluate().read_text())["judges"]["big"]
-    mended = big["calibration"]["temperature"]
-    assert 3 < mended["parameters"]["temperature"] < 8
-    assert mended["log_loss"] < big["oof"]["log_loss"] - 0.1
-    assert mended["accuracy"] == big["oof"]["accuracy"]
+    calibrated = big["calibration"]["temperature"]
+    assert 3 < calibrated["parameters"]["temperature"] < 8
+    assert calibrated["log_loss"] < big["oof"]["log_loss"] - 0.1
+    assert calibrated["accuracy"] == big["oof"]["accuracy"]
     assert big["truth"]["temperature"]["kl"] < big["truth"]["raw"]["kl"] / 2
 
 

@@ -1,4 +1,4 @@
-"""Judges from elsewhere: a file's logits, or an endpoint's, dealt to the folds like any judge's.
+"""External judges: logits of a file or an endpoint, split into folds like any judge's.
 
 The endpoint is a real HTTP server on this machine (``chat_server``); one slow test asks a real model.
 """
@@ -96,7 +96,7 @@ def test_a_verdict_that_is_not_listed_is_as_probable_as_it_can_be() -> None:
     np.testing.assert_allclose(np.exp(scores), [1, LEAST, LEAST])
 
 
-def test_what_is_told_as_very_unlikely_is_not_listed() -> None:
+def test_a_verdict_of_almost_no_probability_counts_as_unlisted() -> None:
     unlikely = Alternative(token="C", logprob=-9999.0)
     answered = token(("A", 0.6), ("B", 0.3))
     answered = answered.model_copy(update={"top_logprobs": (*answered.top_logprobs, unlikely)})
@@ -171,7 +171,7 @@ def test_a_question_shows_the_battle_between_tags() -> None:
     assert ab.endswith("Verdict (A, B or C):")
 
 
-def test_verdicts_and_instructions_are_ones_own() -> None:
+def test_verdicts_and_instructions_are_configurable() -> None:
     told = "{a} or {b} or {tie}? {other}"
     ab, _ = messages(BATTLE, instructions=told, verdicts=("1", "2", "3"))
     assert ab.startswith("1 or 2 or 3? {other}\n\n<question>")
@@ -316,7 +316,7 @@ def test_tokens_and_cost_are_counted(folder: Path, server: ChatServer) -> None:
     assert figures(folder)["cost"] is None
 
 
-def test_a_short_list_is_told(folder: Path, server: ChatServer) -> None:
+def test_a_short_list_is_reported(folder: Path, server: ChatServer) -> None:
     logits = ask(folder, server, top_logprobs=1)
     assert all(body["top_logprobs"] == 1 for body in server.bodies)
     assert np.isfinite(logits).all()
@@ -337,7 +337,7 @@ def test_no_verdict_at_all_is_an_error(folder: Path, server: ChatServer) -> None
         ask(folder, server)
 
 
-def test_so_many_requests_are_under_way(folder: Path, server: ChatServer) -> None:
+def test_so_many_requests_run_at_once(folder: Path, server: ChatServer) -> None:
     def together(number: int, body: Body) -> Reply:
         deadline = time.monotonic() + 60
         while server.most_at_a_time < 3 and time.monotonic() < deadline:
@@ -616,7 +616,7 @@ def test_the_key_comes_from_the_environment_and_stays_there(
         assert KEY.encode() not in path.read_bytes(), path
 
 
-def test_a_damaged_file_of_answers_is_told(folder: Path, server: ChatServer) -> None:
+def test_a_damaged_file_of_answers_is_an_error(folder: Path, server: ChatServer) -> None:
     ask(folder, server)
     file = folder / ".cache/big/answers.sqlite"
     file.write_bytes(b"no database" + file.read_bytes()[11:])
@@ -852,7 +852,7 @@ def test_probabilities_have_to_sum_to_one(folder: Path) -> None:
         read(folder, frame.assign(p_model_a=-0.5, p_model_b=0.5, p_tie=1.0))
 
 
-def test_a_row_that_is_cut_off_is_told(folder: Path) -> None:
+def test_a_truncated_row_is_an_error(folder: Path) -> None:
     file = folder / "judged.csv"
     judged(folder / "battles.parquet").to_csv(file, index=False)
     file.write_text(file.read_text() + "17,train\n")
@@ -862,7 +862,7 @@ def test_a_row_that_is_cut_off_is_told(folder: Path) -> None:
         )
 
 
-# --- dealt to the folds -----------------------------------------------------------------------------
+# --- split into folds -------------------------------------------------------------------------------
 
 ROWS = [("validation",), ("validation", "extra"), ("validation", "training"),
         ("validation", "training", "extra")]  # fmt: skip
@@ -1013,7 +1013,7 @@ def endpoint(**changes: Any) -> dict[str, Any]:
         (endpoint(api_key_env="sk-0123"), "endpoint.api_key_env: "),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_with_its_key(judge: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_an_error_with_its_key(judge: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as told:
         load(raw(big=judge))
     (line,) = str(told.value).splitlines()
@@ -1099,7 +1099,7 @@ def external_checkout(folder: Path, url: str) -> Checkout:
 
 
 @pytest.mark.slow
-def test_the_workflow_asks_reads_and_deals(tmp_path: Path, server: ChatServer) -> None:
+def test_the_workflow_queries_reads_and_splits(tmp_path: Path, server: ChatServer) -> None:
     checkout = external_checkout(tmp_path / "checkout", server.url)
     checkout.run("folds")
     judged(checkout.results / "battles.parquet").to_csv(checkout.folder / "judged.csv", index=False)

@@ -103,7 +103,7 @@ def load(reader: Reader, head: Head) -> Callable[[], Any]:
         model: Any = load_classifier(
             reader.folder, head=head, pad_token_id=reader.tokens.vocabulary.pad, head_seed=1
         )
-        # The tiny models' weights are small beside fresh embeddings: let every token tell.
+        # The tiny models' weights are small compared to fresh embeddings: make every token count.
         model.score.weight.data.normal_()
         return model.eval()
 

@@ -69,7 +69,7 @@ def test_the_better_rated_answer_wins_and_equal_ratings_are_ties() -> None:
     assert 15 <= ties <= 55  # one pair of six
 
 
-def test_who_meets_depends_on_seed_and_prompt_alone() -> None:
+def test_pairs_depend_on_seed_and_prompt_only() -> None:
     rows = [rated(f"p{i}", 1, 2, 3, 4) for i in range(20)]
     battles = ultrafeedback_battles(rows, seed=1)
     part = ultrafeedback_battles(rows[10:], seed=1)
@@ -274,7 +274,7 @@ with zipfile.ZipFile(Path(given["-p"], given["-f"] + ".zip"), "w") as archive:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A make-believe client of Kaggle, and nobody's tokens."""
+    """A fake client of Kaggle, without tokens."""
     package = tmp_path / "site/kaggle"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -300,7 +300,7 @@ def test_a_file_of_a_competition_is_taken_as_it_is(
     assert [path.name for path in (client / "in").iterdir()] == ["battles.csv"]
 
 
-def test_a_refusal_is_told_in_one_line(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_an_error_of_one_line(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAGGLE_USERNAME", "u")
     monkeypatch.setenv("KAGGLE_KEY", "k")
     with pytest.raises(
@@ -310,7 +310,7 @@ def test_a_refusal_is_told_in_one_line(client: Path, monkeypatch: pytest.MonkeyP
     assert "\n" not in str(error.value)
 
 
-def test_a_token_is_asked_for_before_anything_is_spent(client: Path) -> None:
+def test_a_missing_token_is_reported_first(client: Path) -> None:
     with pytest.raises(InputError, match=r"export KAGGLE_API_TOKEN, or KAGGLE_USERNAME") as error:
         check_access([kaggle(), kaggle()], [])
     assert "\n" not in str(error.value)
@@ -319,7 +319,7 @@ def test_a_token_is_asked_for_before_anything_is_spent(client: Path) -> None:
     check_access([kaggle()], [])
 
 
-def test_so_is_the_client(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_client_is_reported_first(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'arena-distill\[fetch\]'"):
         check_access([kaggle()], [])
@@ -338,7 +338,7 @@ def test_a_file_of_kaggle_has_the_same_name_there() -> None:
     assert config.data.fetch["d/train.csv"].files == ("train.csv",)
 
 
-def test_without_it_nothing_of_it_is_told() -> None:
+def test_without_fetch_the_params_do_not_mention_it() -> None:
     assert "fetch" not in load(raw()).as_params()
 
 
@@ -362,7 +362,7 @@ def test_without_it_nothing_of_it_is_told() -> None:
         ),
     ],
 )
-def test_what_cannot_be_fetched_is_told(path: str, origin: dict[str, Any], message: str) -> None:
+def test_a_wrong_origin_is_an_error(path: str, origin: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(raw(**{path: origin}))
 

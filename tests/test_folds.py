@@ -111,7 +111,7 @@ def test_no_prompt_is_in_several_folds() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_choices_see_is_neither_trained_on_nor_reported(method: FoldMethod) -> None:
+def test_held_out_rows_are_neither_trained_on_nor_scored(method: FoldMethod) -> None:
     folds = assign_folds(made_up(), method=method, n=4, seed=3, holdout=0.2)
     groups = folds["group"].to_numpy()
     held = held_out_rows(folds)
@@ -201,13 +201,11 @@ def test_unknown_method_and_fold() -> None:
             validation_rows(folds, fold)
         with pytest.raises(InputError, match=f"no fold {fold}"):
             training_rows(folds, fold)
-    with pytest.raises(InputError, match="does not say how it was dealt"):
+    with pytest.raises(InputError, match="does not hold its method"):
         training_rows(folds.replace_schema_metadata(None), 0)
 
 
-def test_file_remembers_how_it_was_dealt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_holds_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_parquet(made_up(), tmp_path / "battles.parquet", {})
     chosen = FoldsSettings(version=1, method="stratified_group", n=3, seed=7)
     for name in ("a", "b"):

@@ -225,7 +225,7 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
 
 
 @pytest.mark.parametrize("head", [DAVIDSON, MEAN], ids=["last", "mean"])
-def test_pretrained_trained_scored_merged_asked(
+def test_a_pointwise_judge_passes_every_phase(
     head: Head, family: str, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     """Each phase passes a pointwise judge on, and the card's code gives the same probabilities."""

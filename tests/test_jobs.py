@@ -52,12 +52,12 @@ class Job:
         assert self.read() == line
 
     def end(self) -> str:
-        """Let it read the end of its input; what it still says."""
+        """Close its input; return the rest of its output."""
         return self.process.communicate(timeout=60)[0].decode().strip()
 
     @property
     def is_silent(self) -> bool:
-        """For half a second it neither says anything nor ends."""
+        """Check that it neither prints nor ends for half a second."""
         assert self.process.stdout
         return not select.select([self.process.stdout], [], [], 0.5)[0]
 
@@ -119,7 +119,7 @@ def test_jobs_that_share_a_machine_never_share_a_device(start: Callable[..., Job
         turns = sorted(claim[:2] for claim in claims if device in claim[2])
         assert all(ended <= began for (_, ended), (began, _) in zip(turns, turns[1:], strict=False))
     at_once = max(sum(b <= began < e for b, e, _ in claims) for began, _, _ in claims)
-    assert at_once >= 2  # they did run beside each other
+    assert at_once >= 2  # they did run at the same time
 
 
 def test_a_job_that_gathers_devices_is_not_robbed_of_them(start: Callable[..., Job]) -> None:

@@ -32,7 +32,7 @@ class Turn(NamedTuple):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The folds of two teachers, trained on two make-believe devices."""
+    """The folds of two teachers, trained on two fake devices."""
     folder = tmp_path_factory.mktemp("local_gpu")
     checkout = make_checkout(folder / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())

@@ -1,4 +1,4 @@
-"""Logits are of the right rows, in one frame, and the same whatever they are batched with."""
+"""Logits belong to the right rows, in one frame, and do not depend on their batch."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_the_file_holds_both_orders_in_the_canonical_frame(
     about = read_provenance(tmp_path / "fold_1.ids.parquet")
     assert about["phase"] == "logits"
     assert about["settings"]["fold"] == 1
-    # The BA column is what the judge says of the exchanged battle, exchanged back.
+    # The BA column has the logits of the exchanged battle, exchanged back.
     tokens = of_rows(run, ids)
     judge = module_judge(run, adapter, tokens)
     ab = one_by_one(judge, encode(tokens, ENCODING, "AB"))
@@ -356,7 +356,7 @@ def test_shards_make_the_bytes_that_one_job_would_have_written(
     shards = scorer.shards(tmp_path / "shards", count)
     rows = [len(read_logits(shard)[0]) for shard in shards]
     assert sum(rows) == len(np.load(whole))
-    assert sum(n > 0 for n in rows) == min(count, batches(scorer))  # the work is dealt out
+    assert sum(n > 0 for n in rows) == min(count, batches(scorer))  # the work is shared
     gathered = scorer.gather(shards, tmp_path / "gathered.npy")
     assert both_files(gathered) == both_files(whole)
     # The order in which they are named does not matter.

@@ -180,7 +180,7 @@ def test_operations_of_a_training_step(family: str, again: bool) -> None:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_of_a_training_step(family: str, again: bool, half: bool) -> None:
-    """Four layers and three sequences, told by what two layers and two sequences held."""
+    """Four layers and three sequences, extrapolated from two and three layers, one and two sequences."""
     dtype = torch.bfloat16 if half else torch.float32
     base = load_classifier(TINY / family, dtype=dtype, pad_token_id=0, head_seed=0)
     ids = torch.randint(5, 900, (3, 96))

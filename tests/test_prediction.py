@@ -1,4 +1,4 @@
-"""Test-time augmentation and the submission: each variant is what its name says, in every frame."""
+"""Test-time augmentation and the submission: each variant is the average in its name, in every frame."""
 
 from __future__ import annotations
 

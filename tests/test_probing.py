@@ -87,7 +87,7 @@ def test_what_predicts_is_learned_and_noise_is_not() -> None:
 
 
 def test_prompts_stay_whole() -> None:
-    """Features that tell which prompt it is predict its votes, but nothing of another prompt's."""
+    """Features that identify the prompt predict its votes, but not those of other prompts."""
     rng = np.random.default_rng(2)
     groups = np.repeat(np.arange(40), 10)
     names = np.eye(40, dtype=np.float32)[groups][:, None]
@@ -157,7 +157,7 @@ def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path
 
 
 def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> None:
-    """They are sure that the longer answer wins, and votes say nothing: so will the student."""
+    """Teachers are sure that the longer answer wins, votes are random: the student follows its teachers."""
     run = make_run("llama")
     tokens = read_tokens(run.tokens)
     pad, rows = tokens.vocabulary.pad, len(tokens)

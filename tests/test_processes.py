@@ -329,7 +329,7 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
 
 # --- interruptions ------------------------------------------------------------------------------------
 
-LONG: dict[str, Any] = {"epochs": 16}  # 48 steps, of which the log tells each
+LONG: dict[str, Any] = {"epochs": 16}  # 48 steps, all of them in the log
 LAST = 48
 
 
@@ -503,7 +503,7 @@ def test_processes_whose_parent_was_killed_keep_the_next_attempt_waiting(
         (2, ("--pretrained", "/missing"), "/missing: no adapter: adapter_model.safetensors is "),
     ],
 )
-def test_an_error_of_all_processes_is_told_once_and_last(
+def test_an_error_of_all_processes_is_printed_once_and_last(
     gpus: int, options: tuple[str, ...], message: str, files: Callable[..., Files], tmp_path: Path
 ) -> None:
     done = run(command(files("llama", 45), tmp_path / "x", *options, gpus=gpus))

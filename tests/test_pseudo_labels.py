@@ -206,8 +206,8 @@ def test_an_arena_with_unlabelled_battles_changes_no_other(tmp_path: Path) -> No
     ).read_bytes()
 
 
-def test_an_arena_without_them_is_told_nothing_new() -> None:
-    """What simulates an arena is a rule's params: another word would simulate it again."""
+def test_an_arena_without_them_has_the_same_params() -> None:
+    """The params of the rule must not change: that would simulate the arena again."""
     assert "unlabelled" not in json.loads(Arena().as_params())
     assert json.loads(Arena(unlabelled=7).as_params())["unlabelled"] == 7
 
@@ -296,7 +296,7 @@ def test_prompts_never_leak_whatever_the_battles(rows: list[tuple[int, str]]) ->
 
 
 def logit_of(name: str, salt: float) -> np.ndarray:
-    """Logits that tell which row, and whose, they are: (orders, 3)."""
+    """Logits that identify their row and judge: (orders, 3)."""
     source, id_ = name.split(":")
     base = float(id_) + {"train": 0, "extra": 100, "unlabelled": 200}[source]
     return np.array([[base, salt, -base], [base + 0.5, salt, -base]], np.float32)
@@ -423,7 +423,7 @@ def test_a_student_sees_none_whose_prompt_validates(
     hidden = sequences(run, folds.take(bare[validates]))
     if method == "stratified_group":
         assert not hidden & seen
-    else:  # deals rows, as the historical recipes did
+    else:  # assigns rows, as the historical recipes did
         assert hidden <= seen
 
 
@@ -453,7 +453,7 @@ def test_no_vote_reaches_the_loss_in_either_order(
 
 @given(st.floats(0, 50), st.integers(0, 2**32 - 1))
 def test_the_loss_of_such_a_battle_has_no_cross_entropy(ce: float, seed: int) -> None:
-    """It is that of a student who heeds teachers alone, whatever votes weigh for others."""
+    """The loss uses the teachers only, whatever the weight of votes in other battles."""
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(size=(4, 3)))
     teachers = torch.from_numpy(rng.normal(size=(4, 2, 3)))
@@ -581,7 +581,7 @@ def test_a_student_follows_its_teachers_where_nobody_voted(
 
 
 def judged_file(folder: Path, *sources: str) -> Path:
-    """Verdicts about all battles of some sources that tell which battle they are about."""
+    """Verdicts for all battles of some sources that identify their battle."""
     table = with_unlabelled(made_up_battles())
     table = table.filter(pc.is_in(table["source"], pa.array(sources)))
     rows = table.select(["id", "source"]).to_pylist()
@@ -654,7 +654,7 @@ def test_every_figure_but_the_count_of_battles_stays(tmp_path: Path) -> None:
 
 
 def compared(run: Path) -> list[Any]:
-    """What `snakemake compare` says of a made-up run's student, out of fold and on the test battles."""
+    """The comparison of a made-up run's student, out of fold and on the test battles."""
     entry = Entry(
         label="small", judge="small", folds="small", teachers=(), against=None, tested=True,
         prediction=Prediction(),
@@ -684,7 +684,7 @@ def configured(unlabelled: bool = True, **judges: Any) -> Config:
 
 
 def params(config: Config) -> dict[str, str]:
-    """What the judges' training and scoring jobs are told."""
+    """The settings of the judges' training and scoring jobs."""
     return {
         f"{phase.__name__} {name}": phase.of(config, name).as_params()
         for phase in (TrainingSettings, LogitsSettings)
@@ -708,7 +708,7 @@ def test_it_is_the_last_source() -> None:
         load({"data": {"arena": {}, "unlabelled": "u.csv"}, "judges": {}, "final": "l"})
 
 
-def test_without_the_source_nobody_is_told_of_it() -> None:
+def test_without_the_source_no_settings_mention_it() -> None:
     for text in params(configured(unlabelled=False)).values():
         assert "pseudo_labels" not in text
         assert "unlabelled" not in text
@@ -753,13 +753,13 @@ def test_a_loss_on_votes_alone_leaves_them_out_or_says_so() -> None:
     assert not TrainingSettings.of(
         configured(s=votes | {"pseudo_labels": False}), "s"
     ).pseudo_labels
-    # Of a judge without teachers the key says nothing: it may stand in the defaults.
+    # For a judge without teachers the key has no effect: it may be in the defaults.
     assert not TrainingSettings.of(configured(l=votes | {"pseudo_labels": True}), "l").pseudo_labels
     follows = {"loss": {"kl": 0, "cosine": 1}, "pseudo_labels": True}
     assert TrainingSettings.of(configured(s=follows), "s").pseudo_labels
 
 
-def test_a_comparison_tells_students_with_and_without_them_apart() -> None:
+def test_a_comparison_separates_students_with_and_without_them() -> None:
     config = configured()
     family = JudgeFamily(dict(config.judges))
     student = config.judges["s"]

@@ -1,4 +1,4 @@
-"""A model's folder is data: no Python in it is ever run, whoever says yes on stdin."""
+"""A model's folder is data: Python code in it never runs, even with `yes` on stdin."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model of a kind of its own, and Python that says what it is and leaves `marker`."""
+    """A model of a custom type, with Python code that defines it and creates `marker`."""
     folder = tmp_path / "model"
     shutil.copytree(TINY / "llama", folder)
     (folder / "mine.py").write_text(CODE.format(marker=str(tmp_path / "marker")))
@@ -74,7 +74,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def said_yes(folder: Path, load: str) -> str:
-    """What comes of a load to which stdin says yes."""
+    """The result of a load with `yes` on stdin."""
     python = GPTQ if load == "load_quantized" else sys.executable
     done = subprocess.run(
         [python, "-c", ANSWERED.format(load=LOADS[load])],
@@ -85,7 +85,7 @@ def said_yes(folder: Path, load: str) -> str:
         text=True,
     )
     assert not done.returncode, done.stderr
-    return done.stdout[done.stdout.rindex("ended: ") :].strip()  # after what gptqmodel has to say
+    return done.stdout[done.stdout.rindex("ended: ") :].strip()  # after gptqmodel's own output
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_leaks_are_shown_by_relation(
     folder = run.folder / "report"
     written = list(csv.DictReader(io.StringIO((folder / "audit.csv").read_text())))
     assert [int(row["near"]) for row in written] == [r["near"] for r in relations]
-    # What the audit of a run without leaks says, and that of one with them.
+    # The audit of a run without leaks, and of one with leaks.
     clean = json.loads(json.dumps(metrics))
     for relation in clean["audit"]["relations"]:
         relation |= {"same": 0, "near": 0, "answers": 0}
@@ -332,7 +332,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     flags += "--disable-background-networking --disable-component-update --disable-sync "
     flags += "--enable-logging=stderr --window-size=400,800 --dump-dom"
-    # What does not fit the window makes the page scroll sideways, and this title tells so.
+    # Content wider than the window makes the page scroll sideways; this title shows the width.
     probe = "<script>document.title = document.documentElement.scrollWidth</script>"
     page = tmp_path / "report.html"
     written = (run.folder / "report.html").read_text()

@@ -58,7 +58,7 @@ def wait_for(what: Callable[[], object], seconds: float = 600) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def slurm() -> Iterator[None]:
-    """The cluster, and an environment in which jobs with make-believe GPUs train on the CPU."""
+    """The cluster, and an environment in which jobs with fake GPUs train on the CPU."""
     (conf,) = re.findall(r"SLURM_CONF=(\S+)", cluster("env"))
     if not Path(conf).exists():
         pytest.skip(
@@ -262,7 +262,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Victim:
 
 @pytest.fixture
 def victim(prepared: Victim) -> Iterator[Victim]:
-    """Nothing of the training is done yet; whatever a test leaves running is stopped."""
+    """Start without any training done; stop what a test leaves running."""
     shutil.rmtree(prepared.adapter, ignore_errors=True)
     shutil.rmtree(prepared.checkout.results / ".checkpoints", ignore_errors=True)
     for name in ("snakemake.log", "results/mini/logs/train_teacher/llama-teacher_fold_0.log"):
@@ -405,7 +405,7 @@ def small_disk(victim: Victim, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(victim: Victim, small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_lost(victim: Victim, small_disk: Path) -> None:
     free = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(free - 250_000))
     victim.start("--retries", "0")

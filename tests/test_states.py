@@ -1,4 +1,4 @@
-"""Students that learn of their teachers' hidden states and attention, and judges that tell them."""
+"""Students learn from their teachers' hidden states and attention, which these write."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def last_layer(judge: Any) -> torch.nn.Linear:
     return next(m for name, m in judge.named_modules() if LAST_LAYER.search(name) and "." in name)
 
 
-# --- what a watched judge says ------------------------------------------------------------------------
+# --- captured states ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[*FAMILIES, "bert"])
@@ -260,7 +260,7 @@ def table(names: list[tuple[str, str]]) -> pa.Table:
 
 
 def state_of(source: str, id_: str, salt: float) -> np.ndarray:
-    """States that tell whose they are: float16 (views, width)."""
+    """States that identify their row and judge: float16 (views, width)."""
     base = int(id_) + (100 if source == "extra" else 0) + salt
     return np.array([[base, 1], [-base, 2]], np.float16)
 
@@ -406,7 +406,7 @@ def test_attention_needs_the_very_same_tokens(teacher: dict[str, Any], differs: 
     assert f"differ in {differs}" in line
 
 
-def test_a_judge_writes_what_its_students_ask_for_alone() -> None:
+def test_a_judge_writes_only_the_states_of_its_students() -> None:
     more = {"backbone": {"tiny": "llama"}, "teachers": ["l"], "loss": {"attention": 1}}
     config = load(judged(s={"loss": {"features": 0.5}}, t=more))
     states = {name: LogitsSettings.of(config, name).states for name in config.judges}
@@ -421,7 +421,7 @@ def test_states_alone_would_leave_the_head_untaught() -> None:
 
 
 @pytest.mark.slow
-def test_only_what_is_asked_for_is_planned(tmp_path: Path) -> None:
+def test_only_requested_states_are_planned(tmp_path: Path) -> None:
     checkout = make_checkout(tmp_path / "checkout")
     mini = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
 
@@ -484,7 +484,7 @@ def distil(
     return load_file(output / WEIGHTS)
 
 
-def test_a_student_is_shown_the_states_of_what_it_is_shown(
+def test_examples_have_the_states_of_their_own_battles(
     make_run: Callable[..., Run], teachers: dict[str, list[Path]]
 ) -> None:
     run = make_run("llama")
@@ -529,7 +529,7 @@ def test_the_adapter_holds_nothing_else_and_starts_the_same(
     assert max(float((plain[n] - same[n]).abs().max()) for n in plain) < 1e-6
 
 
-def test_without_states_a_student_is_not_watched(
+def test_without_states_nothing_is_captured(
     make_run: Callable[..., Run],
     teachers: dict[str, list[Path]],
     tmp_path: Path,
@@ -543,7 +543,7 @@ def test_without_states_a_student_is_not_watched(
 
 
 @pytest.mark.parametrize("state", BOTH)
-def test_a_student_comes_to_think_like_its_teacher(
+def test_a_student_approaches_its_teachers_states(
     state: Any, make_run: Callable[..., Run], teachers: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     run = make_run("llama")

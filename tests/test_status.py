@@ -1,4 +1,4 @@
-"""What `arena-distill status` says of a run: every state, and what tells why a job failed."""
+"""`arena-distill status`: every state of a job, and the reason of a failure."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Run:
             os.utime(path, (STARTED, STARTED))
 
     def failed(self, message: str = "None", at: float = 12, more: str = "") -> None:
-        """What Snakemake's log says of the job's failure."""
+        """Write the job's failure as in Snakemake's log."""
         stamp = time.asctime(time.localtime(STARTED + at))
         text = (
             f"[{stamp}]\nError in rule {JOB.rule}:\n    message: {message}\n    jobid: 3\n"
@@ -107,7 +107,7 @@ def persistence(folder: Path) -> Any:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    # The states of Slurm jobs are the test's to give, whatever this machine has installed.
+    # The test sets the states of Slurm jobs, whatever is installed on this machine.
     monkeypatch.setattr(status, "ask_squeue", lambda jobs: None)
     return Run(tmp_path)
 
@@ -229,7 +229,7 @@ def test_a_job_that_slurm_requeued_is_queued(run: Run) -> None:
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_slurm_tells_of_a_time_limit(run: Run, marked: bool) -> None:
+def test_slurm_reports_a_time_limit(run: Run, marked: bool) -> None:
     if marked:
         run.started()
     run.log("stopped: SIGTERM\n")
@@ -283,7 +283,7 @@ def test_a_refused_submission_is_a_failure_without_a_log(run: Run) -> None:
     ]
 
 
-def test_slurms_word_stands_before_the_jobs(run: Run) -> None:
+def test_slurms_reason_comes_before_the_jobs(run: Run) -> None:
     run.failed(
         "SLURM-job '7' failed, SLURM status is: 'OUT_OF_MEMORY'. For further error details see",
         more="    external_jobid: 7\n",
@@ -297,7 +297,7 @@ def test_slurms_word_stands_before_the_jobs(run: Run) -> None:
     ]
 
 
-def test_that_slurm_saw_a_failure_is_said_only_where_nothing_tells_more(run: Run) -> None:
+def test_slurms_bare_failure_is_shown_only_without_another_reason(run: Run) -> None:
     run.failed("SLURM-job '7' failed, SLURM status is: 'FAILED'.")
     run.log("epoch 1\n")
     assert run.judge().error == ["SLURM-job '7' failed, SLURM status is: 'FAILED'."]
@@ -305,7 +305,7 @@ def test_that_slurm_saw_a_failure_is_said_only_where_nothing_tells_more(run: Run
     assert run.judge().error == ["error: no battles"]
 
 
-def test_a_failure_without_a_word_shows_the_end_of_the_log(run: Run) -> None:
+def test_a_failure_without_a_message_shows_the_end_of_the_log(run: Run) -> None:
     run.failed()
     run.log("".join(f"epoch {n}\n\n" for n in range(9)))
     job = run.judge()
@@ -367,7 +367,7 @@ Error in rule merge:
     assert (second.message, second.slurm_job) == ("SLURM-job '4' failed.", "4")
 
 
-# --- what logs tell ---------------------------------------------------------------------------------
+# --- logs -------------------------------------------------------------------------------------------
 
 TRACEBACK = """\
 Traceback (most recent call last):
@@ -407,7 +407,7 @@ MESSAGE = ["torch.OutOfMemoryError: CUDA out of memory.", "Tried to allocate 2 G
         ("/usr/bin/bash: line 1: 17 Terminated        python train\n", []),
     ],
 )  # fmt: skip
-def test_the_lines_that_tell_of_an_error(text: str, lines: list[str]) -> None:
+def test_lines_of_an_error_are_found(text: str, lines: list[str]) -> None:
     assert error_lines(text) == lines
 
 
@@ -416,7 +416,7 @@ def test_the_end_of_a_long_log_is_enough(run: Run) -> None:
     assert run.judge().error == ["error: at the end"]
 
 
-def test_what_slurm_tells_of_its_jobs() -> None:
+def test_lines_of_slurm_are_found_once() -> None:
     killed = "srun: error: gpu1: task 0: Out Of Memory"
     text = f"Building DAG\nsrun: job 7 queued\n{killed}\n{killed}\nslurmstepd-gpu1: error: x\n"
     assert slurm_lines(text) == [killed, "slurmstepd-gpu1: error: x"]
@@ -457,12 +457,12 @@ def test_squeue_is_asked_once_for_all_jobs(tmp_path: Path, squeue: Callable[[str
     assert "--jobs=0,1,2,3,4,5,6,7,8" in calls.read_text()
 
 
-def test_a_job_that_slurm_forgot_is_no_living_one(squeue: Callable[[str], Path]) -> None:
+def test_a_job_that_slurm_does_not_know_is_not_alive(squeue: Callable[[str], Path]) -> None:
     squeue("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert status.ask_squeue(["5"]) == {}
 
 
-def test_a_squeue_that_fails_knows_nothing(squeue: Callable[[str], Path]) -> None:
+def test_a_squeue_that_fails_gives_no_states(squeue: Callable[[str], Path]) -> None:
     squeue("echo 'Unable to contact slurm controller' >&2; exit 1")
     assert status.ask_squeue(["5"]) is None
 
@@ -582,7 +582,7 @@ def test_many_failures_are_cut(tmp_path: Path) -> None:
     assert "--rerun-incomplete" in text
 
 
-def test_jobs_that_outlive_snakemake_are_said_to(tmp_path: Path) -> None:
+def test_jobs_that_outlive_snakemake_are_reported(tmp_path: Path) -> None:
     jobs = [Job(**vars(JOB), state="running", slurm_job="7")]
     assert "Slurm jobs continue" in printed(Status(tmp_path, False, jobs))
     assert "Slurm jobs continue" not in printed(Status(tmp_path, True, jobs))
@@ -600,7 +600,7 @@ def test_jobs_that_outlive_snakemake_are_said_to(tmp_path: Path) -> None:
         ("", "", "Snakemake failed without a message"),
     ],
 )  # fmt: skip
-def test_what_snakemake_refuses_is_told_in_its_words(
+def test_an_error_of_snakemake_is_printed_in_its_words(
     monkeypatch: pytest.MonkeyPatch, stdout: str, stderr: str, message: str
 ) -> None:
     refused = subprocess.CompletedProcess([], 1, stdout, stderr)
@@ -631,7 +631,7 @@ rule bad:
     output: "bad"
     log: "logs/bad.log"
     message: "Bad"
-    shell: "[ -e mended ] && touch {output} || {{ echo error: x; false; }} > {log} 2>&1"
+    shell: "[ -e fixed ] && touch {output} || {{ echo error: x; false; }} > {log} 2>&1"
 rule slow:
     output: directory("slow")
     log: "logs/slow.log"
@@ -719,7 +719,7 @@ def test_a_run_from_its_start_over_its_death_to_its_end(tmp_path: Path) -> None:
         main.kill()
         (tmp_path / "go").touch()
 
-    (tmp_path / "mended").touch()
+    (tmp_path / "fixed").touch()
     flow.snakemake("--unlock")
     flow.snakemake("--rerun-incomplete")
     states, found, code = flow.states()

@@ -103,7 +103,7 @@ def test_the_runs_own_judges_are_in_the_table() -> None:
     assert not {e.judge for e in found.compared if not e.tested} & {config.final}
 
 
-def test_a_recipe_that_does_not_exist_is_told_when_it_is_asked_for() -> None:
+def test_a_missing_recipe_is_an_error_only_when_it_is_needed() -> None:
     _, found, _ = derived(compare={"recipes": ["sumary"]})
     assert not found.compared
     assert "no recipe 'sumary'" in found.problem

@@ -464,7 +464,7 @@ def test_a_loss_that_is_not_a_number_is_an_error(
     with pytest.raises(InputError, match="lower the learning rate"):
         fit(llama, tmp_path / "x", epochs=50)
     assert not (tmp_path / "x").exists()
-    assert len(calls) < 20  # told while it happens, not days later
+    assert len(calls) < 20  # reported while it happens, not days later
 
 
 def test_half_precision_learns_like_full_precision(run: Run, tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
-"""Battles → folds: which labelled battles validate which model.
+"""Assign battles to folds: which labelled battles validate which model.
 
 The folds' table has one row per battle of ``train``, with its fold, and of ``extra``, with fold
 `EVERY_FOLD`: extra battles join the training rows of all folds and validate none. Battles of
-``unlabelled`` have the fold `UNLABELLED` and no vote: only students that ask for them
-learn from them. Its metadata remember the method, so that whoever reads the file selects the right rows.
+``unlabelled`` have the fold `UNLABELLED` and no vote: only students with pseudo-labels
+learn from them. Its metadata hold the method, so that every reader of the file selects the same rows.
 
-Many people ask the same question: battles share prompts. ``kfold`` and ``stratified`` deal rows, so
-that the same prompt is trained on and validated with, as the historical recipes did; the
-count of such rows is printed. ``stratified_group`` deals prompts, and drops from a fold's training
-the extra (and unlabelled) battles whose prompt validates it; on request it takes prompts that are nearly
-the same for one.
+Battles share prompts. ``kfold`` and ``stratified`` assign rows, so a prompt may be in training and
+validation rows, as in the historical recipes; the
+number of such rows is printed. ``stratified_group`` assigns prompts, and drops from a fold's training
+the extra (and unlabelled) battles whose prompt validates it; with `near_duplicates` it treats nearly equal
+prompts as one.
 
-Where something is chosen by its score (a soup's ingredients), it is chosen on battles held out from all
-folds, whole prompts whatever the method: what a choice saw is never what is reported.
+Choices by score (a soup's ingredients) use battles held out from all folds, by whole prompts in any method:
+battles that made a choice never score its result.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ EVERY_FOLD = -1
 """The "fold" of extra battles: they train every model and validate none."""
 
 HELD_OUT = -2
-"""The "fold" of held-out battles: they train nothing and are reported of nothing; choices see them."""
+"""The "fold" of held-out battles: only choices use them, neither training nor scores."""
 
 UNLABELLED = -3
-"""The "fold" of battles without votes: they validate none, and train only who asks for them."""
+"""The "fold" of battles without votes: they validate none, and train only students with pseudo-labels."""
 
 MOST_FOLDS = 127  # what int8 holds
 
@@ -57,11 +57,11 @@ _SPLIT = b"arena_distill.split"
 
 
 def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSettings) -> None:
-    """Deal the battles of a file into folds, write them, and print what each fold holds.
+    """Assign the battles of a file to folds, write the table, and print the size of each fold.
 
     Args:
         battles_path: file of `arena_distill.battles.write_battles`.
-        folds_path: where the table of `assign_folds` goes.
+        folds_path: file to write, the table of `assign_folds`.
     """
     battles = read_parquet(battles_path, ["id", "source", "prompt", "vote", "weight", "group"])
     method, n, seed = settings.method, settings.n, settings.seed
@@ -80,8 +80,12 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSe
         dropped, shared = dropped_extra(folds, fold), shared_prompts(folds, fold)
         without_votes = len(training_rows(folds, fold, unlabelled=True)) - len(training)
         print(
-            f"fold {fold}: {len(training)} rows to train, {len(validation)} to validate"
-            + (f"; {dropped} extra rows dropped, their prompts validate" if dropped else "")
+            f"fold {fold}: {len(training)} training rows, {len(validation)} validation rows"
+            + (
+                f"; {dropped} extra rows dropped: validation rows have their prompts"
+                if dropped
+                else ""
+            )
             + (f"; {shared} validation rows share a prompt with training rows" if shared else "")
             + (f"; {without_votes} unlabelled rows for students" if without_votes else "")
         )
@@ -96,7 +100,7 @@ def assign_folds(
     holdout: float = 0.0,
     near: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """Deal the battles of ``train`` into `n` folds, shuffled by `seed`.
+    """Assign the battles of ``train`` to `n` folds, shuffled by `seed`.
 
     Args:
         battles: columns ``id``, ``source``, ``prompt``, ``vote``, ``weight`` and ``group``, as of
@@ -127,19 +131,19 @@ def assign_folds(
     source = battles["source"].cast(pa.string()).to_numpy()
     rows = np.flatnonzero(np.isin(source, ["train", "extra", "unlabelled"]))
     is_train, is_unlabelled = source[rows] == "train", source[rows] == "unlabelled"
-    dealt_to = battles.take(pa.array(rows))
-    votes = votes_of(dealt_to)
-    votes.probabilities[is_unlabelled] = 0  # whatever votes they have: nobody learns them
-    groups = dealt_to["group"].to_numpy()
+    selected = battles.take(pa.array(rows))
+    votes = votes_of(selected)
+    votes.probabilities[is_unlabelled] = 0  # their votes, if any, are not learned
+    groups = selected["group"].to_numpy()
     if near is not None:
-        groups = _joined(dealt_to, near)
+        groups = _joined(selected, near)
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
     fold[is_unlabelled] = UNLABELLED
     labels = votes.labels
-    dealt = is_train & ~_hold_out(groups, is_train, holdout, seed)
+    in_folds = is_train & ~_hold_out(groups, is_train, holdout, seed)
     fold[is_train] = HELD_OUT
-    fold[dealt] = _deal(labels[dealt], groups[dealt], method, n, seed)
-    columns = {name: dealt_to[name] for name in ("id", "source", "group")}
+    fold[in_folds] = _split_rows(labels[in_folds], groups[in_folds], method, n, seed)
+    columns = {name: selected[name] for name in ("id", "source", "group")}
     columns |= {"fold": fold, **vote_columns(votes)}
     table = pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
     if near is not None:
@@ -188,21 +192,21 @@ def training_rows(
         folds: table of `assign_folds`, or read from its file.
         fold: 0 to n - 1.
         drop_shared_groups: leave out extra battles whose prompt is in the validation rows; by
-            default, whether the folds were dealt by ``stratified_group``.
-        unlabelled: also those without votes; the same prompts are left out of them.
+            default, whether the method of the folds is ``stratified_group``.
+        unlabelled: also select battles without votes, except those with the same prompts.
 
     Returns:
         int64 positions in `folds`, ascending.
 
     Raises:
-        InputError: `folds` has no such fold, or does not say how it was dealt.
+        InputError: `folds` has no such fold, or does not hold its method.
     """
     column, groups = _fold_column(folds, fold), undivided_groups(folds)
     held_out = column == HELD_OUT
     keep = (column != fold) & ~held_out
-    # Nobody trains on the prompts by which something is chosen.
-    beside = np.isin(column, (EVERY_FOLD, UNLABELLED))
-    keep &= ~(beside & np.isin(groups, groups[held_out]))
+    # No model trains on prompts that make choices.
+    other_sources = np.isin(column, (EVERY_FOLD, UNLABELLED))
+    keep &= ~(other_sources & np.isin(groups, groups[held_out]))
     if drop_shared_groups is None:
         drop_shared_groups = fold_settings(folds)["method"] == "stratified_group"
     if drop_shared_groups:
@@ -226,7 +230,7 @@ def dropped_extra(folds: pa.Table, fold: int) -> int:
 
 
 def held_out_rows(folds: pa.Table) -> np.ndarray:
-    """Select the rows by which choices are made: int64 positions in `folds`, ascending."""
+    """Select the rows that make choices: int64 positions in `folds`, ascending."""
     return np.flatnonzero(folds["fold"].to_numpy() == HELD_OUT).astype(np.int64)
 
 
@@ -243,16 +247,14 @@ def shared_prompts(folds: pa.Table, fold: int) -> int:
 
 
 def fold_settings(folds: pa.Table) -> dict[str, Any]:
-    """Return what `folds` was dealt with: ``method``, ``n``, ``seed``, and ``near_duplicates`` if so."""
+    """Return the settings of `folds`: ``method``, ``n``, ``seed``, and ``near_duplicates`` if used."""
     try:
         return dict(json.loads(folds.schema.metadata[_SPLIT]))
     except (KeyError, TypeError):
-        raise InputError(
-            "the table of folds does not say how it was dealt: write it again"
-        ) from None
+        raise InputError("the table of folds does not hold its method: write it again") from None
 
 
-def _deal(
+def _split_rows(
     labels: np.ndarray, groups: np.ndarray, method: FoldMethod, n: int, seed: int
 ) -> np.ndarray:
     """Return the fold (int8) of each train row."""
@@ -288,7 +290,7 @@ def _joined(battles: pa.Table, near: Mapping[str, Any]) -> np.ndarray:
 
 
 def _check_enough(labels: np.ndarray, groups: np.ndarray, method: FoldMethod, n: int) -> None:
-    """Raise InputError where a fold would lack rows, prompts, or votes of a kind."""
+    """Raise InputError if a fold would lack rows, prompts, or votes of a kind."""
     advice = f"for {n} folds; lower n, give more battles or choose another method"
     if len(labels) < n:
         raise InputError(f"folds: {len(labels)} train battles {advice}")

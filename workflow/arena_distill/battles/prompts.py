@@ -1,4 +1,4 @@
-"""When two battles have the same prompt: the one definition, for every source."""
+"""Define, for all sources, when two battles have the same prompt."""
 
 from __future__ import annotations
 

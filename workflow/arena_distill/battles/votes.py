@@ -1,4 +1,4 @@
-"""Votes as columns of tables: of battles, folds and tokens, and of the test battles."""
+"""Read and write votes as columns of tables: battles, folds, tokens, test battles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Solution:
 
     @classmethod
     def read(cls, path: Path) -> Solution:
-        """Read `test_votes.parquet`; raises `InputError` where it is missing or damaged."""
+        """Read `test_votes.parquet`; raises `InputError` if it is missing or damaged."""
         return cls(read_parquet(path))
 
     @property

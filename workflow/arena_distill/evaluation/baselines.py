@@ -1,8 +1,8 @@
-"""What a judge is held against, on the very battles it is scored on.
+"""Compute the baselines of a judge, on the battles that score the judge.
 
-`class_prior` predicts the shares of the votes, `length_regression` looks at which answer is longer, and
-the true probabilities, where they are known, are the Bayes limit. The first two are fitted on training
-rows and asked about others.
+`class_prior` predicts the shares of the votes, `length_regression` uses the lengths of the answers, and the
+true probabilities, if known, give the Bayes limit. The first two are fitted to training rows and predict
+others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every figure of a run: judges, baselines on the same rows, test variants, quantisation.
+"""Compute every figure of a run: judges, baselines on the same rows, test variants, quantisation.
 
 Log loss is in nats, the mean over battles of −Σ vote · log p; lower is better. A figure means little
 alone, so every judge stands between three baselines scored on the very rows it is scored on:
@@ -180,7 +180,7 @@ def evaluate(
 
 
 def _rejections(path: Path | None) -> list[Figures]:
-    """How many rows of each source were refused, by column and kind of reason."""
+    """Count the refused rows of each source, by column and kind of reason."""
     if path is None:
         return []
     table = read_parquet(path, ["source", "column", "reason"])
@@ -224,7 +224,7 @@ def _calibrations(
     styles: np.ndarray,
     truth: np.ndarray | None,
 ) -> Figures:
-    """What calibrating a judge would give, cross-fitted; and how far from the truth it is then."""
+    """Scores of a judge after each calibration, cross-fitted, and its distances from the truth."""
     mean = logits.mean(axis=1, dtype=np.float64)
     figures = {}
     seen = {"raw": mean_over_views(logits)}
@@ -283,7 +283,7 @@ def _test(
 def _final(
     judge: str, test: Figures | None, drift: Path | None, prediction: Figures | None
 ) -> Figures:
-    """The final judge: the submitted model's variants, their calibration, what quantising changed."""
+    """The final judge: the submitted model's variants, their calibration, the drift of quantisation."""
     submitted = test["submitted"] if test else None
     variants = test["models"][submitted["model"]] if test and submitted else {}
     method = (prediction or {}).get("calibration", "none")

@@ -1,4 +1,4 @@
-"""A run as evaluation reads it: battles, votes and out-of-fold logits, read once."""
+"""Read a run for evaluation: battles, votes and logits out of fold, once."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Run:
 
     @property
     def lengths(self) -> np.ndarray:
-        """What the length baseline sees of the rows of `folds`: float64 (rows, 4)."""
+        """Features of the length baseline for the rows of `folds`: float64 (rows, 4)."""
         return self.styles[:, :LENGTHS]
 
     def of_folds(self, n: int) -> Run:
-        """The same run, of whose battles only those of the first folds are scored."""
+        """The same run, with only the battles of the first `n` folds to score."""
         fold = self.folds["fold"].to_numpy()
         return replace(self, validation=np.flatnonzero((fold >= 0) & (fold < n)))
 
@@ -85,7 +85,7 @@ class Run:
         return votes_of(self.folds)[self.validation if rows is None else rows]
 
     def voted(self) -> tuple[np.ndarray, Votes]:
-        """Of all rows that have a vote: their `lengths`, and the votes."""
+        """`lengths` and votes of all rows with a vote."""
         rows = np.flatnonzero(votes_of(self.folds).known)
         return self.lengths[rows], self.votes(rows)
 

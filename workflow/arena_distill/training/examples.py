@@ -1,4 +1,4 @@
-"""The sequences that a judge learns from, in which order, and as which batches."""
+"""Build the training examples of a judge, and their order and batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from arena_distill.training.targets import as_seen
 from arena_distill.verdicts import ORDERS, Votes, swap_classes
 
 FILLER = -100
-"""The label that the Trainer does not count."""
+"""The label that the Trainer ignores when it counts battles."""
 
 
 LOWER = "lower the learning rate (lr) or max_grad_norm"
@@ -29,18 +29,18 @@ LOWER = "lower the learning rate (lr) or max_grad_norm"
 
 @dataclass(frozen=True)
 class Examples(Dataset):
-    """What the Trainer reads: battles as shown, votes as shown, teachers' logits and states as shown.
+    """The Trainer's data set. An example is a battle in one order, or, for a pointwise judge, in both.
 
-    A position past the end is a filler (see `ByLength`): a short battle of weight 0. The Trainer counts
-    battles by their `labels`, which are 0 for a battle and -100 for a filler and say nothing else.
+    A position past the end is a filler (see `ByLength`): a short battle of weight 0. The Trainer only uses
+    `labels` to count battles: 0 for a battle, -100 for a filler.
 
-    views: the sequences of each battle as shown: one for a joint judge, two for a pointwise one.
-    votes: of the battles as shown.
-    teachers: float32 (battles as shown, J, 3), or None.
-    weights: float32 (battles as shown, J), of the teachers, or None where there are none.
-    battles: how many there are, however often each is shown.
-    states: by name, of each teacher float16 (battles as shown, sequences of each, width).
-    groups: int64 (battles as shown,), of their prompts; None where nobody asks.
+    views: the sequences of each example: one for a joint judge, two for a pointwise one.
+    votes: of the examples, in the order of their answers.
+    teachers: float32 (examples, J, 3), logits in the order of the answers, or None.
+    weights: float32 (examples, J), of the teachers, or None without teachers.
+    battles: number of battles, whatever number of examples each has.
+    states: by name, of each teacher float16 (examples, sequences of each, width).
+    groups: int64 (examples,), of their prompts; None if not needed.
     """
 
     views: tuple[Sequences, ...]
@@ -53,7 +53,7 @@ class Examples(Dataset):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each battle's longest sequence: int64 (battles as shown,)."""
+        """Tokens of each example's longest sequence: int64 (examples,)."""
         return np.max([view.lengths for view in self.views], axis=0)
 
     def __len__(self) -> int:
@@ -74,17 +74,17 @@ class Examples(Dataset):
 
 
 class ByLength(Sampler[int]):
-    """Battles in batches of like length, in an order that follows from seed and epoch alone.
+    """Order examples in batches of similar length; the order depends only on seed and epoch.
 
-    Processes that share a batch all see this order and take their parts of it, so that a batch holds
-    the same battles whatever their number. Where the last batch cannot be shared evenly, fillers that
-    weigh nothing complete it: the sampler of accelerate would repeat battles instead.
+    All processes compute this order and take their parts of each batch, so a batch holds the same
+    examples for any number of processes. If the last batch cannot be split evenly, fillers without
+    loss complete it: the sampler of accelerate would repeat battles instead.
 
     Args:
-        lengths: tokens per row.
-        batch_size: rows per optimizer step, over all processes.
-        share: rows that the processes take at once; the order's length is a multiple of it.
-        epoch: called at the start of an epoch for its number.
+        lengths: int (examples,), tokens.
+        batch_size: examples per optimizer step, over all processes.
+        share: examples that the processes take at once; the order's length is a multiple of it.
+        epoch: returns the number of the epoch; called at its start.
     """
 
     def __init__(
@@ -119,8 +119,9 @@ def make_examples(
     settings: PretrainingSettings | TrainingSettings,
     states: Mapping[State, tuple[np.ndarray, ...]] | None = None,
 ) -> Examples:
-    """Battles as they are shown: in order AB, and with `swap` in order BA too; a pointwise judge sees
-    each once, and learns from the mean of its teachers' logits of both orders.
+    """Make an example of each battle in order AB, and with `swap` one in order BA.
+
+    A pointwise judge has one example per battle, with the mean of its teachers' logits of both orders.
 
     Args:
         votes: of `tokens`, canonical.
@@ -130,7 +131,7 @@ def make_examples(
     """
     states = states or {}
     if settings.head.kind == "pointwise":
-        # Both orders at once: a joint teacher's two verdicts are one target.
+        # The two verdicts of a joint teacher make one target.
         both = None if targets is None else targets.mean(axis=2)
         shown = tuple(encode_views(tokens, settings.encoding, settings.head))
         return Examples(shown, votes, both, weights, len(tokens), states)
@@ -156,7 +157,7 @@ def make_examples(
 
 
 def optimization(settings: PretrainingSettings | TrainingSettings) -> Optimization:
-    """How the phase optimizes."""
+    """The phase's settings of optimization."""
     return settings.pretraining if isinstance(settings, PretrainingSettings) else settings.training
 
 

@@ -1,18 +1,16 @@
-"""What a student learns from: the logits and hidden states of its teachers.
+"""Select the targets of a student: the logits and hidden states of its teachers, and their weights.
 
-The targets are gathered here from the teachers' files, row by row of the student's training set and by
-key, so a file in another order changes nothing and a missing row is an error.
+Targets are joined by key: the order of rows in a teacher's file does not matter, and a missing row is an
+error.
 
-What each kind of target knows: `in_sample` targets come from a teacher that was trained on the very rows,
-so they are over-confident. `out_of_fold` targets are honest about their rows, but the teacher of another
-fold was trained on the votes of the student's own validation rows, and extra rows were seen by every
-fold's teacher: a student's out-of-fold score is optimistic by that (``Config.is_optimistic``), its score on
-test is not. The more a teacher remembers of each vote, the more.
+`in_sample` targets come from a teacher that was trained on the same rows, so they are over-confident.
+`out_of_fold` targets come from a teacher that was not. But it was trained on the votes of the student's
+validation rows, and every fold's teacher was trained on the extra rows. So a student's score out of fold is
+optimistic (``Config.is_optimistic``), more so if its teachers remember votes well; its test score is not.
 
-Unlabelled battles have nothing but their targets. No teacher has seen their votes, as there are none, so
-out of fold they get the mean of all folds' teachers, as extra rows do: the better teacher, but again one
-that has learned from the votes of the student's validation rows. In sample they get their fold's own
-teacher, which has not.
+Unlabelled battles have no votes that a teacher could have seen. Out of fold they get the mean of all folds'
+teachers, like extra rows: a better target, but its teachers have learned from the votes of the student's
+validation rows. In sample they get the teacher of their fold, which has not.
 """
 
 from __future__ import annotations
@@ -38,11 +36,11 @@ VOTE_LOSS = Loss(ce=1.0, kl=0.0, cosine=0.0)
 
 @dataclass(frozen=True)
 class Part:
-    """What a student's training rows take from one of a teacher's files.
+    """The rows of one teacher's file that are targets of a student's training rows.
 
-    positions: int64, rows of the file.
-    rows: int64, of as many training rows the place.
-    shared: int64, rows of the file that every file holds, in one order.
+    positions: int64 (n,), rows of the file.
+    rows: int64 (n,), the training rows of which these are the targets.
+    shared: int64, rows of the file that are in every file of the teacher, in the same order.
     """
 
     path: Path
@@ -53,10 +51,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Selection:
-    """Where a student's training rows stand in a teacher's files, whatever is read of them.
+    """The places of a student's training rows in a teacher's files.
 
-    count: of the training rows.
-    shared: int64, those that stand in every file: extra rows, out of fold. They get the mean.
+    count: number of training rows.
+    shared: int64, training rows in every file (out of fold: extra and unlabelled); they get the mean.
     """
 
     count: int
@@ -64,7 +62,7 @@ class Selection:
     parts: tuple[Part, ...]
 
     def of(self, read: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """The training rows of what `read` finds in each file: (rows, ...), of the files' dtype."""
+        """Read each file with `read`, and select the training rows: (rows, ...), of the files' dtype."""
         chosen = total = np.empty(0)
         for part in self.parts:
             found = read(part.path)  # one file at a time: states are large
@@ -83,21 +81,20 @@ def select_rows(
     """Find a student's training rows in its teachers' files.
 
     Args:
-        teachers: each teacher's `fold_<k>.npy` files. For `out_of_fold` all of its folds, where a row's
-            targets are those of the one fold model that never saw it (extra and unlabelled rows, which no
-            fold holds out: the mean over folds).
-            For `in_sample` the file of the student's own fold, whose teacher was trained on these rows.
+        teachers: each teacher's `fold_<k>.npy` files. For `out_of_fold` those of all its folds: a row's
+            targets come from the fold that did not train on it; extra and unlabelled rows get the mean over
+            folds. For `in_sample` the file of the student's own fold, whose teacher learned these rows.
         rows: the training rows; columns `id` and `source`.
 
     Raises:
-        InputError: a file is missing or a row stands in none.
+        InputError: a file is missing, or a row is in no file.
     """
     select = {"out_of_fold": _out_of_fold, "in_sample": _in_sample}[targets]
     return [select(name, files, key(rows)) for name, files in teachers.items()]
 
 
 def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:
-    """Teachers' logits: float32 (rows, teachers, orders, 3), classes in the canonical frame.
+    """Read teachers' logits: float32 (rows, teachers, orders, 3), classes in the canonical frame.
 
     Raises:
         InputError: a file is damaged.
@@ -106,11 +103,11 @@ def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:
 
 
 def teacher_states(selected: Sequence[Selection], state: State) -> tuple[np.ndarray, ...]:
-    """Each teacher's states (see ``models.hidden_states``): float16 (rows, views, width).
+    """Read each teacher's states (see ``models.hidden_states``): float16 (rows, views, width).
 
-    Extra rows get the mean over folds as their logits do: a teacher's folds start from one adapter and
-    stay near each other. (Of the tiny teachers, the cosine between two folds' features is 0.98 for the
-    same row, 0.72 to 0.79 for another.)
+    Extra rows get the mean over folds, like their logits: a teacher's folds start from one adapter and stay
+    close. (For the tiny teachers, the cosine of two folds' features is 0.98 for the same row, 0.72 to 0.79
+    for different rows.)
 
     Raises:
         InputError: a file is missing or damaged.
@@ -159,7 +156,7 @@ def _in_sample(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selecti
 
 
 def as_seen(targets: np.ndarray, order: int) -> np.ndarray:
-    """Targets of one order in the frame of the answers as shown: (rows, teachers, 3)."""
+    """Targets of one order, with the classes in the order of the sequence: (rows, teachers, 3)."""
     logits = targets[:, :, order]
     return swap_classes(logits) if order else logits
 
@@ -167,7 +164,7 @@ def as_seen(targets: np.ndarray, order: int) -> np.ndarray:
 def teacher_weights(
     targets: np.ndarray, votes: Votes, held_out: np.ndarray, loss: Loss
 ) -> np.ndarray:
-    """How much each teacher counts, battle by battle.
+    """Compute the weight of each teacher for each battle.
 
     `equal`       1 / J.
     `fitted`      the weights on the simplex with the least log loss on the held-out rows: of the
