@@ -1,7 +1,7 @@
 # Raw files → canonical battles → folds.
 #
-# A module's prefix moves all that this workflow makes. What the configuration names, and what ships with
-# the workflow, is `local`: it stays where it is.
+# A module's prefix moves all outputs of this workflow. Files that the configuration names, and files that
+# ship with the workflow, are `local`: the prefix does not move them.
 include: "inputs/battles.smk"
 
 
