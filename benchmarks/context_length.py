@@ -1,11 +1,11 @@
-"""What a budget of tokens keeps of battles, against one fixed length and against other ways to spend it.
+"""Compare `encoding.tokens_per_battle` with one fixed length, and with two other ways to spend a budget.
 
     python benchmarks/context_length.py TOKENIZER_FOLDER BATTLES.csv [--budgets 192 256 384]
 
-A line per rule: the mean tokens of a sequence, the longest, the battles cut, the tokens lost of all, the
-mean share that a battle keeps, and attention's cost (mean square) by that of `tokens_per_battle`.
-`root` and `share` spend the same budget otherwise: lengths that grow with the root of a battle's size, and
-the same share of every battle.
+Each line is a rule: mean and greatest length of a sequence, share of battles that are cut, share of all
+tokens that are lost, mean share that a battle keeps, and the cost of attention (mean square) relative to
+`tokens_per_battle`. `root` and `share` spend the same budget differently: `root` gives lengths that grow
+with the square root of a battle's size, `share` keeps the same share of every battle.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 def spend(
     rule: Callable[[np.ndarray, float], np.ndarray], size: np.ndarray, mean: float
 ) -> np.ndarray:
-    """A rule's lengths of the given mean, by bisection on its one parameter."""
+    """A rule's lengths with the given mean, by bisection on the rule's parameter."""
     low, high = 0.0, float(WHOLE)
     for _ in range(100):
         middle = (low + high) / 2
@@ -66,7 +66,7 @@ def main() -> None:
             **{name: spend(rule, size, kept.mean()) for name, rule in RULES.items()},
         }
         for name, length in lengths.items():
-            # A battle that is cut by less than a token is whole.
+            # A loss of at most one token does not count as a cut.
             cut, lost = (length < size - 1).mean(), 1 - length.sum() / size.sum()
             squares = (length.astype(float) ** 2).mean() / (kept.astype(float) ** 2).mean()
             share = (length / size).mean()

@@ -1,17 +1,17 @@
-"""A dry run of a large graph: time and memory as it grows, and how much of the time is our own.
+"""Dry runs of growing graphs: time, memory, and the share of the time that our own code takes.
 
     python benchmarks/large_graph.py                                     # 10 judges × 20 folds × 8 shards
-    python benchmarks/large_graph.py --folds 20 --shards 2 4 8           # what grows is up to you
+    python benchmarks/large_graph.py --folds 20 --shards 2 4 8           # grows the shards
     python benchmarks/large_graph.py --folds 5 --teachers 8 16 32
 
-Every size is a fresh `snakemake -n --quiet rules` in a temporary folder, run twice: plainly for its
-time and memory, and in Python's profiler for what was spent in `rules/` and in the package. Each row is
-compared with the row above it. What a further job costs is to stay what it is: where it grows with the
-graph, something goes through the whole graph for every job. One thing does by design: each fold of a
+Each size is a new `snakemake -n --quiet rules` in a temporary folder. It runs twice: once normally, for
+time and memory, and once in Python's profiler, for the time spent in `rules/` and in the package. Each
+row is compared with the row above it. The cost of a further job should stay constant. If it grows with
+the graph, some code visits the whole graph for every job. One cost grows by design: each fold of a
 student reads every fold of its teachers, so these inputs grow with the square of the folds.
 
-Times depend on the machine, and the profiler slows down what calls much; CPU seconds and shares are what
-to compare.
+Times depend on the machine, and the profiler slows down code with many calls. So compare CPU seconds and
+shares.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(str(ROOT / name) for name in ("Snakefile", "rules", "workflow"))
 STUDENTS = 2
-"""One is taught by all teachers, the next by half of them, and so on in turn."""
+"""The first student learns from all teachers, the next from half of them, and so on in turn."""
 
 HEADER = """\
                              student                        ours, share and ms   against the row above
@@ -46,7 +46,7 @@ Function = tuple[str, int, str]
 
 @dataclass
 class Graph:
-    """A size and what a dry run of it took."""
+    """The size of a graph, and the time and memory of its dry run."""
 
     teachers: int
     folds: int
@@ -57,19 +57,19 @@ class Graph:
     cpu: float = 0.0
     """Seconds, of user and system."""
     memory: float = 0.0
-    """MB, at its peak."""
+    """Peak, in MB."""
     profiled: float = 0.0
-    """Seconds, in the profiler."""
+    """Seconds in the profiler."""
     loading: float = 0.0
-    """Of those, what our code takes once: imports, validation, constants of the rules."""
+    """Of these, seconds of our code that runs once: imports, validation, constants of the rules."""
     calls: dict[str, float] = field(default_factory=dict)
-    """Of those, by function, what our code takes when Snakemake calls it for jobs."""
+    """Of these, seconds of our functions that Snakemake calls for jobs, by function."""
 
     def config(self, folder: Path) -> dict[str, object]:
         backbones = itertools.cycle([{"tiny": tiny} for tiny in ("llama", "qwen2", "gemma2")])
         teachers = [f"teacher-{n}" for n in range(self.teachers)]
         judges = {
-            # Other ranks, other adapters: no two judges share their post-pretraining.
+            # The ranks differ, so no two judges share their post-pretraining.
             name: {"backbone": next(backbones), "lora": {"r": rank}}
             for rank, name in enumerate([*teachers, *(f"student-{n}" for n in range(STUDENTS))], 8)
         }
@@ -102,20 +102,20 @@ class Graph:
 
     def _time(self, command: list[str], folder: Path) -> None:
         start = time.perf_counter()
-        told, usage = run(command, folder)
+        printed, usage = run(command, folder)
         self.wall = time.perf_counter() - start
         self.cpu = usage.ru_utime + usage.ru_stime
         self.memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        self.jobs = int(re.findall(r"^total +(\d+)$", told, re.MULTILINE)[-1])
+        self.jobs = int(re.findall(r"^total +(\d+)$", printed, re.MULTILINE)[-1])
 
     def _attribute(self, stats: pstats.Stats) -> None:
-        """Split the profile in two, ours and Snakemake's, by the calls from one into the other.
+        """Split the profile into our time and Snakemake's, at the calls from Snakemake to our functions.
 
-        Cumulative times of our functions would count what one calls of another twice, and their own
-        times would miss what they call of pydantic and Python. So time is ours from where Snakemake
-        calls a function of ours until that returns. The exception are the files of rules: they run
-        inside one another's `include`, and mostly call Snakemake back. There, own time is ours and
-        the calls to anything but Snakemake.
+        Cumulative times of all our functions would count nested calls twice. Their own times would miss
+        the calls to pydantic and Python. So the time from Snakemake's call of our function until its
+        return is ours. The files of rules are an exception: they run inside one another's `include` and
+        mostly call Snakemake. Of these, our time is their own time and their calls to anything except
+        Snakemake.
         """
         self.profiled = stats.total_tt  # type: ignore[attr-defined]
         for function, (_, _, own, _, callers) in stats.stats.items():  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ def of_snakemake(function: Function) -> bool:
 
 
 def run(command: list[str], folder: Path) -> tuple[str, resource.struct_rusage]:
-    """Run a command to its end: what it printed, and what it used."""
+    """Run a command to its end; return its output and its resource usage."""
     with open(folder / "output", "w+") as output:
         child = subprocess.Popen(
             command,
@@ -151,10 +151,10 @@ def run(command: list[str], folder: Path) -> tuple[str, resource.struct_rusage]:
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
-        told = output.read()
+        printed = output.read()
     if child.returncode:
-        sys.exit(told)
-    return told, usage
+        sys.exit(printed)
+    return printed, usage
 
 
 def row(graph: Graph, smaller: Graph | None) -> str:
@@ -187,7 +187,7 @@ def main() -> None:
         print(row(graph, smaller), flush=True)
     assert graph
     print(
-        f"\nOurs, called for jobs of the last graph, seconds of {graph.profiled:.1f} in the profiler:"
+        f"\nOur functions that jobs of the last graph call, in seconds of {graph.profiled:.1f} profiled:"
     )
     for place, seconds in sorted(graph.calls.items(), key=lambda call: -call[1])[:8]:
         print(f"{seconds:8.3f}  {place}")

@@ -1,9 +1,9 @@
-"""What `arena-distill plan` says of a training step, beside what PyTorch counts while one runs.
+"""Compare the forecast of `arena-distill plan` for a training step with PyTorch's measurements.
 
     python benchmarks/plan_against_reality.py [models/smollm2-135m-instruct.gguf]
 
-One step of the tiny backbones that ship with the workflow and, where its file is given, of SmolLM2 cut to
-its first layers: operations by PyTorch's FlopCounterMode, memory by what its allocator tells the profiler.
+It runs one step of each tiny backbone and, if the file is given, of the first layers of SmolLM2.
+PyTorch's FlopCounterMode counts the operations; its allocator reports the memory to the profiler.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from arena_distill.models.loading import load_classifier  # noqa: E402
 from arena_distill.models.preparation import prepare_backbone  # noqa: E402
 from arena_distill.planning.sizes import alive, measure, read_config  # noqa: E402
 
-KERNELS: Any = {  # the counter knows those of GPUs alone
+KERNELS: Any = {  # the counter itself knows only kernels of GPUs
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
         sdpa_flop_count(q, k, v)
     ),
@@ -43,7 +43,7 @@ KERNELS: Any = {  # the counter knows those of GPUs alone
 def compare(
     name: str, folder: Path, lora: Lora, *, sequences: int, length: int, half: bool, again: bool
 ) -> tuple[float, float]:
-    """Predicted by measured, of a step's operations and of the most memory in it; printed, too."""
+    """Print and return predicted / measured, for the operations and the peak memory of a step."""
     config = read_config(Backbone(path=str(folder)), folder)
     sizes = measure(config, JOINT, lora)
     precision: Any = "bf16" if half else "fp32"
@@ -64,7 +64,7 @@ def compare(
         judge.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(5, 900, (sequences, length))
     mask = torch.ones_like(ids)
-    mask[0, -1] = ids[0, -1] = 0  # one is shorter, as in most batches
+    mask[0, -1] = ids[0, -1] = 0  # one sequence is shorter, as in most batches
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -1,10 +1,10 @@
-"""Text → sequences in both orders: row by row as it is usually done, against this workflow.
+"""Compare two ways from text to sequences in both orders: row by row, as usual, and by this workflow.
 
     python benchmarks/preparation.py TOKENIZER_FOLDER BATTLES.csv [--max-length 1024]
 
-The row-wise side follows the published solutions: each row's text is cut by words, each of its fields is
-tokenised and cut, decoded, put into the template and tokenised again, once per order. Both sides run in
-this process, on the same rows; the ratio is what to compare, as the times depend on the machine.
+The row-by-row code follows the published solutions. For each row and order it cuts the text by words,
+tokenises and cuts each field, decodes it, puts it into the template and tokenises again. Both run in
+this process on the same rows. Compare the ratio: the times depend on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arena_distill.encoding.views import encode
 
 
 def row_wise(battles: pa.Table, tokenizer: Any, max_length: int) -> int:
-    """Tokens made row by row."""
+    """Encode row by row; return the number of tokens."""
     total = 0
     head, before_a, before_b, tail = TEMPLATES["winners"]
     for row in battles.to_pylist():
@@ -50,7 +50,7 @@ def row_wise(battles: pa.Table, tokenizer: Any, max_length: int) -> int:
 
 
 def once(battles: Path, tokenizer: Path, scratch: Path, max_length: int) -> int:
-    """Tokens made by this workflow: tokenise to a file, read it, assemble both orders."""
+    """The same by this workflow: tokenise to a file, read it, assemble both orders."""
     tokenize_battles(battles, tokenizer, scratch, settings=Settings(version=0))
     tokens = read_tokens(scratch)
     encoding = Encoding(template="winners", truncation="winners", max_length=max_length)

@@ -1,14 +1,14 @@
-"""Whether a pointwise judge should read a battle's prompt once for both answers, or once for each.
+"""Compare two ways for a pointwise judge to read a prompt: once for both answers, or once for each.
 
     python benchmarks/shared_prompt.py BACKBONE_FOLDER BATTLES.csv [--max-length 192 512] [--rows 200]
 
-`apart` is what the workflow does: prompt and answer A, prompt and answer B, two causal sequences. `shared`
-appends to the first what the second has of its own, at the positions and with the attention it would have
-had alone (a tree of two branches). The mask of a tree is no causal one: flash attention has no kernel for
-it, so on a GPU the ratio of tokens is the most that can be won, and memory for the mask the least that is
-lost. Both sides give the same last hidden states, which is checked.
+`apart` is what the workflow does: two causal sequences, prompt with answer A and prompt with answer B.
+`shared` is one sequence: the prompt, answer A, and answer B with the positions and the attention that B
+has in `apart` (a tree of two branches). The mask of a tree is not causal, and flash attention has no
+kernel for it. So on a GPU the gain is at most the ratio of tokens, and the mask costs memory. The script
+checks that both ways give the same last hidden states.
 
-A line per length: the tokens of both, their ratio, the seconds of both, and theirs.
+Each line is a length: the tokens of both, their ratio, the seconds of both, and their ratio.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def apart(model: Any, views: list[Sequences]) -> torch.Tensor:
 
 
 def common(views: list[Sequences]) -> np.ndarray:
-    """How many tokens both answers' sequences begin with, but never all of one: int64 (rows,)."""
+    """The length of the common beginning of both sequences, at most all but one token: int64 (rows,)."""
     lengths = []
     for a, b in zip(*views, strict=True):
         most = min(len(a), len(b)) - 1
@@ -54,7 +54,7 @@ def common(views: list[Sequences]) -> np.ndarray:
 
 
 def shared(model: Any, views: list[Sequences], prompts: np.ndarray) -> torch.Tensor:
-    """The same from one sequence per battle: prompt, rest of A, rest of B."""
+    """The same result from one sequence per battle: prompt, rest of A, rest of B."""
     first, second = views
     found = torch.empty(len(first), 2, model.config.hidden_size)
     for rows in token_batches(first.lengths + second.lengths - prompts, BATCH_TOKENS):
@@ -80,7 +80,7 @@ def shared(model: Any, views: list[Sequences], prompts: np.ndarray) -> torch.Ten
 
 
 def timed(work: Callable[[], torch.Tensor], repeats: int) -> tuple[torch.Tensor, float]:
-    """What it gives, and the seconds of its fastest run."""
+    """The result of `work`, and the seconds of its fastest run."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What several benchmarks begin with: battles out of a file, tokenised."""
+"""Shared by several benchmarks: read battles from a file and tokenise them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arena_distill.files.artifacts import provenance, write_parquet
 
 
 def tokenized(tokenizer: Path, file: Path, rows: int | None = None) -> Tokens:
-    """The first `rows` battles of a file (None: all) in tokens of the tokenizer in a folder."""
+    """Tokenise the first `rows` battles of a file (None: all) with the tokenizer in a folder."""
     battles, _ = read_battles({"train": [file]})
     with tempfile.TemporaryDirectory() as folder:
         path, tokens = Path(folder) / "battles.parquet", Path(folder) / "tokens.parquet"

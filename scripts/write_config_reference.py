@@ -1,8 +1,8 @@
-"""Write what is generated from the configuration's model: its JSON schema and its reference.
+"""Generate the JSON schema and the reference of the configuration from its models.
 
     python scripts/write_config_reference.py [--check]
 
-With `--check` nothing is written; the exit status says whether both files are up to date.
+With `--check` it writes nothing; the exit status is 0 if both files are up to date.
 """
 
 from __future__ import annotations
@@ -25,38 +25,37 @@ from arena_distill.config.run import Config, schema  # noqa: E402
 INTRO = """\
 # Configuration
 
-Every key, its default and what it means. This file and `workflow/schemas/config.schema.json` (for your
-editor) are written by `scripts/write_config_reference.py` from the models in `workflow/arena_distill/config/`.
+All keys with their defaults and meanings. `scripts/write_config_reference.py` generates this file, and
+`workflow/schemas/config.schema.json` for your editor, from the models in `workflow/arena_distill/config/`.
 
-- `config.yaml` is the embedded default. A first file given by `--configfile` that names `judges` stands alone;
-  one that does not (the recipes) is laid over `config.yaml`, or over the file before it:
+- `config.yaml` is the embedded default. A first `--configfile` that names `judges` is complete by itself. A
+  first file without `judges` (a recipe) overrides `config.yaml`. Each later file overrides the files before it:
   `snakemake all --configfile mine.yaml config/recipes/blackpearl.yaml`.
-- `defaults` holds what every judge is; a judge overrides what differs, key by key, and `null` switches a
-  part off.
-- Everything under `compute` decides how a job runs, never what it computes: changing it rebuilds nothing.
-- An `external` judge has no other key: the defaults mean nothing to it.
+- `defaults` applies to every judge. A judge overrides it key by key, and `null` switches a section off.
+- The keys under `compute` control how a job runs, never its result: changing them rebuilds nothing.
+- An `external` judge has no other key: `defaults` does not apply to it.
 
 | file | what it is |
 |---|---|
 | `config.yaml` | the synthetic arena and three tiny models: minutes on two cores |
-| `real-tokenizers.yaml` | your battles through the real tokenizers of Llama-3, Qwen2.5 and Gemma-2 |
+| `real-tokenizers.yaml` | your battles with the real tokenizers of Llama-3, Qwen2.5 and Gemma-2 |
 | `smol.yaml` | your battles and real pretrained weights: first layers of SmolLM2 and Gemma 3 |
 | `lmsys.yaml` | full scale: Llama-3-70B and Qwen2-72B teach Gemma-2-9B, on nodes of 8 A100 |
 | `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
 | `recipes/blackpearl.yaml` | what the winners' published code does |
-| `recipes/best.yaml` | ours: the summary with folds by prompt and the exact merge |
-| `progressive.yaml` | teacher → middle → small, beside teacher → small |
+| `recipes/best.yaml` | our recipe: `summary` with folds by prompt and the exact merge |
+| `progressive.yaml` | teacher → middle → small, compared with teacher → small |
 | `ablation.yaml` | `snakemake compare`: the embedded default, one key changed at a time |
 | `curves.yaml`, `averaging.yaml` | `snakemake curves`, `snakemake averaging`: both studies on the synthetic arena |
 
 ## Axes of a recipe
 
-Each is a key of its own: any mix runs.
+Each axis is a separate key, and any combination runs.
 
-| axis | key | choices, and where they are from |
+| axis | key | choices and their sources |
 |---|---|---|
 | folds | `folds.method` | `kfold` (the summary), `stratified` (the winners), `stratified_group`: by prompt; `near_duplicates`: by MinHash (Broder 1997) |
-| text | `encoding.template`, `.truncation`, `.sizes` | `winners`: their code; `markers`, `rounds`: the summary; `sizes`: ours, what is cut off cannot be seen |
+| text | `encoding.template`, `.truncation`, `.sizes` | `winners`: their code; `markers`, `rounds`: the summary; `sizes`: ours, the answers' lengths before truncation |
 | head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967); `pooling`: the `last` token, or ours, the `mean` |
 | start | `training.fit_head` | a linear probe first: Kumar et al. 2022, arXiv:2202.10054 |
 | targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary, which makes the student's score optimistic out of fold |
@@ -83,7 +82,7 @@ def reference() -> str:
 
 
 def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
-    """Every part of the configuration with its path; a judge's parts are those of `defaults`."""
+    """Every section of the configuration with its path; those of a judge are listed under `defaults`."""
     found = [(path, model)]
     for name, field in model.model_fields.items():
         inner = _model_in(field.annotation)
