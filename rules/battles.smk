@@ -51,8 +51,8 @@ rule read_battles:
 
 
 rule read_solution:
-    # A job of its own: a solution that comes later, or is mended, trains nothing again. It goes first: one
-    # that does not fit fails before any training.
+    # A separate job: if the solution is added later or corrected, nothing is trained again. It has priority, so
+    # that a solution that does not match the test battles fails before any training.
     input:
         battles=RUN.battles,
         solution=solution,
