@@ -1,9 +1,9 @@
-# Arena Distill: from battles to a small judge, a file at a time.
+# Arena Distill: from battles to a small judge.
 #
-#   snakemake --cores all             the whole graph of config/config.yaml
-#   snakemake -n                      what would run, and why
-#   snakemake --configfile X.yaml …   a run of your own: a first file with `judges` stands alone, one without
-#                                     them (config/recipes/*.yaml) is laid over config/config.yaml
+#   snakemake --cores all             runs the whole graph of config/config.yaml
+#   snakemake -n                      lists what would run, and why
+#   snakemake --configfile X.yaml …   runs your configuration. A first file with `judges` is complete by
+#                                     itself; one without (a recipe) overrides config/config.yaml
 from snakemake.utils import min_version
 
 min_version("9.0")

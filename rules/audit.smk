@@ -1,4 +1,4 @@
-# Battles and folds → what leaks from one into another.
+# Leaks between folds and sources of battles.
 
 
 rule audit_leaks:

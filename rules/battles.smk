@@ -1,7 +1,7 @@
 # Raw files → canonical battles → folds.
 #
-# A module's prefix moves all that this workflow makes. What the configuration names, and what ships with
-# the workflow, is `local`: it stays where it is.
+# A module's prefix moves all outputs of this workflow. Files that the configuration names, and files that
+# ship with the workflow, are `local`: the prefix does not move them.
 include: "inputs/battles.smk"
 
 
@@ -51,8 +51,8 @@ rule read_battles:
 
 
 rule read_solution:
-    # A job of its own: a solution that comes later, or is mended, trains nothing again. It goes first: one
-    # that does not fit fails before any training.
+    # A separate job: if the solution is added later or corrected, nothing is trained again. It has priority, so
+    # that a solution that does not match the test battles fails before any training.
     input:
         battles=RUN.battles,
         solution=solution,

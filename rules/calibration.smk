@@ -1,4 +1,4 @@
-# The calibration of a judge's probabilities, where `prediction.calibration` asks for one.
+# The calibration of a judge's probabilities, if `prediction.calibration` is set.
 
 
 rule fit_calibration:
@@ -18,7 +18,7 @@ rule fit_calibration:
     params:
         settings=version_of("calibration"),
     message:
-        "Calibrating {wildcards.judge}"
+        "Fitting the calibration of {wildcards.judge}"
     shell:
         "arena fit-calibration --folds {input.folds:q} --battles {input.battles:q}"
         " --judge {wildcards.judge} --output {output.calibration:q} --settings {params.settings:q}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-# The package lies beside this file: where the workflow is a module, `workflow.basedir` is another
-# repository. Where Snakemake fetches the rules by `github(...)`, the package has to be installed.
+# The package is found from this file, because in a module `workflow.basedir` is another repository. If
+# Snakemake fetches the rules by `github(...)`, the package has to be installed.
 HERE = workflow.current_basedir
 CHECKOUT = Path(HERE).parent if isinstance(HERE, os.PathLike) else None
 if CHECKOUT:
@@ -24,7 +24,7 @@ try:
 except InputError as error:
     raise WorkflowError(str(error))
 
-# Judges that studies derive from the run's own are nodes of the same graph; `all` asks for none of them.
+# Judges that studies derive from those of the run are nodes of the same graph; `all` needs none of them.
 FAMILY = derived.JudgeFamily(dict(CONFIG.judges))
 STUDIES = derived.derive(CONFIG, config, FAMILY)
 GRAPH = CONFIG.with_judges(FAMILY.judges)
@@ -52,13 +52,13 @@ wildcard_constraints:
 
 # --- how a job starts -------------------------------------------------------------------------------
 
-# Slurm warns of a time limit by SIGUSR1 (slurm/config.yaml), and warns every process of the job. The
-# training heeds it; this Snakemake, which started it there, must not die of it.
+# Before a time limit Slurm sends SIGUSR1 (slurm/config.yaml) to every process of the job. The training
+# handles it. The Snakemake inside the job must ignore it.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def interpreter(path):
-    """An interpreter of the configuration; inside a conda environment (--sdm conda) its own."""
+    """The interpreter from the configuration, or with --sdm conda that of the conda environment."""
     if "conda" in {str(method) for method in workflow.deployment_settings.deployment_method}:
         return "python"
     if path is None:
@@ -67,20 +67,20 @@ def interpreter(path):
 
 
 class shell(shell):
-    """Snakemake's, for these rules alone: its own prefix is one for all modules and who uses them."""
+    """Snakemake's `shell` with a prefix for these rules alone: Snakemake shares one among all modules."""
 
 
 def runs_in(environment):
-    """How a job's command starts.
+    """The start of a job's command.
 
-    It replaces the shell, so that signals reach the job. Its stdin is empty: nothing typed there, nor
-    `yes |`, may answer a question that a library asks.
+    `exec` replaces the shell, so that signals reach the job. Stdin is empty: neither the terminal nor `yes |`
+    can answer a question from a library.
     """
     return f'exec {shlex.quote(interpreter(environment))} -m arena_distill phase "$@" < /dev/null'
 
 
-# Jobs call `arena` in the main environment and `arena_gptq` in the one that quantises; both import the
-# package from this checkout, installed or not. (Snakemake formats the prefix: hence double braces.)
+# `arena` runs in the main environment, `arena_gptq` in the one that quantises. Both import the package from
+# this checkout, installed or not. (Snakemake formats the prefix: hence double braces.)
 IMPORTS = f"export PYTHONPATH={shlex.quote(str(CHECKOUT / 'workflow'))}; " if CHECKOUT else ""
 shell.prefix(
     f"set -euo pipefail; {IMPORTS}"
@@ -95,7 +95,7 @@ def slurm_comment(job):
     return f"rule_{job.rule.name}{named}"
 
 
-# --- what a job is given ----------------------------------------------------------------------------
+# --- settings, inputs and resources of a job --------------------------------------------------------
 
 
 def settings_of(phase):
@@ -109,7 +109,7 @@ def settings_of(phase):
 
 
 def version_of(name):
-    """The settings of a phase that reads nothing of the configuration: its version."""
+    """The settings of a phase that reads no key of the configuration: only its version."""
     return lambda wildcards: phase.Settings(version=phase.VERSIONS[name]).as_params()
 
 
@@ -129,17 +129,17 @@ def as_options(*names):
 
 @functools.cache
 def missing_paths():
-    """What the configuration names, is not there, and is made by no rule, also of who uses this one."""
+    """Paths in the configuration that do not exist and that no rule makes, here or in an outer workflow."""
     made = lambda path: any(rule.is_producer(path) for rule in workflow.rules)
     return checks.missing_paths(CONFIG, made)
 
 
 def existing(path):
-    """A path of the configuration, as an input that has to exist whatever an earlier run left.
+    """A path of the configuration, as an input that has to exist even if an earlier run left the outputs.
 
-    Runs and dry runs check what they need: neither a plan nor `--report` needs any, and Snakemake itself
-    looks for the inputs of a job on another node. This exits, because Snakemake takes any error here for
-    a job that cannot run, and is content with the output that exists.
+    Only runs and dry runs check this: a plan and `--report` need no inputs, and for a job on another node
+    Snakemake itself checks them. This function exits: Snakemake would treat an exception as a job that cannot
+    run, and would accept an existing output.
     """
     if workflow.is_main_process and workflow.executor_plugin and path in missing_paths():
         sys.exit("\n".join(missing_paths().values()))
@@ -147,33 +147,33 @@ def existing(path):
 
 
 def compute(knob):
-    """An operational knob of the job's judge. As a resource it reruns nothing when it changes."""
+    """A `compute` key of the job's judge, for use as a resource: a changed resource reruns nothing."""
 
     def of_job(wildcards):
         value = getattr(GRAPH.judges[wildcards.judge].compute, knob)
-        return int(value) if isinstance(value, int) else str(value)  # all that a resource may be
+        return int(value) if isinstance(value, int) else str(value)  # the types of a resource
 
     return of_job
 
 
 def scoring_gpus(wildcards):
-    """A scoring job is one process: it takes what its judge needs, however many GPUs train it."""
+    """A scoring job is one process. Its number of GPUs does not depend on that of training."""
     return GRAPH.judges[wildcards.judge].scoring_gpus()
 
 
 def merging_gpus(wildcards):
-    """Merging is arithmetic on the host, unless candidates are scored to choose among them."""
+    """Merging is arithmetic on the CPU; only greedy merging scores candidates, on the GPUs of scoring."""
     greedy = GRAPH.judges[wildcards.judge].merge.weights == "greedy"
     return scoring_gpus(wildcards) if greedy else 0
 
 
 def quantizing_gpus(wildcards):
-    """GPTQ goes through a model block by block, and what it leaves is small: one GPU."""
+    """GPTQ needs one GPU: it works block by block, and the quantised model is small."""
     return min(compute("gpus")(wildcards), 1)
 
 
 def job_of(gpus, *knobs):
-    """The resources of a job that runs a judge; every attempt gets as much memory and time again."""
+    """The resources of a job that runs a judge. Memory, disk and time are multiplied by the attempt."""
 
     def growing(knob):
         return lambda wildcards, attempt: attempt * compute(knob)(wildcards)
@@ -188,7 +188,7 @@ def job_of(gpus, *knobs):
 
 
 def options_of(*knobs):
-    """The same knobs as options of the job's command."""
+    """The same keys as options of the job's command."""
     knobs = {"gpus": "devices"} | {knob.replace("_", "-"): knob for knob in knobs}
     return " ".join(f"--{option} {{resources.{knob}}}" for option, knob in knobs.items())
 
@@ -200,5 +200,5 @@ SCORING_OPTIONS = options_of("batch_tokens", "attention")
 MERGING, QUANTIZING = (job_of(gpus, "batch_tokens") for gpus in (merging_gpus, quantizing_gpus))
 BATCH_OPTIONS = options_of("batch_tokens")
 
-# What a job asks for, for its message: `snakemake -n` shows that in the place of resources.
+# The resources of a job as part of its message: `snakemake -n` prints the message in place of resources.
 ASKS = " ({resources.gpu} GPUs, {resources.mem_mb} MB, {resources.disk_mb} MB of disk, {resources.runtime} min)"

@@ -1,9 +1,9 @@
-# Backbones as ordinary folders; battles as token ids, once per tokenizer.
+# Backbones become ordinary model folders; battles become token ids, once per tokenizer.
 include: "inputs/encoding.smk"
 
 
 rule download_backbone:
-    # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
+    # A local rule, because it needs the network, which a cluster's nodes may not have.
     output:
         directory(RUN.backbone("{backbone}")),
     log:

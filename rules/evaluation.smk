@@ -1,4 +1,4 @@
-# Every figure of the run, and the report that shows them.
+# All figures of the run, and the report.
 include: "inputs/evaluation.smk"
 
 
@@ -28,9 +28,9 @@ rule write_config:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=lambda wildcards: CONFIG.as_params(),  # a plain text's {} would be wildcards
+        settings=lambda wildcards: CONFIG.as_params(),  # in a plain string, {} would be wildcards
     message:
-        "Writing down the configuration"
+        "Writing the configuration: {output.config}"
     shell:
         "arena write-config --output {output.config:q} --settings {params.settings:q} > {log:q} 2>&1"
 

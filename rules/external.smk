@@ -1,9 +1,9 @@
-# Judges that are not trained here: their logits come from a file, or from an endpoint.
+# Judges that are not trained here: their logits come from a file or an endpoint.
 include: "inputs/external.smk"
 
 
 rule query_endpoint:
-    # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have, and little else.
+    # A local rule, because it needs the network, which a cluster's nodes may not have, and few resources.
     input:
         battles=RUN.battles,
     output:

@@ -1,9 +1,9 @@
-# Battles that others published: only the files that `data.fetch` names, and only where they are not there.
+# Published battles: only files that `data.fetch` names, and only if they do not exist yet.
 include: "inputs/fetch.smk"
 
 
 rule fetch_battles:
-    # Run where Snakemake runs: it needs the network, which a cluster's nodes may not have.
+    # A local rule, because it needs the network, which a cluster's nodes may not have.
     input:
         without=lambda wildcards: [existing(file) for file in FETCHED[wildcards.file].without],
     output:

@@ -1,5 +1,5 @@
-# Every fold's judge scores its battles, in both orders: in one job, or in shards that are gathered. Of a
-# judge from whose hidden states students learn, each of the rules has a variant that writes them too.
+# The judge of each fold scores its battles in both orders: in one job, or in shards that are gathered. If
+# students learn from a judge's hidden states, a variant of each rule (`…_states`) also writes these.
 include: "inputs/logits.smk"
 
 

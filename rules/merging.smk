@@ -1,4 +1,4 @@
-# The folds' adapters, averaged and merged into one dense model.
+# The adapters of all folds are averaged and merged into one dense model.
 include: "inputs/merging.smk"
 
 

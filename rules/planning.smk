@@ -1,4 +1,4 @@
-# What the run will cost. The plan asks Snakemake for this very graph, in a process of its own.
+# The cost of the run. The planner starts another Snakemake process to get the graph of this run.
 import json
 
 
@@ -13,10 +13,10 @@ rule write_plan:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=lambda wildcards: json.dumps(config),  # as it was read: a file that stands alone
+        settings=lambda wildcards: json.dumps(config),  # as read: complete by itself
         snakefile=f"{CHECKOUT or '.'}/Snakefile",
     message:
-        "Planning what the run will cost: {output.plan}"
+        "Planning the cost of the run: {output.plan}"
     shell:
         "arena write-plan --output {output.plan:q} --settings {params.settings:q}"
         " --snakefile {params.snakefile:q} > {log:q} 2>&1"

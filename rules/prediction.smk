@@ -1,4 +1,4 @@
-# The test battles: scored at every length and in both orders, averaged, submitted.
+# The test battles are scored at every length and in both orders; the scores are averaged and submitted.
 include: "inputs/prediction.smk"
 
 

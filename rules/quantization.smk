@@ -1,4 +1,4 @@
-# The dense model in GPTQ, and the gate it has to pass.
+# The dense model is quantised with GPTQ and has to pass a drift check.
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
@@ -28,7 +28,7 @@ rule quantize_model:
 
 
 rule check_drift:
-    # A job of its own: exceeding the bound, or moving it, never costs the quantised model.
+    # A separate job: if the drift exceeds its bound, or the bound changes, the quantised model stays.
     input:
         model=RUN.gptq("{judge}"),
     output:
@@ -43,7 +43,7 @@ rule check_drift:
     params:
         settings=settings_of(phase.DriftSettings),
     message:
-        "Checking what quantisation changed in {wildcards.judge}"
+        "Checking the quantisation drift of {wildcards.judge}"
     shell:
         "arena check-drift --model {input.model:q} --output {output.passed:q}"
         " --settings {params.settings:q} > {log:q} 2>&1"

@@ -1,4 +1,4 @@
-# Studies: judges derived from the run's own, side by side. `all` asks for none of this.
+# Studies compare judges that are derived from those of the run. `all` runs no study.
 include: "inputs/studies.smk"
 
 
@@ -53,7 +53,7 @@ rule draw_averaging:
         settings=study_settings(phase.AveragingSettings),
         folder=lambda wildcards, output: os.path.dirname(output.figures),
     message:
-        "Drawing how far two ways of averaging part"
+        "Drawing how far the two ways of averaging differ"
     shell:
         "arena draw-averaging --output {params.folder:q} --settings {params.settings:q}"
         " {input.soups:q} > {log:q} 2>&1"

@@ -1,4 +1,4 @@
-# What one asks for by name; `all` stands in the Snakefile.
+# Targets to request by name; `all` is in the Snakefile.
 include: "inputs/targets.smk"
 
 

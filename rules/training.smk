@@ -1,4 +1,4 @@
-# Judges learn: adapters after UT battles, then per fold from votes (teachers) or teachers (students).
+# Adapters are post-pretrained on UT battles, then trained per fold: teachers on votes, students on teachers.
 include: "inputs/training.smk"
 
 

@@ -3,7 +3,7 @@ SOURCES = CONFIG.data.sources()
 
 
 def battle_files(source):
-    """The files of a source: the configuration's, or the simulated arena's."""
+    """The files of a source: from the configuration, or from the simulated arena."""
 
     def files(wildcards):
         if CONFIG.data.arena:

@@ -6,7 +6,7 @@ PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in D
 
 @functools.cache
 def backbone_folder(judge):
-    """A judge's backbone: a folder that is there, or one that `prepare_backbone` makes."""
+    """A judge's backbone: an existing folder, or one that `prepare_backbone` makes."""
     backbone = GRAPH.backbone_of(judge)
     if not backbone.is_ready_folder():
         return RUN.backbone(GRAPH.backbone_name(judge))
@@ -16,12 +16,12 @@ def backbone_folder(judge):
 
 
 def backbone_settings(backbones):
-    """The settings of a job that makes one of `backbones`, by name."""
+    """The settings of a job that makes one of the named `backbones`."""
     return lambda wildcards: phase.BackboneSettings.of(backbones[wildcards.backbone]).as_params()
 
 
 def prepared_from(wildcards):
-    """No input that could rebuild a backbone: only a check that what it is made of exists."""
+    """No inputs, so that nothing rebuilds a backbone: only a check that its source files exist."""
     for _, path in checks.backbone_files(BACKBONES[wildcards.backbone]):
         existing(path)
     return []
@@ -41,12 +41,12 @@ def tokens(wildcards):
 
 
 def download_of(wildcards):
-    """The whole model on the hub, of which a backbone is a part."""
+    """The whole downloaded model, of which a backbone is a part."""
     return RUN.backbone(GRAPH.download_name(BACKBONES[wildcards.backbone]))
 
 
 def disk_of_download(wildcards, attempt):
-    """A backbone needs as much disk as the judges above it say that their jobs' files need."""
+    """Disk for a download: attempt times the largest `compute.disk_mb` of the judges on this backbone."""
     wanted = DOWNLOADS[wildcards.backbone]
     judges = [judge for judge in TRAINED.values() if judge.backbone.download() == wanted]
     return attempt * max(judge.compute.disk_mb for judge in judges)

@@ -1,9 +1,9 @@
-# Inputs of rules/fetch.smk: what is fetched.
+# Inputs of rules/fetch.smk: files to fetch.
 FETCHED = CONFIG.data.fetch
 
 
 def check_downloads():
-    """Before anything is spent: report every file and model that this run needs and cannot fetch."""
+    """Report all files and models that this run needs and cannot fetch, before the first job."""
     needed = [job.wildcards for job in workflow.dag.needrun_jobs() if job.resources.get("download")]
     if needed:
         from arena_distill.battles import fetching

@@ -5,18 +5,18 @@ CAPTURED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 
 
 def shards(wildcards):
-    """The parts of a fold's logits."""
+    """The shards of a fold's logits."""
     count = GRAPH.judges[wildcards.judge].logits.shards
     return [RUN.shard(wildcards.judge, wildcards.fold, number) for number in range(count)]
 
 
 def shard_states(wildcards):
-    """The hidden states beside the parts, where students read them."""
+    """The hidden states of these parts."""
     return [layout.states(path) for path in shards(wildcards)]
 
 
 def shard(wildcards):
-    """Which part a scoring job does, as options."""
+    """The shard of a scoring job, as options."""
     if not hasattr(wildcards, "shard"):
         return ""
     count = GRAPH.judges[wildcards.judge].logits.shards

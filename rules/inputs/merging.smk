@@ -1,6 +1,6 @@
-# Inputs of rules/merging.smk: the folds that a merged model is made of.
+# Inputs of rules/merging.smk: the folds of a merged model.
 def folds_of(judge):
-    """The judge whose folds are merged: a study's may differ from another in how they are merged alone."""
+    """The judge whose folds are merged. Judges of a study that differ only in merging share their folds."""
     return judge if judge in CONFIG.judges else FAMILY.trained_as(judge)
 
 
@@ -13,7 +13,7 @@ def fold_logits(wildcards):
 
 
 def merge_evidence(wildcards):
-    """What decides how much each fold counts in the merged model, by option."""
+    """The inputs that decide the weight of each fold in the merged model, by option."""
     weights = GRAPH.judges[wildcards.judge].merge.weights
     if weights == "validation":
         return {"folds": RUN.folds, "logits": fold_logits(wildcards)}

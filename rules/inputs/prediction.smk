@@ -1,6 +1,6 @@
-# Inputs of rules/prediction.smk: what calibrates predictions.
+# Inputs of rules/prediction.smk: the calibration.
 def calibration(wildcards):
-    """What calibrates the test predictions of a judge, where they are to be calibrated."""
+    """The calibration of a judge's test predictions, if `prediction.calibration` is set."""
     if CONFIG.prediction.calibration == "none":
         return {}
     return {"calibration": RUN.calibration(wildcards.judge), "battles": RUN.battles}

@@ -4,7 +4,7 @@ def study_settings(phase):
 
 
 def compared_files(wildcards):
-    """What the comparison reads of every judge in it."""
+    """The files that the comparison reads of each judge."""
     if STUDIES.problem:
         raise WorkflowError(STUDIES.problem)
     judges = list(dict.fromkeys(entry.folds for entry in STUDIES.compared))
@@ -18,7 +18,7 @@ def compared_files(wildcards):
 
 
 def curve_files(wildcards):
-    """What learning curves read: the folds of every point."""
+    """The files that learning curves read: the folds of every point."""
     judges = [judge for points in STUDIES.curves.values() for judge in points.values()]
     folds = range(min(CONFIG.studies.curve_folds, CONFIG.folds.n))
     return [

@@ -1,4 +1,4 @@
-# Inputs of rules/targets.smk: judges of the run itself.
+# Inputs of rules/targets.smk: the judges of the run itself.
 def own(judges):
-    """Those of the run itself, without what studies derive from them."""
+    """The judges in the configuration, without those that studies derive."""
     return [judge for judge in judges if judge in CONFIG.judges]

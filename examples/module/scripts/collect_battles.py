@@ -1,11 +1,11 @@
-"""Battles between three bots in the Kaggle schema: some with a person's vote, some without."""
-# ruff: noqa: F821 (`snakemake` is put in by Snakemake)
+"""Make battles between three bots in the Kaggle schema, with votes for training and without for test."""
+# ruff: noqa: F821 (Snakemake defines `snakemake`)
 
 import csv
 import math
 import random
 
-BOTS = {  # name → what people think of it, how it answers
+BOTS = {  # name → its strength, its answer
     "kind": (1.5, "Gladly! {a} plus {b} is {sum}. Do ask again."),
     "curt": (0.0, "{sum}."),
     "lost": (-1.5, "I am sorry, I do not know that."),

@@ -1,5 +1,5 @@
-"""Rank the bots by the wins that the judge expects of them; a tie is half a win."""
-# ruff: noqa: F821 (`snakemake` is put in by Snakemake)
+"""Rank the bots by the wins that the judge expects; a tie counts as half a win."""
+# ruff: noqa: F821 (Snakemake defines `snakemake`)
 
 import csv
 from collections import defaultdict
