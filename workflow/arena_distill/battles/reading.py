@@ -37,7 +37,6 @@ from arena_distill.files.readers import (
     KEPT_AS_RAW_TEXT,
     Faults,
     RawTable,
-    check_utf8,
     read_table,
 )
 from arena_distill.verdicts import NO_VOTE, Votes
@@ -369,7 +368,6 @@ def _turns_of_lists(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     for chunk in column.chunks:
         chunk = pc.if_else(chunk.is_valid(), chunk, pa.scalar([None], chunk.type))
         values = pc.fill_null(chunk.flatten().cast(pa.string()), "")
-        check_utf8(values, where)
         lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         chunks.append(pa.ListArray.from_arrays(offsets, values))
