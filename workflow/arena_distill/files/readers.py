@@ -10,11 +10,12 @@ import csv
 import glob
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from arena_distill.config.vocabulary import Escape
 from arena_distill.errors import InputError
 
 KEPT_AS_RAW_TEXT = "kept as raw text: "
 """How the reason of a row begins that is faulty and used all the same (test battles only)."""
+
+DROPPED = "dropped: "
+"""How the reason of a row begins that is left out because the configuration says so."""
 
 Column: TypeAlias = pa.ChunkedArray | list[Any]
 """An Arrow column (CSV, parquet) or Python values as JSON gives them (JSON lines)."""
@@ -34,9 +39,6 @@ Column: TypeAlias = pa.ChunkedArray | list[Any]
 JSON_TEXTS = json.JSONDecoder(
     strict=False, parse_float=str, parse_int=str, parse_constant=lambda _: None
 )
-
-Escape = Literal["none", "backslash"]
-"""How a quote inside a quoted cell of a CSV file is written: doubled, or with a backslash before it."""
 
 KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
 PACKED = {"gz": "gzip", "zst": "zstd"}
@@ -49,6 +51,7 @@ UNPACKED_RATIO = 50
 """A packed file may unpack to the larger of `UNPACKED_BYTES` and this many times its own size."""
 
 _ROWS_AT_ONCE = 16_384
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -97,6 +100,54 @@ class Faults:
     def _line(self, source: str, row: int, column: str | None, reason: str) -> dict[str, Any]:
         file = str(self.path)
         return {"source": source, "file": file, "row": row, "column": column, "reason": reason}
+
+
+def column_texts(raw: RawTable, name: str) -> pa.ChunkedArray:
+    """Turn a column into texts: whole numbers without ".0", nulls and NaN stay null.
+
+    Raises:
+        InputError: it holds dates, decimals, maps, lists or other things that are no text.
+    """
+    column = raw.columns[name]
+    where = f"{raw.path}, column {name}"
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return pa.chunked_array([as_texts(chunk, where) for chunk in chunks], pa.string())
+
+
+def as_texts(cells: pa.Array | list[Any], where: str) -> pa.Array:
+    """Turn cells into an array of texts, as :func:`column_texts` does."""
+    if isinstance(cells, list):
+        if any(isinstance(cell, list | dict) for cell in cells):
+            raise InputError(f"{where}: holds JSON lists or objects; write it as text")
+        return strings([None if cell is None else plain_text(cell) for cell in cells])
+    kind, types = cells.type, pa.types
+    if types.is_floating(kind):
+        # Many a writer turns a column of integers with a gap into one of floats.
+        cells = pc.if_else(pc.is_finite(cells), cells, pa.scalar(None, kind))
+        whole = pc.and_(pc.equal(cells, pc.trunc(cells)), pc.less(pc.abs(cells), 2.0**53))
+        numbers = pc.if_else(whole, cells, pa.scalar(0, kind)).cast(pa.int64())
+        return pc.if_else(whole, numbers.cast(pa.string()), cells.cast(pa.string()))
+    if not any(
+        check(kind)
+        for check in (types.is_string, types.is_integer, types.is_boolean, types.is_null)
+    ):
+        raise InputError(f"{where}: holds {kind}, which is no text; write it as text")
+    return cells.cast(pa.string())
+
+
+def plain_text(value: Any) -> str:
+    """Write a JSON value as a text: null is empty, and lists and objects are their JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def strings(values: Sequence[str | None]) -> pa.Array:
+    """Make a string array, with U+FFFD for lone surrogates, which no UTF-8 file can hold."""
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([v and _SURROGATE.sub("\ufffd", v) for v in values], pa.string())
 
 
 def files_at(path: str | Path) -> list[Path]:
