@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from arena_distill.battles.formats.conversion import FORMATS, Converted, convert
 from arena_distill.battles.formats.graded import VOTES
+from arena_distill.cli import formats
 from arena_distill.config.source import Reading
 from arena_distill.errors import InputError
 from arena_distill.files.readers import RawTable, read_table
@@ -51,7 +52,7 @@ def read(path: Path, rows: list[Row], **keys: Any) -> list[Row]:
     for battle, vote, weight in zip(battles, found.vote, found.weight, strict=True):
         battle |= {"vote": vote.round(4).tolist(), "weight": round(float(weight), 4)}
         for name in ("model_a", "model_b", "language", "category", "id"):
-            if battle[name] is None:
+            if battle[name] is None or battle[name].startswith("row"):
                 del battle[name]
     return battles
 
@@ -227,8 +228,8 @@ def test_grades_are_symmetric_and_others_are_refused(tmp_path: Path) -> None:
     row = {"prompt": "q", "response_1": "x", "response_2": "y"}
     rows = [row | {"preference_strength": g} for g in (-100, "much", None, 1.5)]
     assert [reason.split(",")[0] for _, _, reason in reasons(tmp_path / "t.jsonl", rows)] == [
-        "unexpected '-100'", "unexpected 'much'", "no vote; to keep such rows: `missing_votes: keep`",
-        "unexpected '1.5'",
+        "unexpected: '-100'", "unexpected: 'much'", "no vote; to keep such rows: `missing_votes: keep`",
+        "unexpected: '1.5'",
     ]  # fmt: skip
 
 
@@ -477,7 +478,7 @@ def test_ties_may_be_dropped_or_named(tmp_path: Path) -> None:
     rows = [BATTLE | {"winner": word} for word in ("both_bad", "tie", "neither")]
     dropped, neither = reasons(path, rows, ties={"Both_Bad": "drop"})
     assert dropped == (0, "winner", "dropped: as `ties` says")
-    assert "unexpected 'neither'" in neither[2]
+    assert "unexpected: 'neither'" in neither[2]
     assert voted(path, ["neither"], ties={"neither": "tie"}) == [TIE]
 
 
@@ -499,14 +500,14 @@ def test_shares_of_votes(tmp_path: Path) -> None:
     rows = [row | dict(zip(names, share, strict=True)) for share in bad]
     assert [reason.split(",")[0].split(";")[0] for *_, reason in reasons(tmp_path / "t.jsonl", rows)] == [
         "shares that sum to 1 expected", "several winners are set", "shares that sum to 1 expected",
-        "empty", "unexpected 'yes'", "no vote",
+        "empty", "unexpected: 'yes'", "no vote",
     ]  # fmt: skip
 
 
 def test_weights(tmp_path: Path) -> None:
-    rows = [BATTLE | {"weight": weight} for weight in (0, 2.5)]
-    assert [battle["weight"] for battle in read(tmp_path / "t.jsonl", rows)] == [0, 2.5]
-    rows = [BATTLE | {"weight": weight} for weight in (-1, None, "much")]
+    rows = [BATTLE | {"weight": weight} for weight in (0.5, 2.5)]
+    assert [battle["weight"] for battle in read(tmp_path / "t.jsonl", rows)] == [0.5, 2.5]
+    rows = [BATTLE | {"weight": weight} for weight in (0, None, "much")]
     assert len(reasons(tmp_path / "t.jsonl", rows)) == 3
 
 
@@ -605,7 +606,7 @@ def test_cases() -> None:
     _, votes, raw = case("winner-odd.csv")
     assert (votes[:, 2] == 1).sum() == 2 and len(raw.faults.found) == 10
     assert raw.faults.found[0] == ("winner", raw.faults.found[0][1])
-    assert "unexpected 'left'" in raw.faults.found[0][1]
+    assert "unexpected: 'left'" in raw.faults.found[0][1]
 
 
 # --- round trip -----------------------------------------------------------------------------------
@@ -639,3 +640,26 @@ def test_canonical_battles_survive_every_file(
         read = found.battles.select(["id", *names]).to_pylist()
         assert read == [{k: row[k] for k in ("id", *names)} for row in lists]
         assert found.vote.tolist() == [x[3] for x in battles]
+
+
+# --- arena-distill formats ------------------------------------------------------------------------
+
+
+def test_the_command_shows_how_a_file_is_understood(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"ask": f"q{i}", "output_1": "x", "output_2": "y", "label": i} for i in (1, 2, 3, 1)]
+    path = write(tmp_path / "t.jsonl", rows)
+    formats(str(path), columns=["prompt=ask"], ties=["3=drop"])
+    printed = capsys.readouterr().out
+    assert "(battles): 4 rows, 1 dropped\n  3 battles by vote: A 2, B 1, tie 0\n" in printed
+    assert (
+        "columns: response_a ← output_1, response_b ← output_2, winner ← label, prompt ← ask"
+        in printed
+    )
+    for cell in ("row1", "row2", "row4", "1. q2", "1. x", "1. y", " B "):
+        assert cell in printed
+    with pytest.raises(
+        InputError, match="format: Input should be 'auto', or: Input should be 'battles'"
+    ):
+        formats(str(path), format="nope")

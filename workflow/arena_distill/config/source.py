@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from arena_distill.config.judge import Section
+from arena_distill.config.section import Section
 from arena_distill.config.vocabulary import BattleFormat, Escape
+
+SOURCES = ("train", "extra", "ut", "test", "unlabelled")
+"""What battles are for: the keys of `data` with files, in the order of the canonical file."""
+
+KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
+PACKED = {"gz": "gzip", "zst": "zstd"}
+SUFFIXES = tuple(f".{kind}" for kind in KINDS) + tuple(
+    f".{kind}.{packed}" for kind in KINDS[1:] for packed in PACKED
+)
+"""How the names of files of battles end."""
 
 TEXT_COLUMNS = (
     *("prompt", "system", "response_a", "response_b", "conversation_a", "conversation_b"),
@@ -59,3 +71,22 @@ class Source(Reading):
 
     path: str = Field(min_length=1)
     """A file, a folder of shards, or a pattern such as `data/train-*.parquet`."""
+
+    def files(self) -> list[Path]:
+        """The file, or the shards in the order of their names; of a folder those with one of `SUFFIXES`.
+
+        A pattern or folder without shards stands for itself: whoever reads it finds nothing there.
+        """
+        path = Path(self.path)
+        if path.is_dir():
+            shards = [file for file in path.iterdir() if file.name.lower().endswith(SUFFIXES)]
+        elif glob.has_magic(self.path) and not path.exists():
+            # Not by Path.glob, which takes no absolute pattern.
+            shards = [Path(file) for file in glob.glob(self.path, recursive=True)]
+        else:
+            return [path]
+        files = sorted(f for f in shards if f.is_file() and not f.name.startswith((".", "_")))
+        return files or [path]
+
+
+EXPECTED = f"{', '.join(SUFFIXES[1:6])} (also .gz, .zst) or .parquet expected"

@@ -7,7 +7,6 @@ number; what makes a whole file unusable is an `InputError` that names it.
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
 import re
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from arena_distill.config.source import EXPECTED, KINDS, PACKED
 from arena_distill.config.vocabulary import Escape
 from arena_distill.errors import InputError
 
@@ -38,12 +38,6 @@ Column: TypeAlias = pa.ChunkedArray | list[Any]
 # Numbers stay the text they were written as: "3.10" is not 3.1, and no number is too long. NaN is missing.
 JSON_TEXTS = json.JSONDecoder(
     strict=False, parse_float=str, parse_int=str, parse_constant=lambda _: None
-)
-
-KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
-PACKED = {"gz": "gzip", "zst": "zstd"}
-SUFFIXES = tuple(f".{kind}" for kind in KINDS) + tuple(
-    f".{kind}.{packed}" for kind in KINDS[1:] for packed in PACKED
 )
 
 UNPACKED_BYTES = 1 << 30
@@ -150,39 +144,6 @@ def strings(values: Sequence[str | None]) -> pa.Array:
         return pa.array([v and _SURROGATE.sub("\ufffd", v) for v in values], pa.string())
 
 
-def files_at(path: str | Path) -> list[Path]:
-    """Return the files that a path, a folder of shards or a glob pattern names, sorted by name.
-
-    Of a folder these are the files directly in it whose suffix is one of `SUFFIXES`.
-
-    Raises:
-        InputError: no file is there.
-    """
-    given = Path(path)
-    if given.is_dir():
-        found = [file for file in given.iterdir() if file.name.lower().endswith(SUFFIXES)]
-    elif given.exists() or not is_pattern(path):
-        return [given]
-    else:
-        # Not Path.glob, which takes no absolute pattern.
-        found = [Path(file) for file in glob.glob(str(path), recursive=True)]
-    files = sorted(
-        file for file in found if file.is_file() and not file.name.startswith((".", "_"))
-    )
-    if not files:
-        raise InputError(f"{path}: no file there; expected: {_expected()}")
-    return files
-
-
-def is_pattern(path: str | Path) -> bool:
-    return glob.has_magic(str(path))
-
-
-def _expected() -> str:
-    kinds = ", ".join(f".{kind}" for kind in KINDS[1:])
-    return f"{kinds} (also .gz, .zst) or .parquet"
-
-
 def read_table(path: Path, *, escape: Escape = "none") -> RawTable:
     """Read one file by its suffix.
 
@@ -196,7 +157,7 @@ def read_table(path: Path, *, escape: Escape = "none") -> RawTable:
     else:
         kind, packed = packed, ""
     if kind not in KINDS or (packed and kind == "parquet"):
-        raise InputError(f"{path}: unknown kind of file; {_expected()} expected")
+        raise InputError(f"{path}: unknown kind of file; {EXPECTED}")
     try:
         if kind == "parquet":
             raw = _read_parquet(path)

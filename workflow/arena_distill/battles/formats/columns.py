@@ -64,7 +64,7 @@ def resolve(raw: RawTable, mapped: dict[str, str | None]) -> dict[str, str]:
     """
     if absent := [name for name in mapped.values() if name and name not in raw.columns]:
         raise InputError(
-            f"{raw.path}: no column {', '.join(absent)}, which `columns` names; {found(raw)}"
+            f"{raw.path}: no column {', '.join(absent)}, which `columns` names; {columns_found(raw)}"
         )
     by_case = {name.lower(): name for name in reversed(raw.columns)}
     names: dict[str, str] = {}
@@ -74,11 +74,14 @@ def resolve(raw: RawTable, mapped: dict[str, str | None]) -> dict[str, str]:
             if None not in theirs and not set(theirs) & set(mapped.values()):
                 names |= zip(ours, theirs, strict=True)  # type: ignore[arg-type]
                 break
+        for one in ours:  # a model may be known on one side only
+            if one in by_case and by_case[one] not in mapped.values():
+                names.setdefault(one, by_case[one])
     names |= {ours: name for ours, name in mapped.items() if name}
     return {ours: name for ours, name in names.items() if mapped.get(ours, name)}
 
 
-def found(raw: RawTable) -> str:
+def columns_found(raw: RawTable) -> str:
     names = list(raw.columns)
     return f"columns found: {', '.join(names[:20])}" + (", …" if len(names) > 20 else "")
 
@@ -169,7 +172,7 @@ class Rows:
         """Refuse the rows where `bad` (bool), each with its own text as the reason."""
         for position in np.flatnonzero(bad):
             text = texts[position].as_py()
-            what = f"unexpected {text[:60]!r}" if text else "empty"
+            what = f"unexpected: {text[:60]!r}" if text else "empty"
             self._add(int(position), name, f"{what}, {expected}")
 
     def _add(self, position: int, name: str, reason: str) -> None:

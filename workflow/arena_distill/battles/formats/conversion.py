@@ -18,7 +18,7 @@ from arena_distill.battles.formats import (
     ratings,
 )
 from arena_distill.battles.formats.canonical import Battles
-from arena_distill.battles.formats.columns import Rows, Table, found, resolve
+from arena_distill.battles.formats.columns import Rows, Table, columns_found, resolve
 from arena_distill.battles.formats.texts import text_kind
 from arena_distill.config.source import TEXT_COLUMNS, Reading
 from arena_distill.config.vocabulary import BattleFormat
@@ -66,7 +66,7 @@ class Converted:
     Args:
         format: what the file was taken for.
         names: our names of the columns → the file's.
-        battles: ``id`` (null where the file has none), ``prompt``, ``response_a``, ``response_b``
+        battles: ``id``, ``prompt``, ``response_a``, ``response_b``
             (list<string>), ``model_a``, ``model_b``, ``language``, ``category`` (string); faulty rows
             still among them.
         vote: float64 (battles, 3), shares of A, B and tie; NaN without a vote.
@@ -83,7 +83,12 @@ class Converted:
 
 
 def convert(
-    raw: RawTable, reading: Reading, *, votes: bool = True, keep_unreadable: bool = False
+    raw: RawTable,
+    reading: Reading,
+    *,
+    votes: bool = True,
+    keep_unreadable: bool = False,
+    rows_before: int = 0,
 ) -> Converted:
     """Convert a file.
 
@@ -91,6 +96,7 @@ def convert(
         reading: how it is understood.
         votes: whether votes are read.
         keep_unreadable: keep the raw text of a cell that cannot be read instead of refusing its row.
+        rows_before: of the files before; where there are no ids, rows are numbered from there.
 
     What is wrong with a row is added to `raw.faults`.
 
@@ -107,7 +113,7 @@ def convert(
         if name in names and not (kind == "ranking" and name in ("chosen", "rejected"))
     }
     table = Table(raw, names, texts, reading, votes, keep_unreadable)
-    ids = _ids(raw, names)
+    ids = _ids(raw, names, rows_before)
     parts = [(rows, FORMATS[kind].convert(rows)) for rows in table.pieces()]
     columns = [_columns(rows, part, ids) for rows, part in parts]
     return Converted(
@@ -138,12 +144,12 @@ def detect(raw: RawTable, names: dict[str, str], *, votes: bool) -> BattleFormat
         return shown[0]
     if shown:
         raise InputError(
-            f"{raw.path}: may be {' or '.join(shown)}; {found(raw)}; set `format` to one of these"
+            f"{raw.path}: may be {' or '.join(shown)}; {columns_found(raw)}; set `format` to one of these"
         )
     known = "; ".join(f"{name} ({_needs(of)})" for name, of in FORMATS.items())
     raise InputError(
-        f"{raw.path}: of no known format; {found(raw)}; formats: {known}; other names of columns go into "
-        "`columns`"
+        f"{raw.path}: of no known format; {columns_found(raw)}; formats: {known}; "
+        "other names of columns go into `columns`"
     )
 
 
@@ -184,19 +190,23 @@ def _require(raw: RawTable, kind: BattleFormat, names: dict[str, str], *, votes:
     if not any(set(needed) <= set(names) for needed in of.needs):
         absent = [name for name in of.needs[-1] if name not in names]
         raise InputError(
-            f"{raw.path}: no column {', '.join(absent)} for format {kind}; {found(raw)}"
+            f"{raw.path}: no column {', '.join(absent)} for format {kind}; {columns_found(raw)}"
         )
     if votes and of.votes and not set(of.votes) & set(names):
         raise InputError(
-            f"{raw.path}: no column of votes ({', '.join(of.votes)}) for format {kind}; {found(raw)}"
+            f"{raw.path}: no column of votes ({', '.join(of.votes)}) for format {kind}; "
+            f"{columns_found(raw)}"
         )
 
 
-def _ids(raw: RawTable, names: dict[str, str]) -> pa.ChunkedArray | None:
+def _ids(raw: RawTable, names: dict[str, str], rows_before: int) -> pa.ChunkedArray:
     """The ids of the rows; those of questions that come again are joined to what else names a vote."""
     if "id" not in names:
-        return None
-    ids = column_texts(raw, names["id"])
+        numbers = pa.array(raw.numbers + rows_before).cast(pa.string())
+        return pa.chunked_array([pc.binary_join_element_wise("row", numbers, "")])
+    ids = pc.fill_null(column_texts(raw, names["id"]), "")
+    for position in np.flatnonzero(pc.equal(ids, "").to_numpy()):
+        raw.faults.add(int(position), names["id"], "no id")
     if names["id"].lower() == "id" or pc.count_distinct(ids, "all").as_py() == len(ids):
         return ids
     others = [names[name] for name in ("model_a", "model_b", "turn", "judge") if name in names]
@@ -213,13 +223,9 @@ def _plainly(raw: RawTable, name: str) -> pa.ChunkedArray:
     return pc.binary_join(column, "-") if is_list(column.type) else column_texts(raw, name)
 
 
-def _columns(rows: Rows, part: Battles, ids: pa.ChunkedArray | None) -> pa.RecordBatch:
+def _columns(rows: Rows, part: Battles, ids: pa.ChunkedArray) -> pa.RecordBatch:
     take = pa.array(part.row)
-    if ids is None:
-        of_rows = pa.nulls(rows.count, pa.string())
-    else:
-        of_rows = ids.slice(rows.start, rows.count).combine_chunks()
-    named = of_rows.take(take)
+    named = ids.slice(rows.start, rows.count).combine_chunks().take(take)
     if part.pair is not None:
         named = pc.binary_join_element_wise(named, part.pair, "-")
     about = [_names(rows, name).take(take) for name in ("language", "category")]
@@ -241,5 +247,5 @@ def _weights(rows: Rows, part: Battles) -> np.ndarray:
     given = np.ones(rows.count)
     if "weight" in rows:
         given = rows.numbers("weight")
-        rows.refuse(~(given >= 0), "weight", "a weight of 0 or more expected")
-    return np.nan_to_num(given[part.row]) * (1.0 if part.weight is None else part.weight)
+        rows.refuse(~(given > 0), "weight", "a weight greater than 0 expected")
+    return given[part.row] * (1.0 if part.weight is None else part.weight)

@@ -47,9 +47,11 @@ def _shares(rows: Rows) -> np.ndarray:
     total = votes.sum(axis=1)
     flags = np.isin(votes, (0, 1)).all(axis=1)
     votes[total == 0] = NONE
-    rows.refuse(flags & (total > 1), "winner_*", "several winners are set")
+    several = flags & (total > 1)
+    rows.refuse(several, "winner_*", "several winners are set")
     odd = (votes < 0).any(axis=1) | (np.abs(total - 1) > 1e-3)
     rows.refuse(~flags & odd & ~np.isnan(total), "winner_*", "shares that sum to 1 expected")
+    votes[several | odd] = NONE
     with np.errstate(invalid="ignore"):
         return votes / total[:, None]
 
