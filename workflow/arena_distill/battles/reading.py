@@ -37,7 +37,6 @@ from arena_distill.files.readers import (
     DROPPED,
     KEPT_AS_RAW_TEXT,
     Faults,
-    RawTable,
     column_texts,
     read_table,
 )
@@ -220,18 +219,19 @@ class Part:
     source: str
     format: BattleFormat
     names: dict[str, str]  # our names of columns → the file's
-    raw: RawTable
+    rows: int  # in the file, those lost in reading included
+    faults: Faults
     battles: pa.Table  # SCHEMA without `group`
     votes: Votes
-    row: np.ndarray  # int64, the position in `raw` of each battle's row
+    row: np.ndarray  # int64, the position of each battle's row among those that could be read
 
     @property
-    def faults(self) -> Faults:
-        return self.raw.faults
+    def path(self) -> Path:
+        return self.faults.path
 
     def good(self) -> np.ndarray:
         """Which battles are kept: bool (battles,)."""
-        keep = np.ones(len(self.raw.numbers), bool)
+        keep = np.ones(len(self.faults.numbers), bool)
         keep[self.faults.fatal()] = False
         return np.asarray(keep[self.row])
 
@@ -248,7 +248,7 @@ def read_parts(files: Files) -> list[Part]:
             entry = given if isinstance(given, Source) else Source(path=str(given))
             for file in entry.files():
                 parts.append(_read_part(source, file, entry, rows))
-                rows += parts[-1].raw.rows
+                rows += parts[-1].rows
     _refuse_duplicates(parts)
     train = [part for part in parts if part.source == "train"]
     if train and not any(part.good().any() for part in train):
@@ -287,7 +287,8 @@ def _read_part(source: str, file: Path, reading: Reading, rows_before: int) -> P
         sources = pc.if_else(known, source, "unlabelled")
     columns = {"id": battles["id"], "source": sources}
     columns |= {name: battles[name] for name in battles.column_names[1:]} | vote_columns(votes)
-    return Part(source, read.format, read.names, raw, pa.table(columns), votes, read.row)
+    table = pa.table(columns)
+    return Part(source, read.format, read.names, raw.rows, raw.faults, table, votes, read.row)
 
 
 def _votes(shares: np.ndarray, weights: np.ndarray | None = None) -> Votes:
@@ -298,10 +299,14 @@ def _votes(shares: np.ndarray, weights: np.ndarray | None = None) -> Votes:
 def _battles(parts: Sequence[Part]) -> pa.Table:
     """The battles that are kept, in the order of `SOURCES`."""
     schema = pa.schema([field for field in SCHEMA if field.name != "group"])
-    # By filters, chunk by chunk: the texts of all may be too long for one Arrow array.
-    kept = [part.battles.filter(pa.array(part.good())) for part in parts]
-    by_source = (table.filter(pc.equal(table["source"], s)) for s in SOURCES for table in kept)
-    battles = pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in by_source)])
+    kept = [schema.empty_table()]
+    for source in SOURCES:
+        for part in parts:
+            mine = part.good() & pc.equal(part.battles["source"], source).to_numpy()
+            # By filters, chunk by chunk: the texts of all may be too long for one Arrow array.
+            some = part.battles if mine.all() else part.battles.filter(pa.array(mine))
+            kept.append(some.cast(schema))
+    battles = pa.concat_tables(kept)
     return battles.append_column(SCHEMA.field("group"), [prompt_groups(battles["prompt"])])
 
 
@@ -323,8 +328,8 @@ def _refuse_duplicates(parts: Sequence[Part]) -> None:
     first, again = _duplicates(pa.chunked_array([key(ids)]))
     for seen, late in zip(first, again, strict=True):
         taken, part = parts[part_of[seen]], parts[part_of[late]]
-        row = taken.raw.numbers[taken.row[battle_of[seen]]]
-        reason = f"id is taken: {ids['id'][late]}, by row {row} of {taken.raw.path}"
+        row = taken.faults.numbers[taken.row[battle_of[seen]]]
+        reason = f"id is taken: {ids['id'][late]}, by row {row} of {taken.path}"
         position = int(part.row[battle_of[late]])
         # Good rows have no fault so far, but for test battles that are kept as raw text.
         part.faults.found[position] = ("id", reason)
@@ -370,10 +375,9 @@ def count_rows(parts: Sequence[Part]) -> dict[str, Any]:
         found["rows"] += 1
     return {
         "files": [
-            {"path": str(part.raw.path), "format": part.format, "rows": part.raw.rows}
-            for part in parts
+            {"path": str(part.path), "format": part.format, "rows": part.rows} for part in parts
         ],
-        "rows": sum(part.raw.rows for part in parts),
+        "rows": sum(part.rows for part in parts),
         "refused": refused,
         "dropped": len(dropped),
         "raw_text": len(raw_text),

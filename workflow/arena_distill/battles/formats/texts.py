@@ -28,7 +28,7 @@ _CONTENT_KEYS = ("content", "value", "text")
 
 NEARLY = 0.1
 """A column is of turns if at most this share of its cells are not, and plain if at most this share are."""
-_SAMPLE = 10_000
+_SAMPLE = 2_000
 
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -58,6 +58,8 @@ class Messages:
 
     def where(self, keep: np.ndarray) -> Messages:
         """Those messages of which `keep` (bool, messages) is true."""
+        if keep.all():
+            return self
         text = self.text.filter(pa.array(keep))
         return Messages(self.rows, self.row[keep], self.role[keep], text)
 
@@ -78,7 +80,9 @@ class Messages:
 
 def joined(rows: int, parts: Iterable[Messages]) -> Messages:
     """All messages of several columns: in each row those of the first part come first."""
-    parts = list(parts)
+    parts = [part for part in parts if len(part.row)]
+    if len(parts) == 1:
+        return parts[0]
     row = np.concatenate([np.zeros(0, np.int64), *(part.row for part in parts)])
     role = np.concatenate([np.zeros(0, np.int8), *(part.role for part in parts)])
     text = pa.concat_arrays([pa.array([], pa.string()), *(part.text for part in parts)])
@@ -103,14 +107,14 @@ def text_kind(column: Column, setting: str, where: str) -> TextKind:
     if isinstance(column, pa.ChunkedArray):
         if not pa.types.is_string(column.type):
             return "plain"
-        filled = column.filter(pc.not_equal(pc.utf8_trim_whitespace(column), ""))
-        step = max(1, len(filled) // _SAMPLE)
-        some = [text for chunk in filled.chunks for text in chunk[::step].to_pylist()]
+        step = max(1, len(column) // _SAMPLE)
+        some = [text for chunk in column.chunks for text in chunk[::step].to_pylist()]
     else:
         if any(isinstance(cell, list | dict) for cell in column):
             return "plain"  # JSON has said already which cells are lists.
-        some = [cell for cell in column if isinstance(cell, str) and cell.strip()]
+        some = [cell for cell in column if isinstance(cell, str)]
         some = some[:: max(1, len(some) // _SAMPLE)]
+    some = [cell for cell in some if cell and not cell.isspace()]
     if not some:
         return "plain"
     if sum(map(_is_transcript, some)) >= (1 - NEARLY) * len(some):
@@ -242,7 +246,10 @@ def _read_cell(cell: Any, role: int, kind: TextKind, texts: list[str], roles: li
                     f"not a JSON list: {error}; if it is a text, set `text: plain`"
                 ) from None
     for value in cell if isinstance(cell, list) else [cell]:
-        if isinstance(value, dict):
+        if type(value) is str:  # nearly always, so looked for first
+            texts.append(value)
+            roles.append(role)
+        elif isinstance(value, dict):
             message_role, text = _read_message(value)
             texts.append(text)
             roles.append(message_role)
@@ -291,4 +298,7 @@ def _read_transcript(cell: str, texts: list[str], roles: list[int]) -> None:
 
 
 def _key(of: Any, keys: Sequence[str]) -> str | None:
-    return next((key for key in keys if key in of), None)
+    for key in keys:
+        if key in of:
+            return key
+    return None
