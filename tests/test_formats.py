@@ -496,6 +496,8 @@ def test_shares_of_votes(tmp_path: Path) -> None:
     shares = [(0.5, 0.3, 0.2), (1, 0, 0), ("0", "1.00", "false")]
     rows = [row | dict(zip(names, share, strict=True)) for share in shares]
     assert [b["vote"] for b in read(tmp_path / "t.jsonl", rows)] == [[0.5, 0.3, 0.2], A, B]
+    two = [{k: v for k, v in r.items() if k != "winner_tie"} for r in rows[1:]]
+    assert [b["vote"] for b in read(tmp_path / "two.jsonl", two)] == [A, B]
     bad = [(0.5, 0.3, 0.3), (1, 1, 0), (-1, 2, 0), (1, None, 0), ("yes", 0, 0), (0, 0, 0)]
     rows = [row | dict(zip(names, share, strict=True)) for share in bad]
     assert [reason.split(",")[0].split(";")[0] for *_, reason in reasons(tmp_path / "t.jsonl", rows)] == [

@@ -11,7 +11,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -53,7 +54,7 @@ class RawTable:
     """A file as read: its columns, uninterpreted."""
 
     path: Path
-    columns: dict[str, Column]
+    columns: Mapping[str, Column]
     rows: int  # in the file, those lost in reading included
     faults: Faults
 
@@ -196,72 +197,102 @@ def _content(path: Path, packed: str) -> bytes | bytearray:
 
 
 def _read_parquet(path: Path) -> RawTable:
+    with _whole_parquet(path), pq.ParquetFile(path) as file:
+        rows, names = file.metadata.num_rows, file.schema_arrow.names
+    _refuse_twice(names, path)
+    columns = _ParquetColumns(path, names)
+    return RawTable(path, columns, rows, Faults(path, np.arange(1, rows + 1)))
+
+
+class _ParquetColumns(Mapping[str, Column]):
+    """The columns of a parquet file, each read when it is first asked for.
+
+    Published files have columns of many GB, such as images, that nobody needs here.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path = path
+        self._columns: dict[str, pa.ChunkedArray | None] = dict.fromkeys(names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        if (column := self._columns[name]) is None:
+            where = f"{self._path}, column {name}"
+            with _whole_parquet(self._path), pq.ParquetFile(self._path) as file:
+                kind = _plain_type(file.schema_arrow.field(name).type)
+                # In batches, as texts of more than 2 GB do not fit into one Arrow array.
+                batches = file.iter_batches(_ROWS_AT_ONCE, columns=[name])
+                chunks = [_plain(batch.column(name), where) for batch in batches]
+            column = self._columns[name] = pa.chunked_array(chunks, kind)
+        return column
+
+
+@contextmanager
+def _whole_parquet(path: Path) -> Iterator[None]:
     try:
-        # In batches, as texts of more than 2 GB do not fit into one Arrow array.
-        with pq.ParquetFile(path) as file:
-            batches = list(file.iter_batches(_ROWS_AT_ONCE))
-            table = pa.Table.from_batches(batches, file.schema_arrow)
+        yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: not a whole parquet file ({error}); "
             "a pickle or CSV must be converted, renaming it is not enough"
         ) from error
-    _refuse_twice(table.column_names, path)
-    columns = {}
-    for name in table.column_names:
-        where = f"{path}, column {name}"
-        column = table[name]
-        columns[name] = pa.chunked_array(
-            [_plain(chunk, where) for chunk in column.chunks], _plain_type(column.type)
-        )
-    numbers = np.arange(1, table.num_rows + 1)
-    return RawTable(path, columns, table.num_rows, Faults(path, numbers))
 
 
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type that a column is turned into: one kind of text, one kind of list, no dictionaries."""
+def _plain_type(kind: pa.DataType, *, in_struct: bool = False) -> pa.DataType:
+    """The type that a column is turned into: one kind of text, one kind of list, no dictionaries.
+
+    Bytes are texts, but for those inside a struct, such as an image's.
+    """
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
-        return (
-            pa.string() if kind.extension_name == "arrow.uuid" else _plain_type(kind.storage_type)
-        )
+        uuid = kind.extension_name == "arrow.uuid"
+        return pa.string() if uuid else _plain_type(kind.storage_type, in_struct=in_struct)
     if types.is_dictionary(kind):
-        return _plain_type(kind.value_type)
-    if types.is_fixed_size_binary(kind) or any(
-        check(kind)
-        for check in (types.is_large_string, types.is_string_view, types.is_binary,
-                      types.is_large_binary, types.is_binary_view)
-    ):  # fmt: skip
+        return _plain_type(kind.value_type, in_struct=in_struct)
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return pa.string()
+    if not in_struct and (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
+    ):
         return pa.string()
     if is_list(kind):
-        return pa.list_(_plain_type(kind.value_type))
+        return pa.list_(_plain_type(kind.value_type, in_struct=in_struct))
     if types.is_struct(kind):
-        return pa.struct([pa.field(f.name, _plain_type(f.type)) for f in kind])
+        return pa.struct([pa.field(f.name, _plain_type(f.type, in_struct=True)) for f in kind])
     return kind
 
 
-def _plain(column: pa.Array, where: str) -> pa.Array:
+def _plain(column: pa.Array, where: str, *, in_struct: bool = False) -> pa.Array:
     """Undo what a parquet file may have been written with: dictionaries, views, bytes, UUIDs."""
-    kind, target = column.type, _plain_type(column.type)
+    kind, target = column.type, _plain_type(column.type, in_struct=in_struct)
+    if isinstance(kind, pa.BaseExtensionType):
+        if kind.extension_name == "arrow.uuid":
+            return _uuids(column)
+        return _plain(column.storage, where, in_struct=in_struct)
+    missing = column.is_null() if column.null_count else None
+    if is_list(kind):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        values = _plain(column.flatten(), where, in_struct=in_struct)
+        return pa.ListArray.from_arrays(offsets, values, mask=missing)
+    if pa.types.is_struct(kind) and len(target):
+        fields = [_plain(values, where, in_struct=True) for values in column.flatten()]
+        return pa.StructArray.from_arrays(fields, fields=list(target), mask=missing)
+    if pa.types.is_dictionary(kind):
+        return _plain(column.dictionary_decode(), where, in_struct=in_struct)
     try:
-        if isinstance(kind, pa.BaseExtensionType):
-            uuid = kind.extension_name == "arrow.uuid"
-            return _uuids(column) if uuid else _plain(column.storage, where)
-        if is_list(kind):
-            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            values = _plain(column.flatten(), where)
-            missing = column.is_null() if column.null_count else None
-            return pa.ListArray.from_arrays(offsets, values, mask=missing)
-        if pa.types.is_struct(kind):
-            fields = [_plain(values, where) for values in column.flatten()]
-            missing = column.is_null() if column.null_count else None
-            return pa.StructArray.from_arrays(fields, fields=list(target), mask=missing)
-        if pa.types.is_dictionary(kind):
-            return _plain(column.dictionary_decode(), where)
-        if pa.types.is_fixed_size_binary(kind):
-            column = column.cast(pa.binary())
-        column = column.cast(target)
+        if kind != target:
+            if pa.types.is_fixed_size_binary(kind):
+                column = column.cast(pa.binary())
+            column = column.cast(target)
         # Parquet files may hold any bytes as text.
         column.validate(full=True)
         return column

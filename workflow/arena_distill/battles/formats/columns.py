@@ -66,7 +66,7 @@ def resolve(raw: RawTable, mapped: dict[str, str | None]) -> dict[str, str]:
         raise InputError(
             f"{raw.path}: no column {', '.join(absent)}, which `columns` names; {columns_found(raw)}"
         )
-    by_case = {name.lower(): name for name in reversed(raw.columns)}
+    by_case = {name.lower(): name for name in reversed(list(raw.columns))}
     names: dict[str, str] = {}
     for ours, choices in SYNONYMS.items():
         for choice in choices.split("|"):

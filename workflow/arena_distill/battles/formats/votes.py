@@ -40,7 +40,9 @@ def read_votes(rows: Rows) -> np.ndarray:
 
 def _shares(rows: Rows) -> np.ndarray:
     """Read a column each for A, B and tie: one of them is 1, or they are shares that sum to 1."""
-    votes = np.stack([rows.numbers(name, "0, 1 or a share") for name in _WINNERS], axis=1)
+    absent = np.zeros(rows.count)  # a set without ties may lack their column
+    columns = [rows.numbers(n, "0, 1 or a share") if n in rows else absent for n in _WINNERS]
+    votes = np.stack(columns, axis=1)
     empty = np.isnan(votes)
     for name, lacks in zip(_WINNERS, empty.T, strict=True):
         rows.refuse(lacks & ~empty.all(axis=1), name, "empty, 0, 1 or a share expected")
