@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -507,7 +508,8 @@ def test_a_new_key_changes_no_params() -> None:
 
 PHASES = {
     "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
-    "folds": FoldsSettings, "audit": AuditSettings, "pretraining": PretrainingSettings,
+    "battles": BattlesSettings, "folds": FoldsSettings, "audit": AuditSettings,
+    "pretraining": PretrainingSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
@@ -517,6 +519,13 @@ PHASES = {
 DEFAULTS = Path(__file__).with_name("defaults.jsonl")
 
 
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """A type and all those it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from parts_of(part)
+
+
 def defaults_of(model: type[BaseModel]) -> dict[str, str]:
     """Every default below a model, by the key's path."""
     found = {}
@@ -524,7 +533,7 @@ def defaults_of(model: type[BaseModel]) -> dict[str, str]:
         if not field.is_required():
             value = field.default
             found[name] = value.as_params() if isinstance(value, Section) else repr(value)
-        for part in (field.annotation, *get_args(field.annotation)):
+        for part in parts_of(field.annotation):
             if isinstance(part, type) and issubclass(part, BaseModel):
                 found |= {f"{name}.{key}": value for key, value in defaults_of(part).items()}
     return found
