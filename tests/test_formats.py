@@ -665,3 +665,49 @@ def test_the_command_shows_how_a_file_is_understood(
         InputError, match="format: Input should be 'auto', or: Input should be 'battles'"
     ):
         formats(str(path), format="nope")
+
+
+# --- anything at all ------------------------------------------------------------------------------
+
+NAMES = (
+    *("id", "prompt", "system", "response_a", "response_b", "conversation_a", "conversation_b"),
+    *("chosen", "rejected", "completions", "answers", "winner", "both_equal", "margin", "turn"),
+    *("score_chosen", "score_rejected", "overall_preference", "weight", "model_a", "category"),
+)
+words = st.sampled_from(
+    ["a", "[", '["x"]', "tie", "1", "-3", "", "\n\nHuman: q\n\nAssistant: a", "é"]
+)
+keys = st.sampled_from(["role", "content", "response", "score", "answer", "rank", "model", "from"])
+values = st.recursive(
+    words | st.none() | st.booleans() | st.integers(-4, 4) | st.floats() | st.just("assistant"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=6,
+)
+needs = st.sampled_from([(name, of) for name, f in FORMATS.items() for of in f.needs])
+
+
+@given(st.data(), needs, st.sets(st.sampled_from(NAMES)), st.booleans(), st.booleans())
+def test_whatever_columns_hold_they_are_read_or_named(
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    needed: tuple[str, tuple[str, ...]],
+    more: set[str],
+    votes: bool,
+    auto: bool,
+) -> None:
+    shape = "auto" if auto else needed[0]
+    row = st.fixed_dictionaries(dict.fromkeys(sorted(more | {*needed[1]}), values))
+    rows = data.draw(st.lists(row, min_size=1, max_size=4))
+    path = tmp_path_factory.mktemp("any") / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        raw = read_table(path)
+        found = convert(raw, Reading(format=shape), votes=votes)  # type: ignore[arg-type]
+    except InputError as error:
+        assert str(path) in str(error)
+        return
+    found.battles.validate(full=True)
+    good = ~np.isin(found.row, raw.faults.fatal())
+    assert len(found.vote) == len(found.weight) == len(found.row) == len(found.battles)
+    assert not good.any() or bool(np.isnan(found.vote[good, 0]).any()) is not votes
+    assert np.allclose(found.vote[good & ~np.isnan(found.vote[:, 0])].sum(axis=1), 1)

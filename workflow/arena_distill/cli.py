@@ -97,8 +97,6 @@ def formats(
     votes: Annotated[bool, typer.Option(help="Whether it has votes.")] = True,
 ) -> None:
     """Show how a file of battles is understood: its format, counts, refused rows, three battles."""
-    import json
-
     from arena_distill.battles.preview import print_preview
     from arena_distill.config.phases import parse
     from arena_distill.config.source import Source
