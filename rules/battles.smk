@@ -34,6 +34,7 @@ rule read_battles:
     output:
         battles=RUN.battles,
         rejected=RUN.rejected,
+        reading=RUN.reading,
     log:
         RUN.log("read_battles"),
     benchmark:
@@ -41,13 +42,13 @@ rule read_battles:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=version_of("battles"),
+        settings=settings_of(phase.BattlesSettings),
         files=as_options(*SOURCES),
     message:
         "Reading battles: {input}"
     shell:
         "arena read-battles --output {output.battles:q} --rejected {output.rejected:q}"
-        " --settings {params.settings:q} {params.files:q} > {log:q} 2>&1"
+        " --reading {output.reading:q} --settings {params.settings:q} {params.files:q} > {log:q} 2>&1"
 
 
 rule read_solution:

@@ -71,7 +71,11 @@ Each axis is a separate key; any combination runs.
 def reference() -> str:
     """The reference as Markdown: a table per part of the configuration."""
     parts = [INTRO]
+    paths: dict[type[BaseModel], list[str]] = {}
     for path, model in sections(Config, ""):
+        paths.setdefault(model, []).append(path)
+    for model, places in paths.items():
+        path = "`, `".join(places)
         rows = [
             f"| `{name}` | {_default(field)} | {_meaning(field)} |"
             for name, field in model.model_fields.items()

@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
+    ROW_GROUP,
     atomic_directory,
     provenance,
     read_json,
@@ -58,6 +59,19 @@ def test_parquet_comes_back_with_its_origin(tmp_path: Path) -> None:
     assert read_parquet(path).schema.metadata[b"own"] == b"kept"
     assert read_parquet(path, ["fold", "id"]).column_names == ["fold", "id"]
     assert read_provenance(path)["settings"] == {"é": 1}
+
+
+def test_long_tables_are_read_group_by_group(tmp_path: Path) -> None:
+    """Arrow reads no list of texts of more than 2 GB at once."""
+    table = pa.table({"row": range(2 * ROW_GROUP + 1), "turns": [["é", ""]] * (2 * ROW_GROUP + 1)})
+    write_parquet(table, tmp_path / "t.parquet", {})
+    assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 3
+    assert read_parquet(tmp_path / "t.parquet").equals(table)
+    assert read_parquet(tmp_path / "t.parquet", ["row"])["row"].num_chunks == 3
+    write_parquet(table.slice(0, 0), tmp_path / "t.parquet", {})
+    assert read_parquet(tmp_path / "t.parquet", ["turns"]).equals(
+        table.slice(0, 0).select(["turns"])
+    )
 
 
 def test_same_table_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import pickle
 import re
 import subprocess
@@ -28,9 +29,10 @@ from arena_distill.battles.reading import (
     write_test_votes,
 )
 from arena_distill.battles.votes import Solution
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases import BattlesSettings, Settings
+from arena_distill.config.source import Source
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_parquet, read_provenance
+from arena_distill.files.artifacts import read_json, read_parquet, read_provenance
 from arena_distill.files.keys import key
 from arena_distill.verdicts import NO_VOTE
 
@@ -65,8 +67,8 @@ def write_jsonl(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def read(path: Path, source: str = "train") -> tuple[list[Row], list[Row]]:
-    battles, rejected = read_battles({source: [path]})
+def read(path: Path, source: str = "train", **keys: Any) -> tuple[list[Row], list[Row]]:
+    battles, rejected = read_battles({source: [Source(path=str(path), **keys)]})
     assert battles.schema == SCHEMA
     assert rejected.schema == REJECTED_SCHEMA
     battles.validate(full=True)
@@ -75,6 +77,13 @@ def read(path: Path, source: str = "train") -> tuple[list[Row], list[Row]]:
 
 def labels(battles: list[Row]) -> list[int]:
     return [row["vote"].index(1) if row["vote"] else NO_VOTE for row in battles]
+
+
+def write(files: dict[str, Any], folder: Path, max_refused: float = 1) -> None:
+    """`write_battles` into battles.parquet, rejected.parquet and reading.json of a folder."""
+    names = ("battles.parquet", "rejected.parquet", "reading.json")
+    paths = (folder / name for name in names)
+    write_battles(files, *paths, BattlesSettings(version=1, max_refused=max_refused))
 
 
 def as_stored(text: str) -> str:
@@ -90,7 +99,8 @@ turns = st.lists(any_text | st.none() | st.booleans() | st.integers() | st.float
 def turn_text(turn: Any) -> str:
     if isinstance(turn, str):
         return as_stored(turn)
-    return "" if turn is None else json.dumps(turn)
+    missing = turn is None or (isinstance(turn, float) and not math.isfinite(turn))
+    return "" if missing else json.dumps(turn)
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def test_any_turns_survive_csv_and_json_lines(
         write_jsonl(folder / "cells.jsonl", cells),
         write_jsonl(folder / "lists.jsonl", lists),
     ):
-        battles, rejected = read(path)
+        battles, rejected = read(path, text="turns")
         assert [[row[name] for name in names] for row in battles] == expected
         assert not rejected
 
@@ -138,7 +148,7 @@ def test_battles_survive_their_file(
     folder = tmp_path_factory.mktemp("file")
     rows = [battle(i, prompt=turns) for i, turns in enumerate(texts)]
     raw = {"train": [write_jsonl(folder / "t.jsonl", rows)]}
-    write_battles(raw, folder / "battles.parquet", folder / "rejected.parquet", Settings(version=1))
+    write(raw, folder)
     assert read_parquet(folder / "battles.parquet").equals(read_battles(raw)[0])
 
 
@@ -150,7 +160,7 @@ def test_battles_survive_their_file(
         ('["a"], ["b"]', "Extra data"),
         ('["a", ["b"]]', "a turn is a JSON list"),
         ('[{"role": "user"}]', "a turn is a JSON object"),
-        ("[" * 100_000, "lists too deep"),
+        ("[" * 100_000, "not a JSON list: too deep"),
     ],
 )
 @pytest.mark.parametrize("column", ["prompt", "response_a", "response_b"])
@@ -159,7 +169,7 @@ def test_unreadable_cell_refuses_its_row(
 ) -> None:
     rows = [battle(1), battle(2, **{column: cell}), battle(3)]
     path = write_csv(tmp_path / "t.csv", rows)
-    battles, rejected = read(path)
+    battles, rejected = read(path, text="turns")
     assert [row["id"] for row in battles] == ["1", "3"]
     assert reason in rejected[0].pop("reason")
     assert rejected == [{"source": "train", "file": str(path), "row": 2, "column": column}]
@@ -169,7 +179,7 @@ def test_cells_are_never_evaluated(tmp_path: Path) -> None:
     mark = tmp_path / "touched"
     attack = f"__import__('os').system('touch {mark}')"
     rows = [battle(1, prompt=attack), battle(2, prompt=f"[{attack}]")]
-    battles, rejected = read(write_csv(tmp_path / "t.csv", rows))
+    battles, rejected = read(write_csv(tmp_path / "t.csv", rows), text="turns")
     assert not mark.exists()
     assert [row["prompt"] for row in battles] == [[attack]]
     assert "not a JSON list" in rejected[0]["reason"]
@@ -178,7 +188,7 @@ def test_cells_are_never_evaluated(tmp_path: Path) -> None:
 def test_numbers_stay_as_written(tmp_path: Path) -> None:
     long = "9" * 5000
     path = write_csv(tmp_path / "t.csv", [battle(prompt=f"[3, 3.10, -1e3, {long}, true]")])
-    assert read(path)[0][0]["prompt"] == ["3", "3.10", "-1e3", long, "true"]
+    assert read(path, text="turns")[0][0]["prompt"] == ["3", "3.10", "-1e3", long, "true"]
 
 
 def test_line_breaks_inside_a_text_stay(tmp_path: Path) -> None:
@@ -217,9 +227,9 @@ def test_one_hot_votes(tmp_path: Path, yes: Any, no: Any) -> None:
     ("votes", "column", "reason"),
     [
         ((1, 1, 0), "winner_*", "several winners are set"),
-        ((0, 0, 0), "winner_*", "no winner is set"),
-        ((0.3, 0, 0), "winner_model_a", "is '0.3', 0 or 1 expected"),
-        ((0, "", 1), "winner_model_b", "is empty, 0 or 1 expected"),
+        ((0, 0, 0), "winner_*", "no vote; to keep such rows: `missing_votes: keep`"),
+        ((0.3, 0, 0), "winner_*", "shares that sum to 1 expected"),
+        ((0, "", 1), "winner_model_b", "empty, 0, 1 or a share expected"),
     ],
 )
 def test_row_without_one_winner_is_refused(
@@ -304,11 +314,13 @@ def test_rows_without_id_are_numbered_over_the_files_of_a_source(tmp_path: Path)
     assert battles["id"].to_pylist() == ["row1", "row3", "row4", "row6"]
 
 
-@pytest.mark.parametrize("source", ["train", "test"])
-def test_train_and_test_need_ids(tmp_path: Path, source: str) -> None:
+def test_test_battles_need_ids(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [without(battle(), "id")])
-    with pytest.raises(InputError, match=r"t\.csv: no column id; columns found: model_a, model_b"):
-        read(path, source)
+    assert read(path)[0][0]["id"] == "row1"
+    with pytest.raises(
+        InputError, match=r"t\.csv: no column id, by .*; columns found: model_a, mod"
+    ):
+        read(path, "test")
 
 
 def test_later_row_with_a_taken_id_is_refused(tmp_path: Path) -> None:
@@ -319,8 +331,8 @@ def test_later_row_with_a_taken_id_is_refused(tmp_path: Path) -> None:
     lines = [(r["source"], r["file"], r["row"], r["reason"]) for r in rejected.to_pylist()]
     assert lines == [
         ("train", str(first), 1, "several winners are set"),
-        ("train", str(second), 2, f"id 6 is taken by row 3 of {first}"),
-        ("train", str(second), 3, f"id 5 is taken by row 2 of {first}"),
+        ("train", str(second), 2, f"id is taken: 6, by row 3 of {first}"),
+        ("train", str(second), 3, f"id is taken: 5, by row 2 of {first}"),
         ("ut", str(first), 1, "several winners are set"),
     ]
 
@@ -332,8 +344,8 @@ def test_models_are_optional(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted_as_battles_not_as_lines(tmp_path: Path) -> None:
-    long = [battle(i, prompt="two\n\nlines") for i in range(1, 5)]
-    path = write_csv(tmp_path / "t.csv", [*long, battle(5, winner_tie=1)])
+    long = [battle(i, prompt="two\n\nlines") for i in range(1, 6)]
+    path = write_csv(tmp_path / "t.csv", [*long[:4], long[4] | {"winner_tie": 1}])
     path.write_text(path.read_text().replace("\n3,", "\n3,an extra cell,"))
     battles, rejected = read(path)
     assert [row["id"] for row in battles] == ["1", "2", "4"]
@@ -360,26 +372,29 @@ def test_unreadable_test_battle_is_kept_as_raw_text(
     test = [battle(1, response_a='["cut'), battle(2), battle(3, prompt='[["x"]]')]
     files = {
         "train": [write_csv(tmp_path / "train.csv", [battle(1), battle(2, winner_tie=1)])],
-        "test": [write_csv(tmp_path / "test.csv", test)],
+        "test": [Source(path=str(write_csv(tmp_path / "test.csv", test)), text="turns")],
     }
-    write_battles(files, tmp_path / "b.parquet", tmp_path / "r.parquet", Settings(version=1))
-    battles = read_parquet(tmp_path / "b.parquet").to_pylist()
+    write(files, tmp_path)
+    battles = read_parquet(tmp_path / "battles.parquet").to_pylist()
     assert [row["id"] for row in battles if row["source"] == "test"] == ["1", "2", "3"]
     assert [row["response_a"] for row in battles[1:]] == [['["cut'], ["a"], ["a"]]
     assert battles[3]["prompt"] == ['[["x"]]']
-    reasons = read_parquet(tmp_path / "r.parquet")["reason"].to_pylist()
+    reasons = read_parquet(tmp_path / "rejected.parquet")["reason"].to_pylist()
     assert [reason.startswith("kept as raw text: ") for reason in reasons] == [False, True, True]
     printed = capsys.readouterr().out
-    assert "train: 2 read, 1 kept, 1 rejected\n" in printed
-    assert "test: 3 read, 3 kept, 0 rejected, 2 kept as raw text\n" in printed
-    assert read_provenance(tmp_path / "b.parquet")["settings"] == {"version": 1}
+    assert "train (battles): 2 rows, 1 refused\n  1 battles by vote: A 1" in printed
+    assert "test (battles): 3 rows, 2 kept as raw text\n  3 battles by vote: none 3\n" in printed
+    assert read_provenance(tmp_path / "battles.parquet")["settings"]["max_refused"] == 1
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([battle(1), battle(1)], "row 2, column id: id 1 is taken by row 1"),
-        ([battle(1), battle(1, prompt="[")], "row 2, column id: id 1 is taken by row 1"),
+        ([battle(1), battle(1)], "row 2, column id: id is taken: 1, by row 1"),
+        (
+            [battle(1, prompt="q"), battle(1, prompt="[")],
+            "row 2, column id: id is taken: 1, by row 1",
+        ),
         ([battle(1), battle("")], "row 2, column id: no id"),
     ],
 )
@@ -395,6 +410,99 @@ def test_test_row_with_a_wrong_number_of_cells_is_an_error(tmp_path: Path) -> No
     path.write_text("id,prompt,response_a,response_b\n1,q,a,b\n2,q,a\n")
     with pytest.raises(InputError, match=r"row 2: has 3 cells, the header 4; every test battle"):
         read(path, "test")
+
+
+# --- what is counted ------------------------------------------------------------------------------
+
+
+def test_rows_are_counted_by_source_vote_and_reason(tmp_path: Path) -> None:
+    bare = without(battle(), "winner_model_a", "winner_model_b", "winner_tie")
+    words = ["model_a"] * 5 + ["tie", "both_bad", "neither", "", "model_b"]
+    rows = [{**bare, "id": i, "winner": word} for i, word in enumerate(words)]
+    path = write_csv(tmp_path / "t.csv", [*rows, rows[0]])
+    files = {"train": [Source(path=str(path), ties={"both_bad": "drop"})]}
+    write(files, tmp_path)
+    assert read_json(tmp_path / "reading.json")["sources"] == {
+        "train": {
+            "files": [{"path": str(path), "format": "battles", "rows": 11}],
+            "rows": 11,
+            "refused": 3,
+            "dropped": 1,
+            "raw_text": 0,
+            "battles": 7,
+            "votes": {
+                "A": {"kept": 5, "refused": 1},
+                "B": {"kept": 1, "refused": 0},
+                "tie": {"kept": 1, "refused": 1},
+                "none": {"kept": 0, "refused": 2},
+            },
+            "reasons": {
+                "winner: dropped: as `ties` says": {
+                    "rows": 1,
+                    "first": f"{path}, row 7, column winner: dropped: as `ties` says",
+                },
+                "winner: unexpected": {
+                    "rows": 1,
+                    "first": f"{path}, row 8, column winner: unexpected: 'neither', model_a, model_b, "
+                    "tie, a model's name or 0, 1, 2 expected; more words: `ties`",
+                },
+                "winner: no vote; to keep such rows": {
+                    "rows": 1,
+                    "first": f"{path}, row 9, column winner: no vote; to keep such rows: "
+                    "`missing_votes: keep`",
+                },
+                "id: id is taken": {
+                    "rows": 1,
+                    "first": f"{path}, row 11, column id: id is taken: 0, by row 1 of {path}",
+                },
+            },
+        }
+    }
+    write(files, tmp_path, max_refused=3 / 11)
+    with pytest.raises(
+        InputError, match=r"train: 3 of 11 rows are refused, more than data\.max_ref"
+    ):
+        write(files, tmp_path, max_refused=0.27)
+
+
+def test_a_kind_of_vote_may_not_be_refused_whole(tmp_path: Path) -> None:
+    rows = [battle(i) for i in range(99)]
+    tie = {"winner_model_a": 0, "winner_tie": 1, "prompt": '["cut'}
+    path = write_csv(tmp_path / "t.csv", [*rows, battle(99, **tie)])
+    with pytest.raises(
+        InputError, match="train: every vote of kind tie is refused; .* not a JSON list"
+    ):
+        write({"train": [path]}, tmp_path)
+
+
+def test_rows_without_a_vote_may_join_the_unlabelled_ones(tmp_path: Path) -> None:
+    bare = without(battle(), "winner_model_a", "winner_model_b", "winner_tie")
+    rows = [{**bare, "id": i, "winner": word} for i, word in enumerate(["tie", "", "model_a"])]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    kept = Source(path=str(path), missing_votes="keep")
+    battles, rejected = read_battles({"train": [kept], "unlabelled": [path]})
+    assert key(battles).to_pylist() == [
+        *("train:0", "train:2", "unlabelled:train-1"),
+        *("unlabelled:0", "unlabelled:1", "unlabelled:2"),
+    ]
+    assert [vote is None for vote in battles["vote"].to_pylist()] == [False, False, *[True] * 4]
+    assert not rejected.num_rows
+
+
+def test_shards_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        write_csv(tmp_path / f"part-{number}.csv", [battle(f"{number}")])
+    for path in (str(tmp_path), f"{tmp_path}/part-*.csv"):
+        assert read_battles({"ut": [path]})[0]["id"].to_pylist() == ["0", "1", "2"]
+    with pytest.raises(InputError, match=r"none-\*\.csv: no such file"):
+        read_battles({"ut": [f"{tmp_path}/none-*.csv"]})
+
+
+@needs_data
+def test_odd_words_are_told(tmp_path: Path) -> None:
+    odd = {"train": [DATA / "cases" / "winner-odd.csv"]}
+    with pytest.raises(InputError, match=r"10 of 12 rows .* winner: unexpected; .*row 1, .*'left'"):
+        write(odd, tmp_path, max_refused=0.05)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -435,9 +543,9 @@ def test_parquet_lists_of_anything_but_lists(tmp_path: Path) -> None:
     one, two = read(tmp_path / "t.parquet")[0]
     assert (one["prompt"], one["response_a"], one["response_b"]) == (["true", ""], ["1"], [""])
     assert (two["prompt"], two["response_a"], two["response_b"]) == ([""], [], [""])
-    nested = table.set_column(1, "prompt", pa.array([[{"role": "user"}], []]))
+    nested = table.set_column(1, "prompt", pa.array([[["a"]], []]))
     pq.write_table(nested, tmp_path / "t.parquet")
-    with pytest.raises(InputError, match=r"t\.parquet, column prompt: holds list<.*struct<role"):
+    with pytest.raises(InputError, match=r"t\.parquet, column prompt: holds list<.*list<"):
         read(tmp_path / "t.parquet")
 
 
@@ -453,9 +561,9 @@ def test_pickle_named_parquet_is_refused(tmp_path: Path) -> None:
     [
         ("t.csv", b"", "t.csv: not a CSV file"),
         ("t.csv", b"id,prompt,response_a,response_b,label\n", "t.csv: holds no battle"),
-        ("t.csv", b"id;prompt\n1;x\n", "no column id, prompt, response_a, response_b"),
+        ("t.csv", b"id;prompt\n1;x\n", "of no known format; columns found: id;prompt; formats"),
         ("t.csv", b"id,id,prompt,response_a,response_b,label\n1,1,q,a,b,0\n", "appears twice"),
-        ("t.csv", b"id,prompt,response_a,response_b\n1,q,a,b\n", "or label, or winner"),
+        ("t.csv", b"id,prompt,response_a,response_b\n1,q,a,b\n", "no column of votes"),
         ("t.csv", b"id,prompt,response_a,response_b,label\n1,q\xff,a,b,0\n", "UTF-8 at byte 41"),
         ("t.csv", b'id,prompt,response_a,response_b,label\n1,q,a,b,"0\n2,q,a', "inside a quoted"),
         ("t.csv", b"id,prompt,response_a,response_b,label\n1,q,a,b,3\n", "no usable train battle"),
@@ -505,7 +613,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{name}: no such file"):
             read(tmp_path / name)
     with pytest.raises(InputError, match="no train files"):
-        write_battles({"train": []}, tmp_path / "b", tmp_path / "r", Settings(version=1))
+        write({"train": []}, tmp_path)
 
 
 def test_broken_line_refuses_its_row(tmp_path: Path) -> None:
@@ -532,7 +640,7 @@ def test_solution_needs_a_vote_for_every_id(tmp_path: Path) -> None:
     assert (ids.to_pylist(), votes.labels.tolist()) == (["7", "8"], [0, 2])
     faults = {
         "9,1,1,0": "row 2, column .*several winners",
-        "7,1,0,0": "row 2, column id: id 7 is taken by row 1",
+        "7,1,0,0": "row 2, column id: id is taken: 7, by row 1",
         "9,1": "row 2: has 2 cells, the header 4",
     }
     for row, reason in faults.items():
@@ -549,9 +657,7 @@ def asked(tmp_path: Path) -> Path:
         "train": [write_csv(tmp_path / "train.csv", [battle(7, prompt="P1")])],
         "test": [write_csv(tmp_path / "test.csv", test)],
     }
-    write_battles(
-        files, tmp_path / "battles.parquet", tmp_path / "rejected.parquet", Settings(version=1)
-    )
+    write(files, tmp_path)
     return tmp_path / "battles.parquet"
 
 
@@ -580,7 +686,7 @@ def test_votes_of_test_battles_are_in_their_order_and_nowhere_else(asked: Path) 
         ((*range(7, 30),), "s.csv: 20 of its ids are no test battles: 10, 11, 12, 13, 14, …; "),
         (
             (7, 8, 8, 9),
-            "s.csv, row 3, column id: id 8 is taken by row 2; every test battle needs one",
+            "s.csv, row 3, column id: id is taken: 8, by row 2; every test battle needs one",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from arena_distill.config.phases import (
     AuditSettings,
     AveragingSettings,
     BackboneSettings,
+    BattlesSettings,
     CompareSettings,
     CurveSettings,
     DriftSettings,
@@ -43,6 +45,7 @@ from arena_distill.config.phases import (
 )
 from arena_distill.config.run import Config, Prediction, load, overlay, schema
 from arena_distill.config.section import Section
+from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 
 FILES = {"train": "train.csv", "test": "test.csv"}
@@ -139,6 +142,12 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(
         (raw(prediction={"orders": []}), "config: prediction.orders: "),
         (raw(data={"train": "x.csv"}), "config: data: give `train` and `test`"),
         (raw(data={**FILES, "arena": {}}), "config: data: give files or `arena`, not both"),
+        (
+            raw(data={**FILES, "extra": [{"path": "x", "txt": "plain"}]}),
+            "config: data.extra.0.txt: unknown key; did you mean 'text'?",
+        ),
+        (raw(data={**FILES, "ut": {"text": "plain"}}), "config: data.ut.0.path: missing: this key"),
+        (raw(data={**FILES, "ut": [3]}), "config: data.ut.0: Input should be a valid dictionary"),
         ({k: v for k, v in raw().items() if k != "final"}, "config: final: missing"),
         (judged(l={"backbone": {"path": "x"}}), "config: judges.l.backbone: needs exactly one of"),
         (raw(judges={"l": {"backbone": {"hub": "a/b"}}}), "config: judges.l.backbone: `hub` and"),
@@ -289,6 +298,23 @@ def test_logits_cover_the_rows_that_students_need() -> None:
 def test_sources_are_those_given() -> None:
     assert load(raw()).data.sources() == ("train", "extra", "ut", "test")
     assert load(raw(data=FILES)).data.sources() == ("train", "test")
+    kept = {**FILES, "train": {"path": "train.csv", "missing_votes": "keep"}}
+    assert load(raw(data=kept)).data.sources() == ("train", "test", "unlabelled")
+
+
+def test_a_path_is_a_source_read_by_default(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.csv"):
+        (tmp_path / name).touch()
+    shards = {"path": f"{tmp_path}/*.csv", "ties": {"Both_Bad": "drop"}}
+    data = load(raw(data={**FILES, "extra": ["extra.csv", shards]})).data
+    assert data.train == (Source(path="train.csv"),)
+    settings = BattlesSettings.of(load(raw(data={**FILES, "extra": ["extra.csv", shards]})))
+    assert list(settings.sources) == ["extra"]
+    for file in data.extra[1].files():
+        source = settings.source_of("extra", file)
+        assert (source.path, source.ties) == (str(file), {"both_bad": "drop"})
+        assert settings.source_of("train", file) == Source(path=str(file))
+    assert BattlesSettings.of(load(raw(data=FILES))).sources == {}
     assert Data(arena={"extra": 0, "ut": 0}).sources() == ("train", "test")
 
 
@@ -484,7 +510,8 @@ def test_a_new_key_changes_no_params() -> None:
 
 PHASES = {
     "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
-    "folds": FoldsSettings, "audit": AuditSettings, "pretraining": PretrainingSettings,
+    "battles": BattlesSettings, "folds": FoldsSettings, "audit": AuditSettings,
+    "pretraining": PretrainingSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
@@ -494,6 +521,13 @@ PHASES = {
 DEFAULTS = Path(__file__).with_name("defaults.jsonl")
 
 
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """A type and all those it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from parts_of(part)
+
+
 def defaults_of(model: type[BaseModel]) -> dict[str, str]:
     """Every default below a model, by the key's path."""
     found = {}
@@ -501,7 +535,7 @@ def defaults_of(model: type[BaseModel]) -> dict[str, str]:
         if not field.is_required():
             value = field.default
             found[name] = value.as_params() if isinstance(value, Section) else repr(value)
-        for part in (field.annotation, *get_args(field.annotation)):
+        for part in parts_of(field.annotation):
             if isinstance(part, type) and issubclass(part, BaseModel):
                 found |= {f"{name}.{key}": value for key, value in defaults_of(part).items()}
     return found

@@ -52,6 +52,7 @@ from arena_distill.config.phases import (
     TrainingSettings,
 )
 from arena_distill.config.run import Config, Prediction, load, overlay
+from arena_distill.config.source import Source
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode
@@ -151,8 +152,9 @@ def test_votes_are_neither_needed_nor_read(tmp_path: Path, votes: dict[str, Any]
 def test_bad_rows_are_refused_with_their_reasons_as_extra_ones_are(tmp_path: Path) -> None:
     rows = [battle(id=1), battle(id=2, prompt='["cut'), battle(id=1), battle(id="")]
     path = write_csv(tmp_path / "u.csv", [row | {"winner": "tie"} for row in rows])
+    turns = Source(path=str(path), text="turns")
     (found, refused), (_, as_extra) = (
-        read_battles({source: [path]}) for source in ("unlabelled", "extra")
+        read_battles({source: [turns]}) for source in ("unlabelled", "extra")
     )
     assert found["id"].to_pylist() == ["1"]
     assert refused["row"].to_pylist() == [2, 3, 4]
@@ -167,10 +169,8 @@ def test_the_command_reads_them_after_all_others(tmp_path: Path) -> None:
     bare = write_csv(tmp_path / "u.csv", [battle(id=i) for i in range(3)])
     tables = []
     for name, options in {"without": {}, "with": {"unlabelled": [bare]}}.items():
-        settings = Settings(version=1).as_params()
-        phase_cli.read_battles(
-            tmp_path / name, tmp_path / "r", settings, [voted], [bare], **options
-        )
+        others = (tmp_path / "rejected.parquet", tmp_path / "reading.json", '{"version": 1}')
+        phase_cli.read_battles(tmp_path / name, *others, [voted], [bare], **options)
         tables.append(read_parquet(tmp_path / name))
     assert tables[1].slice(0, 7).equals(tables[0])
     assert tables[1]["source"].to_pylist()[7:] == ["unlabelled"] * 3

@@ -51,6 +51,7 @@ def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
     for name in [
         "battles.parquet",
         "rejected.parquet",
+        "reading.json",
         "folds.parquet",
         "test_votes.parquet",
         "audit.json",

@@ -8,7 +8,9 @@ def battle_files(source):
     def files(wildcards):
         if CONFIG.data.arena:
             return [RUN.arena(source)] if source in SOURCES else []
-        return [existing(file) for file in getattr(CONFIG.data, source)]
+        return [
+            existing(str(file)) for given in getattr(CONFIG.data, source) for file in given.files()
+        ]
 
     return files
 

@@ -81,6 +81,40 @@ def status(
 
 
 @app.command()
+def formats(
+    file: Annotated[str, typer.Argument(help="A file, a folder of shards, or a quoted pattern.")],
+    format: Annotated[str, typer.Option(help="What it is, where columns do not tell.")] = "auto",
+    columns: Annotated[
+        list[str] | None, typer.Option(help="OUR_NAME=NAME_IN_FILE (repeatable).")
+    ] = None,
+    text: Annotated[str, typer.Option(help="auto, plain or turns.")] = "auto",
+    ties: Annotated[
+        list[str] | None, typer.Option(help="WORD=tie or WORD=drop (repeatable).")
+    ] = None,
+    missing_votes: Annotated[str, typer.Option(help="refuse or keep.")] = "refuse",
+    system: Annotated[str, typer.Option(help="turn or drop.")] = "turn",
+    escape: Annotated[str, typer.Option(help="none or backslash.")] = "none",
+    votes: Annotated[bool, typer.Option(help="Whether it has votes.")] = True,
+) -> None:
+    """Show how a file of battles is understood: its format, counts, refused rows, three battles."""
+    from arena_distill.battles.preview import print_preview
+    from arena_distill.config.phases import parse
+    from arena_distill.config.source import Source
+
+    def pairs(options: list[str] | None) -> dict[str, str | None]:
+        return {name: value or None for name, _, value in (o.partition("=") for o in options or ())}
+
+    keys = {"path": file, "format": format, "columns": pairs(columns), "text": text}
+    keys |= {
+        "ties": pairs(ties),
+        "missing_votes": missing_votes,
+        "system": system,
+        "escape": escape,
+    }
+    print_preview(parse(Source, json.dumps(keys)), votes=votes)
+
+
+@app.command()
 def show_results(
     metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
 ) -> None:

@@ -49,6 +49,11 @@ class Layout:
         return f"{self.root}/rejected.parquet"
 
     @property
+    def reading(self) -> str:
+        """How many rows were read, kept and refused: by source, kind of vote and reason."""
+        return f"{self.root}/reading.json"
+
+    @property
     def folds(self) -> str:
         """The fold of each labelled battle."""
         return f"{self.root}/folds.parquet"

@@ -89,6 +89,7 @@ def simulate_arena(output: Output, settings: Settings) -> None:
 def read_battles(
     output: Output,
     rejected: Annotated[Path, typer.Option(help="Where refused rows go.")],
+    reading: Annotated[Path, typer.Option(help="Where the counts go, as JSON.")],
     settings: Settings,
     train: Annotated[list[Path], typer.Option(help="Labelled battles (repeatable).")],
     test: Annotated[list[Path], typer.Option(help="Battles to predict (repeatable).")],
@@ -98,12 +99,13 @@ def read_battles(
         list[Path] | None, typer.Option(help="Battles that students learn from teachers alone.")
     ] = None,
 ) -> None:
-    """Read CSV, JSONL or parquet in the Kaggle schema into canonical battles."""
+    """Read published preferences into canonical battles."""
     from arena_distill.battles.reading import write_battles
 
-    files = {"train": train, "extra": extra or [], "ut": ut or [], "test": test}
-    files |= {"unlabelled": unlabelled or []}
-    write_battles(files, output, rejected, parse(phase.Settings, settings))
+    parsed = parse(phase.BattlesSettings, settings)
+    given = {"train": train, "extra": extra, "ut": ut, "test": test, "unlabelled": unlabelled}
+    files = {name: [parsed.source_of(name, f) for f in some or []] for name, some in given.items()}
+    write_battles(files, output, rejected, reading, parsed)
 
 
 @app.command()

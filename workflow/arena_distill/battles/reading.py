@@ -1,24 +1,14 @@
-"""Raw files → canonical battles: read, validate, and say of every refused row why.
+"""Raw files → canonical battles: read, convert, and say of every refused row why.
 
-Battles come as CSV or JSON lines (both also gzipped) or parquet, in the Kaggle schema: ``id``,
-``model_a``, ``model_b``, ``prompt``, ``response_a``, ``response_b`` and either ``winner_model_a``,
-``winner_model_b``, ``winner_tie`` or one column ``label`` or ``winner``. ``language`` and ``category`` are
-kept where a file has them.
-
-A prompt or response is a list of turns. In text files it is a cell that starts with ``[`` and holds
-a JSON list; any other text is one turn, as it stands. A turn that is null becomes the empty
-text (as does a missing cell), ``true`` becomes "true" and 3 becomes "3": all three occur in real
-answers. Lone surrogates, which no UTF-8 file can hold, become U+FFFD. Cells are only ever parsed,
-never evaluated.
+What a file may look like is in ``battles.formats``. Here its battles get a source, ids that are unique
+in it and prompt groups, and all rows are counted.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,23 +16,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.formats.columns import Table, columns_found, resolve
+from arena_distill.battles.formats.conversion import convert
+from arena_distill.battles.formats.votes import read_votes
 from arena_distill.battles.prompts import prompt_groups
 from arena_distill.battles.votes import VOTE_FIELDS, vote_columns
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases import BattlesSettings, Settings
+from arena_distill.config.source import SOURCES, Reading, Source
+from arena_distill.config.vocabulary import BattleFormat
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
-from arena_distill.files.keys import locate
+from arena_distill.files.artifacts import (
+    StrPath,
+    provenance,
+    read_parquet,
+    write_json,
+    write_parquet,
+)
+from arena_distill.files.keys import key, locate
 from arena_distill.files.readers import (
-    JSON_TEXTS,
+    DROPPED,
     KEPT_AS_RAW_TEXT,
     Faults,
-    RawTable,
-    check_utf8,
+    column_texts,
     read_table,
 )
-from arena_distill.verdicts import NO_VOTE, Votes
+from arena_distill.verdicts import Votes
 
-SOURCES = ("train", "extra", "ut", "test", "unlabelled")
 WITHOUT_VOTES = ("test", "unlabelled")
 
 _TURNS = pa.list_(pa.string())
@@ -71,85 +70,79 @@ REJECTED_SCHEMA = pa.schema(
     ]
 )
 
-_TEXTS = ("prompt", "response_a", "response_b")
-_NAMES = ("model_a", "model_b", "language", "category")
-_WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
-_ONE_LABEL = ("label", "winner")
+KINDS = ("A", "B", "tie", "none")
+"""Kinds of votes, by the likeliest class."""
 
-_FLAGS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
-_LABELS = {
-    **{"0": 0, "0.0": 0, "a": 0, "model_a": 0},
-    **{"1": 1, "1.0": 1, "b": 1, "model_b": 1},
-    **{"2": 2, "2.0": 2, "tie": 2, "tie (bothbad)": 2, "both_bad": 2, "bothbad": 2},
-}
+Files = Mapping[str, Sequence[StrPath | Source]]
+"""Source, one of `SOURCES`, → its files, read by default or as they say. Sources may be left out."""
 
 
-def read_battles(files: Mapping[str, Sequence[StrPath]]) -> tuple[pa.Table, pa.Table]:
+def read_battles(files: Files) -> tuple[pa.Table, pa.Table]:
     """Read the files of each source.
-
-    Args:
-        files: source, one of `SOURCES`, → its files. Sources may be left out.
 
     Returns:
         battles: table of `SCHEMA`; sources in the order of `SOURCES`, rows in the order of files.
         rejected: table of `REJECTED_SCHEMA`, one line per refused row with its first fault. `row`
-            counts battles from 1: the header and blank lines are not counted, and a row whose text
+            counts rows from 1: the header and blank lines are not counted, and a row whose text
             runs over many lines is one. Rows of ``test`` whose text cannot be read are listed too,
             but kept as raw text, since every test battle must be predicted; their reason starts
-            with `KEPT_AS_RAW_TEXT`.
+            with `KEPT_AS_RAW_TEXT`. Rows that are left out on purpose are listed with `DROPPED`.
 
-    Without an ``id`` column (which ``train`` and ``test`` must have), the n-th row of a source is
-    called ``row<n>``. The votes of ``test`` and ``unlabelled`` are not read, even if they are there.
-    Of rows that share an id within a source the first is kept. ``group`` is of
-    :func:`arena_distill.battles.prompts.prompt_groups`, over all sources.
+    Without a column of ids (which ``test`` must have), the n-th row of a source is called ``row<n>``; of a
+    row of several answers the battle of answers i and j is called ``<id>-i-j``. The votes of ``test`` and
+    ``unlabelled`` are not read, even if they are there. Rows of other sources that have no vote and are
+    kept become battles of ``unlabelled``, called ``<source>-<id>``. Of battles that share an id within a
+    source the first is kept. ``group`` is of :func:`arena_distill.battles.prompts.prompt_groups`, over
+    all sources.
 
     Raises:
-        InputError: a file is missing, empty, damaged, not UTF-8 or lacks columns; no row of
-            ``train`` is usable; an id of ``test`` is missing or appears twice.
+        InputError: a file is missing, empty, damaged, not UTF-8, of no known format or lacks columns; no
+            row of ``train`` is usable; an id of ``test`` is missing or appears twice.
         ValueError: an unknown source.
     """
-    unknown = [source for source in files if source not in SOURCES]
-    if unknown:
-        raise ValueError(f"unknown source {unknown[0]!r}: one of {', '.join(SOURCES)} expected")
-    parts = [_read_source(source, files[source]) for source in SOURCES if files.get(source)]
-    no_group = pa.schema([field for field in SCHEMA if field.name != "group"])
-    battles = pa.concat_tables([no_group.empty_table(), *(battles for battles, _ in parts)])
-    battles = battles.append_column(SCHEMA.field("group"), [prompt_groups(battles["prompt"])])
-    lines = [line for _, rejected in parts for line in rejected]
-    return battles, pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
+    parts = read_parts(files)
+    return _battles(parts), _rejected(parts)
 
 
 def write_battles(
-    files: Mapping[str, Sequence[StrPath]],
+    files: Files,
     battles_path: StrPath,
     rejected_path: StrPath,
-    settings: Settings,
+    reading_path: StrPath,
+    settings: BattlesSettings,
 ) -> None:
-    """Read `files`, write both tables of `read_battles`, and print the counts of each source.
+    """Read `files`, write both tables of `read_battles` and their counts, and print the counts.
 
     Args:
-        files: as for `read_battles`; ``train`` must be among them.
+        files: ``train`` must be among them.
         battles_path: where the battles go.
         rejected_path: where the refused rows and their reasons go.
+        reading_path: where the counts go, as JSON: per source its files and their formats, rows,
+            refused, dropped and raw-text rows, battles by kind of vote, reasons.
+        settings: `max_refused` is the largest share of a source's rows that may be refused.
+
+    Raises:
+        InputError: as `read_battles`; also if more rows of a source are refused, or all of a kind of vote.
     """
     if not files.get("train"):
         raise InputError("no train files: give at least one file of labelled battles")
-    battles, rejected = read_battles(files)
-    origin = provenance("battles", settings.model_dump())
+    parts = read_parts(files)
+    counts = {
+        source: count_rows([part for part in parts if part.source == source])
+        for source in SOURCES
+        if files.get(source)
+    }
+    for source, count in counts.items():
+        print_counts(source, count)
+    for source, count in counts.items():
+        _check(source, count, settings.max_refused)
+    origin = provenance("battles", settings.model_dump(mode="json"))
+    rejected = _rejected(parts)
+    write_json({"provenance": origin, "sources": counts}, reading_path)
     write_parquet(rejected, rejected_path, origin)
-    write_parquet(battles, battles_path, origin)
-    raw = pc.starts_with(rejected["reason"], KEPT_AS_RAW_TEXT)
-    for source in SOURCES:
-        if not files.get(source):
-            continue
-        kept = _count(pc.equal(battles["source"], source))
-        mine = pc.equal(rejected["source"], source)
-        as_text = _count(pc.and_(mine, raw))
-        refused = _count(mine) - as_text
-        note = f", {as_text} kept as raw text" if as_text else ""
-        print(f"{source}: {kept + refused} read, {kept} kept, {refused} rejected{note}")
+    write_parquet(_battles(parts), battles_path, origin)
     if rejected.num_rows:
-        print(f"reasons: {rejected_path}")
+        print(f"each row and its reason: {rejected_path}")
 
 
 def write_test_votes(
@@ -196,13 +189,19 @@ def read_solution(path: StrPath) -> tuple[pa.ChunkedArray, Votes]:
         InputError: as `read_battles`; also if any row has no id, an id seen before, or no vote.
     """
     raw = read_table(Path(path))
-    _require(raw, ["id"], labelled=True)
+    names = resolve(raw, {})
+    if "id" not in names or not {"winner", "winner_model_a"} & set(names):
+        raise InputError(f"{path}: columns id and winner_model_a, winner_model_b, winner_tie (or label, or "
+                         f"winner) expected; {columns_found(raw)}")  # fmt: skip
+    table = Table(raw, names, {}, Reading(), votes=True, keep_unreadable=False)
+    votes = _votes(np.concatenate([read_votes(rows) for rows in table.pieces()]))
+    ids = pc.fill_null(column_texts(raw, names["id"]), "")
     faults = raw.faults
-    ids = _ids(raw, "test", 0, faults)
-    votes = Votes.hard(_labels(raw, faults))
+    for nameless in np.flatnonzero(pc.equal(ids, "").to_numpy()):
+        faults.add(int(nameless), "id", "no id")
     first, again = _duplicates(ids)
     for position, seen in zip(again, first, strict=True):
-        faults.add(position, "id", f"id {ids[position]} is taken by row {raw.numbers[seen]}")
+        faults.add(position, "id", f"id is taken: {ids[position]}, by row {raw.numbers[seen]}")
     if lines := faults.lines("test"):
         raise InputError(
             f"{_described(lines[0])}; every test battle needs one vote ({len(lines)} rows at fault)"
@@ -210,46 +209,141 @@ def read_solution(path: StrPath) -> tuple[pa.ChunkedArray, Votes]:
     return ids, votes
 
 
-# --- one source -----------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
-def _read_source(source: str, paths: Sequence[StrPath]) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Return the battles of one source and the lines of its rejected rows."""
-    parts: list[_Part] = []
-    for path in paths:
-        parts.append(_read_part(source, Path(path), sum(part.rows for part in parts)))
-    _reject_duplicates(source, parts)
-    lines = [line for part in parts for line in part.faults.lines(source)]
-    battles = pa.concat_tables([part.kept() for part in parts])
-    if source == "train" and not battles.num_rows:
+@dataclass
+class Part:
+    """The battles of one file, those of faulty rows still among them."""
+
+    source: str
+    format: BattleFormat
+    names: dict[str, str]  # our names of columns → the file's
+    rows: int  # in the file, those lost in reading included
+    faults: Faults
+    battles: pa.Table  # SCHEMA without `group`
+    votes: Votes
+    row: np.ndarray  # int64, the position of each battle's row among those that could be read
+
+    @property
+    def path(self) -> Path:
+        return self.faults.path
+
+    def good(self) -> np.ndarray:
+        """Which battles are kept: bool (battles,)."""
+        keep = np.ones(len(self.faults.numbers), bool)
+        keep[self.faults.fatal()] = False
+        return np.asarray(keep[self.row])
+
+
+def read_parts(files: Files) -> list[Part]:
+    """Read the files of each source; the arguments and errors are those of `read_battles`."""
+    unknown = [source for source in files if source not in SOURCES]
+    if unknown:
+        raise ValueError(f"unknown source {unknown[0]!r}: one of {', '.join(SOURCES)} expected")
+    parts: list[Part] = []
+    for source in SOURCES:
+        rows = 0
+        for given in files.get(source, ()):
+            entry = given if isinstance(given, Source) else Source(path=str(given))
+            for file in entry.files():
+                parts.append(_read_part(source, file, entry, rows))
+                rows += parts[-1].rows
+    _refuse_duplicates(parts)
+    train = [part for part in parts if part.source == "train"]
+    if train and not any(part.good().any() for part in train):
+        lines = [line for part in train for line in part.faults.lines("train")]
         raise InputError(
             f"no usable train battle: all {len(lines)} rows are rejected, the first one as "
             f"{_described(lines[0])}"
         )
-    return battles, lines
+    return parts
 
 
-def _read_part(source: str, path: Path, rows_before: int) -> _Part:
-    """Turn one file into canonical columns, faulty rows still among them."""
-    labelled = source not in WITHOUT_VOTES
-    raw = read_table(path)
-    required = [*(["id"] if source in ("train", "test") else []), *_TEXTS]
-    _require(raw, required, labelled=labelled)
-    if source == "test" and (lost := raw.faults.lines(source)):
-        _refuse_test_row(lost[0])
-    ids = _ids(raw, source, rows_before, raw.faults)
-    if source == "test" and (nameless := raw.faults.lines(source)):
-        _refuse_test_row(nameless[0])
-    rows = len(raw.numbers)
-    columns: dict[str, Any] = {"id": ids, "source": pa.repeat(source, rows)}
-    for name in _TEXTS:
-        columns[name] = _turns(raw, name, keep_unreadable=source == "test")
-    for name in _NAMES:
-        columns[name] = _names(raw, name)
-    labels = _labels(raw, raw.faults) if labelled else np.full(rows, NO_VOTE, np.int8)
-    columns |= vote_columns(Votes.hard(labels))
-    battles = pa.table(columns).cast(pa.schema([SCHEMA.field(name) for name in columns]))
-    return _Part(path, raw.rows, battles, raw.numbers, raw.faults)
+def _read_part(source: str, file: Path, reading: Reading, rows_before: int) -> Part:
+    is_test = source == "test"
+    raw = read_table(file, escape=reading.escape)
+    read = convert(
+        raw,
+        reading,
+        votes=source not in WITHOUT_VOTES,
+        keep_unreadable=is_test,
+        rows_before=rows_before,
+    )
+    if is_test and "id" not in read.names:
+        raise InputError(
+            f"{file}: no column id, by which test battles are predicted; {columns_found(raw)}"
+        )
+    if is_test and (raw.faults.lost or raw.faults.fatal()):
+        bad = {raw.numbers[p] for p in raw.faults.fatal()} | {row for row, _ in raw.faults.lost}
+        _refuse_test_row(next(line for line in raw.faults.lines(source) if line["row"] in bad))
+    votes = _votes(read.vote, read.weight)
+    battles = read.battles
+    sources = pa.repeat(source, len(battles)).cast(pa.string())
+    if source not in WITHOUT_VOTES and reading.missing_votes == "keep":
+        known = pa.array(votes.known)
+        named = pc.binary_join_element_wise(source, battles["id"], "-")
+        battles = battles.set_column(0, "id", pc.if_else(known, battles["id"], named))
+        sources = pc.if_else(known, source, "unlabelled")
+    columns = {"id": battles["id"], "source": sources}
+    columns |= {name: battles[name] for name in battles.column_names[1:]} | vote_columns(votes)
+    table = pa.table(columns)
+    return Part(source, read.format, read.names, raw.rows, raw.faults, table, votes, read.row)
+
+
+def _votes(shares: np.ndarray, weights: np.ndarray | None = None) -> Votes:
+    """Votes of shares (rows, 3) that are NaN where there is no vote."""
+    return Votes(np.nan_to_num(shares), np.ones(len(shares)) if weights is None else weights)
+
+
+def _battles(parts: Sequence[Part]) -> pa.Table:
+    """The battles that are kept, in the order of `SOURCES`."""
+    schema = pa.schema([field for field in SCHEMA if field.name != "group"])
+    kept = [schema.empty_table()]
+    for source in SOURCES:
+        for part in parts:
+            mine = part.good() & pc.equal(part.battles["source"], source).to_numpy()
+            # By filters, chunk by chunk: the texts of all may be too long for one Arrow array.
+            some = part.battles if mine.all() else part.battles.filter(pa.array(mine))
+            kept.append(some.cast(schema))
+    battles = pa.concat_tables(kept)
+    return battles.append_column(SCHEMA.field("group"), [prompt_groups(battles["prompt"])])
+
+
+def _rejected(parts: Sequence[Part]) -> pa.Table:
+    lines = [line for part in parts for line in part.faults.lines(part.source)]
+    return pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
+
+
+def _refuse_duplicates(parts: Sequence[Part]) -> None:
+    """Add a fault to every row of a battle whose id an earlier good one of its source has."""
+    good = [np.flatnonzero(part.good()) for part in parts]
+    part_of = np.repeat(np.arange(len(parts)), [len(battles) for battles in good])
+    battle_of = np.concatenate([np.zeros(0, np.int64), *good])
+    named = [part.battles.select(["id", "source"]).take(pa.array(battles))
+             for part, battles in zip(parts, good, strict=True)]  # fmt: skip
+    if not named:
+        return
+    ids = pa.concat_tables(named)
+    first, again = _duplicates(pa.chunked_array([key(ids)]))
+    for seen, late in zip(first, again, strict=True):
+        taken, part = parts[part_of[seen]], parts[part_of[late]]
+        row = taken.faults.numbers[taken.row[battle_of[seen]]]
+        reason = f"id is taken: {ids['id'][late]}, by row {row} of {taken.path}"
+        position = int(part.row[battle_of[late]])
+        # Good rows have no fault so far, but for test battles that are kept as raw text.
+        part.faults.found[position] = ("id", reason)
+        if part.source == "test":
+            _refuse_test_row(part.faults.line(part.source, position))
+
+
+def _duplicates(ids: pa.ChunkedArray) -> tuple[list[int], list[int]]:
+    """Find ids seen before: positions of their first rows, and of the later rows, aligned."""
+    codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    first = first[inverse]
+    again = np.flatnonzero(first != np.arange(len(codes)))
+    return first[again].tolist(), again.tolist()
 
 
 def _refuse_test_row(line: dict[str, Any]) -> NoReturn:
@@ -263,242 +357,74 @@ def _described(line: dict[str, Any]) -> str:
     return f"{line['file']}, row {line['row']}{column}: {line['reason']}"
 
 
-def _reject_duplicates(source: str, parts: Sequence[_Part]) -> None:
-    """Add a fault to every row whose id an earlier good row of the source has."""
-    good = [part.good() for part in parts]
-    part_of = np.repeat(np.arange(len(parts)), [len(positions) for positions in good])
-    position_of = np.concatenate(good)
-    ids = pa.concat_tables([part.kept().select(["id"]) for part in parts])["id"]
-    first, again = _duplicates(ids)
-    for seen, late in zip(first, again, strict=True):
-        taken, part = parts[part_of[seen]], parts[part_of[late]]
-        reason = (
-            f"id {ids[late]} is taken by row {taken.numbers[position_of[seen]]} of {taken.path}"
-        )
-        position = int(position_of[late])
-        # Good rows have no fault so far, but for test battles that are kept as raw text.
-        part.faults.found[position] = ("id", reason)
-        if source == "test":
-            _refuse_test_row(part.faults.line(source, position))
+# --- counts ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Part:
-    """The canonical columns of one file, with its faulty rows still among them."""
-
-    path: Path
-    rows: int  # in the file, those lost in reading included
-    battles: pa.Table
-    numbers: np.ndarray  # int64 row number in the file, per row of `battles`
-    faults: Faults
-
-    def good(self) -> np.ndarray:
-        """Positions (int64) of the rows to keep."""
-        keep = np.ones(self.battles.num_rows, bool)
-        keep[self.faults.fatal()] = False
-        return np.flatnonzero(keep)
-
-    def kept(self) -> pa.Table:
-        good = self.good()
-        whole = len(good) == self.battles.num_rows
-        return self.battles if whole else self.battles.take(pa.array(good))
-
-
-# --- columns --------------------------------------------------------------------------------------
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_CELLS_AT_ONCE = 16_384
-
-
-def _turns(raw: RawTable, name: str, *, keep_unreadable: bool) -> pa.ChunkedArray:
-    """Read a column of prompts or responses into lists of turns (list<string>)."""
-    column = raw.columns[name]
-    if isinstance(column, pa.ChunkedArray) and _is_list(column.type):
-        return _turns_of_lists(column, f"{raw.path}, column {name}")
-    chunks = []
-    for start in range(0, len(column), _CELLS_AT_ONCE):
-        cells = column[start : start + _CELLS_AT_ONCE]
-        cells = cells.to_pylist() if isinstance(cells, pa.ChunkedArray) else cells
-        # Flat values and offsets, not lists of lists: three times faster, as thousands of live
-        # lists keep the garbage collector busy.
-        values: list[str] = []
-        offsets = np.zeros(len(cells) + 1, np.int32)
-        for position, cell in enumerate(cells):
-            try:
-                values += _turns_of_cell(cell)
-            except ValueError as error:
-                reason = str(error)
-                if keep_unreadable:
-                    reason = KEPT_AS_RAW_TEXT + reason
-                    values.append(_plain_text(cell))
-                raw.faults.add(start + position, name, reason)
-            offsets[position + 1] = len(values)
-        chunks.append(pa.ListArray.from_arrays(offsets, _strings(values)))
-    return pa.chunked_array(chunks, _TURNS)
+def count_rows(parts: Sequence[Part]) -> dict[str, Any]:
+    """The counts of one source, as `write_battles` writes them."""
+    lines = [line for part in parts for line in part.faults.lines(part.source)]
+    dropped = [line for line in lines if line["reason"].startswith(DROPPED)]
+    raw_text = [line for line in lines if line["reason"].startswith(KEPT_AS_RAW_TEXT)]
+    refused = len(lines) - len(dropped) - len(raw_text)
+    kinds = np.concatenate([part.votes.labels for part in parts])
+    good = np.concatenate([part.good() for part in parts])
+    reasons: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        kind = f"{line['column'] or 'row'}: {_kind(line['reason'])}"
+        found = reasons.setdefault(kind, {"rows": 0, "first": _described(line)})
+        found["rows"] += 1
+    return {
+        "files": [
+            {"path": str(part.path), "format": part.format, "rows": part.rows} for part in parts
+        ],
+        "rows": sum(part.rows for part in parts),
+        "refused": refused,
+        "dropped": len(dropped),
+        "raw_text": len(raw_text),
+        "battles": int(good.sum()),
+        "votes": {
+            kind: {"kept": int((good & mine).sum()), "refused": int((~good & mine).sum())}
+            for number, kind in enumerate(KINDS)
+            if (mine := kinds == (number if kind != "none" else -1)).any()
+        },
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1]["rows"])),
+    }
 
 
-def _turns_of_cell(cell: Any) -> list[str]:
-    """Return the turns of one cell; ValueError says why it has none."""
-    if isinstance(cell, str):
-        if not cell.lstrip().startswith("["):
-            return [cell]
-        try:
-            cell = JSON_TEXTS.decode(cell)
-        except RecursionError:
-            raise ValueError("lists too deep") from None
-        except ValueError as error:
-            raise ValueError(f"starts with [ but is not a JSON list: {error}") from None
-    if isinstance(cell, list):
-        return [turn if type(turn) is str else _turn(turn) for turn in cell]
-    return [_turn(cell)]
+def _kind(reason: str) -> str:
+    """A reason without its example, so that rows may be counted by it."""
+    known = next((sign for sign in (KEPT_AS_RAW_TEXT, DROPPED) if reason.startswith(sign)), "")
+    return known + re.split(r": |, by row ", reason.removeprefix(known))[0]
 
 
-def _turn(value: Any) -> str:
-    if isinstance(value, list | dict):
-        kind = "list" if isinstance(value, list) else "object"
-        raise ValueError(f"a turn is a JSON {kind}, text expected")
-    return _plain_text(value)
+def print_counts(source: str, counts: Mapping[str, Any]) -> None:
+    """Print what `count_rows` has counted."""
+    formats = ", ".join(sorted({file["format"] for file in counts["files"]}))
+    left = [f"{counts[name]:,} {text}" for name, text in _LEFT.items() if counts[name]]
+    print(f"{source} ({formats}): {counts['rows']:,} rows" + "".join(f", {x}" for x in left))
+    votes = [f"{kind} {count['kept']:,}" for kind, count in counts["votes"].items()]
+    print(f"  {counts['battles']:,} battles by vote: {', '.join(votes)}")
+    for reason, found in counts["reasons"].items():
+        print(f"  {found['rows']:,} × {reason}; first: {found['first']}")
 
 
-def _turns_of_lists(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Turn Arrow lists of whatever text or numbers into lists of texts without nulls."""
-    if pa.types.is_nested(column.type.value_type):
-        raise InputError(f"{where}: holds {column.type}, a text or a list of texts expected")
-    column = column.cast(pa.list_(column.type.value_type))
-    chunks = []
-    for chunk in column.chunks:
-        chunk = pc.if_else(chunk.is_valid(), chunk, pa.scalar([None], chunk.type))
-        values = pc.fill_null(chunk.flatten().cast(pa.string()), "")
-        check_utf8(values, where)
-        lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        chunks.append(pa.ListArray.from_arrays(offsets, values))
-    return pa.chunked_array(chunks, _TURNS)
+_LEFT = {"refused": "refused", "dropped": "dropped", "raw_text": "kept as raw text"}
 
 
-def _labels(raw: RawTable, faults: Faults) -> np.ndarray:
-    """Read the votes: int8 per row, 0 = A, 1 = B, 2 = tie, NO_VOTE where there is a fault."""
-    if _one_hot(raw):
-        texts = [column_texts(raw, name) for name in _WINNERS]
-        flags = np.stack([_coded(text, _FLAGS) for text in texts], axis=1)
-        for name, text, codes in zip(_WINNERS, texts, flags.T, strict=True):
-            for position in _where(codes < 0):
-                faults.add(position, name, _unexpected(text[position], "0 or 1"))
-        readable = (flags >= 0).all(axis=1)
-        votes = flags.sum(axis=1)
-        for position in _where(readable & (votes != 1)):
-            reason = "several winners are set" if votes[position] else "no winner is set"
-            faults.add(position, "winner_*", reason)
-        winner = flags.argmax(axis=1)
-        return np.where(readable & (votes == 1), winner, NO_VOTE).astype(np.int8)
-    name = next(name for name in _ONE_LABEL if name in raw.columns)
-    text = column_texts(raw, name)
-    labels = _coded(text, _LABELS)
-    for position in _where(labels < 0):
-        faults.add(position, name, _unexpected(text[position], "model_a, model_b, tie or 0, 1, 2"))
-    return labels
-
-
-def _coded(texts: pa.ChunkedArray, codes: Mapping[str, int]) -> np.ndarray:
-    """Look texts up in `codes`, whatever their case: int8 per row, -1 where unknown or null."""
-    words = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
-    index = pc.index_in(words, pa.array(list(codes)), skip_nulls=True)
-    # One more value at the end, which the index -1 of an unknown word selects.
-    values = np.array([*codes.values(), -1], np.int8)
-    coded: np.ndarray = values[pc.fill_null(index, -1).to_numpy()]
-    return coded
-
-
-def _unexpected(value: pa.Scalar, expected: str) -> str:
-    text = value.as_py()
-    return f"is {repr(text[:60]) if text else 'empty'}, {expected} expected"
-
-
-def _ids(raw: RawTable, source: str, rows_before: int, faults: Faults) -> pa.ChunkedArray:
-    """Read ids as texts; without the column, the row's number within the source makes one."""
-    if "id" not in raw.columns:
-        numbers = pa.array(raw.numbers + rows_before).cast(pa.string())
-        return pa.chunked_array([pc.binary_join_element_wise("row", numbers, "")])
-    ids = pc.fill_null(column_texts(raw, "id"), "")
-    for position in _where(pc.equal(ids, "").to_numpy()):
-        faults.add(position, "id", "no id")
-    return ids
-
-
-def _names(raw: RawTable, name: str) -> pa.ChunkedArray:
-    """Read a column of names, such as those of models; null where unknown."""
-    if name not in raw.columns:
-        return pa.chunked_array([pa.nulls(len(raw.numbers), pa.string())])
-    names = column_texts(raw, name)
-    return pc.if_else(pc.equal(names, ""), pa.scalar(None, pa.string()), names)
-
-
-def column_texts(raw: RawTable, name: str) -> pa.ChunkedArray:
-    """Turn a column into texts: whole numbers without ".0", nulls stay null."""
-    column = raw.columns[name]
-    if isinstance(column, list):
-        return pa.chunked_array(
-            [_strings([None if cell is None else _plain_text(cell) for cell in column])]
-        )
-    try:
-        if pa.types.is_floating(column.type):
-            # Many a writer turns a column of integers with a gap into one of floats.
-            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-            if pc.all(pc.equal(column, pc.trunc(column))).as_py() is not False:
-                column = column.cast(pa.int64())
-        return column.cast(pa.string())
-    except pa.ArrowException as error:
-        raise InputError(f"{raw.path}, column {name}: holds {column.type} ({error})") from error
-
-
-def _plain_text(value: Any) -> str:
-    """Write a JSON value as a text: null is empty, and lists and objects are their JSON."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _strings(values: list[Any]) -> pa.Array:
-    """Make a string array, with U+FFFD for lone surrogates."""
-    try:
-        return pa.array(values, pa.string())
-    except UnicodeEncodeError:
-        return pa.array([v and _SURROGATE.sub("\ufffd", v) for v in values], pa.string())
-
-
-def _duplicates(ids: pa.ChunkedArray) -> tuple[list[int], list[int]]:
-    """Find ids seen before: positions of their first rows, and of the later rows, aligned."""
-    codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    first = first[inverse]
-    again = np.flatnonzero(first != np.arange(len(codes)))
-    return first[again].tolist(), again.tolist()
-
-
-def _where(mask: np.ndarray) -> list[int]:
-    positions: list[int] = np.flatnonzero(mask).tolist()
-    return positions
-
-
-def _count(mask: pa.ChunkedArray) -> int:
-    return int(pc.sum(mask).as_py() or 0)
-
-
-def _require(raw: RawTable, names: Sequence[str], *, labelled: bool) -> None:
-    """Raise InputError unless the file has the columns `names` and, if asked, the votes."""
-    absent = [name for name in names if name not in raw.columns]
-    if labelled and not _one_hot(raw) and not any(name in raw.columns for name in _ONE_LABEL):
-        absent.append(f"{', '.join(_WINNERS)} (or label, or winner)")
-    if absent:
-        present = ", ".join(islice(raw.columns, 20)) or "none"
-        raise InputError(f"{raw.path}: no column {', '.join(absent)}; columns found: {present}")
-
-
-def _one_hot(raw: RawTable) -> bool:
-    return all(name in raw.columns for name in _WINNERS)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-    return any(is_list(kind) for is_list in (*lists, types.is_large_list_view))
+def _check(source: str, counts: Mapping[str, Any], max_refused: float) -> None:
+    """Refuse a source of which too much was refused."""
+    lost = [kind for kind, count in counts["votes"].items()
+            if kind != "none" and count["refused"] and not count["kept"]]  # fmt: skip
+    share = counts["refused"] / counts["rows"]
+    if share <= max_refused and not lost:
+        return
+    reason, found = next(iter(counts["reasons"].items()))
+    what = (
+        f"{counts['refused']:,} of {counts['rows']:,} rows are refused, more than data.max_refused "
+        f"({max_refused:g})"
+        if share > max_refused
+        else f"every vote of kind {lost[0]} is refused"
+    )
+    raise InputError(
+        f"{source}: {what}; most often ({found['rows']:,} rows): {reason}; first: {found['first']}"
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.run import Config
+from arena_distill.config.source import SOURCES
 
 
 def backbone_files(backbone: Backbone) -> Iterator[tuple[str, str]]:
@@ -42,9 +43,10 @@ def missing_paths(config: Config, is_made: Callable[[str], bool]) -> dict[str, s
 def _named(config: Config) -> Iterator[tuple[str, str, str]]:
     """Keys, paths, and what to do where one is missing."""
     battles = "put the file there, mend the path, or say in data.fetch where it comes from"
-    for source in ("train", "extra", "ut", "test", "unlabelled"):
-        for path in getattr(config.data, source):
-            yield f"data.{source}", path, battles
+    for name in SOURCES:
+        for source in getattr(config.data, name):
+            for file in source.files():
+                yield f"data.{name}", str(file), battles
     if config.data.solution:
         yield "data.solution", config.data.solution, battles
     for fetched, origin in config.data.fetch.items():

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from arena_distill.config.section import Section
+from arena_distill.config.section import Section, Share
+from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import FoldMethod
 
 
@@ -70,23 +78,39 @@ class Fetch(Section):
         return f"kaggle {self.kaggle}" if self.kaggle else f"{self.hub}@{self.revision}"
 
 
+def _sources(value: Any) -> Any:
+    """One file is a list of one, a path alone a section."""
+    entries = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(entries, list | tuple):
+        return value
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_sources, json_schema_input_type=str | Source | list[str | Source]),
+]
+
+
 class Data(Section):
     """Where the battles come from: your own files, or the synthetic arena."""
 
     arena: Arena | None = None
     """Simulate the battles instead of reading files."""
-    train: tuple[str, ...] = ()
-    """Labelled battles: CSV, JSONL (both also .gz) or parquet in the Kaggle schema."""
-    extra: tuple[str, ...] = ()
+    train: Sources = ()
+    """Labelled battles: files, folders or patterns, or sections that say how a file is understood."""
+    extra: Sources = ()
     """More labelled battles: they join every training fold and no validation fold."""
-    ut: tuple[str, ...] = ()
+    ut: Sources = ()
     """Labelled battles for post-pretraining, such as UltraFeedback."""
-    test: tuple[str, ...] = ()
+    test: Sources = ()
     """Battles to predict."""
-    unlabelled: tuple[str, ...] = ()
+    unlabelled: Sources = ()
     """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
     solution: str | None = None
     """The test battles' votes, where known: the report then scores every variant on them."""
+    max_refused: Share = 0.05
+    """The largest share of a source's rows that may be refused; more is an error."""
     fetch: dict[str, Fetch] = {}
     """By file: where those of the above that are not there come from. Else nothing is fetched."""
 
@@ -100,24 +124,16 @@ class Data(Section):
             for path, origin in value.items()
         }
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_file_is_a_list(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            lists = ("train", "extra", "ut", "test", "unlabelled")
-            value = {k: [v] if k in lists and isinstance(v, str) else v for k, v in value.items()}
-        return value
-
     @model_validator(mode="after")
     def _arena_or_files(self) -> Data:
-        files = any((self.train, self.extra, self.ut, self.test, self.unlabelled, self.solution))
+        files = any((*self.files(), self.solution))
         if self.arena is None and not (self.train and self.test):
             raise ValueError("give `train` and `test` files, or `arena` for the synthetic battles")
         if self.arena is not None and files:
             raise ValueError(
                 "give files or `arena`, not both (set `arena: null` to use your files)"
             )
-        named = {*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled, self.solution}
+        named = {self.solution, *(source.path for source in self.files())}
         for path, origin in self.fetch.items():
             if path not in named:
                 raise ValueError(f"fetch.{path}: no source reads this file; known: {self._known()}")
@@ -126,14 +142,19 @@ class Data(Section):
         return self
 
     def _known(self) -> str:
-        files = (*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled)
-        return ", ".join(files) or "none"
+        return ", ".join(source.path for source in self.files()) or "none"
+
+    def files(self) -> tuple[Source, ...]:
+        """The files of all sources."""
+        return (*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled)
 
     def sources(self) -> tuple[str, ...]:
         """The sources this run has battles of, in the order of the canonical file."""
         given = self.arena or self
-        known = ("train", "extra", "ut", "test", "unlabelled")
-        return tuple(s for s in known if getattr(given, s))
+        kept = any(
+            source.missing_votes == "keep" for source in (*self.train, *self.extra, *self.ut)
+        )
+        return tuple(s for s in SOURCES if getattr(given, s) or (s == "unlabelled" and kept))
 
 
 class Folds(Section):

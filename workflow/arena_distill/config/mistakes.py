@@ -54,6 +54,8 @@ def _keys_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     node: dict[str, Any] = schema
     for part in path:
         node = _resolve(node, schema)
+        if part.isdigit():  # one of a list
+            continue
         named = node.get("patternProperties", {}).values()  # judges, by name
         node = node.get("properties", {}).get(part) or next(iter(named), {})
     return list(_resolve(node, schema).get("properties", {}))

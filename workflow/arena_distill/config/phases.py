@@ -8,6 +8,7 @@ a new key rebuilds nothing; the command line reads them back with :func:`parse`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import ValidationError
@@ -32,7 +33,8 @@ from arena_distill.config.judge import (
 )
 from arena_distill.config.mistakes import explain
 from arena_distill.config.run import Cascade, Config, Prediction
-from arena_distill.config.section import Name, Section
+from arena_distill.config.section import Name, Section, Share
+from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
@@ -40,7 +42,7 @@ from arena_distill.verdicts import Order
 VERSIONS = {
     "simulate": 1,
     "fetch": 2,
-    "battles": 2,
+    "battles": 3,
     "solution": 1,
     "folds": 2,
     "audit": 1,
@@ -103,6 +105,34 @@ class BackboneSettings(Settings):
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneSettings:
         return cls(version=VERSIONS["backbone"], backbone=backbone)
+
+
+class BattlesSettings(Settings):
+    """How battles are read."""
+
+    max_refused: Share = 0.05
+    sources: dict[str, tuple[Source, ...]] = {}
+    """What is not understood by default: by source, its files, shards by the name of all."""
+
+    @classmethod
+    def of(cls, config: Config) -> BattlesSettings:
+        given = {name: getattr(config.data, name) for name in SOURCES}
+        told = {
+            name: tuple(source for source in sources if source != Source(path=source.path))
+            for name, sources in given.items()
+        }
+        return cls(
+            version=VERSIONS["battles"],
+            max_refused=config.data.max_refused,
+            sources={name: sources for name, sources in told.items() if sources},
+        )
+
+    def source_of(self, name: str, file: Path) -> Source:
+        """A file of a source, with what is said of it."""
+        for source in self.sources.get(name, ()):
+            if file in source.files():
+                return source.model_copy(update={"path": str(file)})
+        return Source(path=str(file))
 
 
 class FoldsSettings(Settings, Folds):

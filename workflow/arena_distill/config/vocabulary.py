@@ -27,3 +27,11 @@ CalibrationMethod = Literal["temperature", "vector", "style"]
 
 Calibration = Literal["none"] | CalibrationMethod
 """A calibration, or none."""
+
+BattleFormat = Literal[
+    "battles", "conversations", "chosen_rejected", "graded", "ratings", "ranking"
+]
+"""The shapes in which preferences are published (see ``battles.formats``)."""
+
+Escape = Literal["none", "backslash"]
+"""How a quote inside a quoted cell of a CSV file is written: doubled, or with a backslash before it."""

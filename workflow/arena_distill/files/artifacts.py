@@ -31,6 +31,9 @@ LIBRARIES = (
     *("torch", "transformers", "peft", "numpy", "pyarrow", "scikit-learn", "gptqmodel", "rensa"),
 )
 
+ROW_GROUP = 16_384
+"""Rows per row group: few enough that their texts fit into one Arrow array."""
+
 _PROVENANCE = b"arena_distill"
 DIGEST = b"arena_distill.npy_sha256"
 REBUILD = "delete it and run the workflow again: it will be rebuilt"
@@ -59,7 +62,13 @@ def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any])
     origin = {_PROVENANCE: dumps(provenance).encode()}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **origin})
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        pq.write_table(
+            table,
+            temporary,
+            row_group_size=ROW_GROUP,
+            compression="zstd",
+            write_page_checksum=True,
+        )
 
 
 def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
@@ -78,7 +87,10 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
                     f"{path}: no column {', '.join(absent)}; the file has {', '.join(present)}; "
                     f"{REBUILD}"
                 )
-            table = file.read(columns=None if columns is None else list(columns))
+            wanted = None if columns is None else list(columns)
+            # Group by group: Arrow reads no nested texts of more than 2 GB at once.
+            groups = [file.read_row_group(i, wanted) for i in range(file.num_row_groups)]
+            table = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
             return table if columns is None else table.select(list(columns))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

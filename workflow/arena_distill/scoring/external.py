@@ -23,14 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
-from arena_distill.battles.reading import column_texts
 from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, write_logits
-from arena_distill.files.readers import read_table
+from arena_distill.files.readers import column_texts, read_table
 from arena_distill.scoring import endpoint
 from arena_distill.scoring.endpoint import Alternative, Request, Token
 from arena_distill.verdicts import CLASSES, ORDERS, Order, swap_classes

@@ -1,0 +1,51 @@
+"""`ratings`: a prompt and answers, each with a score (UltraFeedback)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from arena_distill.battles.formats.canonical import Battles
+from arena_distill.battles.formats.columns import Rows
+from arena_distill.battles.formats.pairs import Answers, all_pairs, battles_of_answers
+
+_SCORES = ("fine-grained_score", "score", "rating", "overall_score")
+"""The first that is there counts. UltraFeedback's `overall_score` was found to be wrong in places."""
+
+
+def convert(rows: Rows) -> Battles:
+    """Every two answers of a row meet; the higher score wins. Answers without a score meet nobody."""
+    found = []
+    for row, completions in enumerate(rows.objects("completions")):
+        for completion in completions if isinstance(completions, list) else ():
+            if isinstance(completion, dict) and completion.get("response") is not None:
+                score = _score(completion)
+                if score is not None or not rows.table.votes:
+                    text, model = str(completion["response"]), completion.get("model")
+                    found.append((row, text, model and str(model), score or 0.0))
+    answers = Answers.of(found)
+    counts = np.bincount(answers.row, minlength=rows.count)
+    rows.refuse(counts < 2, "completions", "fewer than two answers with a text and a score")
+    return battles_of_answers(rows, answers, all_pairs(counts))
+
+
+def _score(completion: Mapping[str, Any]) -> float | None:
+    """A completion's score, else the mean rating of its annotations."""
+    for name in _SCORES:
+        if (score := _number(completion.get(name))) is not None:
+            return score
+    aspects = completion.get("annotations")
+    values = aspects.values() if isinstance(aspects, dict) else ()
+    ratings = [_number(aspect.get("Rating")) for aspect in values if isinstance(aspect, dict)]
+    known = [rating for rating in ratings if rating is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) else None
