@@ -211,7 +211,7 @@ def spoil(run: MadeUpRun, name: str) -> None:
     [
         ("missing", "1 of 40 rows are missing"),
         ("twice", "is there more than once"),
-        ("foreign", "1 predictions belong to no test battle, that of nobody"),
+        ("foreign", "1 predictions belong to no test battle, for example that of nobody"),
         ("nan", "1 test battles are not finite; id"),
         ("negative", "1 test battles are negative; id"),
         ("sum", "1 test battles do not sum to 1; id"),
