@@ -1,6 +1,6 @@
 """A real HTTP server on this machine that speaks the chat completions of OpenAI, faults included.
 
-Its verdicts are made up, but depend on every character of a question: mixed-up answers are found out.
+Its verdicts are invented but depend on every character of a question, so mixed-up answers are detected.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 def log_probabilities(content: str) -> list[float]:
-    """Of the tokens A, B, C and one that is no verdict, for a question: they sum to 1."""
+    """Log-probabilities of the tokens A, B, C and one other, for a question; the probabilities sum to 1."""
     digest = hashlib.sha256(content.encode()).digest()
     odds = [1 + digest[i] for i in range(4)]
     return [math.log(part / sum(odds)) for part in odds]
 
 
 def completion(body: Body, tokens: tuple[str, ...] = ("A", "B", "C", "I")) -> Body:
-    """An answer: the most probable tokens, at most as many as were asked for."""
+    """An answer: the most probable tokens, at most as many as requested."""
     (message,) = body["messages"]
     scores = log_probabilities(message["content"])
     listed = [{"token": t, "logprob": x} for t, x in zip(tokens, scores, strict=True)]
@@ -51,7 +51,7 @@ def error(status: int, message: str = "so it is", **headers: str) -> Reply:
 
 @dataclass
 class ChatServer:
-    """What the server was asked, and how it answers the n-th request (from 0)."""
+    """The requests that the server got, and its reply to the n-th request (from 0)."""
 
     reply: Callable[[int, Body], Reply] = lambda number, body: answer(body)
     bodies: list[Body] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Copies of the checkout, with which tests do what users do with theirs."""
+"""Copies of the checkout, in which tests act as users do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Checkout:
         return done.stdout + done.stderr
 
     def would_run(self, *arguments: str) -> dict[str, int]:
-        """Jobs per rule that a dry run announces; aggregate targets left out."""
+        """Jobs per rule in a dry run, without aggregate targets."""
         done = self.snakemake("-n", *arguments)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""A whole run's files, made up: battles of known probabilities, judges that know them roughly."""
+"""All files of an invented run: battles with known probabilities, and judges that know them roughly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LENGTHS = (256, 512)
 
 @dataclass(frozen=True)
 class MadeUpRun:
-    """The files of a run in `folder`, and what is behind them.
+    """The files of a run in `folder`, and the data from which they are made.
 
     battles, folds: the tables as written.
     truth: float64 (rows of battles, 3), the logarithms of the true probabilities.
@@ -79,7 +79,7 @@ class MadeUpRun:
 def made_up_run(
     folder: Path, *, seed: int = 0, noise: Mapping[str, float] = NOISE, holdout: float = 0
 ) -> MadeUpRun:
-    """Write a run's files; `noise` is each judge's error, the standard deviation of its logits'."""
+    """Write a run's files; `noise` is the standard deviation of the error in each judge's logits."""
     rng = np.random.default_rng(seed)
     battles, truth = _battles(rng)
     about = origin("made up", {})
@@ -99,7 +99,7 @@ def made_up_run(
 
 
 def _battles(rng: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
-    """Battles whose longer answer tends to win, in the canonical schema, and their truth."""
+    """Battles in the canonical schema whose longer answer tends to win, and their true probabilities."""
     rows = sum(SIZES.values())
     source = np.repeat(list(SIZES), list(SIZES.values()))
     words = rng.integers(1, 60, (rows, 2))
@@ -169,7 +169,7 @@ def _write_test(run: MadeUpRun, error: float, rng: np.random.Generator) -> None:
 
 
 def _costs(rows: int) -> Passes:
-    """Of battles from 60 tokens up, the longest of which are cut at either length."""
+    """The costs of battles from 60 tokens up; the longest are cut at both lengths."""
     tokens = 2 * np.minimum(60 + 20 * np.arange(rows)[:, None], LENGTHS)
     tokens[:, 1] *= tokens[:, 1] > tokens[:, 0]
     return Passes(2 * (tokens > 0), tokens, tokens > 0)

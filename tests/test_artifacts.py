@@ -1,4 +1,4 @@
-"""Files between phases: whole or not at all, and they say where they come from."""
+"""Files between phases: complete or absent, with their provenance."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_logits_and_ids_of_two_runs_are_never_mixed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for little."""
+    """A disk with little free space."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "arena", str(disk)]

@@ -1,4 +1,4 @@
-"""Which attention kernel a model is loaded with, and where its weights go."""
+"""The attention kernel with which a model is loaded, and the devices of its weights."""
 
 from __future__ import annotations
 

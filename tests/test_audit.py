@@ -1,4 +1,4 @@
-"""The leak audit: near-duplicates found as comparing all pairs would, and counted where they leak."""
+"""The leak audit: it finds the near-duplicates that a comparison of all pairs finds, and counts leaks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def edited(text: str, rng: np.random.Generator, edits: int) -> str:
 
 
 def prompts(seed: int = 0, n: int = 200, alphabet: str = "abcdefghijklmnop  ") -> list[str]:
-    """Random texts, and some like each: more and less so than 0.8."""
+    """Random texts, and variants of each with a similarity above and below 0.8."""
     rng = np.random.default_rng(seed)
     texts = ["".join(rng.choice(list(alphabet), rng.integers(6, 200))) for _ in range(n)]
     texts += [edited(text, rng, int(rng.integers(1, 4))) for text in texts for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Whatever a backbone comes from, an ordinary folder comes out, and loads as a judge."""
+"""Every kind of backbone becomes an ordinary folder that loads as a judge."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_head(family: str, backbones: Folders) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_judge_is_nearly_indifferent(family: str, backbones: Folders) -> None:
-    """The first steps have no noise of its own to forget: it would be five times as much."""
+    """The initial head adds little noise: a default one would add five times as much."""
     model = load_classifier(backbones(family), pad_token_id=0, head_seed=3).eval()
     ids = torch.randint(3, 40, (8, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -288,7 +288,7 @@ def test_a_source_that_is_no_model_is_an_error(tmp_path: Path) -> None:
 def test_a_hub_model_is_downloaded_and_cut(
     layers: int | None, backbones: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In shards, as big models come: of a cut one no file of the whole is there."""
+    """With sharded weights, as of big models. A cut model keeps no file of the whole one."""
     import huggingface_hub
 
     asked: dict[str, Any] = {}

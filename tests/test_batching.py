@@ -1,4 +1,4 @@
-"""Batches hold every row once, keep within their tokens, and pad on the right."""
+"""Batches hold every row once, stay within their token limit, and pad on the right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading battles: what a cell may hold, what is refused and why, on made-up and on real files."""
+"""Reading battles: allowed cells, rejected rows and their reasons, on invented and on real files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def write(files: dict[str, Any], folder: Path, max_refused: float = 1) -> None:
 
 
 def as_stored(text: str) -> str:
-    """What a text becomes: surrogate pairs are joined, lone surrogates replaced."""
+    """A text as it is stored: surrogate pairs joined, lone surrogates replaced."""
     joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     return re.sub("[\ud800-\udfff]", "\ufffd", joined)
 

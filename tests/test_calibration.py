@@ -1,4 +1,4 @@
-"""Calibration: what it finds, what it respects, and that it is never judged by what it was fitted to."""
+"""Calibration: it finds known parameters, keeps its constraints, and is never scored on its own fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def drawn(probabilities: np.ndarray, rng: np.random.Generator) -> Votes:
-    """Hard votes by their probabilities."""
+    """Hard votes drawn from their probabilities."""
     below = probabilities.cumsum(axis=1) < rng.random(len(probabilities))[:, None]
     return Votes.hard(below.sum(axis=1).clip(max=2))
 
@@ -250,7 +250,7 @@ def test_few_prompts_make_few_parts(prompts: list[str], parts: int) -> None:
 
 
 def styled(rows: int, seed: int) -> tuple[np.ndarray, Votes, np.ndarray]:
-    """Logits, votes that follow them and the style of the answers as well, and that style."""
+    """Logits, the style of the answers, and votes that depend on both."""
     rng = np.random.default_rng(seed)
     seen = rng.normal(0, 1.2, (rows, 3))
     styles = rng.normal(0, [1, 300, 0.2], (rows, 3))
@@ -290,7 +290,7 @@ def test_exchanging_the_answers_exchanges_the_verdict_by_style(seed: int) -> Non
 
 
 def test_an_uninformative_style_adds_almost_nothing() -> None:
-    """Five useless differences, a hundred battles: cross-fitted, little is lost."""
+    """Five useless features and a hundred battles: cross-fitted, the loss hardly rises."""
     seen, votes, _ = styled(100, 3)
     noise = np.random.default_rng(4).normal(size=(100, 5))
     parts = np.arange(100) % 5
@@ -416,7 +416,7 @@ ORDERS: tuple[Order, ...] = ("AB", "BA")
 
 
 def asked(rows: int) -> pa.Table:
-    """Test battles whose answers differ in length and ornament."""
+    """Test battles whose answers differ in length and formatting."""
     answers = {
         f"response_{x}": ["**so** " * (i * k % 7) for i in range(rows)]
         for x, k in (("a", 3), ("b", 5))

@@ -1,4 +1,4 @@
-"""The cascade: who goes on to a longer length, what is on file of who does not, and what it is worth."""
+"""The cascade: which battles continue to a longer length, what is stored for the others, and its gain."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def scoring(head: Head, lengths: tuple[int, ...], threshold: float | None) -> Sc
 
 
 class Judge:
-    """Says something of every sequence that depends on all of it, and counts what it is shown."""
+    """Gives each sequence a score that depends on all its tokens, and counts the sequences it gets."""
 
     def __init__(self, head: Head) -> None:
         self.outputs = 3 if head.kind == "joint" else 2
@@ -359,7 +359,7 @@ def test_the_order_of_rows_in_the_file_changes_nothing(run: MadeUpRun) -> None:
 
 
 def test_scores_without_costs_give_no_curve(run: MadeUpRun) -> None:
-    """As scoring wrote them before there were cascades."""
+    """Files as scoring wrote them before cascades existed."""
     path = run.folder / "logits" / "small" / "gptq_test.npy"
     logits, ids = read_logits(path)
     about = read_provenance(ids_path(path))
@@ -405,7 +405,7 @@ def config(**prediction: Any) -> Any:
 
 
 def test_settings_name_a_cascade_only_if_there_is_one() -> None:
-    """So that no finished run is rebuilt because the key exists."""
+    """Otherwise the new key would rebuild finished runs."""
     for phase in (ScoringSettings, PredictionSettings):
         assert "cascade" not in phase.of(config(), "small").as_params()
         told = phase.of(config(cascade={"threshold": 0.6}), "small")

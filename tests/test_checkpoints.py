@@ -1,4 +1,4 @@
-"""A training that was interrupted, however, ends with the weights of one that was not."""
+"""An interrupted training ends with the same weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def whole(llama: Run, tmp_path: Path) -> Path:
 
 
 class Interruption(BaseException):
-    """Like a kill: no `except Exception` stops it."""
+    """Like a kill: no `except Exception` catches it."""
 
 
 @pytest.fixture
 def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """Do something in the middle of a training: at its n-th micro batch."""
+    """Call a function in the middle of a training: at its n-th micro batch."""
     genuine = trainer.battle_losses
 
     def arrange(batch: int, action: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What the configuration names has to be there, also where an earlier run left all that is asked for."""
+"""Files that the configuration names have to exist, even if an earlier run left all outputs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_each_missing_path_is_a_line_with_its_key(
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """What a run leaves, by name only."""
+    """The files that a run leaves, empty."""
     checkout = make_checkout(tmp_path_factory.mktemp("left") / "checkout")
     provide(checkout.folder)
     shutil.copy(TINY / "llama/config.json", checkout.folder / "models/llama")
@@ -121,7 +121,7 @@ def test_existing_outputs_do_not_replace_missing_inputs(left: Checkout, path: st
 
 @pytest.mark.slow
 def test_only_needed_inputs_must_exist(left: Checkout) -> None:
-    """Battles can be read before the models are there."""
+    """Battles can be read before the models exist."""
     (left.folder / "models").rename(left.folder / "renamed")
     try:
         assert not left.snakemake("-n", "folds").returncode

@@ -34,7 +34,7 @@ def settings_of(*tested: str, method: Literal["none", "style"] = "style") -> Com
 
 @pytest.mark.parametrize("holdout", [0, 0.2])
 def test_calibrated_judges_are_those_of_the_evaluation(holdout: float, tmp_path: Path) -> None:
-    """With held-out battles as well, which are scored by nobody and lie between the others."""
+    """Also with held-out battles, which no judge scores and which lie between the others."""
     run = made_up_run(tmp_path, holdout=holdout)
     settings = settings_of()
     compare(tmp_path, tmp_path / "compare.json", settings=settings, test_votes=None, truth=None)

@@ -65,7 +65,7 @@ def raw(**changes: Any) -> dict[str, Any]:
 
 
 def judged(**judges: Any) -> dict[str, Any]:
-    """The configuration with some judges laid over its own."""
+    """The configuration with some judges overridden."""
     return raw(judges=overlay(raw()["judges"], judges))
 
 
@@ -162,7 +162,7 @@ def test_a_wrong_value_is_an_error_with_its_key(broken: dict[str, Any], start: s
 
 
 def test_which_scores_out_of_fold_are_optimistic() -> None:
-    """Students of teachers that saw their votes, and whoever learns from such a student."""
+    """Students whose teachers saw their votes, and judges that learn from such a student."""
     config = load(
         judged(s={"teachers": ["l"]}, t={"backbone": {"tiny": "llama"}, "teachers": ["s"]})
     )
@@ -484,7 +484,7 @@ def test_settings_survive_json() -> None:
 
 
 def test_a_new_key_changes_no_params() -> None:
-    """Params hold what differs from the defaults: no finished run is rebuilt because a key exists."""
+    """Params hold only what differs from the defaults: a new key rebuilds no finished run."""
 
     class NewEncoding(Encoding):
         new: int = 7
@@ -542,9 +542,9 @@ def defaults_of(model: type[BaseModel]) -> dict[str, str]:
 
 
 def test_a_changed_default_raises_the_version() -> None:
-    """Params hold no default: nothing but the version rebuilds what was made by another one.
+    """Params hold no defaults, so only a new version rebuilds outputs made with an old default.
 
-    `ARENA_WRITE_DEFAULTS=1 pytest tests/test_config.py` writes the file anew.
+    `ARENA_WRITE_DEFAULTS=1 pytest tests/test_config.py` rewrites the file.
     """
     assert set(PHASES.values()) == set(Settings.__subclasses__()), "name its phase in PHASES"
     found = {name: [VERSIONS[name], defaults_of(model)] for name, model in PHASES.items()}

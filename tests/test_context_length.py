@@ -1,4 +1,4 @@
-"""How long a sequence may be: a length per row, and one length found from what battles may cost."""
+"""The length limit of sequences: one per row, and one from a token budget per battle."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ LONGEST = 200
 
 
 def training(rows: list[list[Turns]]) -> Tokens:
-    """Tokens of battles that are all of train."""
+    """Tokens of battles that are all from `train`."""
     tokens = tokens_of(rows)
     return replace(tokens, training=tokens.fields)
 
 
 def within(budget: int, truncation: Any, max_length: int = LONGEST) -> Encoding:
-    """An encoding whose budget may be as small as made-up battles are."""
+    """An encoding with a budget as small as the invented battles."""
     wide = Encoding(truncation=truncation, max_length=max_length)
     return wide.model_copy(update={"tokens_per_battle": budget})
 
@@ -155,7 +155,7 @@ def test_what_the_budget_has_room_for_is_cut_as_without_it(
 
 
 def test_a_budget_by_hand() -> None:
-    """Sizes of 30, 40 and 200 tokens, of which the template takes seven: 45 each leave 65 to the last."""
+    """Sizes of 30, 40 and 200 tokens (seven for the template): a budget of 45 leaves 65 for the last."""
     rows = [[[[20] * 5], [[30] * n], [[40] * n]] for n in (9, 14, 94)]
     tokens = training(rows)
     sizes = encode(tokens, Encoding(), "AB").lengths
@@ -184,7 +184,7 @@ def test_without_training_battles_a_budget_is_an_error() -> None:
 def test_only_the_files_training_battles_decide(
     backbones: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Through the file, as jobs read it: battles of other sources are cut alike, and decide nothing."""
+    """Through the file, as jobs read it: other sources get the same cut and do not influence it."""
     battles = [{"response_a": "yes " * n, "response_b": "no " * n} for n in (5, 20, 60, 90)]
     others = [{"source": s, "response_a": "so " * 300} for s in ("extra", "ut", "test")]
     lines = []
@@ -223,7 +223,7 @@ def config(**encoding: Any) -> Any:
 
 
 def test_settings_name_a_budget_only_if_there_is_one() -> None:
-    """So that no finished run is rebuilt because the key exists."""
+    """Otherwise the new key would rebuild finished runs."""
     for phase in (ScoringSettings, TrainingSettings):
         off, null, on = (
             phase.of(config(**encoding), "small").as_params()

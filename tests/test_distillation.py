@@ -1,4 +1,4 @@
-"""Students learn from the right rows of their teachers, by the loss that was written down."""
+"""Students learn from the right rows of their teachers, with the documented loss."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_blackpearl_loss_is_the_written_one(batch: tuple[np.ndarray, ...]) -> No
 
 
 def test_losses_by_hand() -> None:
-    """One battle, numbers that can be checked on paper."""
+    """One battle with numbers to check by hand."""
     z, y = np.array([[0.0, 0.0, 0.0]]), np.array([0])
     teacher = np.array([[[np.log(2.0), 0.0, 0.0]]])  # probabilities 1/2, 1/4, 1/4
     assert mean_loss(z, y, None, VOTE_LOSS) == pytest.approx(np.log(3))
@@ -148,7 +148,7 @@ def test_losses_and_gradients_are_finite_and_not_negative(
     "loss", [SUMMARY, BLACKPEARL, VOTE_LOSS], ids=["summary", "blackpearl", "votes"]
 )
 def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
-    """The same numbers, given in bfloat16 and in float32, have the same loss to the last bit."""
+    """The same numbers in bfloat16 and in float32 have exactly the same loss."""
     random = torch.Generator().manual_seed(3)
     half = (torch.randn(64, 3, generator=random) * 2).bfloat16()
     teachers = (torch.randn(64, 2, 3, generator=random) * 2).bfloat16()
@@ -318,7 +318,7 @@ STUDENT = [("train", i) for i in ["8", "0", "4", "7"]] + [("extra", "2"), ("extr
 
 
 def out_of_fold_files(folder: Path, seed: int | None = None) -> list[Path]:
-    """Each fold scores its own rows truly, other folds' rows (in sample) and extra with its salt."""
+    """A file per fold: its own rows, and the extra rows of all folds."""
     files = []
     for fold, own in enumerate(FOLDS):
         rows: list[tuple[str, str, bool]] = [("train", i, True) for i in own]
@@ -431,7 +431,7 @@ def test_targets_out_of_fold_make_scores_optimistic_and_those_in_sample_do_not(
     names = table([("train", str(i)) for i in range(rows)])
 
     def learn(known: np.ndarray, teacher: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of all battles, by a linear judge that learned some."""
+        """Logits of all battles from a linear judge that learned from some of them."""
         loss = VOTE_LOSS if teacher is None else Loss(ce=0, kl=1, temperature=1)
         own = torch.eye(3)[votes[torch.from_numpy(known)]]
 
@@ -451,7 +451,7 @@ def test_targets_out_of_fold_make_scores_optimistic_and_those_in_sample_do_not(
         write_logits(files[-1], logits, ids, {})
 
     def score(targets: Any) -> float:
-        """Of a student that learned each fold from its targets alone, out of fold."""
+        """The out-of-fold score of a student that learned each fold only from its targets."""
         each = np.empty(rows)
         for k in range(folds):
             known, held_out = np.flatnonzero(fold != k), np.flatnonzero(fold == k)

@@ -1,4 +1,4 @@
-"""Text becomes sequences: nothing is cut that must stay, nothing is framed that must not be."""
+"""Text becomes sequences: truncation keeps what it must, and text cannot imitate the template."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def joined(turns: Turns) -> list[int]:
 
 
 def trim_answers(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """The longer answer loses its last token until both are equal, then both lose one alike."""
+    """The longer answer loses its last token until both are equal; then both lose one each."""
     first, second = list(first), list(second)
     while len(first) + len(second) > room:
         if len(first) >= len(second):
@@ -115,7 +115,7 @@ def sequences(rows: list[list[int]]) -> Sequences:
 
 
 def size_of(text: list[int]) -> list[int]:
-    """A size is stated in more tokens the greater it is."""
+    """A greater size takes more tokens."""
     return [200, *(201 + int(digit) for digit in str(len(text)))]
 
 
@@ -158,7 +158,7 @@ lengths = st.one_of(st.just(SMALLEST), st.integers(SMALLEST, 200))
 def test_sizes_are_of_the_whole_answers(
     rows: list[list[Turns]], truncation: Any, view: module.View
 ) -> None:
-    """Behind each answer stands its size, for which the battle makes room."""
+    """The size follows each answer, and the battle's budget includes it."""
     tokens = tokens_of(rows)
     length, shown = SMALLEST + 8, module.SHOWN[view]
     plain, sized = Encoding(truncation=truncation), Encoding(truncation=truncation, sizes=True)
@@ -312,7 +312,7 @@ def tokenizers(backbones: Callable[[str], Path]) -> dict[str, Any]:
 
 
 def through_file(table: pa.Table, tokenizer: Any, tmp_path: Path) -> Tokens:
-    """Tokenise and read back, as two phases would."""
+    """Tokenise and read back, as two phases do."""
     tokens, vocabulary = tokenize(table, tokenizer)
     write_parquet(tokens, tmp_path / "tokens.parquet", {"vocabulary": vocabulary})
     return read_tokens(tmp_path / "tokens.parquet")
@@ -473,7 +473,7 @@ def test_another_parquet_file_is_not_taken_for_tokens(tmp_path: Path) -> None:
 
 
 def test_text_that_would_frame_a_sequence_is_refused_not_encoded() -> None:
-    """A tokenizer whose pad is no special token cannot keep it inert: better no run than a wrong one."""
+    """If the pad token is not special, text can produce it: an error is better than a wrong run."""
     tokenizer = make_tokenizer(SPECIAL_TOKENS["llama"])
     tokenizer.add_tokens(["PADPAD"], special_tokens=False)
     tokenizer.pad_token = "PADPAD"
@@ -488,7 +488,7 @@ def test_text_that_would_frame_a_sequence_is_refused_not_encoded() -> None:
 
 
 def test_words_are_counted_as_python_splits_them() -> None:
-    """Every character that separates words for Python does so for the counter."""
+    """The counter separates words at the same characters as Python."""
     characters = [chr(i) for i in range(0x3100) if not 0xD800 <= i < 0xE000]
     spaced = pa.array([f"a{c}b" for c in characters])
     counted = pc.count_substring_regex(spaced, style_features.WORD).to_pylist()

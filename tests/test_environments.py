@@ -30,7 +30,7 @@ def test_conda_environments_agree_with_the_locks(environment: str, lock: str) ->
 
 
 def test_bitsandbytes_is_locked_by_itself() -> None:
-    """PEFT imports it wherever it is found: only jobs that need it should pay for that."""
+    """PEFT imports it whenever it is installed: only jobs that need it should take that time."""
     locked = pins((ROOT / "requirements-qlora.lock").read_text().splitlines())
     assert list(locked) == ["bitsandbytes"]
     assert "bitsandbytes" not in pins((ROOT / "requirements.lock").read_text().splitlines())

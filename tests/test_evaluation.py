@@ -1,4 +1,4 @@
-"""What the figures of a run mean: by hand on a few rows, by properties on a made-up run."""
+"""The figures of a run: by hand on a few rows, by properties on an invented run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Edit = Callable[[np.ndarray, pa.Table], tuple[np.ndarray, pa.Table]]
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
-    """A run that no test changes."""
+    """A run that tests only read."""
     return made_up_run(tmp_path_factory.mktemp("run"))
 
 
@@ -47,7 +47,7 @@ def metrics(whole_run: MadeUpRun) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> MadeUpRun:
-    """A run to spoil."""
+    """A run that tests may damage."""
     return made_up_run(tmp_path)
 
 

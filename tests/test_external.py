@@ -155,7 +155,7 @@ def asking(url: str = "http://127.0.0.1:1/v1", **changes: Any) -> QuerySettings:
 
 
 def messages(battle: dict[str, Any], **changes: Any) -> list[str]:
-    """What is asked about a battle in both orders."""
+    """The messages about a battle in both orders."""
     questions = Questions(battles_table([battle]), asking(**changes))
     return [json.loads(r.content)["messages"][0]["content"] for r in questions]
 
@@ -260,7 +260,7 @@ def figures(folder: Path) -> Any:
 
 
 def replies(*first: Reply) -> Callable[[int, Body], Reply]:
-    """These replies to the first requests, then answers."""
+    """These replies to the first requests, then normal answers."""
     return lambda number, body: first[number] if number < len(first) else answer(body)
 
 
@@ -724,7 +724,7 @@ def test_the_command_ends_with_one_line(folder: Path, server: ChatServer) -> Non
 def judged(
     path: Path, kind: str = "logits", *, orders: tuple[str, ...] = ("AB", "BA"), seed: int = 0
 ) -> pd.DataFrame:
-    """A frame of made-up verdicts about the labelled battles of `path`, in an order of its own."""
+    """A frame of invented verdicts on the labelled battles of `path`, in another order."""
     random = np.random.default_rng(seed)
     table = read_parquet(path, ["id", "source"]).to_pandas()
     table = table[table.source.isin(["train", "extra"])]
@@ -876,7 +876,7 @@ def logits_settings(rows: tuple[Any, ...]) -> LogitsSettings:
 
 @pytest.fixture
 def dealt(folder: Path) -> Callable[..., list[Path]]:
-    """Deal a file's logits to three folds."""
+    """Split a file's logits into three folds."""
     frame = judged(folder / "battles.parquet")
     read(folder, frame)
     folds = assign_folds(made_up_battles(), method="stratified_group", n=3, seed=3)

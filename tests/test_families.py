@@ -1,8 +1,8 @@
 """Judges of three families read real text through their real tokenizers, alone and in padded batches alike.
 
-Llama-3 has no pad token, Qwen2 none for the begin of a sequence, Gemma-2 has both; and many a published
-folder pads with its end of sequence, which the classifiers' pooling would take for padding. The models are
-tiny ones, with fresh embeddings of the tokenizers' sizes.
+Llama-3 has no pad token, Qwen2 no token for the start of a sequence, Gemma-2 has both. Many published
+folders pad with the end of sequence, which the classifiers' pooling takes for padding. The models are
+tiny, with new embeddings of the tokenizers' sizes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BATTLES = [
 
 @dataclass(frozen=True)
 class Reader:
-    """A tiny backbone with a real tokenizer, and battles it has read."""
+    """A tiny backbone with a real tokenizer, and its tokenised battles."""
 
     folder: Path
     tokens: Tokens

@@ -1,4 +1,4 @@
-"""Battles that others published become files of the Kaggle schema; nothing is fetched unasked."""
+"""Published battles become files of the Kaggle schema; only requested files are fetched."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMIT = "a" * 40
 
 
 def rated(prompt: str, *ratings: float | None) -> dict[str, Any]:
-    """A prompt with an answer per rating, as openbmb/UltraFeedback has it."""
+    """A prompt with one answer per rating, as in openbmb/UltraFeedback."""
     completions = [
         {
             "model": f"model {rating}",

@@ -1,4 +1,4 @@
-"""Dealing battles into folds: who trains, who validates, and which prompts leak."""
+"""Folds: which battles train, which validate, and which prompts leak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full-scale configuration, dry: a fresh clone without data or models shows all that would run."""
+"""Dry runs of the full-scale configuration: a new clone without data or models lists all jobs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_jobs_say_what_they_ask_for(clone: Checkout) -> None:
 
 @pytest.mark.slow
 def test_a_part_of_a_model_is_cut_from_one_download(clone: Checkout) -> None:
-    """A small student of the same family, and the whole as teacher: the hub is asked once."""
+    """A teacher and a smaller student cut from the same model: one download."""
     raw = yaml.safe_load((ROOT / CONFIG).read_text())
     raw["judges"] = {
         "whole": {"backbone": raw["judges"]["gemma2-9b"]["backbone"]},

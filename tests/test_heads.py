@@ -1,4 +1,4 @@
-"""Joint and pointwise judges: what they are shown, and the verdict that their outputs make."""
+"""Joint and pointwise judges: their inputs, and the verdicts from their outputs."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
 def test_a_pointwise_judge_passes_every_phase(
     head: Head, family: str, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Each phase passes a pointwise judge on, and the card's code gives the same probabilities."""
+    """Each phase handles a pointwise judge, and the code of the model card gives the same probabilities."""
     run = make_run(family)
     pretraining = PretrainingSettings(
         version=1, encoding=ENCODING, head=head, lora=LORA, precision="fp32",

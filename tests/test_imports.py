@@ -1,4 +1,4 @@
-"""What is imported when: the package itself loads nothing heavy, and a lazy import spares something."""
+"""Imports: the package itself loads no heavy library, and each lazy import saves loading one."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def lazy_imports() -> dict[tuple[str, str, int, str], None]:
 
 
 def test_a_lazy_import_spares_something() -> None:
-    """Some command gets by without it: it loads the module, and not all that the import would load."""
+    """Some command loads the module but does not need all that the import would load."""
     lazy = lazy_imports()
     entries = DISPATCHERS | {name for *_, name in lazy if name in MODULES}
     wanted = []

@@ -1,6 +1,6 @@
-"""Jobs share devices and outputs without getting into each other's way, and outlive what they should.
+"""Jobs share devices and outputs without conflicts, and survive the signals that they should survive.
 
-The devices are make-believe: nothing here needs a GPU. Locks lie in a temporary folder of the test.
+The devices are simulated: no test here needs a GPU. Locks are in a temporary folder of the test.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
         )
 
     def read(self) -> str:
-        """Its next line; empty at its end."""
+        """The next line of output; empty at the end."""
         assert self.process.stdout
         return self.process.stdout.readline().decode().strip()
 
@@ -109,7 +109,7 @@ def test_the_schedulers_own_devices_are_taken_as_they_are(
 
 
 def test_jobs_that_share_a_machine_never_share_a_device(start: Callable[..., Job]) -> None:
-    """Six jobs want nine of four devices at once; a job that waits for two keeps none back."""
+    """Six jobs request nine devices but there are four; a job that waits for two holds none."""
     counts = [2, 1, 2, 1, 2, 1]
     lines = [CLAIM.format(count=count, seconds=1) for count in counts]
     jobs = [start(part, CUDA_VISIBLE_DEVICES="0,1,2,3") for part in lines]
@@ -123,7 +123,7 @@ def test_jobs_that_share_a_machine_never_share_a_device(start: Callable[..., Job
 
 
 def test_a_job_that_gathers_devices_is_not_robbed_of_them(start: Callable[..., Job]) -> None:
-    """Two jobs that had one device each and waited for a second would wait for ever."""
+    """Two jobs with one device each that both wait for a second would wait for ever."""
     visible = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
     holders = [start(KEEP.format(count=1), **visible) for _ in range(3)]
     by_device = {holder.read(): holder for holder in holders}
@@ -246,7 +246,7 @@ def test_jobs_of_two_outputs_do_not_wait_for_each_other(
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A made-up squeue that gives one answer after another; returns the file that counts them."""
+    """A fake squeue that gives one answer after another; returns the file that counts them."""
 
     def arrange(*answers: str, error: str = "") -> Path:
         folder = tmp_path / "squeue_answers"

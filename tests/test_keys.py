@@ -1,4 +1,4 @@
-"""Files are joined by key: order does not matter, what is missing or doubled is an error."""
+"""Files are joined by key: order does not matter; missing or repeated keys are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The profile `local-gpu`: jobs that share a machine each have a GPU of their own."""
+"""The profile `local-gpu`: jobs on one machine each have their own GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TRAININGS = [f"{judge}_fold_{fold}" for judge in ("llama", "qwen2") for fold in 
 
 
 class Turn(NamedTuple):
-    """When a job had its device: seconds since the epoch."""
+    """The time in which a job had its device, in seconds since the epoch."""
 
     device: str
     began: float
     ended: float
 
     def is_beside(self, other: Turn) -> bool:
-        """Whether they shared more than half of the shorter: a log's end and a job's length are inexact."""
+        """Whether they overlap for more than half of the shorter one: the times in logs are inexact."""
         shared = min(self.ended, other.ended) - max(self.began, other.began)
         return shared > min(self.ended - self.began, other.ended - other.began) / 2
 

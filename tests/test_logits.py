@@ -40,7 +40,7 @@ def logits_settings(*rows: str, precision: str = "fp32") -> LogitsSettings:
 
 
 def one_by_one(model: Any, sequences: Any) -> np.ndarray:
-    """Each sequence alone: nothing is padded."""
+    """Scores of each sequence alone, without padding."""
     with torch.inference_mode():
         return np.concatenate(
             [
@@ -227,7 +227,7 @@ def test_the_same_judge_writes_the_same_bytes(make_run: Callable[..., Run], tmp_
 
 
 class LongerWins(torch.nn.Module):
-    """A judge whose verdict depends on which answer, as shown, is longer, and on nothing else."""
+    """A judge whose verdict depends only on which answer in its input is longer."""
 
     def __init__(self, frame: tuple[tuple[int, ...], ...], pad_token_id: int) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def find(text: list[int], literal: tuple[int, ...]) -> int:
 def test_the_longer_answer_wins_in_both_orders(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the verdict on the exchanged battle were not exchanged back."""
+    """This fails if the verdict on order BA is not swapped back."""
     from arena_distill.models import adapters
 
     run = make_run("llama")
@@ -365,7 +365,7 @@ def test_shards_make_the_bytes_that_one_job_would_have_written(
 
 
 def batches(scorer: Scorer) -> int:
-    """How many the fold has: with more shards than that, some are empty."""
+    """The number of batches in the fold: with more shards, some are empty."""
     rows = fold_rows(read_parquet(scorer.run.folds), 1, scorer.settings)
     tokens = of_rows(scorer.run, rows)
     lengths = np.maximum(*(encode(tokens, ENCODING, order).lengths for order in ("AB", "BA")))
@@ -384,7 +384,7 @@ def test_a_missing_shard_is_an_error(scorer: Scorer, tmp_path: Path) -> None:
 
 
 def test_a_shard_given_for_another_is_an_error(scorer: Scorer, tmp_path: Path) -> None:
-    """As many rows as there should be, but some twice and some not at all."""
+    """The number of rows is right, but some are there twice and some are missing."""
     shards = scorer.shards(tmp_path / "shards", 3)
     logits, ids = read_logits(shards[0])
     mine = len(read_logits(shards[1])[0])

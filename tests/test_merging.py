@@ -1,4 +1,4 @@
-"""Merging: the two means of adapters, the head, the folder that is written, what is refused."""
+"""Merging: the two means of adapters, the head, the output folder, errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def save_backbone(model: Any, folder: Path) -> Path:
 
 
 def save_adapter(folder: Path, backbone: Path, seed: int, **options: Any) -> Path:
-    """A LoRA adapter and head that look trained: nothing in them is zero."""
+    """A LoRA adapter and head without zeros, as after training."""
     from peft import LoraConfig, get_peft_model
 
     from arena_distill.models.loading import load_classifier

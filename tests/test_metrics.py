@@ -1,4 +1,4 @@
-"""How predictions are scored: by hand on a few rows, by what must hold on many."""
+"""Scores of predictions: by hand on a few rows, by properties on many."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_kl_is_the_excess_log_loss_to_be_expected(seed: int) -> None:
 
 @given(seeds)
 def test_a_swap_equivariant_judge_has_no_position_bias(seed: int) -> None:
-    """Such a judge's logits are the same in both orders, once those of BA are exchanged back."""
+    """The logits of such a judge are the same in both orders after those of BA are swapped back."""
     rng = np.random.default_rng(seed)
     logits, votes = rng.normal(size=(30, 3)), Votes.hard(rng.integers(0, 3, 30))
     found = position_bias(np.stack([logits, logits], axis=1), votes)

@@ -1,4 +1,4 @@
-"""QLoRA: a frozen backbone of 4 bits, adapters that learn as over the same weights unpacked.
+"""QLoRA: adapters over a frozen 4-bit backbone learn as over the same weights unpacked.
 
 bitsandbytes is no part of the environment that runs the other tests, as PEFT would import it in each of
 their jobs: these run in a process of their own that finds it in .venv/qlora, where `make setup` puts it.
@@ -99,7 +99,7 @@ def packed(model: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def unpacked(run: Run) -> Callable[[Any], Any]:
-    """The dense twin of a judge in NF4: the same weights, as its 4 bits stand for them."""
+    """A dense copy of a judge in NF4, with the values of its 4-bit weights."""
 
     def twin(model: Any) -> Any:
         from bitsandbytes.functional import dequantize_4bit
@@ -129,7 +129,7 @@ def test_all_but_embeddings_norms_and_head_have_four_bits(run: Run) -> None:
 
 
 def gradients(judge: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a loss with regard to adapter and head, after an evaluation: that is where it went wrong."""
+    """Gradients of a loss for adapter and head, after an evaluation, which once broke them."""
     judge.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         judge(input_ids=ids)

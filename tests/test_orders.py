@@ -1,4 +1,4 @@
-"""Exchanging the answers exchanges the verdict, and twice is nothing."""
+"""Swapping the answers swaps the verdict; two swaps change nothing."""
 
 from __future__ import annotations
 

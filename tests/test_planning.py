@@ -1,4 +1,4 @@
-"""What a run will cost: counted, traced, scheduled; against real steps, and against the winners' days."""
+"""The cost of a run: counted, traced, scheduled; compared with real steps and with the winners' days."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PUBLISHED = {
 
 
 def shipped(*files: str) -> dict[str, Any]:
-    """Configurations that ship with the workflow, laid over each other."""
+    """Configurations that ship with the workflow, each overriding the one before."""
     raw: dict[str, Any] = {}
     for file in files:
         raw = overlay(raw, yaml.safe_load((ROOT / "config" / file).read_text()))
@@ -67,7 +67,7 @@ WINNERS = shipped("lmsys.yaml", "recipes/blackpearl.yaml")
 
 
 def planned(rule: str, config: Config, *, judge: str, **wildcards: str) -> Planned:
-    """A job as its rule asks for it."""
+    """A job with the resources of its rule."""
     compute = config.judges[judge].compute
     resources: dict[str, int | str] = {
         "gpu": compute.gpus,

@@ -190,7 +190,7 @@ def test_ids_that_look_like_numbers_or_hold_commas_survive(tmp_path: Path) -> No
 
 
 def spoil(run: MadeUpRun, name: str) -> None:
-    """Spoil the submitted predictions of a run in one way."""
+    """Damage the submitted predictions of a run in one way."""
     path = run.folder / "gptq.parquet"
     frame = read_parquet(path).to_pandas()
     frame = frame[frame["submitted"]].reset_index(drop=True)
@@ -232,7 +232,7 @@ def test_a_submission_that_cannot_be_right_is_refused(
 
 @pytest.fixture
 def tokens(backbone: Path, tmp_path: Path) -> Path:
-    """Four test battles, and one of train that has an id of theirs."""
+    """Four test battles, and a training battle with the id of one of them."""
     answers: list[dict[str, Any]] = [
         {"prompt": "hi", "response_a": "yes", "response_b": "no, no"},  # short
         {"prompt": "why " * 30, "response_a": "as " * 90, "response_b": "well " * 60},  # long
@@ -318,7 +318,7 @@ def test_a_swap_equivariant_judge_scores_both_orders_alike(tokens: Path) -> None
     _, before_a, before_b, end = read.vocabulary.frames["markers"]
 
     def strengths(sequences: Sequences) -> np.ndarray:
-        """Logits by the length of each answer as shown: what a pointwise judge's look like."""
+        """Logits from the length of each answer, in the form of a pointwise judge."""
         rows = []
         for sequence in sequences:
             starts = [position(sequence, marker) for marker in (before_a, before_b)]

@@ -1,4 +1,4 @@
-"""A head is fitted to frozen features: as scikit-learn would, no more surely than prompts allow."""
+"""A head fitted to frozen features: as by scikit-learn, with regularisation chosen across prompts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def objective(votes: Votes, head: Head = JOINT) -> Callable[..., torch.Tensor]:
 
 
 def made_up(rows: int, width: int, *, strength: float, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Features of several sizes, and labels that follow from them."""
+    """Features on several scales, and labels that depend on them."""
     rng = np.random.default_rng(seed)
     sizes = np.geomspace(0.1, 10, width)
     features = rng.normal(0.3, 1, (rows, 1, width)) * sizes
@@ -135,7 +135,7 @@ def test_features_are_what_the_head_reads(family: str, run: Run, head: Head) -> 
 
 @pytest.mark.parametrize("head", [JOINT, MEAN], ids=["joint", "mean"])
 def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing, the adapter's head is the fitted one."""
+    """With a learning rate near zero, the adapter's head stays the fitted one."""
     folds, tokens = read_parquet(run.folds), read_tokens(run.tokens)
     rows = folds.take(training_rows(folds, 0))
     tokens = tokens.take(locate(key(rows), tokens.keys(), "tokens"))
@@ -157,7 +157,7 @@ def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path
 
 
 def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> None:
-    """Teachers are sure that the longer answer wins, votes are random: the student follows its teachers."""
+    """Teachers are sure that the longer answer wins, all votes are A: the student follows its teachers."""
     run = make_run("llama")
     tokens = read_tokens(run.tokens)
     pad, rows = tokens.vocabulary.pad, len(tokens)
@@ -188,7 +188,7 @@ def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> No
 def test_an_interrupted_training_keeps_its_checkpoints_key(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another machine's kernels may fit a slightly other head: a checkpoint is still found, and used."""
+    """Another machine may fit a slightly different head: the checkpoint is still found and used."""
     run, launch = make_run("llama"), Launch(4, checkpoints=tmp_path / "kept", checkpoint_minutes=0)
     whole = fit(run, tmp_path / "whole", head=MEAN, fit_head=True, epochs=2)
     genuine, steps = trainer.battle_losses, []

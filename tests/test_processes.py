@@ -1,4 +1,4 @@
-"""Several processes learn what one learns, through the command line as a rule calls it.
+"""Several processes learn the same as one process, through the command line that a rule calls.
 
 On the CPU with gloo: what differs on GPUs is the transport. Weights of one process and of several may
 differ by rounding alone, because sums are made in another order: MOST bounds it.
@@ -46,7 +46,7 @@ slow = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Files:
-    """What stands before a fold is trained; one line of the command line."""
+    """The files that exist before a fold is trained, and the command line."""
 
     family: str
     folder: Path
@@ -84,7 +84,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
 
 
 def write_teacher(files: Files) -> None:
-    """Logits as a teacher's: of each fold's validation rows and of the extra ones."""
+    """Logits as from a teacher: for the validation rows of each fold and for extra rows."""
     rng = np.random.default_rng(5)
     settings = LogitsSettings(
         version=1,
@@ -185,7 +185,7 @@ def weights_apart(one: Path, other: Path) -> float:
 
 
 def assert_same_training(two: Path, one: Path, *, most: float, loss: float = 1e-5) -> None:
-    """The adapters, what was counted, and each step's loss."""
+    """Compare the adapters, the counts, and the loss of each step."""
     assert weights_apart(two, one) <= most
     assert (two / "adapter_config.json").read_bytes() == (one / "adapter_config.json").read_bytes()
     histories = [read_parquet(adapter / "history.parquet") for adapter in (two, one)]
@@ -206,7 +206,7 @@ def assert_same_training(two: Path, one: Path, *, most: float, loss: float = 1e-
 
 
 def moved(adapter: Path) -> float:
-    """How far training went: what two adapters that both did not learn would not show."""
+    """How far training moved the weights: two untrained adapters would also be equal."""
     weights = load_file(adapter / WEIGHTS)
     return max(float(w.abs().max()) for name, w in weights.items() if "lora_B" in name)
 
@@ -335,7 +335,7 @@ LAST = 48
 
 @dataclass
 class Training:
-    """A training of two processes, in a process group of its own, whose output is read as it comes."""
+    """A training of two processes, in its own process group; its output is read line by line."""
 
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
@@ -398,7 +398,7 @@ def begin(files: Callable[..., Files], tmp_path: Path) -> Iterator[Callable[...,
 def whole(
     files: Callable[..., Files], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """The long training, not interrupted."""
+    """The long training without an interruption."""
     made: dict[str, Path] = {}
 
     def of(fsdp: str) -> Path:

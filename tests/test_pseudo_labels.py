@@ -1,4 +1,4 @@
-"""Battles without votes: students learn them from their teachers, and nobody else sees them."""
+"""Battles without votes: only students learn from them, with their teachers' logits."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ BARE, SHARING = 16, 12
 
 
 def with_unlabelled(battles: pa.Table, rows: int = BARE) -> pa.Table:
-    """The same battles and, after them, some without votes; their ids are those of others too."""
+    """The same battles, followed by some without votes whose ids also occur in other sources."""
     prompts = battles.filter(pc.equal(battles["source"], "train"))["prompt"].to_pylist()
     more = [
         {
@@ -164,7 +164,7 @@ def test_bad_rows_are_refused_with_their_reasons_as_extra_ones_are(tmp_path: Pat
 
 
 def test_the_command_reads_them_after_all_others(tmp_path: Path) -> None:
-    """Rows of other sources stay where they were: their numbers, and what follows from them."""
+    """Rows of other sources keep their row numbers, and all that depends on them."""
     voted = write_csv(tmp_path / "t.csv", [battle(id=i, winner="tie") for i in range(4)])
     bare = write_csv(tmp_path / "u.csv", [battle(id=i) for i in range(3)])
     tables = []
@@ -308,7 +308,7 @@ def write_teacher(
     rows: tuple[str, ...] = ("validation", "extra", "unlabelled"),
     logits: Callable[[str, float], np.ndarray] = logit_of,
 ) -> list[Path]:
-    """A teacher's files, each shuffled in its own way; fold k's logits have the salt k."""
+    """A teacher's files, each shuffled differently; the logits of fold k have the salt k."""
     settings = LogitsSettings(version=1, encoding=ENCODING, precision="fp32", rows=rows)
     files = []
     for fold in range(3):
@@ -400,7 +400,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Examples]:
 
 
 def sequences(run: Run, rows: pa.Table) -> set[bytes]:
-    """The battles of some rows as shown, in order AB."""
+    """The encoded battles of some rows, in order AB."""
     read = read_tokens(run.tokens)
     read = read.take(locate(key(rows), read.keys(), "tokens"))
     return {ids.tobytes() for ids in encode(read, ENCODING, "AB")}
@@ -526,7 +526,7 @@ def score(run: Run, adapter: Path, output: Path, fold: int, *rows: Any) -> Path:
 
 
 def test_students_that_teach_score_them_too(make: Callable[..., Run], tmp_path: Path) -> None:
-    """A student, and the student's student of another family and head."""
+    """A student, and a student of that student with another family and head."""
     run, other = make("llama"), make("gemma2")
     folds = read_parquet(run.folds)
     files = write_teacher(folds, tmp_path / "teacher")
@@ -552,7 +552,7 @@ def test_students_that_teach_score_them_too(make: Callable[..., Run], tmp_path: 
 def test_a_student_follows_its_teachers_where_nobody_voted(
     make: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Teachers that know nothing but that unlabelled battles are ties."""
+    """Teachers that predict ties for unlabelled battles and nothing for others."""
     run = make()
 
     def logits(name: str, _: float) -> np.ndarray:
@@ -732,7 +732,7 @@ def test_with_the_source_students_learn_and_their_teachers_score() -> None:
 
 
 def test_a_student_without_them_is_the_only_one_that_changes() -> None:
-    """Its teachers score them still where another student learns them."""
+    """Its teachers still score them if another student learns from them."""
     other = {"backbone": {"tiny": "gemma2"}, "teachers": ["l", "q"]}
     assert differing(configured(o=other), configured(o=other | {"pseudo_labels": False})) == {
         "TrainingSettings o"

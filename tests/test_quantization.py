@@ -1,4 +1,4 @@
-"""Quantisation: the drift's arithmetic and bounds, what is refused, and GPTQ itself.
+"""Quantisation: the computation and bounds of the drift, errors, and GPTQ itself.
 
 GPTQ runs in the second environment: those tests start its interpreter once and look at its files.
 """
@@ -186,7 +186,7 @@ def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.Monke
 def test_loading_needs_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, gpu: bool
 ) -> None:
-    """GPTQModel's own choice on a GPU is a kernel that it builds with CUDA's compiler."""
+    """On a GPU, GPTQModel by default chooses a kernel that needs CUDA's compiler."""
     import torch
     from transformers import AutoModelForSequenceClassification
 

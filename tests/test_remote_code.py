@@ -124,7 +124,7 @@ def test_a_tokenizers_own_code_is_not_run(model: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_every_load_refuses_a_folders_code(source: Path) -> None:
-    """Left out, the argument means that transformers asks."""
+    """Without the argument, transformers asks the user."""
     for call in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if (
             isinstance(call, ast.Call)
@@ -149,7 +149,7 @@ def test_processes_have_no_stdin(source: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_has_no_stdin(tmp_path: Path) -> None:
-    """What is typed into Snakemake's terminal, or piped into it, answers nothing in a job."""
+    """Input to Snakemake's terminal or pipe does not reach a job."""
     checkout = make_checkout(tmp_path / "checkout")
     asking = "import sys; sys.exit(f'said: {sys.stdin.read()!r}')"
     (checkout.folder / "workflow/arena_distill/__main__.py").write_text(asking)

@@ -1,4 +1,4 @@
-"""The report: whole, offline, and the same figures as `metrics.json`, also in a real browser."""
+"""The report: complete, offline, with the figures of `metrics.json`, also in a real browser."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def metrics(run: MadeUpRun) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """Tags, ids and addresses of a page, and the cells of its tables by caption."""
+    """Tags, ids and URLs of a page, and the cells of its tables by caption."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Page(HTMLParser):
 
 
 def table(page: str, caption: str) -> list[list[str]]:
-    """The rows of the table whose caption starts so, the header first."""
+    """The rows of the table whose caption starts with a text, header first."""
     return next(rows for name, rows in Page(page).tables.items() if name.startswith(caption))
 
 

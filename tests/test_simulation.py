@@ -1,4 +1,4 @@
-"""The synthetic arena: schema, determinism, votes that fit their probabilities, no give-away words."""
+"""The synthetic arena: schema, determinism, votes as likely as stated, no words that reveal them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`snakemake --profile slurm` on a real Slurm, and what it survives.
+"""`snakemake --profile slurm` on a real Slurm, with faults.
 
-The cluster is scripts/slurm_cluster.sh's: two nodes with four make-believe A100s each. The faults are
-inflicted on one training, long enough to be hit; it has to end with the weights of an uninterrupted one.
+scripts/slurm_cluster.sh makes the cluster: two nodes with four simulated A100s each. The faults
+hit one training that is long enough; it has to end with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ whole = pytest.mark.xdist_group("whole")  # tests of one run stay in one process
 
 
 def on_slurm(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
-    """Snakemake as users start it, but asking for news more often."""
+    """Snakemake as users start it, but with more frequent status checks."""
     command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
     log = open(checkout.folder / "snakemake.log", "a")  # noqa: SIM115
     return subprocess.Popen(
@@ -125,7 +125,7 @@ def test_the_submission_is_that_of_a_local_run(whole_run: Checkout, finished: Ch
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm remembers of a job: its wildcards, joined, and when and where it ran."""
+    """Slurm's record of a job: its wildcards, joined, and when and where it ran."""
 
     name: str
     start: str
@@ -145,7 +145,7 @@ def past_jobs(checkout: Checkout, rule: str) -> list[Job]:
 
 
 def gpus(checkout: Checkout, job: Job) -> str:
-    """The devices a training saw, by its own word."""
+    """The devices that a training saw, from its log."""
     judge, _, fold = job.name.rpartition("_")
     log = checkout.results / f"logs/train_teacher/{judge}_fold_{fold}.log"
     return re.findall(r"^GPUs: (.*)", log.read_text(), re.MULTILINE)[-1]
@@ -190,7 +190,7 @@ def test_nothing_is_left_to_do_and_no_checkpoint_lies_about(whole_run: Checkout)
 
 @dataclass
 class Victim:
-    """A checkout in which one training of half a minute is left to do."""
+    """A checkout in which only one training of half a minute is missing."""
 
     checkout: Checkout
     uninterrupted: bytes
@@ -215,14 +215,14 @@ class Victim:
         return text
 
     def queued(self, states: str = "all") -> list[str]:
-        """Numbers of this checkout's jobs, oldest first."""
+        """Ids of this checkout's jobs, oldest first."""
         lines = ask("squeue", "--noheader", f"--states={states}", "--format=%i %Z").splitlines()
         here = [line.split()[0] for line in lines if line.endswith(f" {self.checkout.folder}")]
         return sorted(here, key=int)
 
     @property
     def slurm_id(self) -> str:
-        """Of the training's last job."""
+        """The Slurm id of the training's last job."""
         return self.queued()[-1]
 
     @property
@@ -300,7 +300,7 @@ def test_a_lost_node_costs_nothing_but_time(victim: Victim) -> None:
 
 @pytest.fixture
 def one_minute(victim: Victim) -> Iterator[Victim]:
-    """A first attempt of a minute, the shortest that Slurm knows; the second has two."""
+    """The first attempt has one minute, the shortest limit of Slurm; the second has two."""
     victim.checkout.edit("mini.yaml", "runtime: 15", "runtime: 1")
     yield victim
     victim.checkout.edit("mini.yaml", "runtime: 1", "runtime: 15")
@@ -330,7 +330,7 @@ def state(job: str) -> str:
 
 
 def test_the_warning_before_a_time_limit_saves_a_checkpoint(victim: Victim) -> None:
-    """Sent by hand: Slurm sends it when it pleases within a minute."""
+    """The test sends the signal: Slurm sends it at any time within a minute."""
     victim.checkout.edit("mini.yaml", "checkpoint_minutes: 0.02", "checkpoint_minutes: 30.0")
     try:
         victim.start()

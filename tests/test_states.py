@@ -52,7 +52,7 @@ LAST_LAYER = re.compile(r"(score|classifier)(\.modules_to_save\.default)?$")
 
 
 def last_layer(judge: Any) -> torch.nn.Linear:
-    """The head, found in another way than the package does."""
+    """The head, found in another way than in the package."""
     return next(m for name, m in judge.named_modules() if LAST_LAYER.search(name) and "." in name)
 
 
@@ -147,7 +147,7 @@ def logits_settings(*states: Any, head: str = "joint") -> LogitsSettings:
 
 
 def adapter_of(run: Run, folder: Path, head: str = "joint") -> Path:
-    """A judge whose adapter does something."""
+    """A judge whose adapter changes the output."""
     pad_id = read_tokens(run.tokens).vocabulary.pad
     base = load_classifier(run.backbone, head=Head(kind=head), pad_token_id=pad_id, head_seed=0)
     judge = new_judge(base, LORA, 4)
@@ -448,7 +448,7 @@ def test_only_requested_states_are_planned(tmp_path: Path) -> None:
 def teachers(
     make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Path]]:
-    """Two judges' logits and states of every fold, of one family, with hidden sizes that differ."""
+    """Logits and states of every fold of two judges of one family with different hidden sizes."""
     run, folder = make_run("llama"), tmp_path_factory.mktemp("teachers")
     adapter = adapter_of(run, folder / "adapter")
     files: dict[str, list[Path]] = {"one": [], "two": []}

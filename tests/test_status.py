@@ -72,7 +72,7 @@ class Run:
         self.write(f".snakemake/slurm_logs/rule_train_teacher/llama_1/{job}.log", text, at)
 
     def started(self, slurm_job: str | None = None) -> None:
-        """What Snakemake itself notes when it starts the job."""
+        """Write what Snakemake itself notes when it starts the job."""
         persistence(self.folder)._mark_incomplete(JOB.outputs[0], slurm_job)
         for path in (self.folder / ".snakemake/incomplete").iterdir():
             os.utime(path, (STARTED, STARTED))
@@ -429,7 +429,7 @@ def test_states_of_slurm() -> None:
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Put a `squeue` of these shell commands first; returns where it notes its arguments."""
+    """Put a `squeue` of these shell commands first in PATH; returns the file with its arguments."""
 
     def make(commands: str) -> Path:
         calls = tmp_path / "calls"

@@ -1,4 +1,4 @@
-"""Judges derived for studies: which there are, what they share, what they are compared with."""
+"""Judges derived for studies: which ones, what they share, and their comparisons."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_recipe_is_compared_and_its_student_on_votes_alone() -> None:
 
 
 def test_what_recipes_share_is_there_once() -> None:
-    """The embedded default is the summary: nothing of it is trained a second time."""
+    """The embedded default equals `summary`: no part of it is trained twice."""
     config, found, graph = derived(compare={"recipes": ["summary", "blackpearl"]})
     (summary,) = [entry for entry in found.compared if entry.label == "summary"]
     assert summary.judge == config.final
@@ -149,7 +149,7 @@ def test_folds_drift_from_one_start_or_from_their_own() -> None:
 
 
 def test_a_judge_with_an_optimistic_score_is_compared_uncalibrated() -> None:
-    """The recipe's targets out of fold do not keep a calibrated run from being compared with it."""
+    """A calibrated run can be compared with a recipe whose targets are out of fold."""
     _, found, graph = derived(
         compare={"recipes": ["summary", "blackpearl"]},
         prediction={"max_lengths": [128], "calibration": "vector"},
@@ -175,7 +175,7 @@ def test_settings_of_the_comparison_survive_json() -> None:
 
 @pytest.mark.slow
 def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path) -> None:
-    """Two variants, two points of each curve, one of each start: all files, and figures that fit."""
+    """Two variants, two points of each curve, one of each start: all files, and consistent figures."""
     checkout = make_checkout(tmp_path / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
     config["defaults"]["pretraining"] = None
@@ -239,7 +239,7 @@ def test_an_interval_is_wider_where_battles_share_prompts() -> None:
 
 
 def test_differences_are_paired() -> None:
-    """Two judges that err on the same battles differ by a constant: the interval has no width."""
+    """Two judges with the same errors differ by a constant: the interval has no width."""
     loss = np.random.default_rng(1).exponential(size=500)
     votes = Votes.hard(np.zeros(500, int))
     drawn = bootstrap(np.stack([loss, loss + 0.01]), votes, np.arange(500) // 3, resamples=300)

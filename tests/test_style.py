@@ -1,4 +1,4 @@
-"""How answers differ at first sight."""
+"""Style features of the answers."""
 
 from __future__ import annotations
 

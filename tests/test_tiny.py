@@ -1,4 +1,4 @@
-"""The shipped tiny backbones: ordinary folders of their families, small, and worth a LoRA."""
+"""The shipped tiny backbones: small ordinary folders of their families, on which LoRA can learn."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_pretraining_writes_such_a_folder(family: str, tmp_path: Path) -> None:
 
 
 def pooled(family: str, battles: SimulatedBattles) -> np.ndarray:
-    """What a fresh head would see: the last token's hidden state, (rows, hidden)."""
+    """The input of a new head: the last token's hidden state, (rows, hidden)."""
     tokenizer = tokenizer_of(family)
     model = AutoModelForSequenceClassification.from_pretrained(
         TINY / family, num_labels=3, dtype=torch.float32

@@ -1,4 +1,4 @@
-"""Judges learn what they are shown, reproducibly, and from nothing they are validated on."""
+"""Judges learn from their training rows, reproducibly, and never from their validation rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def llama(make_run: Callable[..., Run]) -> Run:
 
 
 class Spy:
-    """Keeps the Examples that reach the Trainer, and the weights the training starts from."""
+    """Records the Examples that reach the Trainer, and the initial weights."""
 
     def __init__(self) -> None:
         self.examples: list[Examples] = []
@@ -291,7 +291,7 @@ def test_no_adapter_to_start_from_is_an_error(llama: Run, tmp_path: Path) -> Non
 def test_an_adapter_of_another_backbone_is_an_error(
     family: str, layers: int, pretrained: Path, tmp_path: Path
 ) -> None:
-    """PEFT loads what fits and warns of the rest: half a judge would go unseen."""
+    """PEFT loads the tensors that fit and only warns of the rest: half a judge would go unnoticed."""
     other = load_classifier(make_backbone(family, tmp_path / "other", layers=layers), head_seed=0)
     with pytest.raises(InputError, match="no adapter for this backbone"):
         load_adapter(other, pretrained)
@@ -320,7 +320,7 @@ def test_unknown_lora_targets_are_an_error(llama: Run) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_trained_is_float32(precision: Any, llama: Run) -> None:
-    """At 1e-5, steps of AdamW are smaller than what bfloat16 can add to a weight."""
+    """At 1e-5, steps of AdamW are too small for bfloat16 weights."""
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
     judge = new_judge(load_classifier(llama.backbone, dtype=frozen, head_seed=0), LORA, 0)
     for name, parameter in judge.named_parameters():
@@ -378,7 +378,7 @@ def test_the_same_seed_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_accumulation_changes_nothing(micro: int, llama: Run, tmp_path: Path) -> None:
-    """The mean is over the optimizer step, also in the last one, which is short."""
+    """The mean is over the optimizer step, also in the last, shorter one."""
     folds = read_parquet(llama.folds)
     assert len(training_rows(folds, 0)) * 2 % 8 != 0
     whole = fit(llama, tmp_path / "whole", launch=Launch(micro_batch_size=8))
@@ -392,7 +392,7 @@ def test_accumulation_changes_nothing(micro: int, llama: Run, tmp_path: Path) ->
 
 
 def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Path) -> None:
-    """One optimizer step over everything, against plain torch."""
+    """One optimizer step over all battles, compared with plain torch."""
     settings = training_settings(batch_size=1024, epochs=1)
     fit(llama, tmp_path / "x", batch_size=1024, launch=Launch(micro_batch_size=5))
     (reported,) = read_parquet(tmp_path / "x" / "history.parquet")["grad_norm"].to_pylist()
@@ -502,7 +502,7 @@ def test_micro_batches_make_the_batch_exactly(
 
 
 def test_a_student_follows_its_teachers(llama: Run, tmp_path: Path) -> None:
-    """Teachers that always see a tie: the student unlearns the votes."""
+    """Teachers always predict a tie: the student follows them, not the votes."""
     folds = read_parquet(llama.folds)
     files = []
     for fold in range(3):

@@ -22,7 +22,7 @@ class Backbone(Section):
     hub: str | None = None
     """A Hugging Face hub id; needs `revision`. Only this, data.fetch and endpoints use the network."""
     revision: str | None = None
-    """The commit on the hub, or a tag or branch: which commit that was, provenance.json tells."""
+    """A commit on the hub, or a tag or branch; provenance.json records the commit."""
     gguf: str | None = None
     """A GGUF file, converted once to an ordinary folder."""
     tiny: Family | None = None
@@ -30,7 +30,7 @@ class Backbone(Section):
     layers: PositiveInt | None = None
     """Keep only the first N layers: a cheap student of the same family."""
     tokenizer: str | None = None
-    """Another tokenizer's folder, with fresh embeddings of its size: for config/real-tokenizers.yaml."""
+    """A folder with another tokenizer, with new embeddings: for config/real-tokenizers.yaml."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Backbone:

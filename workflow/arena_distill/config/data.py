@@ -1,4 +1,4 @@
-"""The battles of a run: where they come from, how they are dealt into folds and searched for leaks."""
+"""The battles of a run: their sources, the split into folds, the leak audit."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ class Arena(Section):
     """The synthetic arena: battles with known vote probabilities (see ``battles.simulation``)."""
 
     seed: int = 2025
-    """Another seed, other battles."""
+    """Seed of the simulation."""
     train: PositiveInt = 2000
     """Labelled battles."""
     extra: NonNegativeInt = 600
-    """Labelled battles that join every training fold."""
+    """Labelled battles for training in every fold."""
     ut: NonNegativeInt = 1500
-    """Battles for post-pretraining, voted on by another population."""
+    """Battles for post-pretraining, with votes of another population."""
     test: PositiveInt = 500
     """Battles to predict."""
     unlabelled: NonNegativeInt = 0
-    """Battles without votes, which students learn from their teachers."""
+    """Battles without votes, for students."""
 
 
 class Fetch(Section):
-    """Where a file of battles is fetched from: exactly one of `kaggle`, `hub`."""
+    """The source of a file of battles: exactly one of `kaggle`, `hub`."""
 
     kaggle: str | None = None
-    """A competition on Kaggle; accept its rules there; you need a token."""
+    """A Kaggle competition. You need a token and have to accept its rules first."""
     hub: str | None = None
     """A data set on the Hugging Face hub; needs `revision`."""
     revision: str | None = None
-    """The commit on the hub, or a tag or branch: which commit that was, the file's provenance tells."""
+    """A commit on the hub, or a tag or branch; the file's provenance records the commit."""
     files: tuple[str, ...] = ()
-    """Its name there, or on the hub patterns; on Kaggle it is the name here unless it is given."""
+    """The file's name on Kaggle (default: the name here), or glob patterns on the hub."""
     format: Literal["battles", "ultrafeedback", "arena"] = "battles"
-    """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
+    """`battles`: unchanged; `ultrafeedback`: rated answers; `arena`: conversations with votes."""
     without: tuple[str, ...] = ()
-    """Files of battles: what asks one of their prompts is left out (`arena`)."""
+    """Files of battles whose prompts are left out (`arena`)."""
     seed: NonNegativeInt = 2025
-    """Decides which two answers meet (`ultrafeedback`)."""
+    """Selects the two answers of each battle (`ultrafeedback`)."""
 
     @model_validator(mode="after")
     def _known_place(self) -> Fetch:
@@ -98,21 +98,21 @@ class Data(Section):
     arena: Arena | None = None
     """Simulate the battles instead of reading files."""
     train: Sources = ()
-    """Labelled battles: files, folders or patterns, or sections that say how a file is understood."""
+    """Labelled battles: files, folders or patterns, or sections with options for a file."""
     extra: Sources = ()
-    """More labelled battles: they join every training fold and no validation fold."""
+    """More labelled battles: training rows of every fold, never validation rows."""
     ut: Sources = ()
     """Labelled battles for post-pretraining, such as UltraFeedback."""
     test: Sources = ()
     """Battles to predict."""
     unlabelled: Sources = ()
-    """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
+    """Battles without votes: students learn from their teachers' logits (see `pseudo_labels`)."""
     solution: str | None = None
-    """The test battles' votes, where known: the report then scores every variant on them."""
+    """The votes of the test battles, if known: the report then scores every variant on them."""
     max_refused: Share = 0.05
-    """The largest share of a source's rows that may be refused; more is an error."""
+    """The largest share of a source's rows that may be rejected; a larger share is an error."""
     fetch: dict[str, Fetch] = {}
-    """By file: where those of the above that are not there come from. Else nothing is fetched."""
+    """By file: the source of files that do not exist yet. Files not listed are never fetched."""
 
     @field_validator("fetch")
     @classmethod
@@ -158,18 +158,18 @@ class Data(Section):
 
 
 class Folds(Section):
-    """Cross-validation. Only `stratified_group` keeps battles of one prompt together."""
+    """Cross-validation. Only `stratified_group` keeps battles with the same prompt in one fold."""
 
     method: FoldMethod = "kfold"
     """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
     n: Annotated[int, Field(ge=2, le=127)] = 5
-    """How many folds."""
+    """Number of folds."""
     seed: NonNegativeInt = 42
-    """Decides which battle is dealt where."""
+    """Seed of the split."""
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the training prompts kept out of all folds, for choices (merge.weights: greedy)."""
+    """Share of the training prompts held out of all folds, for choices (merge.weights: greedy)."""
     near_duplicates: bool = False
-    """Keep prompts that are nearly the same together as well, by `audit`; with `stratified_group` only."""
+    """Also keep near-duplicate prompts (see `audit`) in one fold; only with `stratified_group`."""
 
     @model_validator(mode="after")
     def _near_duplicates_are_groups(self) -> Folds:
@@ -182,11 +182,11 @@ class Folds(Section):
 
 
 class Audit(Section):
-    """The leak audit: battles whose prompt, or nearly the same one, stands where it must not."""
+    """The leak audit: battles whose prompt, or a near-duplicate, is also in training data."""
 
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
-    """Prompts as similar as this are nearly the same: Jaccard's index of their runs of 5 characters."""
+    """Near-duplicates have at least this Jaccard index of their sequences of 5 characters."""
     permutations: Annotated[int, Field(ge=64, le=1024)] = 128
-    """Of MinHash, which finds candidates: more permutations, fewer needless comparisons."""
+    """Permutations of MinHash, which finds candidates: more give fewer unnecessary comparisons."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
-    """Of MinHash."""
+    """Seed of MinHash."""

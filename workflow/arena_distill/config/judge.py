@@ -41,18 +41,18 @@ class Encoding(Section):
     max_length: Annotated[int, Field(ge=32)] = 1024
     """Tokens per sequence in training and in the folds' logits."""
     sizes: bool = False
-    """State behind each answer how many tokens it has in full: what is cut off cannot be seen."""
+    """Append to each answer its number of tokens before truncation."""
     tokens_per_battle: Annotated[int, Field(ge=32)] | None = None
-    """Tokens per sequence on average: all, in tests too, are cut where training battles average that."""
+    """Mean tokens per sequence of training battles; one length limit, found from it, cuts all battles."""
 
 
 class Head(Section):
-    """What a judge reads at once, and what it answers; see ``models.heads``."""
+    """What a judge reads in one sequence, and its output; see ``models.heads``."""
 
     kind: Literal["joint", "pointwise"]
-    """`joint`: both answers in one sequence, three logits; `pointwise`: one answer, its strength."""
+    """`joint`: both answers in one sequence, three logits; `pointwise`: one answer, one strength."""
     ties: Literal["davidson", "rao_kupper"] = "davidson"
-    """How a pointwise judge's two strengths and its tie parameter become three logits."""
+    """The model of ties that turns two strengths and a tie parameter into three logits."""
     pooling: Literal["last", "mean"] = "last"
     """The head reads the last token's hidden state, or (decoders) the mean over the sequence's tokens."""
 
@@ -72,7 +72,7 @@ class Lora(Section):
     alpha: PositiveInt = 128
     """The update is scaled by alpha / r."""
     dropout: Share = 0.05
-    """Of the adapter's input, in training."""
+    """Dropout of the adapter's input in training."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
 
@@ -85,9 +85,9 @@ class Optimization(Section):
     epochs: PositiveFloat = 1
     """Passes over the battles (in both orders, with `swap`)."""
     batch_size: PositiveInt = 64
-    """Battles as shown (each order is one) per optimizer step, over all devices."""
+    """Examples (a battle in one order) per optimizer step, over all devices."""
     warmup_steps: NonNegativeInt = 100
-    """Optimizer steps from zero to `lr`."""
+    """Optimizer steps of the linear warm-up to `lr`."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
@@ -95,9 +95,9 @@ class Optimization(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     swap: bool = True
-    """Show every battle in both orders, the vote exchanged with the answers (pointwise: no need)."""
+    """Train on every battle in both orders, with the vote swapped (not needed for pointwise judges)."""
     seed: NonNegativeInt = 2025
-    """Decides the head's start, LoRA's start, dropout and the order of the rows."""
+    """Seed of the initial head and LoRA, of dropout and of the order of the rows."""
 
 
 class Pretraining(Optimization):
@@ -106,7 +106,7 @@ class Pretraining(Optimization):
     lr: PositiveFloat = 1e-5
     """Peak learning rate."""
     keep_head: bool = False
-    """Start the folds from the head learned here, instead of a fresh one."""
+    """Start the folds from the head learned here, not from a new one."""
 
 
 class Training(Optimization):
@@ -117,11 +117,11 @@ class Training(Optimization):
     epochs: PositiveFloat = 2
     """Passes over the battles (in both orders, with `swap`)."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learn from this share of the fold's battles: a random part, nested in that of larger shares."""
+    """Share of the fold's battles to train on: random, and part of every larger share."""
     fit_head: bool = False
     """Fit the head to the frozen backbone before training (a linear probe); set merge.heads: average."""
     own_start: bool = False
-    """Each fold draws a start of its own for head and LoRA: then only their products can be averaged."""
+    """Each fold has its own initial head and LoRA: then only their products can be averaged."""
 
 
 class Loss(Section):
@@ -130,9 +130,9 @@ class Loss(Section):
     ce: NonNegativeFloat = 0.3
     """Weight of the cross-entropy with the vote. Without teachers it is the only term."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a vote that is spread over all three classes (Szegedy et al. 2016, arXiv:1512.00567)."""
+    """Share of a vote that is spread over the three classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     focal: NonNegativeFloat = 0.0
-    """γ: cross-entropy counts (1 − p)^γ, less of what is foreseen (Lin et al. 2017, arXiv:1708.02002)."""
+    """γ: weights the cross-entropy by (1 − p)^γ (Lin et al. 2017, arXiv:1708.02002)."""
     kl: NonNegativeFloat = 0.7
     """Weight of KL(teacher ‖ student) at `temperature`."""
     cosine: NonNegativeFloat = 0.0
@@ -144,7 +144,7 @@ class Loss(Section):
     combine: Literal["mean_logits", "mean_probabilities", "separate"] = "mean_logits"
     """One target (the teachers' mean logits, or mean probabilities), or KL and cosine per teacher."""
     weights: Literal["equal", "fitted", "confidence"] = "equal"
-    """Of the teachers: `fitted` has the least log loss out of fold; `confidence` differs by battle."""
+    """Weights of teachers. `fitted`: least log loss out of fold; `confidence`: per battle."""
     features: NonNegativeFloat = 0.0
     """Weight of the distance to each teacher's last hidden state (PKD); needs the same kind of head."""
     attention: NonNegativeFloat = 0.0
@@ -171,28 +171,28 @@ class Merge(Section):
     average: FoldAverage = "factors"
     """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
     heads: FoldHeads = "first"
-    """The folds' mean head, or fold 0's."""
+    """The mean head of the folds, or that of fold 0."""
     weights: Literal["equal", "validation", "greedy"] = "equal"
-    """Of the folds: by their validation loss, or a greedy soup on held-out battles (folds.holdout)."""
+    """Weights of folds: by validation loss, or a greedy soup on held-out battles (folds.holdout)."""
 
 
 class Quantization(Section):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
 
     bits: Literal[2, 3, 4, 8] = 8
-    """Per weight; the head stays as it is."""
+    """Bits per weight; the head is not quantised."""
     group_size: PositiveInt = 128
     """Weights that share a scale; must divide every quantised layer's input size."""
     samples: PositiveInt = 128
-    """Training battles that calibrate."""
+    """Number of training battles for calibration."""
     seed: NonNegativeInt = 2025
-    """Decides which battles calibrate and which measure the drift."""
+    """Selects the battles for calibration and for measuring the drift."""
     validation_rows: PositiveInt = 512
-    """Training battles, others than those, on which the drift is measured."""
+    """Number of other training battles, for measuring the drift."""
     max_kl: PositiveFloat = 0.001
-    """The graph fails where mean KL(before ‖ after), in nats, is larger."""
+    """The drift check fails if mean KL(before ‖ after), in nats, is larger."""
     max_flip_rate: Share = 0.02
-    """The graph fails where a larger share of verdicts changes."""
+    """The drift check fails if a larger share of verdicts changes."""
 
 
 class Compute(Section):
@@ -201,27 +201,27 @@ class Compute(Section):
     threads: PositiveInt = 1
     """CPU cores per job."""
     gpus: NonNegativeInt = 0
-    """GPUs per job, 0 for the CPU. Training starts one process on each; batch_size stays what it is."""
+    """GPUs per job, 0 for the CPU. Training starts one process per GPU; batch_size does not change."""
     gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]*$")] = ""
-    """The cluster's name of the GPU, such as a100; empty takes any."""
+    """The cluster's name of the GPU, such as a100; empty: any."""
     fsdp: bool = False
-    """Spread the backbone over the GPUs instead of holding it on each: for what does not fit on one."""
+    """Shard the backbone over the GPUs, for backbones that do not fit on one."""
     mem_mb: PositiveInt = 4000
-    """Host memory per job, MB; every further attempt asks for as much again."""
+    """Host memory per job in MB, multiplied by the attempt."""
     disk_mb: PositiveInt = 1000
-    """Disk per job, MB; every further attempt asks for as much again."""
+    """Disk per job in MB, multiplied by the attempt."""
     runtime: PositiveInt = 120
-    """Minutes; every further attempt asks for as much again."""
+    """Time limit in minutes, multiplied by the attempt."""
     checkpoint_minutes: NonNegativeFloat = 30.0
-    """Minutes between a training's checkpoints: what a crash costs at most. 0: after each step."""
+    """Minutes between checkpoints of a training. 0: after each step."""
     micro_batch_size: PositiveInt = 8
-    """Battles as shown per device and forward pass; the rest of the batch is accumulated."""
+    """Examples per device and forward pass; gradients of the batch are accumulated."""
     batch_tokens: PositiveInt = 16384
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, much less memory."""
     attention: Attention = "auto"
-    """`auto`: flash_attention_2 where package, GPU and model let it, else what transformers chooses."""
+    """`auto`: flash_attention_2 if package, GPU and model support it, else transformers' choice."""
 
     @model_validator(mode="after")
     def _fsdp_needs_several(self) -> Compute:
@@ -234,13 +234,13 @@ class Logits(Section):
     """Scoring of a fold's battles, for evaluation and for students."""
 
     shards: PositiveInt = 1
-    """Jobs that share a fold's scoring; what they gather is what one job would have written."""
+    """Number of jobs that share the scoring of a fold; the result is the same."""
     gpus: PositiveInt | None = None
-    """GPUs of each job that scores: several share the layers of one judge. null: one, or all with fsdp."""
+    """GPUs per scoring job; several share the layers of the judge. null: one, or all with fsdp."""
 
 
 class JudgeDefaults(Section):
-    """What a judge is, apart from its backbone and teachers."""
+    """All settings of a judge except its backbone and teachers."""
 
     encoding: Encoding = Encoding()
     """Template, truncation, length."""
@@ -251,17 +251,17 @@ class JudgeDefaults(Section):
     lora: Lora = Lora()
     """The adapter."""
     precision: Precision = "bf16"
-    """`fp32`; `bf16`; `nf4`: bf16 over a frozen backbone of 4 bits (QLoRA); losses are float32 always."""
+    """`nf4`: bf16 over a frozen 4-bit backbone (QLoRA). Losses are always float32."""
     pretraining: Pretraining | None = Pretraining()
     """null: start from the backbone."""
     training: Training = Training()
     """Of the folds."""
     targets: Targets = "out_of_fold"
-    """A student's teacher logits: from the fold model that never saw the row, or the fold's own."""
+    """A student's teacher logits: from the fold model that never saw the row, or from its own fold."""
     loss: Loss = Loss()
     """Of the folds."""
     pseudo_labels: bool = True
-    """A student also learns the unlabelled battles, by its teachers' logits alone (`kl`, `cosine`)."""
+    """A student also learns from its teachers' logits of unlabelled battles (`kl`, `cosine`)."""
     logits: Logits = Logits()
     """Of the folds."""
     merge: Merge = Merge()
@@ -269,7 +269,7 @@ class JudgeDefaults(Section):
     quantization: Quantization | None = Quantization()
     """null: the merged model is the final one."""
     compute: Compute = Compute()
-    """How jobs run, never what they compute."""
+    """How jobs run, never their results."""
 
     def dense_precision(self) -> Precision:
         """Of the merged model: adapters are merged into the backbone as it was before NF4."""
@@ -280,11 +280,11 @@ class Judge(JudgeDefaults):
     """A node of the graph. Without teachers it learns from votes, with teachers it is distilled."""
 
     external: External | None = None
-    """In the place of a backbone: a file of logits, or an endpoint that is asked."""
+    """Instead of a backbone: a file of logits, or an endpoint."""
     backbone: Backbone | None = Field(None, validate_default=True)
-    """The pretrained model under it; required unless the judge is external."""
+    """The pretrained model; required unless the judge is external."""
     teachers: tuple[Name, ...] = ()
-    """Judges whose logits it learns from; none: it learns from votes."""
+    """Judges whose logits it learns from; empty: it learns from votes."""
 
     def before_folds(self) -> tuple[Any, ...]:
         """What decides the post-pretrained adapter. (What becomes of its head, the folds decide.)"""

@@ -149,7 +149,7 @@ class FoldsSettings(Settings, Folds):
 
 
 class AuditSettings(Settings, Audit):
-    """How leaks are looked for."""
+    """How the leak audit compares prompts."""
 
     @classmethod
     def of(cls, config: Config) -> AuditSettings:

@@ -12,16 +12,16 @@ Accelerator = Literal["a100-80g", "a100-40g", "h100-80g", "h200", "l40s", "rtx-4
 
 
 class PlannedBattles(Section):
-    """Battles per source, where the run has not read them yet. Of sources that it lacks nothing counts."""
+    """Battles per source, if the run has not read them yet. Sources that the run lacks are ignored."""
 
     train: PositiveInt = 57477
-    """As many as the competition's."""
+    """As in the competition."""
     extra: NonNegativeInt = 33000
-    """As many as the winners had."""
+    """As for the winners."""
     ut: NonNegativeInt = 60000
     """A pair of answers for nearly every prompt of UltraFeedback."""
     test: PositiveInt = 25000
-    """About as many as the competition's hidden ones."""
+    """About as in the competition's hidden test set."""
     unlabelled: NonNegativeInt = 50000
     """A guess."""
 
@@ -30,26 +30,26 @@ class Plan(Section):
     """`arena-distill plan`: the machines, and assumptions for missing data. Rebuilds nothing."""
 
     accelerator: Accelerator = "a100-80g"
-    """The GPU of every job that has one."""
+    """The model of all GPUs."""
     nodes: PositiveInt = 1
-    """Machines that work at a time."""
+    """Number of machines."""
     gpus_per_node: PositiveInt = 8
-    """GPUs of each."""
+    """GPUs per machine."""
     cores_per_node: PositiveInt = 64
-    """CPU cores of each."""
+    """CPU cores per machine."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.18
-    """Share of the peak FLOP/s that is reached: 0.18 is what the winners' published durations come to."""
+    """Reached share of the peak FLOP/s; 0.18 fits the winners' published durations."""
     price_per_gpu_hour: NonNegativeFloat | None = None
-    """In any currency; null: no price is told."""
+    """Price in any currency; null: no price is printed."""
     battles: PlannedBattles = PlannedBattles()
     """How many."""
     tokens_per_battle: PositiveFloat = 850.0
-    """Mean of a battle's tokens, prompt and both answers, before it is cut at max_length."""
+    """Mean tokens of a battle, prompt and both answers, before truncation."""
     tokens_spread: PositiveFloat = 0.9
-    """Standard deviation of their logarithm: lengths are taken to be log-normal."""
+    """Standard deviation of the logarithm of these tokens: lengths are assumed log-normal."""
     one_answer: Annotated[float, Field(gt=0, le=1)] = 0.56
-    """Share of a battle's tokens in its prompt and one answer, which is what a pointwise judge is shown."""
+    """Share of a battle's tokens in its prompt and one answer: a sequence of a pointwise judge."""
     disk_gb_per_s: PositiveFloat = 1.0
-    """What a job reads and writes of models."""
+    """Speed at which jobs read and write models, GB/s."""
     startup: NonNegativeFloat = 60.0
-    """Seconds of each job before it works: the queue, imports."""
+    """Seconds of each job before it computes: queue, imports."""

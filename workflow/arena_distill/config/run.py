@@ -42,27 +42,27 @@ from arena_distill.verdicts import Order
 
 
 class Cascade(Section):
-    """Battles go on from the shortest length to the longer ones only where the judge is not sure."""
+    """Battles are scored at the longer lengths only if the judge is not sure at the shortest."""
 
     threshold: Share
-    """A battle goes on if its likeliest verdict has less (probability by the mean logits of all orders)."""
+    """A battle continues if its most probable verdict is below this (mean logits of all orders)."""
 
 
 class Prediction(Section):
     """Test-time augmentation: every battle is scored at each length and in each order."""
 
     max_lengths: tuple[Annotated[int, Field(ge=32)], ...] = Field((1024, 2000), min_length=1)
-    """Tokens per sequence; several are averaged."""
+    """Tokens per sequence; the scores of several lengths are averaged."""
     orders: tuple[Order, ...] = Field(("AB", "BA"), min_length=1)
-    """Several are averaged, the verdict of BA exchanged back first."""
+    """The orders to score and average; verdicts of BA are swapped back first."""
     average: ViewAverage = "logits"
     """What is averaged."""
     model: ModelKind = "gptq"
-    """The one whose predictions are submitted; both are scored where both exist."""
+    """The model whose predictions are submitted; if both exist, both are scored."""
     calibration: Calibration = "none"
-    """Fitted to out-of-fold logits, so these may not be optimistic; `style` also knows how answers look."""
+    """Fitted to logits out of fold, which must not be optimistic; `style` also uses style features."""
     cascade: Cascade | None = None
-    """Spares forward passes at the longer lengths. null: every battle is scored at every length."""
+    """Saves forward passes at the longer lengths. null: every battle is scored at every length."""
 
     @model_validator(mode="after")
     def _a_cascade_has_steps(self) -> Prediction:
@@ -77,34 +77,34 @@ class Compare(Section):
     """`snakemake compare`: the final judge and its teachers under several recipes."""
 
     recipes: tuple[Name, ...] = ("summary", "blackpearl", "best")
-    """Names of config/recipes/*.yaml; what two of them share is computed once."""
+    """Names of files in config/recipes; what two recipes share is computed once."""
     variants: dict[Name, dict[str, Any]] = {}
-    """More of them, by name: keys of `defaults` that differ, such as `{targets: in_sample}`."""
+    """More recipes, by name: keys of `defaults` that differ, such as `{targets: in_sample}`."""
     votes: bool = True
-    """Beside each student the same judge trained on votes alone: what distillation adds."""
+    """For each student, also train the same judge on votes alone: the effect of distillation."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(max_length=20)] = ()
-    """Also train each of them with these seeds (training.seed): how much of a difference is luck."""
+    """Also train each judge with these seeds (training.seed), to see the variation by chance."""
     runs: tuple[str, ...] = ()
-    """Folders of other runs: their judges join the table, on the battles both have."""
+    """Folders of other runs, whose judges are compared on the common battles."""
     resamples: Annotated[int, Field(ge=100)] = 2000
-    """Of the bootstrap."""
+    """Resamples of the bootstrap."""
 
 
 class Studies(Section):
-    """`snakemake curves` and `snakemake averaging`: what happens with more battles, and between folds."""
+    """`snakemake curves` and `snakemake averaging`: more battles, and folds that drift apart."""
 
     curve_judges: tuple[Name, ...] = ()
-    """Judges whose learning curves are drawn; none: the final one, on votes, with both heads."""
+    """Judges whose learning curves are drawn; empty: the final one, on votes, with both heads."""
     curve_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.125, 0.25, 0.5, 1)
-    """Of a fold's training battles, for the points of a learning curve."""
+    """Shares of a fold's training battles: the points of a learning curve."""
     curve_folds: PositiveInt = 1
-    """How many of the folds a learning curve is the mean of."""
+    """Number of folds whose mean is a learning curve."""
     averaging_epochs: tuple[PositiveFloat, ...] = (0.25, 0.5, 1, 2, 4)
-    """How long the folds train apart before they are averaged."""
+    """Epochs that the folds train before they are averaged."""
 
 
 class Environments(Section):
-    """Python interpreters of the two environments; relative paths start at the checkout."""
+    """Python interpreters of the two environments; paths are relative to the checkout."""
 
     main: str | None = None
     """null: the interpreter that runs Snakemake."""
@@ -121,27 +121,27 @@ class Config(Section):
     results: str = "results"
     """The folder of all runs."""
     environments: Environments = Environments()
-    """The interpreters jobs run with; `--sdm conda` uses envs/*.yaml instead."""
+    """The Python interpreters of the jobs; `--sdm conda` uses envs/*.yaml instead."""
     data: Data
     """Where the battles come from."""
     folds: Folds = Folds()
-    """How training battles are dealt into folds."""
+    """How training battles are split into folds."""
     audit: Audit = Audit()
-    """How leaks are looked for."""
+    """How the leak audit compares prompts."""
     defaults: JudgeDefaults = JudgeDefaults()
-    """What every judge is unless it says otherwise."""
+    """Settings of every judge; a judge overrides them."""
     judges: dict[Name, Judge] = Field(min_length=1)
     """The nodes of the graph, by name."""
     final: Name
     """The judge that is merged, quantised and submitted."""
     prediction: Prediction = Prediction()
-    """How the test battles are predicted."""
+    """How test battles are scored and averaged."""
     compare: Compare = Compare()
-    """What `snakemake compare` sets side by side."""
+    """What `snakemake compare` compares."""
     studies: Studies = Studies()
-    """Learning curves, and averaging as folds drift apart."""
+    """Learning curves, and averaging of folds that drift apart."""
     plan: Plan = Plan()
-    """What the run will cost."""
+    """Assumptions about the cost of the run."""
 
     @model_validator(mode="before")
     @classmethod

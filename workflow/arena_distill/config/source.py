@@ -1,4 +1,4 @@
-"""A file of battles as the configuration names it: where it is, and how it is to be understood."""
+"""A file of battles in the configuration: its path, and how to interpret it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from arena_distill.config.section import Section
 from arena_distill.config.vocabulary import BattleFormat, Escape
 
 SOURCES = ("train", "extra", "ut", "test", "unlabelled")
-"""What battles are for: the keys of `data` with files, in the order of the canonical file."""
+"""The sources of battles: the keys of `data` with files, in the order of the canonical file."""
 
 KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
 PACKED = {"gz": "gzip", "zst": "zstd"}
 SUFFIXES = tuple(f".{kind}" for kind in KINDS) + tuple(
     f".{kind}.{packed}" for kind in KINDS[1:] for packed in PACKED
 )
-"""How the names of files of battles end."""
+"""Suffixes of files of battles."""
 
 TEXT_COLUMNS = (
     *("prompt", "system", "response_a", "response_b", "conversation_a", "conversation_b"),
@@ -32,26 +32,26 @@ COLUMNS = (
     *("model_a", "model_b", "model_chosen", "model_rejected"),
     *("language", "category", "turn", "judge"),
 )
-"""The names that columns have here, whatever they are called in a file."""
+"""Our names of the columns, independent of their names in a file."""
 
 
 class Reading(Section):
-    """How a file of battles is understood."""
+    """How to interpret a file of battles."""
 
     format: Literal["auto"] | BattleFormat = "auto"
     """`auto`: by the names of the columns."""
     columns: dict[str, str | None] = {}
-    """By our name of a column, its name in the file; null: the file's column is not used."""
+    """By our name of a column, its name in the file; null: do not use that column."""
     text: Literal["auto", "plain", "turns"] = "auto"
     """`turns`: cells of text are JSON lists of turns; `plain`: texts; `auto`: by what a column holds."""
     ties: dict[str, Literal["tie", "drop"]] = {}
-    """By word of the vote, such as `both_bad`: whether it is a tie, or the row is left out."""
+    """For words of the vote, such as `both_bad`: a tie, or the row is left out."""
     missing_votes: Literal["refuse", "keep"] = "refuse"
     """`keep`: rows without a vote become battles of `unlabelled`."""
     system: Literal["turn", "drop"] = "turn"
     """A system prompt is the first turn of the prompt, or is left out."""
     escape: Escape = "none"
-    """`backslash`: quotes in cells of a CSV file have one before them; `none`: they are doubled."""
+    """How a CSV file writes quotes in cells. `backslash`: with one before them; `none`: doubled."""
 
     @field_validator("columns")
     @classmethod
