@@ -66,7 +66,7 @@ VERSIONS = {
     "comparison": 4,
     "curves": 2,
     "averaging": 1,
-    "report": 3,
+    "report": 4,
 }
 
 
