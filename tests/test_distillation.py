@@ -21,7 +21,6 @@ from arena_distill.training.linear_probe import fit_weights
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import (
     VOTE_LOSS,
-    as_seen,
     select_rows,
     teacher_logits,
     teacher_weights,
@@ -409,12 +408,6 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"fold_0\.npy"):
         teacher_targets({"teacher": [file]}, table([("train", "0")]), "in_sample")
-
-
-def test_swapped_rows_have_their_targets_exchanged() -> None:
-    targets = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
-    np.testing.assert_array_equal(as_seen(targets, 0), targets[:, :, 0])
-    np.testing.assert_array_equal(as_seen(targets, 1), targets[:, :, 1][..., [1, 0, 2]])
 
 
 # --- what targets know --------------------------------------------------------------------------------

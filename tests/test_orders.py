@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arena_distill.verdicts import CLASSES, NO_VOTE, ORDERS, Votes, swap_classes
+from arena_distill.verdicts import CLASSES, NO_VOTE, ORDERS, Order, Votes, exchange, swap_classes
 
 
 @given(hnp.arrays(np.int64, st.integers(0, 9), elements=st.integers(NO_VOTE, 2)))
@@ -37,6 +37,21 @@ def test_the_label_of_a_soft_vote_is_its_likeliest_class() -> None:
 def test_swapping_logits_twice_is_the_identity(logits: np.ndarray) -> None:
     np.testing.assert_array_equal(swap_classes(swap_classes(logits)), logits)
     np.testing.assert_array_equal(swap_classes(logits)[..., 2], logits[..., 2])
+
+
+@given(
+    hnp.arrays(np.float32, (2, 3, 2, 3), elements=st.floats(-9, 9, width=32)),
+    st.permutations(ORDERS),
+)
+def test_what_was_stored_is_shown_to_students_as_the_judge_saw_it(
+    seen: np.ndarray, orders: list[Order]
+) -> None:
+    stored = exchange(seen, orders)
+    ab, ba = orders.index("AB"), orders.index("BA")
+    assert stored.dtype == seen.dtype
+    np.testing.assert_array_equal(stored[..., ab, :], seen[..., ab, :])
+    np.testing.assert_array_equal(stored[..., ba, :], swap_classes(seen[..., ba, :]))
+    np.testing.assert_array_equal(exchange(stored, orders), seen)
 
 
 def test_swapping_exchanges_a_and_b_and_leaves_ties() -> None:

@@ -73,7 +73,7 @@ from arena_distill.training.examples import Examples
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import VOTE_LOSS, select_rows, teacher_logits
 from arena_distill.training.trainer import train_fold
-from arena_distill.verdicts import CLASSES, NO_VOTE, Votes
+from arena_distill.verdicts import CLASSES, NO_VOTE, Votes, swap_classes
 
 ENCODING = Encoding(max_length=96)
 BARE, SHARING = 16, 12
@@ -449,6 +449,7 @@ def test_no_vote_reaches_the_loss_in_either_order(
         )
     )
     np.testing.assert_array_equal(given.teachers[: len(votes)], targets[:, :, 0])
+    np.testing.assert_array_equal(given.teachers[len(votes) :], swap_classes(targets[:, :, 1]))
 
 
 @given(st.floats(0, 50), st.integers(0, 2**32 - 1))

@@ -2,14 +2,15 @@
 
 Classes are always 0 = model_a, 1 = model_b, 2 = tie. Files hold logits in this canonical frame for both
 orders, so a reader can average over orders directly. The frame of the answers as shown is used in
-two places only: right after a forward pass, and for the targets of swapped rows. The exchange is its
-own inverse, so :func:`swap_classes` works both ways.
+two places only: right after the judge answers, and for the targets of swapped rows. The exchange is its
+own inverse, so :func:`exchange` works both ways.
 
 A vote is three probabilities in that order, a battle's weight is how much it counts: see :class:`Votes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -74,3 +75,9 @@ class Votes:
 def swap_classes(scores: np.ndarray) -> np.ndarray:
     """Exchange model_a and model_b in logits or probabilities: float (..., 3) → same shape."""
     return scores[..., _EXCHANGED]
+
+
+def exchange(scores: np.ndarray, orders: Sequence[Order] = ORDERS) -> np.ndarray:
+    """Scores as shown in each order → scores in the canonical frame, or back: float (..., orders, 3)."""
+    swapped = np.array(orders)[:, None] == "BA"
+    return np.where(swapped, swap_classes(scores), scores)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arena_distill.config.judge import Head
-from arena_distill.verdicts import CLASSES, ORDERS, Order, swap_classes
+from arena_distill.verdicts import CLASSES, ORDERS, Order, exchange
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +52,7 @@ def verdicts(outputs: np.ndarray, head: Head, orders: Sequence[Order] = ORDERS) 
         float32 (rows, orders, 3); equal in both orders for a pointwise judge.
     """
     if head.kind == "joint":
-        exchanged = [
-            swap_classes(outputs[:, i]) if order == "BA" else outputs[:, i]
-            for i, order in enumerate(orders)
-        ]
-        return np.stack(exchanged, axis=1)
+        return exchange(outputs, orders)
     import torch
 
     logits = battle_logits(torch.from_numpy(np.ascontiguousarray(outputs)), head).numpy()

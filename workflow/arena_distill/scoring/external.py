@@ -32,7 +32,7 @@ from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.files.readers import column_texts, read_table
 from arena_distill.scoring import endpoint
 from arena_distill.scoring.endpoint import Alternative, Request, Token
-from arena_distill.verdicts import CLASSES, ORDERS, Order, swap_classes
+from arena_distill.verdicts import CLASSES, ORDERS, Order, exchange
 
 COLUMNS: Mapping[str, tuple[str, str, str]] = {
     # The forms of a file, and their columns of A, B and tie.
@@ -255,7 +255,7 @@ def query_endpoint(
             "before it answers, switch that off (parameters)"
         )
     seen = _log_softmax(scores)[number_of].reshape(-1, len(ORDERS), len(CLASSES))
-    logits = np.stack([seen[:, 0], swap_classes(seen[:, 1])], axis=1).astype(np.float32)
+    logits = exchange(seen).astype(np.float32)
     prompt_tokens, completion_tokens = counted.sum(axis=0).tolist()
     priced = limits.prompt_price is not None
     figures = {

@@ -17,8 +17,7 @@ from arena_distill.config.phases import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import Sequences, Tokens
 from arena_distill.encoding.views import encode_views
-from arena_distill.training.targets import as_seen
-from arena_distill.verdicts import ORDERS, Votes, swap_classes
+from arena_distill.verdicts import ORDERS, Votes, exchange
 
 FILLER = -100
 """The label that the Trainer ignores when it counts battles."""
@@ -136,20 +135,18 @@ def make_examples(
         shown = tuple(encode_views(tokens, settings.encoding, settings.head))
         return Examples(shown, votes, both, weights, len(tokens), states)
     orders = ORDERS if optimization(settings).swap else ORDERS[:1]
-    shown_as = {"AB": votes.probabilities, "BA": swap_classes(votes.probabilities)}
+
+    def as_shown(values: np.ndarray) -> np.ndarray:
+        """Canonical (rows, ..., orders, 3) → (battles as shown, ..., 3)."""
+        return np.concatenate(np.moveaxis(exchange(values), -2, 0)[: len(orders)])
 
     def by_order(values: np.ndarray) -> np.ndarray:
         return np.concatenate([values[:, i : i + 1] for i, _ in enumerate(orders)])
 
     return Examples(
         (Sequences.concatenate(encode_views(tokens, settings.encoding, settings.head, orders)),),
-        Votes(
-            np.concatenate([shown_as[order] for order in orders]),
-            np.tile(votes.weights, len(orders)),
-        ),
-        None
-        if targets is None
-        else np.concatenate([as_seen(targets, i) for i, _ in enumerate(orders)]),
+        Votes(as_shown(votes.probabilities[:, None]), np.tile(votes.weights, len(orders))),
+        None if targets is None else as_shown(targets),
         None if weights is None else np.concatenate([weights] * len(orders)),
         len(tokens),
         {name: tuple(map(by_order, each)) for name, each in states.items()},

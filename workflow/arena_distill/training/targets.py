@@ -28,7 +28,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states
-from arena_distill.verdicts import Votes, swap_classes
+from arena_distill.verdicts import Votes
 
 VOTE_LOSS = Loss(ce=1.0, kl=0.0, cosine=0.0)
 """The loss of a judge without teachers: cross-entropy with the vote."""
@@ -153,12 +153,6 @@ def _in_sample(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selecti
     positions = locate(wanted, key(ids), f"{teacher}'s in-sample logits in {file}")
     none = np.empty(0, np.int64)
     return Selection(len(wanted), none, (Part(file, positions, np.arange(len(wanted)), none),))
-
-
-def as_seen(targets: np.ndarray, order: int) -> np.ndarray:
-    """Targets of one order, with the classes in the order of the sequence: (rows, teachers, 3)."""
-    logits = targets[:, :, order]
-    return swap_classes(logits) if order else logits
 
 
 def teacher_weights(
