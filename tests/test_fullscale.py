@@ -123,7 +123,7 @@ def test_models_and_data_are_pinned(recipe: str) -> None:
     revisions += [origin.revision for origin in config.data.fetch.values() if origin.hub]
     assert all(re.fullmatch("[0-9a-f]{40}", str(revision)) for revision in revisions)
     assert config.data.fetch.keys() == {
-        f for s in config.data.sources() for f in getattr(config.data, s)
+        f.path for s in config.data.sources() for f in getattr(config.data, s)
     }
 
 
