@@ -102,11 +102,11 @@ class Graph:
 
     def _time(self, command: list[str], folder: Path) -> None:
         start = time.perf_counter()
-        told, usage = run(command, folder)
+        printed, usage = run(command, folder)
         self.wall = time.perf_counter() - start
         self.cpu = usage.ru_utime + usage.ru_stime
         self.memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        self.jobs = int(re.findall(r"^total +(\d+)$", told, re.MULTILINE)[-1])
+        self.jobs = int(re.findall(r"^total +(\d+)$", printed, re.MULTILINE)[-1])
 
     def _attribute(self, stats: pstats.Stats) -> None:
         """Split the profile in two, ours and Snakemake's, by the calls from one into the other.
@@ -151,10 +151,10 @@ def run(command: list[str], folder: Path) -> tuple[str, resource.struct_rusage]:
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
-        told = output.read()
+        printed = output.read()
     if child.returncode:
-        sys.exit(told)
-    return told, usage
+        sys.exit(printed)
+    return printed, usage
 
 
 def row(graph: Graph, smaller: Graph | None) -> str:

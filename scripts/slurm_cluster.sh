@@ -41,7 +41,7 @@ start() {
     install_slurm
     mkdir -p "${link%/*}"
     ln -sfn "$SLURM_CONF" "$link"
-    # --force: go on where a folder above is writable by a group.
+    # --force: accept a parent folder that a group can write to.
     launch munged munged --force --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" \
         --socket="$base/munge/socket" --key-file="$base/munge/key" --seed-file="$base/munge/seed"
     wait_for 10 munge --no-input --socket="$base/munge/socket" || broken munged
@@ -54,7 +54,7 @@ start() {
 
 stop() {
     [[ -e $base ]] || { say "nothing to stop"; return; }
-    if [[ $(pid_of slurmctld) ]]; then # a few seconds for jobs that tidy up when told to go
+    if [[ $(pid_of slurmctld) ]]; then # give cancelled jobs a few seconds to clean up
         timeout 10 squeue --noheader --format=%A | timeout 10 xargs --no-run-if-empty scancel || true
         wait_for 5 no_jobs || true
     fi
@@ -105,7 +105,7 @@ write_files() {
     mkdir -p "$base"/{log,run,state,spool,munge,dev}
     node="NodeHostname=$host NodeAddr=$address CPUs=32 RealMemory=256000 Gres=gpu:a100:4"
     # cred_expire: how long a requeued job waits before it starts again (120 s if unset).
-    # DefMemPerCPU: a job that asks for no memory would be given all of the node's.
+    # DefMemPerCPU: without it, a job that requests no memory gets all memory of the node.
     # config_overrides: the nodes have the CPUs and the memory written here, whatever the machine has.
     cat > "$SLURM_CONF" <<CONF
 $marker
