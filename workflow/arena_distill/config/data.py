@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from arena_distill.config.section import Section, Share
+from arena_distill.config.section import FilePath, Section, Seed, Share, Word
 from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import FoldMethod
 
@@ -23,7 +23,7 @@ from arena_distill.config.vocabulary import FoldMethod
 class Arena(Section):
     """The synthetic arena: battles with known vote probabilities (see ``battles.simulation``)."""
 
-    seed: int = 2025
+    seed: Seed = 2025
     """Another seed, other battles."""
     train: PositiveInt = 2000
     """Labelled battles."""
@@ -40,19 +40,19 @@ class Arena(Section):
 class Fetch(Section):
     """Where a file of battles is fetched from: exactly one of `kaggle`, `hub`."""
 
-    kaggle: str | None = None
+    kaggle: Word | None = None
     """A competition on Kaggle; accept its rules there; you need a token."""
-    hub: str | None = None
+    hub: Word | None = None
     """A data set on the Hugging Face hub; needs `revision`."""
-    revision: str | None = None
+    revision: Word | None = None
     """The commit on the hub, or a tag or branch: which commit that was, the file's provenance tells."""
     files: tuple[str, ...] = ()
     """Its name there, or on the hub patterns; on Kaggle it is the name here unless it is given."""
     format: Literal["battles", "ultrafeedback", "arena"] = "battles"
     """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
-    without: tuple[str, ...] = ()
+    without: tuple[FilePath, ...] = ()
     """Files of battles: what asks one of their prompts is left out (`arena`)."""
-    seed: NonNegativeInt = 2025
+    seed: Seed = 2025
     """Decides which two answers meet (`ultrafeedback`)."""
 
     @model_validator(mode="after")
@@ -107,11 +107,11 @@ class Data(Section):
     """Battles to predict."""
     unlabelled: Sources = ()
     """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
-    solution: str | None = None
+    solution: FilePath | None = None
     """The test battles' votes, where known: the report then scores every variant on them."""
     max_refused: Share = 0.05
     """The largest share of a source's rows that may be refused; more is an error."""
-    fetch: dict[str, Fetch] = {}
+    fetch: dict[FilePath, Fetch] = {}
     """By file: where those of the above that are not there come from. Else nothing is fetched."""
 
     @field_validator("fetch")
@@ -164,7 +164,7 @@ class Folds(Section):
     """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
     n: Annotated[int, Field(ge=2, le=127)] = 5
     """How many folds."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Decides which battle is dealt where."""
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training prompts kept out of all folds, for choices (merge.weights: greedy)."""
@@ -188,5 +188,5 @@ class Audit(Section):
     """Prompts as similar as this are nearly the same: Jaccard's index of their runs of 5 characters."""
     permutations: Annotated[int, Field(ge=64, le=1024)] = 128
     """Of MinHash, which finds candidates: more permutations, fewer needless comparisons."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
+    seed: Seed = 2025
     """Of MinHash."""

@@ -21,8 +21,8 @@ from pydantic import (
 
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.external import External
-from arena_distill.config.section import Name, Section, Share
-from arena_distill.config.vocabulary import FoldAverage, FoldHeads
+from arena_distill.config.section import Distinct, Name, Section, Seed, Share, Word
+from arena_distill.config.vocabulary import FoldAverage, FoldHeads, GroupSize
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Targets = Literal["out_of_fold", "in_sample"]
@@ -73,7 +73,9 @@ class Lora(Section):
     """The update is scaled by alpha / r."""
     dropout: Share = 0.05
     """Of the adapter's input, in training."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[tuple[Word, ...], Field(min_length=1)] | Literal["all-linear"] = (
+        "all-linear"
+    )
     """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
 
 
@@ -96,7 +98,7 @@ class Optimization(Section):
     """Gradients are clipped to this norm."""
     swap: bool = True
     """Show every battle in both orders, the vote exchanged with the answers (pointwise: no need)."""
-    seed: NonNegativeInt = 2025
+    seed: Seed = 2025
     """Decides the head's start, LoRA's start, dropout and the order of the rows."""
 
 
@@ -181,11 +183,11 @@ class Quantization(Section):
 
     bits: Literal[2, 3, 4, 8] = 8
     """Per weight; the head stays as it is."""
-    group_size: PositiveInt = 128
+    group_size: GroupSize = 128
     """Weights that share a scale; must divide every quantised layer's input size."""
-    samples: PositiveInt = 128
+    samples: Annotated[int, Field(ge=16)] = 128
     """Training battles that calibrate."""
-    seed: NonNegativeInt = 2025
+    seed: Seed = 2025
     """Decides which battles calibrate and which measure the drift."""
     validation_rows: PositiveInt = 512
     """Training battles, others than those, on which the drift is measured."""
@@ -283,7 +285,7 @@ class Judge(JudgeDefaults):
     """In the place of a backbone: a file of logits, or an endpoint that is asked."""
     backbone: Backbone | None = Field(None, validate_default=True)
     """The pretrained model under it; required unless the judge is external."""
-    teachers: tuple[Name, ...] = ()
+    teachers: Distinct[tuple[Name, ...]] = ()
     """Judges whose logits it learns from; none: it learns from votes."""
 
     def before_folds(self) -> tuple[Any, ...]:
@@ -334,12 +336,6 @@ class Judge(JudgeDefaults):
                 "spread; a backbone of 70 billion weights takes 40 GB in NF4, so let each GPU hold one "
                 "(fsdp: false), or spread one in bf16"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _distinct_teachers(self) -> Judge:
-        if len(set(self.teachers)) != len(self.teachers):
-            raise ValueError("teachers: a judge is named twice")
         return self
 
     @model_validator(mode="after")
