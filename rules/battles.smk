@@ -95,3 +95,27 @@ rule assign_folds:
     shell:
         "arena assign-folds --battles {input.battles:q} --output {output.folds:q}"
         " --settings {params.settings:q} > {log:q} 2>&1"
+
+
+rule check_counts:
+    # What the battles are too few for is told before anything is trained. (Trainings read it as `ancient`:
+    # they wait for it, and it never makes them run again.)
+    input:
+        battles=RUN.battles,
+        folds=RUN.folds,
+    output:
+        counts=RUN.counts,
+    log:
+        RUN.log("check_counts"),
+    benchmark:
+        RUN.benchmark("check_counts")
+    localrule: True
+    conda:
+        "../envs/arena.yaml"
+    params:
+        settings=settings_of(phase.CountSettings),
+    message:
+        "Counting the battles that each training has"
+    shell:
+        "arena check-counts --battles {input.battles:q} --folds {input.folds:q}"
+        " --output {output.counts:q} --settings {params.settings:q} > {log:q} 2>&1"

@@ -6,6 +6,7 @@ rule pretrain_adapter:
     input:
         backbone=backbone,
         tokens=tokens,
+        counts=ancient(RUN.counts),
     output:
         adapter=directory(RUN.pretrained("{judge}")),
     log:
@@ -35,6 +36,7 @@ rule train_teacher:
         pretrained=pretrained,
         tokens=tokens,
         folds=RUN.folds,
+        counts=ancient(RUN.counts),
     output:
         adapter=directory(RUN.adapter("{judge}", "{fold}")),
     log:
@@ -68,6 +70,7 @@ use rule train_teacher as distill_student with:
         pretrained=pretrained,
         tokens=tokens,
         folds=RUN.folds,
+        counts=ancient(RUN.counts),
         teacher_logits=teacher_logits,
         teacher_states=teacher_states,
     output:

@@ -52,7 +52,7 @@ RAW: dict[str, Any] = {
         "student": {
             "backbone": {"tiny": "qwen2"},
             "teachers": ["path", "again", "gguf", "hub", "asked"],
-            "quantization": None,
+            "quantization": {"group_size": 32},
         },
     },
     "prediction": {"model": "merged"},
@@ -327,6 +327,13 @@ def test_only_needed_inputs_must_exist(left: Checkout) -> None:
         (left.folder / "renamed").rename(left.folder / "models")
 
 
+@pytest.mark.slow
+def test_counting_battles_trains_nothing_again(left: Checkout) -> None:
+    fewer = "judges={student: {quantization: {samples: 20}}}"
+    assert left.would_run("all", "--config", fewer).keys() >= {"check_counts", "quantize_model"}
+    assert left.would_run("students", "--config", fewer) == {"check_counts": 1}
+
+
 PLACES = {
     "data": "my data's $(touch ran)",
     "models": 'a "model"; exit 1',
@@ -359,7 +366,7 @@ def test_spaces_quotes_and_dollars_in_every_path(tmp_path: Path) -> None:
     }
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(raw))
     checkout.run("-n")
-    tokens = f"{PLACES['results']}/default/tokens/llama-HOME.parquet"
+    tokens = f"{PLACES['results']}/default/tokens/llama-HOME/battles.parquet"
     checkout.run(tokens, "folds")
     assert (checkout.folder / tokens).is_file()
     assert not list(checkout.folder.rglob("ran"))

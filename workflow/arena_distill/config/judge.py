@@ -5,7 +5,8 @@ The part of the configuration that ``judges`` and ``defaults`` hold; the whole i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+import math
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -23,6 +24,13 @@ from arena_distill.config.backbone import Backbone
 from arena_distill.config.external import External
 from arena_distill.config.section import Distinct, Name, Section, Seed, Share, Word
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads, GroupSize
+from arena_distill.errors import InputError
+
+WARMUP = 0.05
+"""The share of its steps that a training warms up for, unless it says otherwise."""
+
+FEWEST_SAMPLES = 16
+"""With fewer sequences the second moments of a layer's inputs mean nothing to GPTQ."""
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Targets = Literal["out_of_fold", "in_sample"]
@@ -79,25 +87,38 @@ class Lora(Section):
     """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
 
 
-class Optimization(Section):
-    """AdamW with a cosine schedule, as transformers' Trainer runs it."""
+class Schedule(Section):
+    """How long a training takes."""
 
-    lr: PositiveFloat
-    """Peak learning rate."""
     epochs: PositiveFloat = 1
     """Passes over the battles (in both orders, with `swap`)."""
     batch_size: PositiveInt = 64
     """Battles as shown (each order is one) per optimizer step, over all devices."""
-    warmup_steps: NonNegativeInt = 100
-    """Optimizer steps from zero to `lr`."""
+    warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps from zero to `lr`; null: 5 % of all."""
+    swap: bool = True
+    """Show every battle in both orders, the vote exchanged with the answers (pointwise: no need)."""
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps, as the Trainer counts them.
+
+        Args:
+            examples: battles as shown.
+        """
+        return math.ceil(self.epochs * max(1, math.ceil(examples / self.batch_size)))
+
+
+class Optimization(Schedule):
+    """AdamW with a cosine schedule, as transformers' Trainer runs it."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    swap: bool = True
-    """Show every battle in both orders, the vote exchanged with the answers (pointwise: no need)."""
     seed: Seed = 2025
     """Decides the head's start, LoRA's start, dropout and the order of the rows."""
 
@@ -178,19 +199,43 @@ class Merge(Section):
     """Of the folds: by their validation loss, or a greedy soup on held-out battles (folds.holdout)."""
 
 
-class Quantization(Section):
+class CalibrationRows(Section):
+    """How many battles GPTQ reads."""
+
+    samples: Annotated[int, Field(ge=FEWEST_SAMPLES)] | None = None
+    """Training battles that calibrate; null: 128, or half of fewer than 256."""
+    validation_rows: PositiveInt | None = None
+    """Training battles, others than those, on which the drift is measured; null: 512, or what is left."""
+
+    def sized(self, battles: int) -> Self:
+        """The same with both numbers.
+
+        Args:
+            battles: how many training battles there are.
+
+        Raises:
+            InputError: too few.
+        """
+        rest = battles - self.validation_rows if self.validation_rows else battles // 2
+        samples = self.samples or max(FEWEST_SAMPLES, min(128, rest))
+        rows = self.validation_rows or max(1, min(512, battles - samples))
+        if samples + rows > battles:
+            raise InputError(
+                f"config: judges.*.quantization: samples {samples} and validation_rows {rows}, but there "
+                f"are only {battles} training battles; lower them, or set quantization: null"
+            )
+        return self.model_copy(update={"samples": samples, "validation_rows": rows})
+
+
+class Quantization(CalibrationRows):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
 
     bits: Literal[2, 3, 4, 8] = 8
     """Per weight; the head stays as it is."""
     group_size: GroupSize = 128
     """Weights that share a scale; must divide every quantised layer's input size."""
-    samples: Annotated[int, Field(ge=16)] = 128
-    """Training battles that calibrate."""
     seed: Seed = 2025
     """Decides which battles calibrate and which measure the drift."""
-    validation_rows: PositiveInt = 512
-    """Training battles, others than those, on which the drift is measured."""
     max_kl: PositiveFloat = 0.001
     """The graph fails where mean KL(before ‖ after), in nats, is larger."""
     max_flip_rate: Share = 0.02
