@@ -99,7 +99,7 @@ def read_findings(arguments: Sequence[str]) -> tuple[list[Finding], list[str]]:
     Raises:
         InputError: the configuration has mistakes, each a line, or Snakemake refuses something else.
     """
-    told = _ask(_print_findings, "_print_findings()", ["--list-rules", *arguments])
+    told = _ask(_print_findings, "_print_findings()", ["--dry-run", "--list-rules", *arguments])
     return [Finding(**finding) for finding in told["findings"]], told["checked"]
 
 
