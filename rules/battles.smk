@@ -98,8 +98,9 @@ rule assign_folds:
 
 
 rule check_counts:
-    # What the battles are too few for is told before anything is trained. (Trainings read it as `ancient`:
-    # they wait for it, and it never makes them run again.)
+    # It goes first: too few battles are reported before anything is trained. No training reads it, which
+    # would train again whenever something is counted anew. (As `ancient`, Snakemake 9.27 would take no
+    # changed params of a training for a reason either.)
     input:
         battles=RUN.battles,
         folds=RUN.folds,
@@ -109,6 +110,7 @@ rule check_counts:
         RUN.log("check_counts"),
     benchmark:
         RUN.benchmark("check_counts")
+    priority: 1
     localrule: True
     conda:
         "../envs/arena.yaml"

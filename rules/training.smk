@@ -6,7 +6,6 @@ rule pretrain_adapter:
     input:
         backbone=backbone,
         tokens=tokens,
-        counts=ancient(RUN.counts),
     output:
         adapter=directory(RUN.pretrained("{judge}")),
     log:
@@ -36,7 +35,6 @@ rule train_teacher:
         pretrained=pretrained,
         tokens=tokens,
         folds=RUN.folds,
-        counts=ancient(RUN.counts),
     output:
         adapter=directory(RUN.adapter("{judge}", "{fold}")),
     log:
@@ -70,7 +68,6 @@ use rule train_teacher as distill_student with:
         pretrained=pretrained,
         tokens=tokens,
         folds=RUN.folds,
-        counts=ancient(RUN.counts),
         teacher_logits=teacher_logits,
         teacher_states=teacher_states,
     output:
