@@ -95,3 +95,29 @@ rule assign_folds:
     shell:
         "arena assign-folds --battles {input.battles:q} --output {output.folds:q}"
         " --settings {params.settings:q} > {log:q} 2>&1"
+
+
+rule check_counts:
+    # It goes first: too few battles are reported before anything is trained. No training reads it, which
+    # would train again whenever something is counted anew. (As `ancient`, Snakemake 9.27 would take no
+    # changed params of a training for a reason either.)
+    input:
+        battles=RUN.battles,
+        folds=RUN.folds,
+    output:
+        counts=RUN.counts,
+    log:
+        RUN.log("check_counts"),
+    benchmark:
+        RUN.benchmark("check_counts")
+    priority: 1
+    localrule: True
+    conda:
+        "../envs/arena.yaml"
+    params:
+        settings=settings_of(phase.CountSettings),
+    message:
+        "Counting the battles that each training has"
+    shell:
+        "arena check-counts --battles {input.battles:q} --folds {input.folds:q}"
+        " --output {output.counts:q} --settings {params.settings:q} > {log:q} 2>&1"

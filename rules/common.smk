@@ -20,7 +20,7 @@ from arena_distill.config import phases as phase
 from arena_distill.errors import InputError
 
 try:
-    CONFIG = run.load(config)
+    CONFIG = run.load(config, workflow.configfiles)
 except InputError as error:
     raise WorkflowError(str(error))
 
@@ -128,21 +128,27 @@ def as_options(*names):
 
 
 @functools.cache
-def missing_paths():
-    """Paths in the configuration that do not exist and that no rule makes, here or in an outer workflow."""
+def findings():
+    """All that will fail, but for what rules make, also of who uses this workflow."""
     made = lambda path: any(rule.is_producer(path) for rule in workflow.rules)
-    return checks.missing_paths(CONFIG, made)
+    return checks.findings(CONFIG, made, interpreter)
+
+
+def check(path):
+    """Refuse a path of the configuration that a job needs and by which it would fail.
+
+    Runs and dry runs check what they need, whatever an earlier run left: neither a plan nor `--report`
+    needs any, and Snakemake itself looks for the inputs of a job on another node. This exits, because
+    Snakemake takes any error here for a job that cannot run, and is content with the output that exists.
+    """
+    if workflow.is_main_process and workflow.executor_plugin:
+        if any(finding.path == path for finding in findings()):
+            sys.exit("\n".join(finding.line for finding in findings()))
 
 
 def existing(path):
-    """A path of the configuration, as an input that has to exist even if an earlier run left the outputs.
-
-    Only runs and dry runs check this: a plan and `--report` need no inputs, and for a job on another node
-    Snakemake itself checks them. This function exits: Snakemake would treat an exception as a job that cannot
-    run, and would accept an existing output.
-    """
-    if workflow.is_main_process and workflow.executor_plugin and path in missing_paths():
-        sys.exit("\n".join(missing_paths().values()))
+    """A path of the configuration, as an input that was checked."""
+    check(path)
     return local(path)
 
 

@@ -37,6 +37,7 @@ rule write_config:
 
 rule evaluate:
     input:
+        counts=RUN.counts,
         folds=RUN.folds,
         battles=RUN.battles,
         rejected=RUN.rejected,

@@ -1,10 +1,13 @@
 # The dense model is quantised with GPTQ and has to pass a drift check.
+include: "inputs/quantization.smk"
+
+
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 
 
 rule quantize_model:
     input:
-        model=RUN.merged("{judge}"),
+        model=dense_model,
         tokens=tokens,
     output:
         model=directory(RUN.gptq("{judge}")),

@@ -9,26 +9,31 @@ rule folds:
 
 rule teachers:
     input:
+        RUN.counts,
         [RUN.adapter(judge, fold) for judge in own(TEACHERS) for fold in FOLDS],
 
 
 rule logits:
     input:
+        RUN.counts,
         [RUN.logits(judge, fold) for judge in CONFIG.judges for fold in FOLDS],
 
 
 rule students:
     input:
+        RUN.counts,
         [RUN.adapter(judge, fold) for judge in own(STUDENTS) for fold in FOLDS],
 
 
 rule merged:
     input:
+        RUN.counts,
         RUN.merged(CONFIG.final),
 
 
 rule quantized:
     input:
+        RUN.counts,
         RUN.drift_check(CONFIG.final) if "gptq" in MODELS else [],
 
 

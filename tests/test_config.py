@@ -26,6 +26,7 @@ from arena_distill.config.phases import (
     BackboneSettings,
     BattlesSettings,
     CompareSettings,
+    CountSettings,
     CurveSettings,
     DriftSettings,
     EvaluationSettings,
@@ -510,7 +511,8 @@ def test_a_new_key_changes_no_params() -> None:
 
 PHASES = {
     "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
-    "battles": BattlesSettings, "folds": FoldsSettings, "audit": AuditSettings,
+    "battles": BattlesSettings, "folds": FoldsSettings, "counts": CountSettings,
+    "audit": AuditSettings,
     "pretraining": PretrainingSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,

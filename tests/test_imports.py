@@ -31,7 +31,7 @@ ELSEWHERE = {"gptqmodel", "snakemake", "rensa", "tenacity"}
 DISPATCHERS = {"arena_distill.cli", "arena_distill.phase_cli"}
 """A command imports what it runs, and nothing of the others."""
 
-ALONE = {"_print_graph"}
+ALONE = {"_print_findings", "_print_graph"}
 """Functions whose source is run without their module."""
 
 PACKAGE = ROOT / "workflow" / "arena_distill"

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.judge import CalibrationRows, Encoding
 from arena_distill.config.phases import DriftSettings, QuantizationSettings
 from arena_distill.deployment import gptq
-from arena_distill.deployment.gptq import check_layers, check_settings
+from arena_distill.deployment.gptq import check_layers
 from arena_distill.deployment.quantization_error import check_drift, drift
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
@@ -124,17 +124,31 @@ def test_drift_that_is_not_a_number_is_beyond_any_bound(drifted: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "battles", "sizes"),
     [
-        ((5, 128, 128, 500), r"bits: 5; supported are 2, 3, 4, 8"),
-        ((8, 100, 128, 500), r"group_size: 100; supported are 16, 32"),
-        ((8, 128, 8, 500), r"samples: 8; at least 16"),
-        ((8, 128, 128, 100), r"samples: 128, but only 100 rows"),
+        ({}, 10_000, (128, 512)),
+        ({}, 640, (128, 512)),
+        ({}, 200, (100, 100)),
+        ({}, 17, (16, 1)),
+        ({"samples": 32}, 200, (32, 168)),
+        ({"validation_rows": 150}, 200, (50, 150)),
+        ({"samples": 32, "validation_rows": 32}, 64, (32, 32)),
     ],
 )
-def test_settings_no_model_fits(arguments: tuple[int, int, int, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_settings(*arguments)
+def test_few_battles_calibrate_and_measure(
+    given: dict[str, int], battles: int, sizes: tuple[int, int]
+) -> None:
+    sized = CalibrationRows(**given).sized(battles)
+    assert (sized.samples, sized.validation_rows) == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "battles"),
+    [({}, 16), ({"validation_rows": 190}, 200), ({"samples": 200}, 200), ({"samples": 128}, 100)],
+)
+def test_too_few_battles_to_quantise(given: dict[str, int], battles: int) -> None:
+    with pytest.raises(InputError, match=f"but there are only {battles} training battles; lower"):
+        CalibrationRows(**given).sized(battles)
 
 
 @pytest.mark.parametrize(

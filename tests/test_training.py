@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, validation_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Training
+from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Schedule, Training
 from arena_distill.config.phases import LogitsSettings, PretrainingSettings, TrainingSettings
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
@@ -350,6 +350,7 @@ def test_judges_of_every_family_train_and_are_written_whole(
     assert sum("lora_A" in name for name in weights) == 14  # q, k, v, o, gate, up, down of 2 layers
     metrics = read_json(tmp_path / "fold_0" / "metrics.json")
     assert metrics["steps"] == 2 * -(-metrics["sequences"] // 8)
+    assert metrics["steps"] == Schedule(epochs=2, batch_size=8).steps(metrics["sequences"])
     assert metrics["epochs"] == 2
     assert metrics["trainable_parameters"] == sum(w.numel() for w in weights.values())
     assert metrics["provenance"]["phase"] == "training"
@@ -496,6 +497,19 @@ def test_micro_batches_make_the_batch_exactly(
     arguments = trainer._arguments(tmp_path, optimization, "fp32", launch)
     assert arguments.per_device_train_batch_size == micro
     assert arguments.gradient_accumulation_steps == accumulated
+
+
+@pytest.mark.parametrize(
+    ("battles", "given", "steps"), [(160, None, 1), (46_000, None, 144), (160, 3, 3), (160, 0, 0)]
+)
+def test_the_learning_rate_reaches_its_peak(
+    battles: int, given: int | None, steps: int, tmp_path: Path
+) -> None:
+    """By default also where battles are few: 100 steps of warm-up would end 10 steps at a tenth of it."""
+    optimization = Training(warmup_steps=given)
+    arguments = trainer._arguments(tmp_path, optimization, "fp32", Launch())
+    total = optimization.steps(2 * battles)
+    assert arguments.get_warmup_steps(total) == steps < total
 
 
 # --- students ---------------------------------------------------------------------------------------

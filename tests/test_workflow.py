@@ -53,6 +53,7 @@ def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
         "rejected.parquet",
         "reading.json",
         "folds.parquet",
+        "counts.json",
         "test_votes.parquet",
         "audit.json",
         "tables/leaks.csv",
@@ -162,6 +163,7 @@ def test_another_fold_seed_rebuilds_everything_after_the_folds(checkout: Checkou
     checkout.edit("mini.yaml", "seed: 42", "seed: 43")
     expected = {
         "assign_folds": 1,
+        "check_counts": 1,
         "audit_leaks": 1,
         "train_teacher": 4,
         "predict_logits": 6,

@@ -6,6 +6,7 @@ def battle_files(source):
     """The files of a source: from the configuration, or from the simulated arena."""
 
     def files(wildcards):
+        check(CONFIG.environments.main)  # every run reads battles
         if CONFIG.data.arena:
             return [RUN.arena(source)] if source in SOURCES else []
         return [

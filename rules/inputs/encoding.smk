@@ -1,6 +1,4 @@
 # Inputs of rules/encoding.smk: backbones, tokenizers and tokens of judges.
-from arena_distill.config.backbone import TINY
-
 PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in DOWNLOADS]
 
 
@@ -10,9 +8,9 @@ def backbone_folder(judge):
     backbone = GRAPH.backbone_of(judge)
     if not backbone.is_ready_folder():
         return RUN.backbone(GRAPH.backbone_name(judge))
-    if backbone.tiny:
-        return local(f"{os.path.relpath(TINY / backbone.tiny)}/config.json")
-    return existing(f"{backbone.path}/config.json")
+    described = backbone.described_by()
+    check(described)
+    return local(os.path.relpath(described) if backbone.tiny else described)
 
 
 def backbone_settings(backbones):
@@ -23,7 +21,7 @@ def backbone_settings(backbones):
 def prepared_from(wildcards):
     """No inputs, so that nothing rebuilds a backbone: only a check that its source files exist."""
     for _, path in checks.backbone_files(BACKBONES[wildcards.backbone]):
-        existing(path)
+        check(path)
     return []
 
 

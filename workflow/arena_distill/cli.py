@@ -62,6 +62,21 @@ def plan(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def check(context: typer.Context) -> None:
+    """Report everything that is known to fail before a run is started; exits with 1 if something is.
+
+    All other arguments are those of snakemake: --configfile, --config, --profile, --directory.
+    """
+    from arena_distill.runs.graph import read_findings
+
+    found, looked_at = read_findings(context.args)
+    if found:
+        raise InputError("\n".join(finding.line for finding in found))
+    print("nothing found. Looked at:")
+    print("\n".join(f"  {line}" for line in looked_at))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def status(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every job.")] = False,

@@ -59,6 +59,11 @@ class Layout:
         return f"{self.root}/folds.parquet"
 
     @property
+    def counts(self) -> str:
+        """How many battles each training learns from, in how many steps: there are enough."""
+        return f"{self.root}/counts.json"
+
+    @property
     def audit(self) -> str:
         """How many battles share a prompt with a judge's training battles."""
         return f"{self.root}/audit.json"

@@ -130,6 +130,14 @@ def assign_folds(battles: Battles, output: Output, settings: Settings) -> None:
 
 
 @app.command()
+def check_counts(battles: Battles, folds: Folds, output: Output, settings: Settings) -> None:
+    """Count what each training learns from, and refuse what the battles are too few for."""
+    from arena_distill.battles.counts import write_counts
+
+    write_counts(battles, folds, output, settings=parse(phase.CountSettings, settings))
+
+
+@app.command()
 def audit_leaks(
     battles: Battles,
     folds: Folds,

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from pydantic import PositiveInt, model_validator
 
-from arena_distill.config.section import Section
+from arena_distill.config.section import FilePath, Section, Word
 from arena_distill.config.vocabulary import Family
 
 TINY = Path(__file__).parents[1] / "models" / "tiny"
@@ -17,19 +17,19 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 class Backbone(Section):
     """The pretrained model under a judge: exactly one of `path`, `hub`, `gguf`, `tiny`."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """A local Hugging Face folder."""
-    hub: str | None = None
+    hub: Word | None = None
     """A Hugging Face hub id; needs `revision`. Only this, data.fetch and endpoints use the network."""
-    revision: str | None = None
+    revision: Word | None = None
     """A commit on the hub, or a tag or branch; provenance.json records the commit."""
-    gguf: str | None = None
+    gguf: FilePath | None = None
     """A GGUF file, converted once to an ordinary folder."""
     tiny: Family | None = None
     """One of the tiny pretrained models that ship with the workflow."""
     layers: PositiveInt | None = None
     """Keep only the first N layers: a cheap student of the same family."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """A folder with another tokenizer, with new embeddings: for config/real-tokenizers.yaml."""
 
     @model_validator(mode="after")
@@ -44,6 +44,11 @@ class Backbone(Section):
     def is_ready_folder(self) -> bool:
         """Whether the folder can be used as it is, without a job that prepares it."""
         return bool(self.path or self.tiny) and self.layers is None and self.tokenizer is None
+
+    def described_by(self) -> str | None:
+        """The config.json of a model that is here already."""
+        folder = self.path or (str(TINY / self.tiny) if self.tiny else None)
+        return folder and f"{folder}/config.json"
 
     def download(self) -> Backbone | None:
         """What of it comes from the hub, as it is there."""

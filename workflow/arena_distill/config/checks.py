@@ -1,4 +1,7 @@
-"""What the configuration names and is not there.
+"""All that can be known to fail from the configuration and the files it names, before anything is run.
+
+Nothing is loaded, and no battle is read: it takes a moment. The workflow refuses by it what a job needs,
+when the graph is built; ``arena-distill check`` prints all of it.
 
 Snakemake asks for a missing input only where outputs are missing too: where an earlier run left its own, a
 file that was renamed would mean that there is nothing to be done.
@@ -6,62 +9,196 @@ file that was renamed would mean that there is nothing to be done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from arena_distill.config.backbone import Backbone
+from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.run import Config
 from arena_distill.config.source import SOURCES
+from arena_distill.config.vocabulary import GroupSize
+
+
+@dataclass(frozen=True)
+class Named:
+    """A file or folder of the configuration.
+
+    key: where it is named.
+    advice: what to do if it is not there.
+    """
+
+    key: str
+    path: str
+    advice: str
+    is_folder: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that will fail.
+
+    path: of what a job must not use before it is mended.
+    line: the key, what is wrong, what to do.
+    is_missing: whether it is all that a file is not there.
+    """
+
+    path: str
+    line: str
+    is_missing: bool = False
+
+
+def findings(
+    config: Config, is_made: Callable[[str], bool], interpreter: Callable[[str], str]
+) -> list[Finding]:
+    """All that is known to fail, in the order of the configuration.
+
+    Args:
+        is_made: whether a rule makes a path. What is made is not looked at.
+        interpreter: the path of an interpreter that the configuration names.
+    """
+    found: dict[str, Finding] = {}  # by line: many judges have one backbone
+
+    def tell(key: str, path: str, problem: str, *, is_missing: bool = False) -> None:
+        # One line of a file, whoever names it, but each of what is wrong with it.
+        found.setdefault(
+            f"{path} {problem}", Finding(path, f"config: {key}: {problem}", is_missing)
+        )
+
+    for named in named_files(config):
+        if is_made(named.path):
+            continue
+        if problem := _file_problem(named):
+            missing = not Path(named.path).exists()
+            tell(named.key, named.path, problem, is_missing=missing)
+    for key, path, advice in _interpreters(config):
+        python = interpreter(path)
+        if os.sep in python and not os.access(python, os.X_OK):
+            tell(key, path, f"{python} is not an interpreter that can be run: {advice}")
+    broken = {finding.path for finding in found.values()}
+    for name, judge in config.judges.items():
+        file = judge.backbone and judge.backbone.described_by()
+        if judge.backbone and file and file not in broken and not is_made(file):
+            folder = ModelFolder(Path(file).parent)
+            for problem in folder.problems():
+                tell(f"judges.{name}.backbone", file, problem)
+            for key, problem in _judge_problems(config, name, folder):
+                tell(key, file, problem)
+        if judge.backbone and (tokenizer := judge.backbone.tokenizer) and tokenizer not in broken:
+            for problem in ModelFolder(Path(tokenizer)).tokenizer_problems():
+                tell(f"judges.{name}.backbone.tokenizer", tokenizer, problem)
+    return list(found.values())
 
 
 def backbone_files(backbone: Backbone) -> Iterator[tuple[str, str]]:
     """Files and folders that a backbone is made of, each after its key; not what is downloaded."""
-    if backbone.path:
-        yield "path", f"{backbone.path}/config.json"
+    if file := backbone.described_by():
+        yield "path" if backbone.path else "tiny", file
     if backbone.gguf:
         yield "gguf", backbone.gguf
     if backbone.tokenizer:
         yield "tokenizer", backbone.tokenizer
 
 
-def missing_paths(config: Config, is_made: Callable[[str], bool]) -> dict[str, str]:
-    """Files and folders of the configuration that are not there, relative to the working directory.
-
-    Args:
-        is_made: whether a rule makes a path.
-
-    Returns:
-        By path, a line with its key and what to do.
-    """
-    lines: dict[str, str] = {}
-    for key, path, advice in _named(config):
-        if path not in lines and not Path(path).exists() and not is_made(path):
-            lines[path] = f"config: {key}: {path} is not there; {advice}"
-    return lines
-
-
-def _named(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Keys, paths, and what to do where one is missing."""
+def named_files(config: Config) -> Iterator[Named]:
+    """All files and folders that the configuration names and that have to be there."""
     battles = "put the file there, mend the path, or say in data.fetch where it comes from"
     for name in SOURCES:
         for source in getattr(config.data, name):
             for file in source.files():
-                yield f"data.{name}", str(file), battles
+                yield Named(f"data.{name}", str(file), battles)
     if config.data.solution:
-        yield "data.solution", config.data.solution, battles
+        yield Named("data.solution", config.data.solution, battles)
     for fetched, origin in config.data.fetch.items():
         for path in origin.without:
-            yield f"data.fetch.{fetched}.without", path, battles
+            yield Named(f"data.fetch.{fetched}.without", path, battles)
+    mend = "put it there or mend the path"
     for name, judge in config.judges.items():
         if judge.external and judge.external.file:
+            yield Named(f"judges.{name}.external.file", judge.external.file, mend)
+        for key, path in backbone_files(judge.backbone) if judge.backbone else ():
+            model = "put the model there, mend the path, or set backbone.hub and revision"
+            is_tokenizer = key == "tokenizer"
+            advice = mend if is_tokenizer else model
+            yield Named(f"judges.{name}.backbone.{key}", path, advice, is_tokenizer)
+
+
+def looked_at(config: Config) -> list[str]:
+    """What :func:`findings` looks at, as lines for people."""
+    files = [(named.key, named.path) for named in named_files(config)]
+    files += [(key, path) for key, path, _ in _interpreters(config)]
+    judges = ", ".join(config.judges)
+    return [f"run {config.run}: judges {judges}", *dict.fromkeys(f"{k}: {p}" for k, p in files)]
+
+
+def _file_problem(named: Named) -> str | None:
+    path = Path(named.path)
+    if not path.exists():
+        return f"{path} is not there; {named.advice}"
+    if path.is_dir() != named.is_folder:
+        wanted = "a folder" if named.is_folder else "a file"
+        return f"{path} is {'a folder' if path.is_dir() else 'a file'}; give {wanted}"
+    if not os.access(path, os.R_OK):
+        return f"{path} cannot be read: change its permissions"
+    if not named.is_folder and not path.stat().st_size:
+        return f"{path} is empty; {named.advice}"
+    if named.key.endswith(".gguf"):
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                return f"{path} is no GGUF file (a pointer of Git LFS?): fetch it again"
+    return None
+
+
+def _interpreters(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Keys and paths of the interpreters that jobs run with, and what to do where one is not there."""
+    if config.environments.main:
+        yield "environments.main", config.environments.main, "mend the path, or leave the key out"
+    if config.judges[config.final].quantization:
+        yield (
+            "environments.gptq",
+            config.environments.gptq,
+            "make setup; or name one that has gptqmodel; or set `quantization: null` and "
+            "`prediction: {model: merged}`",
+        )
+
+
+def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[tuple[str, str]]:
+    """What of a judge does not fit its backbone: keys, and lines without them."""
+    judge, model = config.judges[name], folder.config
+    assert judge.backbone
+    layers = model.get("num_hidden_layers")
+    if judge.backbone.layers and layers and judge.backbone.layers > layers:
+        yield (
+            f"judges.{name}.backbone.layers",
+            f"{judge.backbone.layers}, but {folder.path} has {layers} layers: lower it",
+        )
+    positions = model.get("max_position_embeddings")
+    lengths = {f"judges.{name}.encoding.max_length": judge.encoding.max_length}
+    if name == config.final:
+        lengths["prediction.max_lengths"] = max(config.prediction.max_lengths)
+    for key, longest in lengths.items():
+        if positions and longest > positions:
             yield (
-                f"judges.{name}.external.file",
-                judge.external.file,
-                "put it there or mend the path",
+                key,
+                f"{longest}, but {folder.path} has positions for {positions} tokens: lower it",
             )
-        if judge.backbone:
-            for key, path in backbone_files(judge.backbone):
-                advice = "put the model there, mend the path, or set backbone.hub and revision"
-                if key == "tokenizer":
-                    advice = "put the tokenizer there or mend the path"
-                yield f"judges.{name}.backbone.{key}", path, advice
+    if judge.lora.target_modules != "all-linear":
+        for target in folder.lacking(judge.lora.target_modules):
+            names = sorted(folder.linear_layers())
+            yield (
+                f"judges.{name}.lora.target_modules",
+                f"{target}: {folder.path} has no such module; it has {', '.join(names)}",
+            )
+    if name == config.final and judge.quantization:
+        inputs, size = folder.linear_layers(), judge.quantization.group_size
+        uneven = [layer for layer, width in inputs.items() if width % size]
+        if uneven:
+            fitting = [g for g in get_args(GroupSize) if not any(n % g for n in inputs.values())]
+            advice = f"use {max(fitting)}" if fitting else "no size does: set quantization: null"
+            yield (
+                f"judges.{name}.quantization.group_size",
+                f"{size} does not divide the {inputs[uneven[0]]} inputs of {uneven[0]} in "
+                f"{folder.path}; {advice}",
+            )

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from arena_distill.config.section import Section, Share
+from arena_distill.config.section import FilePath, Section, Seed, Share, Word
 from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import FoldMethod
 
@@ -23,7 +23,7 @@ from arena_distill.config.vocabulary import FoldMethod
 class Arena(Section):
     """The synthetic arena: battles with known vote probabilities (see ``battles.simulation``)."""
 
-    seed: int = 2025
+    seed: Seed = 2025
     """Seed of the simulation."""
     train: PositiveInt = 2000
     """Labelled battles."""
@@ -40,19 +40,19 @@ class Arena(Section):
 class Fetch(Section):
     """The source of a file of battles: exactly one of `kaggle`, `hub`."""
 
-    kaggle: str | None = None
+    kaggle: Word | None = None
     """A Kaggle competition. You need a token and have to accept its rules first."""
-    hub: str | None = None
+    hub: Word | None = None
     """A data set on the Hugging Face hub; needs `revision`."""
-    revision: str | None = None
+    revision: Word | None = None
     """A commit on the hub, or a tag or branch; the file's provenance records the commit."""
     files: tuple[str, ...] = ()
     """The file's name on Kaggle (default: the name here), or glob patterns on the hub."""
     format: Literal["battles", "ultrafeedback", "arena"] = "battles"
-    """`battles`: unchanged; `ultrafeedback`: rated answers; `arena`: conversations with votes."""
-    without: tuple[str, ...] = ()
+    """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
+    without: tuple[FilePath, ...] = ()
     """Files of battles whose prompts are left out (`arena`)."""
-    seed: NonNegativeInt = 2025
+    seed: Seed = 2025
     """Selects the two answers of each battle (`ultrafeedback`)."""
 
     @model_validator(mode="after")
@@ -106,12 +106,12 @@ class Data(Section):
     test: Sources = ()
     """Battles to predict."""
     unlabelled: Sources = ()
-    """Battles without votes: students learn from their teachers' logits (see `pseudo_labels`)."""
-    solution: str | None = None
+    """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
+    solution: FilePath | None = None
     """The votes of the test battles, if known: the report then scores every variant on them."""
     max_refused: Share = 0.05
     """The largest share of a source's rows that may be rejected; a larger share is an error."""
-    fetch: dict[str, Fetch] = {}
+    fetch: dict[FilePath, Fetch] = {}
     """By file: the source of files that do not exist yet. Files not listed are never fetched."""
 
     @field_validator("fetch")
@@ -163,8 +163,8 @@ class Folds(Section):
     method: FoldMethod = "kfold"
     """scikit-learn's KFold, StratifiedKFold (on the vote) or StratifiedGroupKFold (by prompt too)."""
     n: Annotated[int, Field(ge=2, le=127)] = 5
-    """Number of folds."""
-    seed: NonNegativeInt = 42
+    """How many folds."""
+    seed: Seed = 42
     """Seed of the split."""
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training prompts held out of all folds, for choices (merge.weights: greedy)."""
@@ -187,6 +187,6 @@ class Audit(Section):
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Near-duplicates have at least this Jaccard index of their sequences of 5 characters."""
     permutations: Annotated[int, Field(ge=64, le=1024)] = 128
-    """Permutations of MinHash, which finds candidates: more give fewer unnecessary comparisons."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 2025
+    """Of MinHash, which finds candidates: more permutations, fewer needless comparisons."""
+    seed: Seed = 2025
     """Seed of MinHash."""

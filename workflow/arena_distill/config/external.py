@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from arena_distill.config.section import Section
+from arena_distill.config.section import FilePath, Section
 
 
 class Query(Section):
@@ -107,7 +107,7 @@ class Endpoint(EndpointLimits, Query):
 class External(Section):
     """A judge that is not trained here: exactly one of `file`, `endpoint`."""
 
-    file: str | None = None
+    file: FilePath | None = None
     """Its logits or probabilities: a table, see docs/external-judges.md."""
     endpoint: Endpoint | None = None
     """A model behind an API."""

@@ -5,7 +5,8 @@ The part of the configuration that ``judges`` and ``defaults`` hold; the whole i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+import math
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -21,8 +22,15 @@ from pydantic import (
 
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.external import External
-from arena_distill.config.section import Name, Section, Share
-from arena_distill.config.vocabulary import FoldAverage, FoldHeads
+from arena_distill.config.section import Distinct, Name, Section, Seed, Share, Word
+from arena_distill.config.vocabulary import FoldAverage, FoldHeads, GroupSize
+from arena_distill.errors import InputError
+
+WARMUP = 0.05
+"""The share of its steps that a training warms up for, unless it says otherwise."""
+
+FEWEST_SAMPLES = 16
+"""With fewer sequences the second moments of a layer's inputs mean nothing to GPTQ."""
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Targets = Literal["out_of_fold", "in_sample"]
@@ -72,31 +80,46 @@ class Lora(Section):
     alpha: PositiveInt = 128
     """The update is scaled by alpha / r."""
     dropout: Share = 0.05
-    """Dropout of the adapter's input in training."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Of the adapter's input, in training."""
+    target_modules: Annotated[tuple[Word, ...], Field(min_length=1)] | Literal["all-linear"] = (
+        "all-linear"
+    )
     """Module names; `all-linear` is q, k, v, o, gate, up, down on the three families."""
 
 
-class Optimization(Section):
+class Schedule(Section):
+    """How long a training takes."""
+
+    epochs: PositiveFloat = 1
+    """Passes over the battles (in both orders, with `swap`)."""
+    batch_size: PositiveInt = 64
+    """Battles as shown (each order is one) per optimizer step, over all devices."""
+    warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps of the linear warm-up to `lr`."""
+    swap: bool = True
+    """Show every battle in both orders, the vote exchanged with the answers (pointwise: no need)."""
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps, as the Trainer counts them.
+
+        Args:
+            examples: battles as shown.
+        """
+        return math.ceil(self.epochs * max(1, math.ceil(examples / self.batch_size)))
+
+
+class Optimization(Schedule):
     """AdamW with a cosine schedule, as transformers' Trainer runs it."""
 
     lr: PositiveFloat
     """Peak learning rate."""
-    epochs: PositiveFloat = 1
-    """Passes over the battles (in both orders, with `swap`)."""
-    batch_size: PositiveInt = 64
-    """Examples (a battle in one order) per optimizer step, over all devices."""
-    warmup_steps: NonNegativeInt = 100
-    """Optimizer steps of the linear warm-up to `lr`."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    swap: bool = True
-    """Train on every battle in both orders, with the vote swapped (not needed for pointwise judges)."""
-    seed: NonNegativeInt = 2025
+    seed: Seed = 2025
     """Seed of the initial head and LoRA, of dropout and of the order of the rows."""
 
 
@@ -176,19 +199,43 @@ class Merge(Section):
     """Weights of folds: by validation loss, or a greedy soup on held-out battles (folds.holdout)."""
 
 
-class Quantization(Section):
+class CalibrationRows(Section):
+    """How many battles GPTQ reads."""
+
+    samples: Annotated[int, Field(ge=FEWEST_SAMPLES)] | None = None
+    """Training battles that calibrate; null: 128, or half of fewer than 256."""
+    validation_rows: PositiveInt | None = None
+    """Training battles, others than those, on which the drift is measured; null: 512, or what is left."""
+
+    def sized(self, battles: int) -> Self:
+        """The same with both numbers.
+
+        Args:
+            battles: how many training battles there are.
+
+        Raises:
+            InputError: too few.
+        """
+        rest = battles - self.validation_rows if self.validation_rows else battles // 2
+        samples = self.samples or max(FEWEST_SAMPLES, min(128, rest))
+        rows = self.validation_rows or max(1, min(512, battles - samples))
+        if samples + rows > battles:
+            raise InputError(
+                f"config: judges.*.quantization: samples {samples} and validation_rows {rows}, but there "
+                f"are only {battles} training battles; lower them, or set quantization: null"
+            )
+        return self.model_copy(update={"samples": samples, "validation_rows": rows})
+
+
+class Quantization(CalibrationRows):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
 
     bits: Literal[2, 3, 4, 8] = 8
-    """Bits per weight; the head is not quantised."""
-    group_size: PositiveInt = 128
+    """Per weight; the head stays as it is."""
+    group_size: GroupSize = 128
     """Weights that share a scale; must divide every quantised layer's input size."""
-    samples: PositiveInt = 128
-    """Number of training battles for calibration."""
-    seed: NonNegativeInt = 2025
+    seed: Seed = 2025
     """Selects the battles for calibration and for measuring the drift."""
-    validation_rows: PositiveInt = 512
-    """Number of other training battles, for measuring the drift."""
     max_kl: PositiveFloat = 0.001
     """The drift check fails if mean KL(before ‖ after), in nats, is larger."""
     max_flip_rate: Share = 0.02
@@ -282,8 +329,8 @@ class Judge(JudgeDefaults):
     external: External | None = None
     """Instead of a backbone: a file of logits, or an endpoint."""
     backbone: Backbone | None = Field(None, validate_default=True)
-    """The pretrained model; required unless the judge is external."""
-    teachers: tuple[Name, ...] = ()
+    """The pretrained model under it; required unless the judge is external."""
+    teachers: Distinct[tuple[Name, ...]] = ()
     """Judges whose logits it learns from; empty: it learns from votes."""
 
     def before_folds(self) -> tuple[Any, ...]:
@@ -334,12 +381,6 @@ class Judge(JudgeDefaults):
                 "spread; a backbone of 70 billion weights takes 40 GB in NF4, so let each GPU hold one "
                 "(fsdp: false), or spread one in bf16"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _distinct_teachers(self) -> Judge:
-        if len(set(self.teachers)) != len(self.teachers):
-            raise ValueError("teachers: a judge is named twice")
         return self
 
     @model_validator(mode="after")

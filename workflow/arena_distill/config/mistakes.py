@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 RENAMED: dict[tuple[str, ...], str] = {
@@ -46,6 +49,33 @@ def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
             message += f", got {item['input']!r}"
         lines.append(f"config: {name}: {message}" if name else f"config: {message}")
     return lines
+
+
+def repeated_keys(file: Path) -> Iterator[str]:
+    """One line per key that a YAML file gives twice: whoever reads it takes the last one without a word."""
+    try:
+        open_ = [("", yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader))]
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # Snakemake has refused it
+    walked = set()
+    while open_:
+        path, node = open_.pop(0)
+        if id(node) in walked:  # an alias
+            continue
+        walked.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            open_ += [(f"{path}.{number}", item) for number, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = f"{path}.{key.value}".removeprefix("."), key.start_mark.line + 1
+                if first := lines.get(key.value):
+                    yield (
+                        f"config: {name}: {file}, line {line}: this key stands in line {first} already, "
+                        "and the last one would win: remove one"
+                    )
+                lines[key.value] = line
+                open_.append((name, value))
 
 
 def _keys_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from arena_distill.config.derived import DerivedStudies
 from arena_distill.config.external import Query
 from arena_distill.config.judge import (
     JOINT,
+    CalibrationRows,
     Encoding,
     Head,
     Lora,
@@ -27,6 +28,7 @@ from arena_distill.config.judge import (
     Precision,
     Pretraining,
     Quantization,
+    Schedule,
     State,
     Targets,
     Training,
@@ -45,18 +47,19 @@ VERSIONS = {
     "battles": 3,
     "solution": 1,
     "folds": 2,
+    "counts": 1,
     "audit": 1,
     "backbone": 1,
     "tokens": 4,
-    "pretraining": 4,
-    "training": 4,
-    "distillation": 5,
+    "pretraining": 5,
+    "training": 5,
+    "distillation": 6,
     "logits": 1,
     "endpoint": 1,
     "external_logits": 1,
     "merging": 3,
     "soups": 2,
-    "quantization": 2,
+    "quantization": 3,
     "drift": 1,
     "scoring": 1,
     "calibration": 3,
@@ -146,6 +149,45 @@ class FoldsSettings(Settings, Folds):
         folds = config.folds
         audit = config.audit if folds.near_duplicates else None
         return cls(version=VERSIONS["folds"], audit=audit, **folds.model_dump())
+
+
+class JudgeCounts(Section):
+    """How long the trainings of a judge take."""
+
+    training: Schedule
+    share: float = 1.0
+    """Of a fold's battles."""
+    pretraining: Schedule | None
+    """None: it is not pretrained, or with another judge's."""
+    pointwise: bool = False
+    unlabelled: bool = False
+    """Whether it learns battles without votes."""
+
+
+class CountSettings(Settings):
+    """What takes so many battles."""
+
+    judges: dict[Name, JudgeCounts]
+    quantization: CalibrationRows | None
+    """Of the final judge."""
+
+    @classmethod
+    def of(cls, config: Config) -> CountSettings:
+        judges = {
+            name: JudgeCounts(
+                training=_part(Schedule, judge.training),
+                share=judge.training.share,
+                pretraining=_part(Schedule, judge.pretraining)
+                if config.pretraining_owner(name) == name
+                else None,
+                pointwise=judge.head.kind == "pointwise",
+                unlabelled=config.learns_unlabelled(name),
+            )
+            for name, judge in config.judges.items()
+            if not judge.external
+        }
+        quantization = _part(CalibrationRows, config.judges[config.final].quantization)
+        return cls(version=VERSIONS["counts"], judges=judges, quantization=quantization)
 
 
 class AuditSettings(Settings, Audit):
@@ -307,16 +349,14 @@ class SoupSettings(Settings):
         )
 
 
-class QuantizationSettings(Settings):
+class QuantizationSettings(Settings, CalibrationRows):
     """GPTQ of the merged judge."""
 
     encoding: Encoding
     head: Head = JOINT
     bits: int
     group_size: int
-    samples: int
     seed: int
-    validation_rows: int
 
     @classmethod
     def of(cls, config: Config, judge: str) -> QuantizationSettings:
@@ -511,3 +551,8 @@ def _quantization(config: Config, judge: str) -> Quantization:
     if quantization is None:
         raise InputError(f"judges.{judge}.quantization is null: there is nothing to quantise")
     return quantization
+
+
+def _part(model: type[T], of: Section | None) -> T | None:
+    """The fields of a part that it is made of."""
+    return model(**of.model_dump(include=set(model.model_fields))) if of else None

@@ -13,14 +13,14 @@ import graphlib
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import (
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -31,9 +31,9 @@ from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Audit, Data, Folds
 from arena_distill.config.external import EndpointLimits
 from arena_distill.config.judge import Judge, JudgeDefaults, State
-from arena_distill.config.mistakes import explain
+from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
-from arena_distill.config.section import Name, Section, Share
+from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share
 from arena_distill.config.vocabulary import Calibration, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
@@ -51,9 +51,11 @@ class Cascade(Section):
 class Prediction(Section):
     """Test-time augmentation: every battle is scored at each length and in each order."""
 
-    max_lengths: tuple[Annotated[int, Field(ge=32)], ...] = Field((1024, 2000), min_length=1)
+    max_lengths: Distinct[tuple[Annotated[int, Field(ge=32)], ...]] = Field(
+        (1024, 2000), min_length=1
+    )
     """Tokens per sequence; the scores of several lengths are averaged."""
-    orders: tuple[Order, ...] = Field(("AB", "BA"), min_length=1)
+    orders: Distinct[tuple[Order, ...]] = Field(("AB", "BA"), min_length=1)
     """The orders to score and average; verdicts of BA are swapped back first."""
     average: ViewAverage = "logits"
     """What is averaged."""
@@ -66,7 +68,7 @@ class Prediction(Section):
 
     @model_validator(mode="after")
     def _a_cascade_has_steps(self) -> Prediction:
-        if self.cascade and len(set(self.max_lengths)) < 2:
+        if self.cascade and len(self.max_lengths) < 2:
             raise ValueError(
                 "a cascade goes from the shortest of max_lengths to longer: give several"
             )
@@ -76,15 +78,15 @@ class Prediction(Section):
 class Compare(Section):
     """`snakemake compare`: the final judge and its teachers under several recipes."""
 
-    recipes: tuple[Name, ...] = ("summary", "blackpearl", "best")
+    recipes: Distinct[tuple[Name, ...]] = ("summary", "blackpearl", "best")
     """Names of files in config/recipes; what two recipes share is computed once."""
     variants: dict[Name, dict[str, Any]] = {}
     """More recipes, by name: keys of `defaults` that differ, such as `{targets: in_sample}`."""
     votes: bool = True
-    """For each student, also train the same judge on votes alone: the effect of distillation."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(max_length=20)] = ()
+    """Beside each student the same judge trained on votes alone: what distillation adds."""
+    seeds: Distinct[tuple[Seed, ...]] = Field((), max_length=20)
     """Also train each judge with these seeds (training.seed), to see the variation by chance."""
-    runs: tuple[str, ...] = ()
+    runs: Distinct[tuple[FilePath, ...]] = ()
     """Folders of other runs, whose judges are compared on the common battles."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Resamples of the bootstrap."""
@@ -106,9 +108,9 @@ class Studies(Section):
 class Environments(Section):
     """Python interpreters of the two environments; paths are relative to the checkout."""
 
-    main: str | None = None
+    main: FilePath | None = None
     """null: the interpreter that runs Snakemake."""
-    gptq: str = ".venv-gptq/bin/python"
+    gptq: FilePath = ".venv-gptq/bin/python"
     """The interpreter of the environment with GPTQModel."""
 
 
@@ -118,7 +120,7 @@ class Environments(Section):
 class Config(Section):
     run: Name = "default"
     """Results go to `results/<run>`."""
-    results: str = "results"
+    results: FilePath = "results"
     """The folder of all runs."""
     environments: Environments = Environments()
     """The Python interpreters of the jobs; `--sdm conda` uses envs/*.yaml instead."""
@@ -357,16 +359,23 @@ def _is_external(judge: Any) -> bool:
     return isinstance(judge, Mapping) and judge.get("external") is not None
 
 
-def load(raw: Mapping[str, Any]) -> Config:
+def load(raw: Mapping[str, Any], files: Iterable[str | Path] = ()) -> Config:
     """Validate a configuration as read from YAML.
+
+    Args:
+        files: what it was read from: none may give a key twice.
 
     Raises:
         InputError: one line per mistake, each with the key's path and what is allowed there.
     """
+    mistakes = [line for file in files for line in repeated_keys(Path(file))]
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(explain(error, of=Config))) from None
+        mistakes += explain(error, of=Config)
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+    return config
 
 
 def schema() -> dict[str, Any]:

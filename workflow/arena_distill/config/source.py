@@ -6,9 +6,9 @@ import glob
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from arena_distill.config.section import Section
+from arena_distill.config.section import FilePath, Section
 from arena_distill.config.vocabulary import BattleFormat, Escape
 
 SOURCES = ("train", "extra", "ut", "test", "unlabelled")
@@ -69,7 +69,7 @@ class Reading(Section):
 class Source(Reading):
     """A file of battles. A path alone means `{path: …}`."""
 
-    path: str = Field(min_length=1)
+    path: FilePath
     """A file, a folder of shards, or a pattern such as `data/train-*.parquet`."""
 
     def files(self) -> list[Path]:

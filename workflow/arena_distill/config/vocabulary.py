@@ -19,6 +19,9 @@ FoldHeads = Literal["average", "first"]
 ModelKind = Literal["merged", "gptq"]
 """The two models that can be deployed."""
 
+GroupSize = Literal[16, 32, 64, 128, 256, 512, 1024]
+"""Weights that share a scale in GPTQ."""
+
 ViewAverage = Literal["logits", "probabilities"]
 """What is averaged over the views of a battle."""
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases import QuantizationSettings
+from arena_distill.config.vocabulary import GroupSize
 from arena_distill.deployment.quantization_error import DRIFT, drift
 from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer
@@ -46,11 +47,6 @@ if TYPE_CHECKING:
     import torch
 
     from arena_distill.verdicts import Votes
-
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-FEWEST_SAMPLES = 16
-"""With fewer sequences the second moments of a layer's inputs are unreliable."""
 
 
 def quantize_judge(
@@ -68,11 +64,7 @@ def quantize_judge(
     """
     read = read_tokens(tokens)
     train = np.flatnonzero(pc.equal(read.sources, "train").to_numpy(zero_copy_only=False))
-    if len(train) < settings.samples + settings.validation_rows:
-        raise InputError(
-            f"config: judges.*.quantization: samples {settings.samples} and validation_rows "
-            f"{settings.validation_rows}, but there are only {len(train)} training battles; lower them"
-        )
+    settings = settings.sized(len(train))
     shuffled = np.random.default_rng(settings.seed).permutation(train)
     held_out = read.take(np.sort(shuffled[: settings.validation_rows]))
     pool = read.take(np.sort(shuffled[settings.validation_rows :]))
@@ -113,8 +105,13 @@ def quantize_model(
         InputError: before any long computation: the settings do not fit the model, there are too
             few sequences, or gptqmodel is not installed.
     """
-    bits, group_size, samples = settings.bits, settings.group_size, settings.samples
-    check_settings(bits, group_size, samples, len(calibration))
+    bits, group_size = settings.bits, settings.group_size
+    samples = settings.samples or len(calibration)
+    if samples > len(calibration):
+        raise InputError(
+            f"config: judges.*.quantization.samples: {samples}, but only {len(calibration)} rows are there "
+            "to calibrate on; lower samples or give more training battles"
+        )
     if not len(validation[0]):
         raise InputError("quantisation: there is no validation row to measure the drift on")
     _prepare_gptqmodel()
@@ -208,23 +205,6 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
     return model
 
 
-def check_settings(bits: int, group_size: int, samples: int, available: int) -> None:
-    """Refuse settings that no model can be quantised with; raises `InputError`."""
-    where = "config: judges.*.quantization"
-    if bits not in BITS:
-        raise InputError(f"{where}.bits: {bits}; supported are {', '.join(map(str, BITS))}")
-    if group_size not in GROUP_SIZES:
-        sizes = ", ".join(map(str, GROUP_SIZES))
-        raise InputError(f"{where}.group_size: {group_size}; supported are {sizes}")
-    if samples < FEWEST_SAMPLES:
-        raise InputError(f"{where}.samples: {samples}; at least {FEWEST_SAMPLES} are needed")
-    if samples > available:
-        raise InputError(
-            f"{where}.samples: {samples}, but only {available} rows are there to calibrate on; "
-            "lower samples or give more training battles"
-        )
-
-
 def check_layers(sizes: Mapping[str, tuple[int, int]], bits: int, group_size: int) -> None:
     """Refuse layers that do not divide into groups and packed words.
 
@@ -243,7 +223,7 @@ def check_layers(sizes: Mapping[str, tuple[int, int]], bits: int, group_size: in
             )
     for name, (features, _) in sizes.items():
         if features % group_size:
-            fitting = [g for g in GROUP_SIZES if not any(n % g for n, _ in sizes.values())]
+            fitting = [g for g in get_args(GroupSize) if not any(n % g for n, _ in sizes.values())]
             advice = f"use {max(fitting)}" if fitting else "no supported size fits this model"
             raise InputError(
                 f"config: judges.*.quantization.group_size: {group_size} does not divide the "

@@ -113,7 +113,7 @@ class Cost:
 ON_THE_HOST = frozenset(
     {
         *("fetch_battles", "simulate_arena", "read_battles", "read_solution"),
-        *("assign_folds", "audit_leaks"),
+        *("assign_folds", "check_counts", "audit_leaks"),
         *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
         *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),
         *("check_drift", "fit_calibration", "predict_test", "write_submission"),
@@ -298,7 +298,8 @@ class Costs:
     def _quantize(self, job: Planned, judge: Judge, device: Device) -> Cost:
         name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
         assert judge.quantization
-        gpus, how = _asked(job, "gpu", 0), judge.quantization
+        gpus, how = _asked(job, "gpu", 0), judge.quantization.sized(self.battles.counts["train"])
+        assert how.samples and how.validation_rows
         rows = self.battles.work(name, {"train": float(how.samples)}, shown=1)
         drift = self.battles.work(
             name, {"train": float(how.validation_rows)}, 2 if judge.head.kind == "pointwise" else 1

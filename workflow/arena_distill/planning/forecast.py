@@ -149,6 +149,7 @@ def forecast(arguments: Sequence[str]) -> Forecast:
     derive(read, graph.config, family)
     config = read.with_judges(family.judges)
     run = graph.folder / graph.run
+    told = [finding.line for finding in graph.findings if not finding.is_missing]
     costs = Costs(config, battles := Battles(config, run), run)
     found = [costs.of(job) for job in graph.jobs]
     _refuse_what_does_not_fit(graph.jobs, found, costs)
@@ -169,7 +170,7 @@ def forecast(arguments: Sequence[str]) -> Forecast:
         jobs=jobs,
         critical=critical_path(graph.jobs, found),
         parameters=parameters,
-        notes=list(dict.fromkeys(_notes(jobs))),
+        notes=list(dict.fromkeys([*told, *_notes(jobs)])),
         counted=battles.counted is not None or config.data.arena is not None,
         measured=battles.measured,
         battles=battles.counts,

@@ -11,11 +11,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arena_distill.config.checks import Finding
 from arena_distill.errors import InputError
 
 
@@ -60,12 +61,14 @@ class Graph:
     run: the folder of the run, relative to it.
     config: the configuration of this workflow, merged from all files and `--config`; if another
         workflow imports it as a module, the part that is passed to the module.
+    findings: what is known to fail.
     """
 
     folder: Path
     run: Path
     config: dict[str, Any]
     jobs: list[Planned]
+    findings: list[Finding]
 
 
 def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Graph:
@@ -79,19 +82,58 @@ def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Gra
     Raises:
         InputError: Snakemake fails; with its own message.
     """
-    source = inspect.getsource(_print_graph)
-    source = f"from __future__ import annotations\n{source}\n_print_graph({without_inputs})"
-    # A dry run leaves no log in .snakemake/log; only a summary does.
-    command = [sys.executable, "-c", source, "--dry-run", "--detailed-summary", *arguments]
+    # A dry run leaves no log behind in .snakemake/log, a summary alone does.
+    call = f"_print_graph({without_inputs})"
+    graph = _ask(_print_graph, call, ["--dry-run", "--detailed-summary", *arguments])
+    jobs = [Planned(**job) for job in graph["jobs"]]
+    found = [Finding(**finding) for finding in graph["findings"]]
+    return Graph(Path(graph["folder"]), Path(graph["run"]), graph["config"], jobs, found)
+
+
+def read_findings(arguments: Sequence[str]) -> tuple[list[Finding], list[str]]:
+    """What is known to fail of the run that `arguments` ask for, and what was looked at; no graph is built.
+
+    Args:
+        arguments: those of a `snakemake` command.
+
+    Raises:
+        InputError: the configuration has mistakes, each a line, or Snakemake refuses something else.
+    """
+    told = _ask(_print_findings, "_print_findings()", ["--dry-run", "--list-rules", *arguments])
+    return [Finding(**finding) for finding in told["findings"]], told["checked"]
+
+
+def _ask(printer: Callable[..., None], call: str, arguments: Sequence[str]) -> Any:
+    """What Snakemake prints in the place of its own answer."""
+    source = f"from __future__ import annotations\n{inspect.getsource(printer)}\n{call}"
+    command = [sys.executable, "-c", source, *arguments]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
     found = [line for line in done.stdout.splitlines() if line.startswith('{"arena_distill": ')]
     if done.returncode or not found:
         raise InputError(_refusal(done.stdout, done.stderr))
-    graph = json.loads(found[-1])["arena_distill"]
-    jobs = [Planned(**job) for job in graph["jobs"]]
-    return Graph(Path(graph["folder"]), Path(graph["run"]), graph["config"], jobs)
+    return json.loads(found[-1])["arena_distill"]
+
+
+def _print_findings() -> None:
+    """Be Snakemake, and print what the workflow's own checks find in place of its rules."""
+    import json
+    import sys
+
+    from snakemake import cli
+    from snakemake.workflow import Workflow
+
+    def findings(workflow: Any, only_targets: bool = False) -> None:
+        names = [rule.module_globals for rule in workflow.rules]
+        own = next((n for n in names if {"STUDIES", "RUN"} <= n.keys()), workflow.globals)
+        found = [vars(finding) for finding in own["findings"]()]
+        checked = own["checks"].looked_at(own["CONFIG"])
+        print(json.dumps({"arena_distill": {"findings": found, "checked": checked}}))
+
+    Workflow.list_rules = findings
+    sys.argv[0] = "snakemake"
+    cli.main()
 
 
 def _print_graph(without_inputs: bool) -> None:
@@ -148,6 +190,7 @@ def _print_graph(without_inputs: bool) -> None:
             "run": os.path.dirname(str(battles)),
             "config": own["config"],
             "jobs": shown,
+            "findings": [vars(finding) for finding in own["findings"]()],
         }
         yield json.dumps({"arena_distill": graph})
 

@@ -37,7 +37,15 @@ from transformers import (
 
 from arena_distill.battles.folds import training_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Head, Loss, Optimization, Precision, State, Training
+from arena_distill.config.judge import (
+    WARMUP,
+    Head,
+    Loss,
+    Optimization,
+    Precision,
+    State,
+    Training,
+)
 from arena_distill.config.phases import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.encoding.sequences import read_tokens
@@ -379,7 +387,7 @@ def _arguments(
         learning_rate=optimization.lr,
         num_train_epochs=optimization.epochs,
         lr_scheduler_type="cosine",
-        warmup_steps=optimization.warmup_steps,
+        warmup_steps=WARMUP if optimization.warmup_steps is None else optimization.warmup_steps,
         weight_decay=optimization.weight_decay,
         adam_beta1=optimization.betas[0],
         adam_beta2=optimization.betas[1],

@@ -1,0 +1,171 @@
+"""What a model's folder says of itself: read from its JSON and its weights' headers, in a moment.
+
+Nothing of it is loaded. What is not known of a model is not checked: loading it tells the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
+"""Files that a tokenizer may be made of; one is enough."""
+
+WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+_UNREAD = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+_IN_BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.\d+\.")
+_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face folder."""
+
+    path: Path
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the folder, whatever judge it is for; each a line without its key."""
+        if not isinstance(self.described, dict):
+            yield f"{self.path}/config.json is no JSON object: fetch the model again"
+            return
+        kind, known = self.described.get("model_type"), classifiers()
+        if known and kind not in known:
+            own = " (it brings Python code of its own, which is never run)"
+            yield (
+                f"{self.path} is a {kind or 'model without model_type'}, of which transformers has no "
+                f"classifier{own if 'auto_map' in self.described else ''}: take another model"
+            )
+        yield from self._weight_problems()
+        yield from self.tokenizer_problems()
+        largest, known_ids = self._largest_id(), self.config.get("vocab_size")
+        if largest and known_ids and largest >= known_ids:
+            yield (
+                f"{self.path}: its tokenizer gives ids up to {largest}, the model has {known_ids} "
+                "embeddings: this tokenizer is not this model's; copy the model's own into the folder"
+            )
+
+    def tokenizer_problems(self) -> Iterator[str]:
+        """What is wrong with it as a tokenizer's folder."""
+        if not any((self.path / name).is_file() for name in TOKENIZERS):
+            yield f"{self.path} has no tokenizer ({', '.join(TOKENIZERS[:2])} …): copy it there"
+
+    def _weight_problems(self) -> Iterator[str]:
+        if self.files is None:
+            unread = [file.name for pattern in _UNREAD for file in self.path.glob(pattern)]
+            if unread:
+                yield (
+                    f"{self.path} has weights as {unread[0]} alone, which is not read: save the model as "
+                    f"safetensors{', or give the file as gguf' if unread[0].endswith('gguf') else ''}"
+                )
+            else:
+                yield f"{self.path} has no weights ({WEIGHTS}): fetch the model again"
+            return
+        for file in self.files:
+            if not file.is_file():
+                yield f"{file} is not there: fetch the model again"
+            elif self.headers.get(file) is None:
+                yield f"{file} is not whole, or no safetensors (a pointer of Git LFS?): fetch it again"
+
+    @cached_property
+    def described(self) -> Any:
+        """Its config.json; None if that is none."""
+        return _json(self.path / "config.json")
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The part of it that is about text."""
+        described = self.described if isinstance(self.described, dict) else {}
+        return described.get("text_config") or described
+
+    @cached_property
+    def files(self) -> list[Path] | None:
+        """Its weights; None where there are none as safetensors."""
+        if (self.path / WEIGHTS).exists():
+            return [self.path / WEIGHTS]
+        index = _json(self.path / SHARDS)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            return None
+        return [self.path / name for name in sorted(set(index["weight_map"].values()))]
+
+    @cached_property
+    def headers(self) -> dict[Path, dict[str, Any] | None]:
+        """By file the header of its tensors; None of one that is not whole."""
+        return {file: _header(file) for file in self.files or () if file.is_file()}
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each module with a matrix; empty unless all weights are there."""
+        if not self.files or any(self.headers.get(file) is None for file in self.files):
+            return {}
+        return {
+            name.removesuffix(".weight"): tuple(about["shape"])
+            for header in self.headers.values()
+            for name, about in (header or {}).items()
+            if name.endswith(".weight") and len(about.get("shape", ())) == 2
+        }
+
+    def lacking(self, targets: tuple[str, ...]) -> list[str]:
+        """Names of modules that it has none of; none, if its modules are not known."""
+        return [
+            target
+            for target in targets
+            if self.matrices
+            and not any(name == target or name.endswith(f".{target}") for name in self.matrices)
+        ]
+
+    def linear_layers(self) -> dict[str, int]:
+        """The linear layers of its blocks by their last name, and how many inputs each has."""
+        blocks = {name: shape for name, shape in self.matrices.items() if _IN_BLOCK.search(name)}
+        return {name.rpartition(".")[2]: inputs for name, (_, inputs) in blocks.items()}
+
+    def _largest_id(self) -> int | None:
+        tokenizer = _json(self.path / "tokenizer.json")
+        model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        # Of added tokens only those count that texts are made of: Gemma 3 has one for images, without
+        # an embedding.
+        if isinstance(vocabulary, dict):
+            return max(vocabulary.values(), default=None)
+        return len(vocabulary) - 1 if isinstance(vocabulary, list) else None
+
+
+@cache
+def classifiers() -> frozenset[str]:
+    """The types of models that transformers can classify with; empty where that cannot be told.
+
+    Read from the source of its table: to import that takes seconds, as it imports PyTorch.
+    """
+    found = importlib.util.find_spec("transformers")
+    for folder in found.submodule_search_locations or () if found else ():
+        source = Path(folder, "models/auto/modeling_auto.py").read_text(encoding="utf-8")
+        _, _, table = source.partition("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES = ")
+        return frozenset(re.findall(r'\("([^"]+)", "', table.partition("\n)\n")[0]))
+    return frozenset()
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _header(file: Path) -> dict[str, Any] | None:
+    """The header of a safetensors file; None if the file is none, or not whole."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size)) if size < _HEADER else {}
+        end = max(about["data_offsets"][1] for n, about in header.items() if n != "__metadata__")
+        return header if file.stat().st_size == 8 + size + end else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None
