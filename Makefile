@@ -30,7 +30,7 @@ test-real: setup auto-gptq
 soak: setup
 	ARENA_KILLS=20 .venv/bin/pytest tests/test_kills.py $(PYTEST)
 
-# Debian or Ubuntu, and root: installs Slurm, starts one with make-believe GPUs, stops it again. Most of the
+# Debian or Ubuntu, and root: installs Slurm, starts one with simulated GPUs, stops it again. Most of the
 # time these tests wait for Slurm: several at a time.
 test-slurm: setup
 	scripts/slurm_cluster.sh start
@@ -50,7 +50,7 @@ format: setup
 	.venv/bin/snakefmt Snakefile rules examples
 
 # Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other. And
-# bitsandbytes in a folder beside the first, for the tests that put it on their path: PEFT imports it
+# bitsandbytes in a folder of its own, for the tests that put it on their path: PEFT imports it
 # wherever it is found, which would cost every job 1.4 seconds.
 setup: .venv/.ready .venv/qlora/.ready .venv-gptq/.ready
 
