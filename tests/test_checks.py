@@ -331,7 +331,7 @@ def test_only_needed_inputs_must_exist(left: Checkout) -> None:
 def test_counting_battles_trains_nothing_again(left: Checkout) -> None:
     fewer = "judges={student: {quantization: {samples: 20}}}"
     left.run("--touch", "--forcerun", "check_counts")
-    assert left.would_run("students", "--config", fewer) == {"check_counts": 1}
+    assert left.would_run("students", "--config", fewer) == {"check_counts": 1, "students": 1}
     needed = left.would_run("all", "--config", fewer)
     assert {"check_counts", "quantize_model", "evaluate"} <= needed.keys()
     assert not {"train_teacher", "distill_student", "merge_folds"} & needed.keys()

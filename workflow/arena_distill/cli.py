@@ -61,6 +61,24 @@ def plan(
         print_forecast(found)
 
 
+@app.command()
+def init(
+    battles: Annotated[str, typer.Argument(help="Labelled battles: a file, folder or pattern.")],
+    output: Annotated[Path, typer.Option(help="The configuration to write.")] = Path("arena.yaml"),
+    test: Annotated[str | None, typer.Option(help="Battles to predict.")] = None,
+    holdout_test: Annotated[
+        float | None, typer.Option(help="Or: hold out this share of the prompts for the test.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="A local model's folder; else tiny models that come along.")
+    ] = None,
+) -> None:
+    """Write a first configuration for your battles and this machine."""
+    from arena_distill.planning.proposal import propose
+
+    propose(battles, output, test=test, holdout_test=holdout_test, backbone=backbone)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def check(context: typer.Context) -> None:
     """Report everything that is known to fail before a run is started; exits with 1 if something is.
