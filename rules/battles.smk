@@ -98,9 +98,8 @@ rule assign_folds:
 
 
 rule check_counts:
-    # It goes first: too few battles are reported before anything is trained. No training reads it, which
-    # would train again whenever something is counted anew. (As `ancient`, Snakemake 9.27 would take no
-    # changed params of a training for a reason either.)
+    # Its priority lets it run before trainings. It is no input of theirs: each new count would train again.
+    # (As an `ancient` input it would hide their changed params from Snakemake 9.27.)
     input:
         battles=RUN.battles,
         folds=RUN.folds,

@@ -129,17 +129,17 @@ def as_options(*names):
 
 @functools.cache
 def findings():
-    """All that will fail, but for what rules make, also of who uses this workflow."""
+    """Everything that will fail; files that a rule makes, here or in an outer workflow, are not checked."""
     made = lambda path: any(rule.is_producer(path) for rule in workflow.rules)
     return checks.findings(CONFIG, made, interpreter)
 
 
 def check(path):
-    """Refuse a path of the configuration that a job needs and by which it would fail.
+    """Refuse a path of the configuration with which a job would fail, even if an earlier run left the outputs.
 
-    Runs and dry runs check what they need, whatever an earlier run left: neither a plan nor `--report`
-    needs any, and Snakemake itself looks for the inputs of a job on another node. This exits, because
-    Snakemake takes any error here for a job that cannot run, and is content with the output that exists.
+    Only runs and dry runs check this: a plan and `--report` need no inputs, and for a job on another node
+    Snakemake itself checks them. This function exits: Snakemake would treat an exception as a job that cannot
+    run, and would accept an existing output.
     """
     if workflow.is_main_process and workflow.executor_plugin:
         if any(finding.path == path for finding in findings()):

@@ -57,6 +57,9 @@ def make_checkout(folder: Path) -> Checkout:
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / name)
     config = yaml.safe_load((ROOT / "tests/mini.yaml").read_text())
-    config["environments"] = {"gptq": str(GPTQ)}
+    config["environments"] = {"gptq": str(GPTQ if GPTQ.exists() else sys.executable)}
+    there = folder / ".venv-gptq/bin/python"  # what other configurations name; only for dry runs
+    there.parent.mkdir(parents=True)
+    there.symlink_to(sys.executable)
     (folder / "mini.yaml").write_text(yaml.safe_dump(config))
     return Checkout(folder)

@@ -376,7 +376,7 @@ def test_a_run_without_a_token_ends_before_its_first_job(
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config | {"run": "r"}))
     (checkout.folder / "d").mkdir()
     for name in ("ut.parquet", "test.csv"):
-        (checkout.folder / "d" / name).touch()
+        (checkout.folder / "d" / name).write_text("id\n")
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "mini.yaml"]
     done = subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True)
     assert done.returncode == 1

@@ -809,6 +809,6 @@ def test_files_of_ones_own_are_read(tmp_path: Path) -> None:
     own = "  train: t.csv\n  test: p.csv\n  unlabelled: [one.csv, two.csv]"
     (checkout.folder / "mini.yaml").write_text(text.replace(arena, own))
     for name in ("t", "p", "one", "two"):
-        (checkout.folder / f"{name}.csv").touch()
+        (checkout.folder / f"{name}.csv").write_text("id\n")
     commands = checkout.snakemake("-n", "-p", "folds").stdout
     assert "--unlabelled one.csv --unlabelled two.csv" in commands

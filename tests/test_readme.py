@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from checkouts import ROOT, make_checkout
 from made_up_run import made_up_run
+from safetensors.numpy import save_file
 
+from arena_distill.battles.simulation import write_arena
 from arena_distill.config import checks, run
+from arena_distill.config.model_files import WEIGHTS
+from arena_distill.config.phases import ArenaSettings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "workflow/arena_distill"
@@ -90,18 +95,20 @@ def test_no_block_hides_a_command(page: Path) -> None:
 
 
 def put_in_place(folder: Path, config: run.Config) -> None:
-    """Empty files where a configuration names some: a dry run asks no more than that they are there."""
-    battles = config.data
-    named = [*battles.train, *battles.extra, *battles.ut, *battles.test, *battles.unlabelled]
-    named += [battles.solution] if battles.solution else []
-    named = [path for path in named if path not in battles.fetch]
-    for judge in config.judges.values():
-        named += [judge.external.file] if judge.external and judge.external.file else []
-        for key, path in checks.backbone_files(judge.backbone) if judge.backbone else ():
-            named.append(f"{path}/tokenizer.json" if key == "tokenizer" else path)
-    for path in named:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).touch()
+    """Files where a configuration names some, in which a dry run finds nothing wrong."""
+    for named in checks.named_files(config):
+        path = folder / named.path
+        if path.exists() or named.path in config.data.fetch:
+            continue
+        (path if named.is_folder else path.parent).mkdir(parents=True, exist_ok=True)
+        if named.is_folder:
+            (path / "tokenizer.json").write_text("{}")
+        elif path.name == "config.json":
+            path.write_text('{"model_type": "llama"}')
+            (path.parent / "tokenizer.json").write_text("{}")
+            save_file({"layers.0.q_proj.weight": np.zeros((1, 1024))}, path.parent / WEIGHTS)
+        else:
+            path.write_text("GGUF")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +117,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_checkout(tmp_path_factory.mktemp("readme") / "checkout").folder
     mine = next(b for b in blocks(ROOT / "README.md", "yaml") if b.startswith("# mine.yaml\n"))
     (folder / "mine.yaml").write_text(mine)
+    settings = ArenaSettings(version=1, train=60, extra=0, ut=0, test=1)
+    write_arena(folder / "somebody", settings=settings)
+    (folder / "somebody/train.csv").rename(folder / "battles.csv")
+    (init,) = (
+        command.words for command in OTHERS if command.words[:2] == ["arena-distill", "init"]
+    )
+    done = run_in(folder, sys.executable, "-m", "arena_distill", *init[1:])
+    assert done.returncode == 0, done.stderr
     for file in (folder / "mine.yaml", *(folder / "config").glob("*.yaml")):
         put_in_place(folder, run.load(yaml.safe_load(file.read_text())))
     return folder
@@ -148,6 +163,13 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             made = made_up_run(folder / "run").evaluate()
             assert Path(metrics).name == made.name
             done = run_in(folder, *start, "show-results", str(made))
+        case ["init", battles, *_]:
+            assert (folder / battles).exists() and (folder / "arena.yaml").exists()
+            return
+        case ["formats", file]:
+            done = run_in(folder, *start, "formats", str(Path(file).with_suffix(".csv")))
+        case ["check", *arguments]:
+            done = run_in(folder, *start, "check", *arguments)
         case ["plan" | "status" as command, *arguments]:
             # Their arguments are snakemake's: the graph that they ask it for is made without running it.
             done = run_in(folder, *start, command, "--help")

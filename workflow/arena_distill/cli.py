@@ -81,7 +81,7 @@ def init(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def check(context: typer.Context) -> None:
-    """Report everything that is known to fail before a run is started; exits with 1 if something is.
+    """Report everything that will fail, before anything runs; exits with 1 if there is something.
 
     All other arguments are those of snakemake: --configfile, --config, --profile, --directory.
     """

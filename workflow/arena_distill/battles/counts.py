@@ -1,4 +1,4 @@
-"""What the battles of a run are too few for, told before anything is trained."""
+"""Refuse what a run has too few battles for, before anything is trained."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""All that can be known to fail from the configuration and the files it names, before anything is run.
+"""Find what will fail, from the configuration and the files it names, before anything runs.
 
-Nothing is loaded, and no battle is read: it takes a moment. The workflow refuses by it what a job needs,
-when the graph is built; ``arena-distill check`` prints all of it.
+No model is loaded and no battle is read, so this takes milliseconds. When Snakemake builds the graph, it
+refuses a job whose files have findings; ``arena-distill check`` prints all findings.
 
 Snakemake asks for a missing input only where outputs are missing too: where an earlier run left its own, a
 file that was renamed would mean that there is nothing to be done.
@@ -40,9 +40,9 @@ class Named:
 class Finding:
     """Something that will fail.
 
-    path: of what a job must not use before it is mended.
+    path: the file that no job may use before the problem is solved.
     line: the key, what is wrong, what to do.
-    is_missing: whether it is all that a file is not there.
+    is_missing: whether the problem is only that the file does not exist.
     """
 
     path: str
@@ -53,16 +53,15 @@ class Finding:
 def findings(
     config: Config, is_made: Callable[[str], bool], interpreter: Callable[[str], str]
 ) -> list[Finding]:
-    """All that is known to fail, in the order of the configuration.
+    """Find everything that will fail: files, interpreters, then judges.
 
     Args:
-        is_made: whether a rule makes a path. What is made is not looked at.
-        interpreter: the path of an interpreter that the configuration names.
+        is_made: whether a rule makes a path; such files are not checked.
+        interpreter: returns the path of an interpreter that the configuration names.
     """
-    found: dict[str, Finding] = {}  # by line: many judges have one backbone
+    found: dict[str, Finding] = {}  # by path and problem: several judges may share a backbone
 
-    def tell(key: str, path: str, problem: str, *, is_missing: bool = False) -> None:
-        # One line of a file, whoever names it, but each of what is wrong with it.
+    def add(key: str, path: str, problem: str, *, is_missing: bool = False) -> None:
         found.setdefault(
             f"{path} {problem}", Finding(path, f"config: {key}: {problem}", is_missing)
         )
@@ -72,23 +71,23 @@ def findings(
             continue
         if problem := _file_problem(named):
             missing = not Path(named.path).exists()
-            tell(named.key, named.path, problem, is_missing=missing)
+            add(named.key, named.path, problem, is_missing=missing)
     for key, path, advice in _interpreters(config):
         python = interpreter(path)
         if os.sep in python and not os.access(python, os.X_OK):
-            tell(key, path, f"{python} is not an interpreter that can be run: {advice}")
+            add(key, path, f"{python} is not an interpreter that can be run: {advice}")
     broken = {finding.path for finding in found.values()}
     for name, judge in config.judges.items():
         file = judge.backbone and judge.backbone.described_by()
         if judge.backbone and file and file not in broken and not is_made(file):
             folder = ModelFolder(Path(file).parent)
             for problem in folder.problems():
-                tell(f"judges.{name}.backbone", file, problem)
+                add(f"judges.{name}.backbone", file, problem)
             for key, problem in _judge_problems(config, name, folder):
-                tell(key, file, problem)
+                add(key, file, problem)
         if judge.backbone and (tokenizer := judge.backbone.tokenizer) and tokenizer not in broken:
             for problem in ModelFolder(Path(tokenizer)).tokenizer_problems():
-                tell(f"judges.{name}.backbone.tokenizer", tokenizer, problem)
+                add(f"judges.{name}.backbone.tokenizer", tokenizer, problem)
     return list(found.values())
 
 
@@ -103,8 +102,8 @@ def backbone_files(backbone: Backbone) -> Iterator[tuple[str, str]]:
 
 
 def named_files(config: Config) -> Iterator[Named]:
-    """All files and folders that the configuration names and that have to be there."""
-    battles = "put the file there, mend the path, or say in data.fetch where it comes from"
+    """The files and folders that the configuration names and that must exist."""
+    battles = "put the file there, correct the path, or say in data.fetch where it comes from"
     for name in SOURCES:
         for source in getattr(config.data, name):
             for file in source.files():
@@ -114,19 +113,19 @@ def named_files(config: Config) -> Iterator[Named]:
     for fetched, origin in config.data.fetch.items():
         for path in origin.without:
             yield Named(f"data.fetch.{fetched}.without", path, battles)
-    mend = "put it there or mend the path"
+    correct = "put it there or correct the path"
     for name, judge in config.judges.items():
         if judge.external and judge.external.file:
-            yield Named(f"judges.{name}.external.file", judge.external.file, mend)
+            yield Named(f"judges.{name}.external.file", judge.external.file, correct)
         for key, path in backbone_files(judge.backbone) if judge.backbone else ():
-            model = "put the model there, mend the path, or set backbone.hub and revision"
+            model = "put the model there, correct the path, or set backbone.hub and revision"
             is_tokenizer = key == "tokenizer"
-            advice = mend if is_tokenizer else model
+            advice = correct if is_tokenizer else model
             yield Named(f"judges.{name}.backbone.{key}", path, advice, is_tokenizer)
 
 
 def looked_at(config: Config) -> list[str]:
-    """What :func:`findings` looks at, as lines for people."""
+    """What :func:`findings` checks, as lines for people."""
     files = [(named.key, named.path) for named in named_files(config)]
     files += [(key, path) for key, path, _ in _interpreters(config)]
     judges = ", ".join(config.judges)
@@ -154,7 +153,11 @@ def _file_problem(named: Named) -> str | None:
 def _interpreters(config: Config) -> Iterator[tuple[str, str, str]]:
     """Keys and paths of the interpreters that jobs run with, and what to do where one is not there."""
     if config.environments.main:
-        yield "environments.main", config.environments.main, "mend the path, or leave the key out"
+        yield (
+            "environments.main",
+            config.environments.main,
+            "correct the path, or leave the key out",
+        )
     if config.judges[config.final].quantization:
         yield (
             "environments.gptq",
@@ -165,7 +168,7 @@ def _interpreters(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[tuple[str, str]]:
-    """What of a judge does not fit its backbone: keys, and lines without them."""
+    """Settings of a judge that do not fit its backbone: their keys, and lines without them."""
     judge, model = config.judges[name], folder.config
     assert judge.backbone
     layers = model.get("num_hidden_layers")

@@ -1,6 +1,6 @@
 """What a model's folder says of itself: read from its JSON and its weights' headers, in a moment.
 
-Nothing of it is loaded. What is not known of a model is not checked: loading it tells the rest.
+Nothing is loaded. What these files do not say is not checked here; loading the model checks it.
 """
 
 from __future__ import annotations
@@ -131,8 +131,7 @@ class ModelFolder:
         tokenizer = _json(self.path / "tokenizer.json")
         model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        # Of added tokens only those count that texts are made of: Gemma 3 has one for images, without
-        # an embedding.
+        # Without added tokens: Gemma 3 has one for images, which has no embedding and is in no text.
         if isinstance(vocabulary, dict):
             return max(vocabulary.values(), default=None)
         return len(vocabulary) - 1 if isinstance(vocabulary, list) else None
@@ -140,9 +139,9 @@ class ModelFolder:
 
 @cache
 def classifiers() -> frozenset[str]:
-    """The types of models that transformers can classify with; empty where that cannot be told.
+    """The model types that transformers has classifiers for; empty if transformers' table is not found.
 
-    Read from the source of its table: to import that takes seconds, as it imports PyTorch.
+    Read from the table's source, because importing it imports PyTorch, which takes seconds.
     """
     found = importlib.util.find_spec("transformers")
     for folder in found.submodule_search_locations or () if found else ():

@@ -91,20 +91,20 @@ def read_graph(arguments: Sequence[str], *, without_inputs: bool = False) -> Gra
 
 
 def read_findings(arguments: Sequence[str]) -> tuple[list[Finding], list[str]]:
-    """What is known to fail of the run that `arguments` ask for, and what was looked at; no graph is built.
+    """What will fail in the run that `arguments` ask for, and what was checked; no graph is built.
 
     Args:
         arguments: those of a `snakemake` command.
 
     Raises:
-        InputError: the configuration has mistakes, each a line, or Snakemake refuses something else.
+        InputError: the configuration has mistakes, one line each, or Snakemake fails.
     """
     told = _ask(_print_findings, "_print_findings()", ["--dry-run", "--list-rules", *arguments])
     return [Finding(**finding) for finding in told["findings"]], told["checked"]
 
 
 def _ask(printer: Callable[..., None], call: str, arguments: Sequence[str]) -> Any:
-    """What Snakemake prints in the place of its own answer."""
+    """Run Snakemake with `printer` in place of one of its own outputs, and return what that prints."""
     source = f"from __future__ import annotations\n{inspect.getsource(printer)}\n{call}"
     command = [sys.executable, "-c", source, *arguments]
     done = subprocess.run(
@@ -117,7 +117,7 @@ def _ask(printer: Callable[..., None], call: str, arguments: Sequence[str]) -> A
 
 
 def _print_findings() -> None:
-    """Be Snakemake, and print what the workflow's own checks find in place of its rules."""
+    """Run Snakemake, and print what the workflow's own checks find instead of its rules."""
     import json
     import sys
 
