@@ -330,7 +330,11 @@ def test_a_missing_client_is_reported_first(client: Path, monkeypatch: pytest.Mo
 
 def raw(**fetch: Any) -> dict[str, Any]:
     data = {"train": "d/train.csv", "ut": "d/ut.parquet", "test": "d/test.csv", "fetch": fetch}
-    return {"data": data, "judges": {"j": {"backbone": {"tiny": "llama"}}}, "final": "j"}
+    return {
+        "data": data,
+        "judges": {"j": {"backbone": {"tiny": "llama"}, "quantization": {"group_size": 32}}},
+        "final": "j",
+    }
 
 
 def test_a_file_of_kaggle_has_the_same_name_there() -> None:
