@@ -181,9 +181,7 @@ def test_threads_and_resources_rebuild_nothing(checkout: Checkout) -> None:
 
 
 def test_docstrings_and_the_look_of_rules_rebuild_nothing(checkout: Checkout) -> None:
-    checkout.edit(
-        "workflow/arena_distill/training/trainer.py", '"""Judges learn', '"""All judges learn'
-    )
+    checkout.edit("workflow/arena_distill/training/trainer.py", '"""Train', '"""Now train')
     checkout.edit("rules/training.smk", "    message:\n", "    # a comment\n    message:\n")
     checkout.edit("rules/training.smk", " --folds {input.folds:q}", "  --folds  {input.folds:q}")
     assert checkout.would_run() == {}
