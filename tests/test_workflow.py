@@ -245,8 +245,8 @@ def test_a_wrong_configuration_is_one_clear_line_and_touches_nothing(
 @pytest.mark.parametrize(
     ("header", "row", "message"),
     [
-        ("id,prompt,response_a,winner", "1,q,a,tie", "no column response_b"),
-        ("id,prompt,response_a,response_b,winner", '1,"[""q""","[""a""]","[""b""]",tie', "prompt"),
+        ("id,prompt,response_a,winner", "1,q,a,tie", "of no known format"),
+        ("id,prompt,response_a,response_b,winner", "1,q,a,b,left", "'left'"),
         (
             "id,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie",
             "1,q,a,b,1,1,0",
