@@ -151,7 +151,9 @@ def _split(table: pa.Table, held: np.ndarray, files: Files) -> None:
 def _machine() -> Machine:
     gpus = 0
     if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
     return Machine(len(os.sched_getaffinity(0)), gpus, psutil.virtual_memory().total // 1_000_000)
 
