@@ -308,6 +308,7 @@ def prepare(family: str, folder: Path, size: str, gpus: int, gptq: Path) -> Benc
     battles = folder / "battles.parquet"
     bench.call(
         *("read-battles", "--output", battles, "--rejected", folder / "rejected.parquet"),
+        *("--reading", folder / "reading.json"),
         *(
             "--settings",
             Settings(version=1).as_params(),

@@ -55,9 +55,9 @@ def kill_at(checkout: Checkout, jobs: float, rng: random.Random) -> bool:
         "snakemake",
         "--cores",
         "2",
+        *TARGETS,
         "--configfile",
         "mini.yaml",
-        *TARGETS,
     ]
     with open(checkout.folder / "snakemake.log", "a") as log:
         snakemake = subprocess.Popen(

@@ -190,7 +190,7 @@ def _print_graph(without_inputs: bool) -> None:
             "run": os.path.dirname(str(battles)),
             "config": own["config"],
             "jobs": shown,
-            "findings": [vars(finding) for finding in own["findings"]()],
+            "findings": [vars(finding) for finding in own.get("findings", list)()],
         }
         yield json.dumps({"arena_distill": graph})
 
