@@ -417,3 +417,12 @@ def test_a_dry_run_refuses_a_key_that_stands_twice(here: Path) -> None:
     assert done.returncode == 1
     assert "config: run: " in done.stderr
     assert f"line {text.count(chr(10))}: this key stands in line" in done.stderr
+
+
+def test_another_workflow_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text('rule all:\n    output: "x"\n    shell: "touch x"\n')
+    done = check(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: nothing to check: this Snakefile does not use the rules of Arena Distill"
+    ]

@@ -105,7 +105,8 @@ def read_findings(arguments: Sequence[str]) -> tuple[list[Finding], list[str]]:
 
 def _ask(printer: Callable[..., None], call: str, arguments: Sequence[str]) -> Any:
     """Run Snakemake with `printer` in place of one of its own outputs, and return what that prints."""
-    source = f"from __future__ import annotations\n{inspect.getsource(printer)}\n{call}"
+    parts = [inspect.getsource(part) for part in (_own_names, printer)]
+    source = "\n".join(["from __future__ import annotations", *parts, call])
     command = [sys.executable, "-c", source, *arguments]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
@@ -114,6 +115,12 @@ def _ask(printer: Callable[..., None], call: str, arguments: Sequence[str]) -> A
     if done.returncode or not found:
         raise InputError(_refusal(done.stdout, done.stderr))
     return json.loads(found[-1])["arena_distill"]
+
+
+def _own_names(workflow: Any) -> dict[str, Any]:
+    """The names of this workflow in Snakemake's, also where another one uses it as a module."""
+    names = [rule.module_globals for rule in workflow.rules]
+    return next((n for n in names if {"STUDIES", "RUN"} <= n.keys()), workflow.globals)
 
 
 def _print_findings() -> None:
@@ -125,8 +132,9 @@ def _print_findings() -> None:
     from snakemake.workflow import Workflow
 
     def findings(workflow: Any, only_targets: bool = False) -> None:
-        names = [rule.module_globals for rule in workflow.rules]
-        own = next((n for n in names if {"STUDIES", "RUN"} <= n.keys()), workflow.globals)
+        own = _own_names(workflow)
+        if "findings" not in own:
+            sys.exit("nothing to check: this Snakefile does not use the rules of Arena Distill")
         found = [vars(finding) for finding in own["findings"]()]
         checked = own["checks"].looked_at(own["CONFIG"])
         print(json.dumps({"arena_distill": {"findings": found, "checked": checked}}))
@@ -161,9 +169,7 @@ def _print_graph(without_inputs: bool) -> None:
 
         jobs = sorted((job for job in dag.jobs if job.output), key=place)
         number = {job: i for i, job in enumerate(jobs)}
-        # This workflow's own names, also as a module of another one.
-        names = [rule.module_globals for rule in dag.workflow.rules]
-        own = next((n for n in names if {"STUDIES", "RUN"} <= n.keys()), dag.workflow.globals)
+        own = _own_names(dag.workflow)
         proxies = vars(own["rules"]).get("_rules", {})
         originals = {proxy.rule.name: name for name, proxy in proxies.items()}
         battles = proxies["read_battles"].output.battles if "read_battles" in proxies else ""
