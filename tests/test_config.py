@@ -312,9 +312,9 @@ def test_a_path_is_a_source_read_by_default(tmp_path: Path) -> None:
     settings = BattlesSettings.of(load(raw(data={**FILES, "extra": ["extra.csv", shards]})))
     assert list(settings.sources) == ["extra"]
     for file in data.extra[1].files():
-        source = settings.source_of("extra", file)
+        (source,) = settings.files_of("extra", [file])
         assert (source.path, source.ties) == (str(file), {"both_bad": "drop"})
-        assert settings.source_of("train", file) == Source(path=str(file))
+        assert settings.files_of("train", [file]) == [Source(path=str(file))]
     assert BattlesSettings.of(load(raw(data=FILES))).sources == {}
     assert Data(arena={"extra": 0, "ut": 0}).sources() == ("train", "test")
 

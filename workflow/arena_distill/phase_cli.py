@@ -104,7 +104,7 @@ def read_battles(
 
     parsed = parse(phase.BattlesSettings, settings)
     given = {"train": train, "extra": extra, "ut": ut, "test": test, "unlabelled": unlabelled}
-    files = {name: [parsed.source_of(name, f) for f in some or []] for name, some in given.items()}
+    files = {name: parsed.files_of(name, some or []) for name, some in given.items()}
     write_battles(files, output, rejected, reading, parsed)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -77,16 +78,17 @@ def findings(
         if os.sep in python and not os.access(python, os.X_OK):
             add(key, path, f"{python} is not an interpreter that can be run: {advice}")
     broken = {finding.path for finding in found.values()}
+    folder_of = cache(ModelFolder)  # judges may share one, and its tokenizer takes time to read
     for name, judge in config.judges.items():
         file = judge.backbone and judge.backbone.described_by()
         if judge.backbone and file and file not in broken and not is_made(file):
-            folder = ModelFolder(Path(file).parent)
+            folder = folder_of(Path(file).parent)
             for problem in folder.problems():
                 add(f"judges.{name}.backbone", file, problem)
             for key, problem in _judge_problems(config, name, folder):
                 add(key, file, problem)
         if judge.backbone and (tokenizer := judge.backbone.tokenizer) and tokenizer not in broken:
-            for problem in ModelFolder(Path(tokenizer)).tokenizer_problems():
+            for problem in folder_of(Path(tokenizer)).tokenizer_problems():
                 add(f"judges.{name}.backbone.tokenizer", tokenizer, problem)
     return list(found.values())
 

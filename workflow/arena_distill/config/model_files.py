@@ -46,7 +46,7 @@ class ModelFolder:
             )
         yield from self._weight_problems()
         yield from self.tokenizer_problems()
-        largest, known_ids = self._largest_id(), self.config.get("vocab_size")
+        largest, known_ids = self._largest_id, self.config.get("vocab_size")
         if largest and known_ids and largest >= known_ids:
             yield (
                 f"{self.path}: its tokenizer gives ids up to {largest}, the model has {known_ids} "
@@ -127,6 +127,7 @@ class ModelFolder:
         blocks = {name: shape for name, shape in self.matrices.items() if _IN_BLOCK.search(name)}
         return {name.rpartition(".")[2]: inputs for name, (_, inputs) in blocks.items()}
 
+    @cached_property
     def _largest_id(self) -> int | None:
         tokenizer = _json(self.path / "tokenizer.json")
         model = tokenizer.get("model") if isinstance(tokenizer, dict) else None

@@ -8,6 +8,7 @@ a new key rebuilds nothing; the command line reads them back with :func:`parse`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -130,12 +131,16 @@ class BattlesSettings(Settings):
             sources={name: sources for name, sources in told.items() if sources},
         )
 
-    def source_of(self, name: str, file: Path) -> Source:
-        """A file of a source, with what is said of it."""
-        for source in self.sources.get(name, ()):
-            if file in source.files():
-                return source.model_copy(update={"path": str(file)})
-        return Source(path=str(file))
+    def files_of(self, name: str, files: Sequence[Path]) -> list[Source]:
+        """The files of a source, each as its entry in the configuration interprets it."""
+        entries = reversed(self.sources.get(name, ()))  # of two entries the first counts
+        known = {file: entry for entry in entries for file in entry.files()}
+        return [
+            known[file].model_copy(update={"path": str(file)})
+            if file in known
+            else Source(path=str(file))
+            for file in files
+        ]
 
 
 class FoldsSettings(Settings, Folds):
