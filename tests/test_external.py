@@ -511,31 +511,6 @@ def test_the_key_does_not_follow_a_redirect(
         assert not other.bodies
 
 
-def test_a_second_signal_ends_at_once(folder: Path, server: ChatServer) -> None:
-    reached, never = threading.Event(), threading.Event()
-
-    def reply(number: int, body: Body) -> Reply:
-        if number >= 10:
-            reached.set()
-            never.wait(60)
-        return answer(body)
-
-    server.reply = reply
-    process = job(folder, server, concurrency=2)
-    assert process.stdout
-    assert reached.wait(300)
-    process.send_signal(signal.SIGTERM)
-    assert any("waiting for open requests" in line for line in process.stdout)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    never.set()
-    asked = len(server.bodies)
-    server.reply = replies()
-    ask(folder, server)
-    assert 2 * LABELLED <= len(server.bodies) <= 2 * LABELLED + 2  # those under way alone
-    assert asked <= 12
-
-
 def test_a_server_that_is_not_there(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
@@ -667,6 +642,40 @@ def job(folder: Path, server: ChatServer, **limits: Any) -> subprocess.Popen[str
     )
 
 
+def hold(server: ChatServer, after: int) -> tuple[threading.Event, threading.Event]:
+    """Hold back all answers after so many: an event that says that one waits, and one that releases them.
+
+    The answers before are on disk, except those just sent.
+    """
+    reached, go_on = threading.Event(), threading.Event()
+
+    def reply(number: int, body: Body) -> Reply:
+        if number >= after:
+            reached.set()
+            go_on.wait(100)
+        return answer(body)
+
+    server.reply = reply
+    return reached, go_on
+
+
+def test_a_second_signal_ends_at_once(folder: Path, server: ChatServer) -> None:
+    reached, go_on = hold(server, 10)
+    process = job(folder, server, concurrency=2)
+    assert process.stdout
+    assert reached.wait(300)
+    process.send_signal(signal.SIGTERM)
+    assert any("waiting for open requests" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    go_on.set()
+    asked = len(server.bodies)
+    server.reply = replies()
+    ask(folder, server)
+    assert 2 * LABELLED <= len(server.bodies) <= 2 * LABELLED + 2  # those under way alone
+    assert asked <= 12
+
+
 @pytest.mark.parametrize(
     "ending",
     [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL],
@@ -674,15 +683,7 @@ def job(folder: Path, server: ChatServer, **limits: Any) -> subprocess.Popen[str
 def test_an_interrupted_job_goes_on_where_it_was(
     folder: Path, server: ChatServer, ending: signal.Signals
 ) -> None:
-    reached, go_on = threading.Event(), threading.Event()
-
-    def reply(number: int, body: Body) -> Reply:
-        if number >= 20:  # the answers before are on disk, but for those just sent
-            reached.set()
-            go_on.wait(100)
-        return answer(body)
-
-    server.reply = reply
+    reached, go_on = hold(server, 20)
     process = job(folder, server, concurrency=2)
     assert process.stdout
     assert reached.wait(300)
