@@ -22,9 +22,8 @@ from arena_distill.files.artifacts import provenance as origin
 from arena_distill.files.artifacts import write_json, write_parquet, write_text
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
-from arena_distill.prediction.submission import WINNERS
 from arena_distill.prediction.test_time import Passes, predict_test, softmax
-from arena_distill.verdicts import NO_VOTE, Votes
+from arena_distill.verdicts import NO_VOTE, WINNERS, Votes
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3

@@ -37,9 +37,8 @@ from arena_distill.prediction.calibration import (
     parts_of,
     read_calibration,
 )
-from arena_distill.prediction.submission import WINNERS
 from arena_distill.prediction.test_time import predict_test
-from arena_distill.verdicts import Order, Votes, swap_classes
+from arena_distill.verdicts import WINNERS, Order, Votes, swap_classes
 
 seeds = st.integers(0, 2**32 - 1)
 each_method = pytest.mark.parametrize("method", METHODS)

@@ -25,7 +25,7 @@ from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.models.loading import load_classifier
 from arena_distill.prediction import test_time
-from arena_distill.prediction.submission import WINNERS, write_submission
+from arena_distill.prediction.submission import write_submission
 from arena_distill.prediction.test_time import (
     averages,
     identical,
@@ -35,7 +35,7 @@ from arena_distill.prediction.test_time import (
     softmax,
     submitted_variant,
 )
-from arena_distill.verdicts import Order, swap_classes
+from arena_distill.verdicts import WINNERS, Order, swap_classes
 
 ORDERS: tuple[Order, ...] = ("AB", "BA")
 LENGTHS = (40, 64)

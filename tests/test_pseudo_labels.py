@@ -35,7 +35,7 @@ from arena_distill.battles.folds import (
     write_folds,
 )
 from arena_distill.battles.reading import read_battles
-from arena_distill.battles.simulation import WINNERS, write_arena
+from arena_distill.battles.simulation import write_arena
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.data import Arena
 from arena_distill.config.derived import JudgeFamily
@@ -73,7 +73,7 @@ from arena_distill.training.examples import Examples
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import VOTE_LOSS, select_rows, teacher_logits
 from arena_distill.training.trainer import train_fold
-from arena_distill.verdicts import CLASSES, NO_VOTE, Votes, swap_classes
+from arena_distill.verdicts import CLASSES, NO_VOTE, WINNERS, Votes, swap_classes
 
 ENCODING = Encoding(max_length=96)
 BARE, SHARING = 16, 12

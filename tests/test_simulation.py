@@ -21,7 +21,6 @@ from arena_distill.battles.simulation import (
     NUMBERS,
     QUALITIES,
     VOTERS,
-    WINNERS,
     WORLD,
     SimulatedBattles,
     Voters,
@@ -30,6 +29,7 @@ from arena_distill.battles.simulation import (
     write_arena,
 )
 from arena_distill.config.phases import ArenaSettings
+from arena_distill.verdicts import WINNERS
 
 SIZES = {"train": 60, "extra": 20, "ut": 30, "test": 25}
 

@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from arena_distill.battles.simulation import WINNERS, SimulatedBattles, simulate
+from arena_distill.battles.simulation import SimulatedBattles, simulate
 from arena_distill.config.backbone import TINY
 from arena_distill.encoding.templates import TEMPLATES
 from arena_distill.models.tiny_backbones import pretrain_tiny
+from arena_distill.verdicts import WINNERS
 
 FAMILIES = ("llama", "qwen2", "gemma2")
 WEIRD = (

@@ -19,6 +19,8 @@ import numpy as np
 Order = Literal["AB", "BA"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 CLASSES = ("model_a", "model_b", "tie")
+WINNERS = tuple(f"winner_{name}" for name in CLASSES)
+"""Columns of the competition: votes in its battles, probabilities in predictions and submissions."""
 
 NO_VOTE = -1
 """The label of a battle without a vote: students learn it from their teachers only."""

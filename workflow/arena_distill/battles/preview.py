@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from arena_distill.battles.reading import KINDS, count_rows, print_counts, read_parts
+from arena_distill.battles.reading import VOTE_KINDS, count_rows, print_counts, read_parts
 from arena_distill.config.source import Source
 
 SHOWN = 3
@@ -48,7 +48,7 @@ def _shown(value: Any) -> str:
         return "" if value is None else _cut(str(value))
     if all(isinstance(turn, str) for turn in value):
         return "\n".join(f"{number}. {_cut(turn)}" for number, turn in enumerate(value, 1))
-    shares = [(kind, share) for kind, share in zip(KINDS, value, strict=False) if share]
+    shares = [(kind, share) for kind, share in zip(VOTE_KINDS, value, strict=False) if share]
     return (
         shares[0][0] if len(shares) == 1 else ", ".join(f"{k} {share:.2f}" for k, share in shares)
     )

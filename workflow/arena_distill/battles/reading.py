@@ -70,7 +70,7 @@ REJECTED_SCHEMA = pa.schema(
     ]
 )
 
-KINDS = ("A", "B", "tie", "none")
+VOTE_KINDS = ("A", "B", "tie", "none")
 """Kinds of votes, by the likeliest class."""
 
 Files = Mapping[str, Sequence[StrPath | Source]]
@@ -384,7 +384,7 @@ def count_rows(parts: Sequence[Part]) -> dict[str, Any]:
         "battles": int(good.sum()),
         "votes": {
             kind: {"kept": int((good & mine).sum()), "refused": int((~good & mine).sum())}
-            for number, kind in enumerate(KINDS)
+            for number, kind in enumerate(VOTE_KINDS)
             if (mine := kinds == (number if kind != "none" else -1)).any()
         },
         "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1]["rows"])),

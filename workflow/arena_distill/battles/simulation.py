@@ -45,9 +45,9 @@ from numpy.typing import NDArray
 
 from arena_distill.config.phases import ArenaSettings
 from arena_distill.files.artifacts import provenance, write_parquet, write_text
+from arena_distill.verdicts import WINNERS
 
 QUALITIES = ("correctness", "completeness", "style", "language", "verbosity", "formatting")
-WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
 IDENTICAL_TIE = 0.94
 
 

@@ -56,9 +56,8 @@ from arena_distill.metrics import (
     truth_scores,
 )
 from arena_distill.prediction.calibration import METHODS, cross_fit, fit
-from arena_distill.prediction.submission import WINNERS
 from arena_distill.scoring.logits import read_out_of_fold
-from arena_distill.verdicts import ORDERS, Votes
+from arena_distill.verdicts import ORDERS, WINNERS, Votes
 
 JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
 VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")

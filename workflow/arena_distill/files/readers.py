@@ -45,7 +45,8 @@ UNPACKED_BYTES = 1 << 30
 UNPACKED_RATIO = 50
 """A packed file may unpack to the larger of `UNPACKED_BYTES` and this many times its own size."""
 
-_ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 16_384
+"""Texts are handled so many rows at a time: those of a whole file may be too long for one Arrow array."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -226,7 +227,7 @@ class _ParquetColumns(Mapping[str, Column]):
             with _whole_parquet(self._path), pq.ParquetFile(self._path) as file:
                 kind = _plain_type(file.schema_arrow.field(name).type)
                 # In batches, as texts of more than 2 GB do not fit into one Arrow array.
-                batches = file.iter_batches(_ROWS_AT_ONCE, columns=[name])
+                batches = file.iter_batches(ROWS_AT_ONCE, columns=[name])
                 chunks = [_plain(batch.column(name), where) for batch in batches]
             column = self._columns[name] = pa.chunked_array(chunks, kind)
         return column
@@ -432,8 +433,8 @@ def _read_csv_slowly(
     _refuse_twice(header, path)
     cells = zip(*kept, strict=True) if kept else [()] * len(header)
     columns: dict[str, Column] = {
-        name: pa.chunked_array([pa.array(values[i : i + _ROWS_AT_ONCE], pa.string())
-                                for i in range(0, len(values), _ROWS_AT_ONCE)], pa.string())
+        name: pa.chunked_array([pa.array(values[i : i + ROWS_AT_ONCE], pa.string())
+                                for i in range(0, len(values), ROWS_AT_ONCE)], pa.string())
         for name, values in zip(header, cells, strict=True)
     }  # fmt: skip
     return RawTable(path, columns, count, Faults(path, np.array(numbers, np.int64), lost))

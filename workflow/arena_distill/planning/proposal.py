@@ -25,6 +25,7 @@ from arena_distill.config.run import load
 from arena_distill.config.source import SUFFIXES
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, write_parquet, write_text
+from arena_distill.verdicts import WINNERS
 
 TEMPLATE = Path(__file__).parent / "templates/arena.yaml"
 
@@ -130,10 +131,9 @@ def _hold_out(table: pa.Table, share: float) -> np.ndarray:
 
 def _split(table: pa.Table, held: np.ndarray, files: Files) -> None:
     """Write the battles to train on, those to predict, and the votes of these."""
-    winners = ("winner_model_a", "winner_model_b", "winner_tie")
     texts = table.select(["id", "prompt", "response_a", "response_b"])
     voted = texts
-    for name, shares in zip(winners, votes_of(table).probabilities.T, strict=True):
+    for name, shares in zip(WINNERS, votes_of(table).probabilities.T, strict=True):
         voted = voted.append_column(name, pa.array(shares))
     for name in ("weight", "model_a", "model_b", "language", "category"):
         if table[name].null_count < len(table):
@@ -141,7 +141,7 @@ def _split(table: pa.Table, held: np.ndarray, files: Files) -> None:
     parts = {
         files.train: voted.filter(pa.array(~held)),
         files.test: texts.filter(pa.array(held)),
-        str(files.solution): voted.select(["id", *winners]).filter(pa.array(held)),
+        str(files.solution): voted.select(["id", *WINNERS]).filter(pa.array(held)),
     }
     for path, rows in parts.items():
         write_parquet(rows, path, provenance("split", {}))

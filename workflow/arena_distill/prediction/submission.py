@@ -11,11 +11,7 @@ import pyarrow.compute as pc
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_text
 from arena_distill.files.keys import locate
-from arena_distill.verdicts import CLASSES
-
-WINNERS = tuple(f"winner_{name}" for name in CLASSES)
-"""The probability columns of predictions and submission, in the order of the classes."""
-
+from arena_distill.verdicts import WINNERS
 
 SUM_TOLERANCE = 1e-6
 

@@ -38,8 +38,7 @@ from arena_distill.models.heads import OUTPUTS, verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.prediction.calibration import read_calibration
-from arena_distill.prediction.submission import WINNERS
-from arena_distill.verdicts import CLASSES, Order
+from arena_distill.verdicts import CLASSES, WINNERS, Order
 
 """The deployed forms of a judge that are scored."""
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from arena_distill.battles.formats.columns import Rows
 from arena_distill.battles.formats.texts import ASSISTANT, SYSTEM, USER, Messages, joined
 from arena_distill.battles.formats.votes import A, B
+from arena_distill.verdicts import swap_classes
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def battles_of_pairs(
     first = deal_sides(prompt, *answers)
     mask = pa.array(first)
     sides = [(pc.if_else(mask, x, y), pc.if_else(mask, y, x)) for x, y in (answers, models)]
-    vote = np.where(first[:, None], vote, vote[:, [1, 0, 2]])
+    vote = np.where(first[:, None], vote, swap_classes(vote))
     (response_a, response_b), (model_a, model_b) = sides
     return Battles(prompt, response_a, response_b, vote, model_a, model_b, row, pair, weight)
 

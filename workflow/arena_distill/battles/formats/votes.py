@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.formats.columns import Rows, numbering
 from arena_distill.files.readers import DROPPED
+from arena_distill.verdicts import WINNERS
 
 A, B, TIE = np.eye(3)
 NONE = np.full(3, np.nan)
@@ -22,16 +23,14 @@ WORDS = {
 }
 """Words of votes, in lower case, and what they say. Beside them: numbers, and the row's own models."""
 
-_WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
-
 
 def read_votes(rows: Rows) -> np.ndarray:
     """Read the votes of rows with an answer A and an answer B: float64 (rows, 3), NaN without a vote."""
     if not rows.table.votes:
         return np.tile(NONE, (rows.count, 1))
-    votes = _shares(rows) if _WINNERS[0] in rows else _words(rows)
+    votes = _shares(rows) if WINNERS[0] in rows else _words(rows)
     if rows.reading.missing_votes == "refuse":
-        column = "winner_*" if _WINNERS[0] in rows else "winner"
+        column = "winner_*" if WINNERS[0] in rows else "winner"
         rows.refuse(
             np.isnan(votes[:, 0]), column, "no vote; to keep such rows: `missing_votes: keep`"
         )
@@ -41,10 +40,10 @@ def read_votes(rows: Rows) -> np.ndarray:
 def _shares(rows: Rows) -> np.ndarray:
     """Read a column each for A, B and tie: one of them is 1, or they are shares that sum to 1."""
     absent = np.zeros(rows.count)  # a set without ties may lack their column
-    columns = [rows.numbers(n, "0, 1 or a share") if n in rows else absent for n in _WINNERS]
+    columns = [rows.numbers(n, "0, 1 or a share") if n in rows else absent for n in WINNERS]
     votes = np.stack(columns, axis=1)
     empty = np.isnan(votes)
-    for name, lacks in zip(_WINNERS, empty.T, strict=True):
+    for name, lacks in zip(WINNERS, empty.T, strict=True):
         rows.refuse(lacks & ~empty.all(axis=1), name, "empty, 0, 1 or a share expected")
     total = votes.sum(axis=1)
     flags = np.isin(votes, (0, 1)).all(axis=1)
