@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.files import readers
-from arena_distill.files.readers import RawTable, read_table
+from arena_distill.files.raw_tables import RawTable
+from arena_distill.files.readers import read_table
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no files in {DATA}")

@@ -33,13 +33,8 @@ from arena_distill.files.artifacts import (
     write_parquet,
 )
 from arena_distill.files.keys import key, locate
-from arena_distill.files.readers import (
-    DROPPED,
-    KEPT_AS_RAW_TEXT,
-    Faults,
-    column_texts,
-    read_table,
-)
+from arena_distill.files.raw_tables import DROPPED, KEPT_AS_RAW_TEXT, Faults, column_texts
+from arena_distill.files.readers import read_table
 from arena_distill.verdicts import Votes
 
 WITHOUT_VOTES = ("test", "unlabelled")

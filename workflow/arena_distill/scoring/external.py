@@ -29,7 +29,8 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, write_logits
-from arena_distill.files.readers import column_texts, read_table
+from arena_distill.files.raw_tables import column_texts
+from arena_distill.files.readers import read_table
 from arena_distill.scoring import endpoint
 from arena_distill.scoring.endpoint import Alternative, Request, Token
 from arena_distill.verdicts import CLASSES, ORDERS, Order, exchange

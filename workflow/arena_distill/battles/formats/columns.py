@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from arena_distill.battles.formats.texts import Messages, TextKind, read_messages
 from arena_distill.config.source import Reading
 from arena_distill.errors import InputError
-from arena_distill.files.readers import KEPT_AS_RAW_TEXT, ROWS_AT_ONCE, RawTable, as_texts
+from arena_distill.files.raw_tables import KEPT_AS_RAW_TEXT, ROWS_AT_ONCE, RawTable, as_texts
 
 # Columns that belong together have to be found together: `response_1` is B beside `response_0` and A
 # beside `response_2`. The first names that a file has are taken; upper and lower case are the same.

@@ -23,7 +23,7 @@ from arena_distill.battles.formats.texts import text_kind
 from arena_distill.config.source import TEXT_COLUMNS, Reading
 from arena_distill.config.vocabulary import BattleFormat
 from arena_distill.errors import InputError
-from arena_distill.files.readers import RawTable, column_texts, is_list, plain_text
+from arena_distill.files.raw_tables import RawTable, column_texts, is_list, plain_text
 
 
 @dataclass(frozen=True)

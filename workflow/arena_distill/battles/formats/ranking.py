@@ -14,7 +14,7 @@ from arena_distill.battles.formats.pairs import (
     battles_of_answers,
     pairs_between,
 )
-from arena_distill.files.readers import plain_text
+from arena_distill.files.raw_tables import plain_text
 
 
 def convert(rows: Rows) -> Battles:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.errors import InputError
-from arena_distill.files.readers import JSON_TEXTS, Column, as_texts, is_list, plain_text, strings
+from arena_distill.files.json_files import JSON_TEXTS
+from arena_distill.files.raw_tables import Column, as_texts, is_list, plain_text, strings
 
 TextKind = Literal["plain", "turns", "transcript"]
 """What cells of text are: a text, a JSON list of turns, or "\\n\\nHuman: …\\n\\nAssistant: …"."""

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.formats.columns import Rows, numbering
-from arena_distill.files.readers import DROPPED
+from arena_distill.files.raw_tables import DROPPED
 from arena_distill.verdicts import WINNERS
 
 A, B, TIE = np.eye(3)
