@@ -44,7 +44,8 @@ from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet
 from arena_distill.files.logits import read_logits
-from arena_distill.scoring.endpoint import Alternative, Answers, Completion, Token, _retry_after
+from arena_distill.scoring.answers import Alternative, Answers, Completion, Token
+from arena_distill.scoring.endpoint import _retry_after
 from arena_distill.scoring.external import (
     COLUMNS,
     LEAST,

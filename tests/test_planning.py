@@ -30,7 +30,8 @@ from arena_distill.errors import InputError
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier
 from arena_distill.planning import forecast
-from arena_distill.planning.costs import DEVICES, GIB, NF4_BYTES, ON_THE_HOST, USABLE, Cost, Costs
+from arena_distill.planning.costs import NF4_BYTES, ON_THE_HOST, Cost, Costs
+from arena_distill.planning.devices import DEVICES, GIB, USABLE
 from arena_distill.planning.forecast import critical_path, simulate
 from arena_distill.planning.sizes import alive, measure, read_config, step_bytes
 from arena_distill.planning.workload import Battles, assumed_sequence

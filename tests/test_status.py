@@ -21,20 +21,19 @@ from rich.console import Console
 
 from arena_distill.errors import InputError
 from arena_distill.runs import status
+from arena_distill.runs.graph import Planned
+from arena_distill.runs.job_errors import error_lines, slurm_lines
 from arena_distill.runs.status import (
     Evidence,
     Job,
     JobState,
-    Planned,
     Status,
-    error_lines,
     parse_failures,
     parse_squeue,
-    print_status,
     read_markers,
-    slurm_lines,
     snakemake_at_work,
 )
+from arena_distill.runs.status_table import print_status
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = (

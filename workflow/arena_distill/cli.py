@@ -103,7 +103,8 @@ def status(
 
     All other arguments are passed to snakemake: --configfile, --directory, --profile, targets.
     """
-    from arena_distill.runs.status import print_status, read_status
+    from arena_distill.runs.status import read_status
+    from arena_distill.runs.status_table import print_status
 
     found = read_status(context.args)
     if as_json:

@@ -25,7 +25,6 @@ References
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -35,13 +34,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 
 from arena_distill.battles.simulation import QUALITIES, SimulatedBattles, simulate
 from arena_distill.config.vocabulary import Family
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
+from arena_distill.models.tiny_tokenizers import MAX_LENGTH, train_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +51,6 @@ HIDDEN = 64
 ATTENTION_HEADS = 4
 KEY_VALUE_HEADS = 2
 LAYERS = 4
-VOCABULARY = 1280
-MAX_LENGTH = 4096
 
 # Pretraining.
 ANSWER_LAYER = 2  # predicts the answers' qualities; the later layers move them to the last token
@@ -74,6 +69,7 @@ LAYOUTS = (
     ("[PROMPT]", "[RESPONSE_A]", "[RESPONSE_B]", ""),
 )
 
+_TOKENIZER_BATTLES = 10_000
 _FIELDS = ["prompt", "response_a", "response_b"]
 _logger = logging.getLogger(__name__)
 _POOL = 20_250_101  # the pool's random streams differ from those of any run
@@ -103,7 +99,8 @@ def pretrain_tiny(
     import torch
     from transformers import AutoModel
 
-    _check(family)
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     if battles < 1:
         raise ValueError(f"battles must be positive, got {battles}")
     if epochs <= 0:
@@ -136,11 +133,6 @@ def pretrain_tiny(
         (folder / "README.md").write_text(_README.format(**about, **settings), encoding="utf-8")
 
 
-def _check(family: str) -> None:
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
-
-
 _README = """\
 # A tiny {family}, pretrained on a simulated arena
 
@@ -149,94 +141,8 @@ _README = """\
     {command}
 
 Held-out log loss on the pool's votes: {log_loss} (lower bound {bayes_log_loss}). It knows the
-invented world of `arena_distill.simulation` and nothing else. Apache-2.0, like the code.
+invented world of `arena_distill.battles.simulation` and nothing else. Apache-2.0, like the code.
 """
-
-
-# Tokenizers -------------------------------------------------------------------------------------
-
-_SPECIAL: dict[Family, dict[str, str]] = {
-    "llama": {
-        "bos_token": "<|begin_of_text|>",
-        "end_of_text": "<|end_of_text|>",
-        "reserved_0": "<|reserved_special_token_0|>",
-        "reserved_1": "<|reserved_special_token_1|>",
-        "eos_token": "<|eot_id|>",
-        "reserved_2": "<|reserved_special_token_2|>",
-    },
-    "qwen2": {
-        "pad_token": "<|endoftext|>",
-        "turn": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-    },
-    "gemma2": {
-        "pad_token": "<pad>",
-        "eos_token": "<eos>",
-        "bos_token": "<bos>",
-        "unk_token": "<unk>",
-    },
-}
-# The published patterns; Llama keeps up to three digits together, Qwen2 one.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLIT = {"llama": rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", "qwen2": rf"{_WORDS}|\p{{N}}|{_REST}"}
-_GEMMA2_SPLIT = r"▁?[^▁\s\p{P}]+|\s+|▁?\p{P}+|▁+"
-_TOKENIZER_BATTLES = 10_000
-
-
-def train_tokenizer(family: Family, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a BPE tokenizer with the family's special tokens; it encodes any text without loss.
-
-    Llama's and Qwen2's are byte-level; Gemma-2's falls back to bytes.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    _check(family)
-    special = _SPECIAL[family]
-    reserved = list(special.values())
-    alphabet: list[str] = []
-    if family == "gemma2":
-        core = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        core.normalizer = normalizers.Replace(" ", "▁")
-        core.pre_tokenizer = pre_tokenizers.Split(Regex(_GEMMA2_SPLIT), "isolated")
-        core.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        reserved += [f"<0x{byte:02X}>" for byte in range(256)]
-    else:
-        core = Tokenizer(BPE())
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLIT[family]), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        core.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=reserved,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    # The trainer gives fixed ids to special tokens only; bytes must not stay special, because
-    # decoding would drop them.
-    state = json.loads(core.to_str())
-    state["added_tokens"] = [
-        token for token in state["added_tokens"] if token["content"] in special.values()
-    ]
-    core = Tokenizer.from_str(json.dumps(state))
-    roles = {role: token for role, token in special.items() if role.endswith("_token")}
-    if bos := roles.get("bos_token"):
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos}:1 $B:1",
-            special_tokens=[(bos, core.token_to_id(bos))],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=MAX_LENGTH, padding_side="right", **roles
-    )
 
 
 def _texts(battles: SimulatedBattles) -> list[str]:
@@ -253,7 +159,6 @@ def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTraine
     """The family's architecture at a small size, for a tokenizer."""
     from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
-    _check(family)
     head = HIDDEN // ATTENTION_HEADS
     shared = {
         "vocab_size": len(tokenizer),

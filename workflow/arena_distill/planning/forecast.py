@@ -26,7 +26,8 @@ from arena_distill.config.plan import Plan
 from arena_distill.config.run import Config
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_json
-from arena_distill.planning.costs import DEVICES, GIB, USABLE, Cost, Costs, Device
+from arena_distill.planning.costs import Cost, Costs
+from arena_distill.planning.devices import DEVICES, GIB, USABLE, Device
 from arena_distill.planning.workload import Battles
 from arena_distill.runs.graph import Planned, read_graph
 

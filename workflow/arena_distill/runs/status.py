@@ -18,19 +18,16 @@ import subprocess
 import time
 from base64 import urlsafe_b64decode
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import psutil
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from arena_distill.runs.graph import Planned, plain, read_graph
+from arena_distill.runs.job_errors import error_lines, slurm_lines
 
 JobState = Literal["done", "running", "queued", "failed", "interrupted", "waiting"]
 STATES: tuple[JobState, ...] = get_args(JobState)
@@ -254,14 +251,6 @@ def parse_squeue(text: str) -> dict[str, JobState]:
     }
 
 
-def slurm_lines(text: str) -> list[str]:
-    """Return Slurm's own lines about a job's end from its Slurm log."""
-    told = re.compile(r"^(?:slurmstepd|slurmd|srun)\S*: (?:error|fatal): .+$", re.MULTILINE)
-    lines = dict.fromkeys(told.findall(plain(text)))
-    # These lines say only that a task ended; others, and the job's own log, say why.
-    return [line for line in lines if not re.search("Exited with exit|task .*Terminated$", line)]
-
-
 def find_slurm_logs(folder: Path) -> dict[str, dict[str, File]]:
     """Return Slurm's logs under ``folder/.snakemake``, by the folder's name and the job's id.
 
@@ -278,42 +267,6 @@ def find_slurm_logs(folder: Path) -> dict[str, dict[str, File]]:
         found.sort(key=lambda log: log.time)
         logs[Path(directory).relative_to(root).as_posix()] = {Path(f.path).stem: f for f in found}
     return logs
-
-
-# --- errors in logs ---------------------------------------------------------------------------------
-
-
-def error_lines(text: str, most: int = 5) -> list[str]:
-    """Return the lines of a job's log with its error, at most `most`; none without an error.
-
-    These are the command line's own last lines (``error: …``, ``stopped: …``), else the place and the
-    message of the last traceback, else the shell's message about a command that was killed or not
-    found. A keyboard interrupt is not an error.
-    """
-    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in plain(text).split("\n")]
-    for start in ("error: ", "stopped: "):
-        if told := [line for line in lines if line.startswith(start)]:
-            return list(dict.fromkeys(told))[-most:]
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
-    blocks = [lines[i + 1 : end] for i, end in zip(starts, [*starts, None][1:], strict=True)]
-    tracebacks = [found for block in blocks if (found := _end_of_traceback(block, most))]
-    # The launcher of several processes fails last, and only because a process failed.
-    own = [found for found in tracebacks if not any("ChildFailedError" in line for line in found)]
-    if last := (own or tracebacks)[-1:]:
-        return [] if any(line.startswith("KeyboardInterrupt") for line in last[0]) else last[0]
-    shell = [line for line in lines if re.match(r"\S*sh: line \d+: ", line)]
-    return [line for line in shell if not re.search(r"\b(Terminated|Interrupt)\b", line)][-most:]
-
-
-def _end_of_traceback(lines: Sequence[str], most: int) -> list[str]:
-    """From the lines after a traceback's head: the innermost place and the exception's message."""
-    end = next((i for i, line in enumerate(lines) if line[:1].strip()), None)
-    if end is None:  # cut off
-        return []
-    message = list(takewhile(str.strip, lines[end:]))[: most - 2]
-    frames = [i for i, line in enumerate(lines[:end]) if line.startswith('  File "')]
-    place = lines[frames[-1] : end][:2] if frames else []
-    return [*place, *message]
 
 
 # --- the verdict ------------------------------------------------------------------------------------
@@ -430,75 +383,3 @@ class Evidence:
                 return stream.read().decode(errors="replace")
         except OSError:
             return ""
-
-
-# --- on the terminal --------------------------------------------------------------------------------
-
-
-def print_status(status: Status, console: Console | None = None, most: int = 20) -> None:
-    """Print a row per rule, then why jobs failed or were interrupted: the first `most` of them."""
-    console = console or Console()
-    console.print(_table(status))
-    counts = status.counts
-    work = "Snakemake is running" if status.at_work else "Snakemake is not running"
-    if not status.at_work and counts["running"] + counts["queued"]:
-        work += ", but its Slurm jobs continue"
-    console.print(f"\n{counts['done']} of {len(status.jobs)} jobs are done; {work}")
-    told = [job for job in status.jobs if job.state in ("failed", "interrupted")]
-    for job in told[:most]:
-        title, *lines = _describe(job, status.folder)
-        style = "red" if job.state == "failed" else "yellow"
-        text = Text.assemble("\n", (title, style), *(f"\n{line}" for line in lines))
-        console.print(text, soft_wrap=True)
-    if len(told) > most:
-        console.print(f"\n… and {len(told) - most} more: --json lists them all")
-    if counts["interrupted"] and not status.at_work:
-        console.print(
-            "\nContinue an interrupted run with `snakemake --rerun-incomplete`; "
-            "after a kill, run `snakemake --unlock` first."
-        )
-
-
-def _describe(job: Job, folder: Path) -> Iterator[str]:
-    yield f"{' '.join(filter(None, [job.state, job.rule, job.name]))}: {job.outputs[0]}"
-    yield from (f"  log: {log}" for log in job.logs if (folder / log).exists())
-    if job.slurm_job:
-        yield f"  Slurm job {job.slurm_job}: {job.slurm_log or 'no log'}"
-    yield from (f"    {line}" for line in job.error)
-
-
-def _table(status: Status) -> Table:
-    counts = status.counts
-    shown = [state for state in STATES if state != "interrupted" or counts[state]]
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
-    table.add_column("rule", no_wrap=True)
-    for state in shown:
-        table.add_column(state, justify="right", no_wrap=True)
-    if counts["running"]:
-        table.add_column("now", overflow="fold")
-    rules: dict[str, list[Job]] = {}
-    for job in status.jobs:
-        rules.setdefault(job.rule, []).append(job)
-    for rule, jobs in rules.items():
-        of_rule = Counter(job.state for job in jobs)
-        now = [Text(_now(jobs), style="green")] if counts["running"] else []
-        table.add_row(rule, *_cells(of_rule, shown), *now)
-    table.add_row("total", *_cells(counts, shown), style="bold")
-    return table
-
-
-def _cells(counts: Mapping[JobState, int], states: Sequence[JobState]) -> list[Text]:
-    styles: dict[JobState, str] = {"running": "green", "failed": "red", "interrupted": "yellow"}
-    return [
-        Text(str(counts[state]), style=styles.get(state, ""))
-        if counts[state]
-        else Text("·", style="dim")
-        for state in states
-    ]
-
-
-def _now(jobs: Sequence[Job], most: int = 3) -> str:
-    """The running jobs of a rule."""
-    names = [job.name for job in jobs if job.state == "running" and job.name]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -32,7 +32,7 @@ from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.files.raw_tables import column_texts
 from arena_distill.files.readers import read_table
 from arena_distill.scoring import endpoint
-from arena_distill.scoring.endpoint import Alternative, Request, Token
+from arena_distill.scoring.answers import Alternative, Answers, Request, Token
 from arena_distill.verdicts import CLASSES, ORDERS, Order, exchange
 
 COLUMNS: Mapping[str, tuple[str, str, str]] = {
@@ -231,7 +231,7 @@ def query_endpoint(
             f"{settings.max_characters:,} characters: its middle is cut out",
             flush=True,
         )
-    with closing(endpoint.Answers(answers)) as kept:
+    with closing(Answers(answers)) as kept:
         keys: dict[bytes, int] = {}  # equal requests are sent once
         number_of = np.array([keys.setdefault(request.key, len(keys)) for request in questions])
         known = [kept.tokens(key) for key in keys]
