@@ -68,7 +68,7 @@ rule read_solution:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=version_of("solution"),
+        settings=settings_of(phase.SolutionSettings),
     message:
         "Reading the votes of the test battles: {input.solution}"
     shell:

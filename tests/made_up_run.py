@@ -14,8 +14,8 @@ import pyarrow as pa
 from arena_distill.battles import reading as raw
 from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.prompts import prompt_groups
-from arena_distill.battles.votes import vote_columns
-from arena_distill.config.phases import EvaluationSettings, PredictionSettings, Settings
+from arena_distill.battles.votes import vote_columns, with_classes
+from arena_distill.config.phases import EvaluationSettings, PredictionSettings, SolutionSettings
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.evaluation.evaluate import evaluate
 from arena_distill.files.artifacts import provenance as origin
@@ -23,7 +23,7 @@ from arena_distill.files.artifacts import write_json, write_parquet, write_text
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.prediction.test_time import Passes, predict_test, softmax
-from arena_distill.verdicts import NO_VOTE, WINNERS, Votes
+from arena_distill.verdicts import CLASSES, NO_VOTE, WINNERS, Votes
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
 FOLDS = 3
@@ -37,7 +37,7 @@ class MadeUpRun:
     """The files of a run in `folder`, and the data from which they are made.
 
     battles, folds: the tables as written.
-    truth: float64 (rows of battles, 3), the logarithms of the true probabilities.
+    truth: float64 (rows of battles, classes), the logarithms of the true probabilities.
     """
 
     folder: Path
@@ -76,11 +76,16 @@ class MadeUpRun:
 
 
 def made_up_run(
-    folder: Path, *, seed: int = 0, noise: Mapping[str, float] = NOISE, holdout: float = 0
+    folder: Path,
+    *,
+    seed: int = 0,
+    noise: Mapping[str, float] = NOISE,
+    holdout: float = 0,
+    classes: int = 3,
 ) -> MadeUpRun:
     """Write a run's files; `noise` is the standard deviation of the error in each judge's logits."""
     rng = np.random.default_rng(seed)
-    battles, truth = _battles(rng)
+    battles, truth = _battles(rng, classes)
     about = origin("made up", {})
     folds = assign_folds(battles, method="stratified_group", n=FOLDS, seed=1, holdout=holdout)
     write_parquet(battles, folder / "battles.parquet", about)
@@ -97,15 +102,16 @@ def made_up_run(
     return run
 
 
-def _battles(rng: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
+def _battles(rng: np.random.Generator, classes: int) -> tuple[pa.Table, np.ndarray]:
     """Battles in the canonical schema whose longer answer tends to win, and their true probabilities."""
     rows = sum(SIZES.values())
     source = np.repeat(list(SIZES), list(SIZES.values()))
     words = rng.integers(1, 60, (rows, 2))
     logits = np.column_stack([words / 20, words.mean(axis=1) / 20 - 0.8])
     logits[:, :2] += rng.normal(0, 0.8, (rows, 2))
-    truth = np.log(softmax(logits))
-    label = (np.exp(truth).cumsum(axis=1) < rng.random(rows)[:, None]).sum(axis=1).clip(max=2)
+    truth = np.log(softmax(logits[:, :classes]))
+    label = (np.exp(truth).cumsum(axis=1) < rng.random(rows)[:, None]).sum(axis=1)
+    label = label.clip(max=classes - 1)
     ids = [str(i) for i in rng.permutation(rows)]
     # An id of train turns up in test as well: rows are named by source and id.
     ids[-1] = ids[0]
@@ -119,10 +125,11 @@ def _battles(rng: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
         "model_b": ["y"] * rows,
         "language": pa.nulls(rows, pa.string()),
         "category": pa.nulls(rows, pa.string()),
-        **vote_columns(Votes.hard(np.where(source == "test", NO_VOTE, label))),
+        **vote_columns(Votes.hard(np.where(source == "test", NO_VOTE, label), classes)),
     }
     table["group"] = prompt_groups(pa.table(table)["prompt"])
-    return pa.table(table).cast(raw.SCHEMA).replace_schema_metadata(_votes(label)), truth
+    whole = pa.table(table).cast(with_classes(raw.SCHEMA, classes))
+    return whole.replace_schema_metadata(_votes(label)), truth
 
 
 def _votes(label: np.ndarray) -> dict[str, str]:
@@ -138,7 +145,7 @@ def _write_fold(
     ids = run.folds.select(["id", "source"]).take(pa.array(rows))
     ids = ids.append_column("validation", pa.array(fold_of[rows] == fold))
     true = run.true_logits(ids)[:, None]
-    logits = (true + rng.normal(0, error, (len(rows), 2, 3))).astype(np.float32)
+    logits = (true + rng.normal(0, error, (len(rows), 2, true.shape[-1]))).astype(np.float32)
     path = run.folder / "logits" / judge / f"fold_{fold}.npy"
     write_logits(path, logits, ids, origin("logits", {"fold": fold}))
 
@@ -148,7 +155,7 @@ def _write_test(run: MadeUpRun, error: float, rng: np.random.Generator) -> None:
     settings = PredictionSettings(
         version=1, max_lengths=LENGTHS, orders=("AB", "BA"), average="logits"
     )
-    shape = (len(test), len(LENGTHS), 2, 3)
+    shape = (len(test), len(LENGTHS), 2, run.truth.shape[1])
     logits = run.true_logits(test)[:, None, None] + rng.normal(0, error, shape)
     costs = _costs(len(test))
     test = pa.table({n: test[n] for n in test.column_names} | costs.columns(LENGTHS))
@@ -179,18 +186,19 @@ def _write_beside(run: MadeUpRun) -> None:
     folder, battles = run.folder, run.battles
     votes = np.array(list(battles.schema.metadata[b"votes"].decode()), np.int64)
     test = np.flatnonzero(battles["source"].to_numpy() == "test")
-    frame = pd.DataFrame(np.eye(3, dtype=int)[votes[test]], columns=list(WINNERS))
+    classes = run.truth.shape[1]
+    frame = pd.DataFrame(np.eye(classes, dtype=int)[votes[test]], columns=list(WINNERS[:classes]))
     frame.insert(0, "id", battles["id"].take(pa.array(test)).to_pylist())
     write_text(frame.to_csv(index=False), folder / "solution.csv")
     raw.write_test_votes(
         folder / "solution.csv",
         folder / "battles.parquet",
         folder / "test_votes.parquet",
-        Settings(version=1),
+        SolutionSettings(version=1, ties="class" if classes == 3 else "refuse"),
     )
     p = np.exp(run.truth)
     truth = {"source": battles["source"], "id": battles["id"]}
-    truth |= {f"p_{name}": p[:, i] for i, name in enumerate(("model_a", "model_b", "tie"))}
+    truth |= {f"p_{name}": p[:, i] for i, name in enumerate(CLASSES[:classes])}
     write_parquet(pa.table(truth), folder / "truth.parquet", origin("made up", {}))
     refused = [
         ("train", "prompt", "starts with [ but is not a JSON list: Expecting value: line 1"),

@@ -29,7 +29,7 @@ from arena_distill.battles.reading import (
     write_test_votes,
 )
 from arena_distill.battles.votes import Solution
-from arena_distill.config.phases import BattlesSettings, Settings
+from arena_distill.config.phases import BattlesSettings, SolutionSettings
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance
@@ -666,7 +666,7 @@ def test_votes_of_test_battles_are_in_their_order_and_nowhere_else(asked: Path) 
         asked.parent / "s.csv",
         [{"id": i, "winner": w} for i, w in ((9, "tie"), (7, "b"), (8, "a"))],
     )
-    write_test_votes(solution, asked, asked.parent / "v.parquet", Settings(version=1))
+    write_test_votes(solution, asked, asked.parent / "v.parquet", SolutionSettings(version=1))
     solved = Solution.read(asked.parent / "v.parquet")
     assert solved.ids.to_pylist() == ["7", "8", "9"]
     assert solved.keys.to_pylist() == ["test:7", "test:8", "test:9"]
@@ -696,7 +696,7 @@ def test_a_solution_of_other_battles_is_refused_in_one_line(
     solution = asked.parent / "s.csv"
     solution.write_text("id,winner\n" + "".join(f"{i},a\n" for i in ids))
     with pytest.raises(InputError) as refused:
-        write_test_votes(solution, asked, asked.parent / "v.parquet", Settings(version=1))
+        write_test_votes(solution, asked, asked.parent / "v.parquet", SolutionSettings(version=1))
     assert str(refused.value).startswith(f"{asked.parent}/{message}")
     assert "\n" not in str(refused.value)
     assert not (asked.parent / "v.parquet").exists()

@@ -40,6 +40,7 @@ from arena_distill.config.phases import (
     QuerySettings,
     ScoringSettings,
     Settings,
+    SolutionSettings,
     SoupSettings,
     TrainingSettings,
     parse,
@@ -511,9 +512,8 @@ def test_a_new_key_changes_no_params() -> None:
 
 PHASES = {
     "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
-    "battles": BattlesSettings, "folds": FoldsSettings, "counts": CountSettings,
-    "audit": AuditSettings,
-    "pretraining": PretrainingSettings,
+    "battles": BattlesSettings, "solution": SolutionSettings, "folds": FoldsSettings,
+    "counts": CountSettings, "audit": AuditSettings, "pretraining": PretrainingSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,

@@ -1005,7 +1005,7 @@ def endpoint(**changes: Any) -> dict[str, Any]:
         (endpoint(url="host/v1"), "endpoint.url: an address such as"),
         (endpoint(url="https://me:secret@host/v1"), "endpoint.url: an address such as"),
         (endpoint(url="https://host/v1?key=secret"), "endpoint.url: an address such as"),
-        (endpoint(verdicts=["A", "B"]), "endpoint.verdicts.2: "),
+        (endpoint(verdicts=["A", "B"]), "endpoint.verdicts: two, but with classes: 3 a verdict may"),
         (endpoint(verdicts=["A", "B", " a"]), "endpoint: verdicts: three different tokens"),
         (endpoint(instructions="{a} or {b}"), "endpoint: instructions: say when to answer {tie}"),
         (endpoint(parameters={"stream": True}), "endpoint: parameters: stream cannot be set here"),

@@ -87,7 +87,7 @@ class Layout:
         return f"{self.root}/adapters/{judge}/fold_{fold}"
 
     def logits(self, judge: str, fold: Number) -> str:
-        """Float32 (rows, orders, 3); rows are named in ``ids``, hidden states are in ``states``."""
+        """Float32 (rows, orders, classes); rows are named in ``ids``, hidden states are in ``states``."""
         return f"{self.root}/logits/{judge}/fold_{fold}.npy"
 
     def shard(self, judge: str, fold: Number, shard: Number) -> str:
@@ -121,7 +121,7 @@ class Layout:
         return f"{self.root}/checks/{judge}_drift.json"
 
     def test_logits(self, judge: str, model: str) -> str:
-        """Float32 (rows, views, 3) of the test battles; `model` is merged or gptq."""
+        """Float32 (rows, views, classes) of the test battles; `model` is merged or gptq."""
         return f"{self.root}/logits/{judge}/{model}_test.npy"
 
     def predictions(self, judge: str, model: str) -> str:

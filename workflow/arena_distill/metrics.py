@@ -1,7 +1,7 @@
 """Score predictions: pure functions of probabilities, votes and, if known, true probabilities.
 
-Probabilities are float (rows, 3) in the order of the classes, votes are ``verdicts.Votes``. Log loss is in
-nats, the mean over battles of −Σ vote · log p; lower is better. All means are weighted by the battles.
+Probabilities are float (rows, classes) in the order of the classes, votes are ``verdicts.Votes``. Log loss
+is in nats, the mean over battles of −Σ vote · log p; lower is better. All means are weighted by battles.
 
 A proper score (log loss, Brier) measures accuracy and calibration together. A calibration error
 measures calibration only: the class prior is calibrated, but useless. Calibration errors depend on
@@ -28,7 +28,7 @@ Figures = dict[str, Any]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Compute probabilities in float64 from logits (..., 3) of any precision."""
+    """Compute probabilities in float64 from logits (..., classes) of any precision."""
     logits = logits.astype(np.float64)
     odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: np.ndarray = odds / odds.sum(axis=-1, keepdims=True)
@@ -36,7 +36,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def mean_over_views(logits: np.ndarray) -> np.ndarray:
-    """The softmax of the mean logits of each battle's views: (rows, views, 3) → float64 (rows, 3)."""
+    """Softmax of the mean logits of a battle's views: (rows, views, classes) → float64 (rows, classes)."""
     return softmax(logits.mean(axis=1, dtype=np.float64))
 
 
@@ -44,7 +44,7 @@ def mean_over_views(logits: np.ndarray) -> np.ndarray:
 
 
 def losses(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
-    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, 3).
+    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, classes).
 
     As in scikit-learn, a probability of 0 counts as the smallest step of float64, 2.2e-16.
     """
@@ -53,16 +53,21 @@ def losses(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
 
 
 def log_loss(probabilities: np.ndarray, votes: Votes) -> float:
-    """The mean log loss of probabilities (rows, 3), in nats."""
+    """The mean log loss of probabilities (rows, classes), in nats."""
     return float(votes.mean(losses(probabilities, votes)))
 
 
 def scores(probabilities: np.ndarray, votes: Votes) -> Figures:
-    """Row count, mean log loss and accuracy of probabilities (rows, 3); soft votes have their likeliest."""
+    """Row count, mean log loss and accuracy of probabilities (rows, classes).
+
+    A verdict is right if it is the likeliest class of the vote. Of two classes, a vote as much for either
+    makes any verdict half right.
+    """
+    right = np.where(votes.halves, 0.5, probabilities.argmax(axis=1) == votes.labels)
     return {
         "rows": len(votes),
         "log_loss": log_loss(probabilities, votes),
-        "accuracy": float(votes.mean(probabilities.argmax(axis=1) == votes.labels)),
+        "accuracy": float(votes.mean(right)),
     }
 
 
@@ -144,7 +149,7 @@ def class_reliability(probabilities: np.ndarray, votes: Votes) -> dict[str, list
     """
     return {
         name: _diagram(probabilities[:, i], votes.probabilities[:, i], votes.weights)
-        for i, name in enumerate(CLASSES)
+        for i, name in enumerate(CLASSES[: votes.classes])
     }
 
 
@@ -179,8 +184,8 @@ def adaptive_calibration_error(probabilities: np.ndarray, votes: Votes) -> float
 def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> float:
     """The classwise ECE: the mean over the classes of their diagrams' calibration errors.
 
-    Unlike the ECE of the verdicts, it uses all three probabilities, also those of ties that are
-    never the verdict.
+    Unlike the ECE of the verdicts, it uses all probabilities, also those of ties that are never the
+    verdict.
 
     References:
         Kull et al. 2019, Beyond Temperature Scaling, arXiv:1910.12656; the same as the static
@@ -218,7 +223,7 @@ def _diagram(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> 
 
 
 def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: Votes) -> Figures:
-    """Distance of probabilities (rows, 3) from the true ones (rows, 3), from which votes are drawn.
+    """Distance of probabilities (rows, classes) from the true ones, alike, from which votes are drawn.
 
     Returns:
         `kl`, the mean KL(truth ‖ probabilities) in nats; `mean_absolute_error`, over rows and
@@ -244,7 +249,7 @@ def position_bias(logits: np.ndarray, votes: Votes) -> Figures:
     """How much the order of the answers changes a judge's output; all zero if it does not.
 
     Args:
-        logits: float (rows, orders, 3), in the canonical frame: if a judge ignores the order, the
+        logits: float (rows, orders, classes), in the canonical frame: if a judge ignores the order, the
             logits of both orders are equal.
 
     Returns:

@@ -118,7 +118,7 @@ def read_solution(
     """Read the votes of the test battles, which nothing is trained on."""
     from arena_distill.battles.reading import write_test_votes
 
-    write_test_votes(solution, battles, output, parse(phase.Settings, settings))
+    write_test_votes(solution, battles, output, parse(phase.SolutionSettings, settings))
 
 
 @app.command()

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from arena_distill.battles.prompts import distinct_prompts
 from arena_distill.battles.similarity import near_groups
-from arena_distill.battles.votes import VOTE_FIELDS, vote_columns, votes_of
+from arena_distill.battles.votes import VOTE_FIELDS, vote_columns, votes_of, with_classes
 from arena_distill.config.phases import FoldsSettings, LogitsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
@@ -145,7 +145,8 @@ def assign_folds(
     fold[in_folds] = _split_rows(labels[in_folds], groups[in_folds], method, n, seed)
     columns = {name: selected[name] for name in ("id", "source", "group")}
     columns |= {"fold": fold, **vote_columns(votes)}
-    table = pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
+    table = pa.table({name: columns[name] for name in SCHEMA.names})
+    table = table.cast(with_classes(SCHEMA, votes.classes))
     if near is not None:
         table = table.append_column(_NEAR_GROUP, pa.array(groups))
     split: dict[str, Any] = {"method": method, "n": n, "seed": seed}

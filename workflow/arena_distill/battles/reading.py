@@ -20,8 +20,8 @@ from arena_distill.battles.formats.columns import Table, columns_found, resolve
 from arena_distill.battles.formats.conversion import convert
 from arena_distill.battles.formats.votes import read_votes
 from arena_distill.battles.prompts import prompt_groups
-from arena_distill.battles.votes import VOTE_FIELDS, vote_columns
-from arena_distill.config.phases import BattlesSettings, Settings
+from arena_distill.battles.votes import VOTE_FIELDS, classes_of, vote_columns, with_classes
+from arena_distill.config.phases import BattlesSettings, SolutionSettings
 from arena_distill.config.source import SOURCES, Reading, Source
 from arena_distill.config.vocabulary import BattleFormat
 from arena_distill.errors import InputError
@@ -35,7 +35,7 @@ from arena_distill.files.artifacts import (
 from arena_distill.files.keys import key, locate
 from arena_distill.files.raw_tables import DROPPED, KEPT_AS_RAW_TEXT, Faults, column_texts
 from arena_distill.files.readers import read_table
-from arena_distill.verdicts import Votes
+from arena_distill.verdicts import CLASSES, NO_VOTE, Ties, Votes
 
 WITHOUT_VOTES = ("test", "unlabelled")
 
@@ -72,11 +72,15 @@ Files = Mapping[str, Sequence[StrPath | Source]]
 """Source, one of `SOURCES`, → its files, read by default or as they say. Sources may be left out."""
 
 
-def read_battles(files: Files) -> tuple[pa.Table, pa.Table]:
+def read_battles(files: Files, ties: Ties = "class") -> tuple[pa.Table, pa.Table]:
     """Read the files of each source.
 
+    Args:
+        ties: what a tie is. Unless it is a class, votes have two: see ``Votes.among``.
+
     Returns:
-        battles: table of `SCHEMA`; sources in the order of `SOURCES`, rows in the order of files.
+        battles: table of `SCHEMA` (of two classes a vote is two numbers); sources in the order of
+            `SOURCES`, rows in the order of files.
         rejected: table of `REJECTED_SCHEMA`, one line per refused row with its first fault. `row`
             counts rows from 1: the header and blank lines are not counted, and a row whose text
             runs over many lines is one. Rows of ``test`` whose text cannot be read are listed too,
@@ -95,7 +99,7 @@ def read_battles(files: Files) -> tuple[pa.Table, pa.Table]:
             row of ``train`` is usable; an id of ``test`` is missing or appears twice.
         ValueError: an unknown source.
     """
-    parts = read_parts(files)
+    parts = read_parts(files, ties)
     return _battles(parts), _rejected(parts)
 
 
@@ -113,7 +117,7 @@ def write_battles(
         battles_path: where the battles go.
         rejected_path: where the refused rows and their reasons go.
         reading_path: where the counts go, as JSON: per source its files and their formats, rows,
-            refused, dropped and raw-text rows, battles by kind of vote, reasons.
+            refused, dropped and raw-text rows, battles by kind of vote as read, reasons.
         settings: `max_refused` is the largest share of a source's rows that may be refused.
 
     Raises:
@@ -121,7 +125,7 @@ def write_battles(
     """
     if not files.get("train"):
         raise InputError("no train files: give at least one file of labelled battles")
-    parts = read_parts(files)
+    parts = read_parts(files, settings.ties)
     counts = {
         source: count_rows([part for part in parts if part.source == source])
         for source in SOURCES
@@ -130,7 +134,8 @@ def write_battles(
     for source, count in counts.items():
         print_counts(source, count)
     for source, count in counts.items():
-        _check(source, count, settings.max_refused)
+        mine = [part for part in parts if part.source == source]
+        _check(source, mine, count, settings.max_refused)
     origin = provenance("battles", settings.model_dump(mode="json"))
     rejected = _rejected(parts)
     write_json({"provenance": origin, "sources": counts}, reading_path)
@@ -141,7 +146,7 @@ def write_battles(
 
 
 def write_test_votes(
-    solution: StrPath, battles_path: StrPath, output: StrPath, settings: Settings
+    solution: StrPath, battles_path: StrPath, output: StrPath, settings: SolutionSettings
 ) -> None:
     """Write the votes of the test battles: to score predictions with, and for nothing else.
 
@@ -149,14 +154,14 @@ def write_test_votes(
         solution: a file of votes in the Kaggle schema, such as Kaggle's own.
         battles_path: file of `write_battles`.
         output: where the table of ``id``, ``source``, ``vote``, ``weight`` and ``group`` goes; rows
-            in the order of the test battles.
+            in the order of the test battles, without those whose tie is no vote.
 
     Raises:
         InputError: as `read_solution`; also if it lacks a test battle or has a vote on another.
     """
     battles = read_parquet(battles_path, ["id", "source", "group"])
     test = battles.filter(pc.equal(battles["source"], "test"))
-    ids, votes = read_solution(solution)
+    ids, votes = read_solution(solution, settings.ties)
     for problem, of, among in (
         ("of its ids are no test battles", ids, test["id"]),
         ("test battles have no vote in it", test["id"], ids),
@@ -170,15 +175,20 @@ def write_test_votes(
     rows = locate(test["id"].combine_chunks(), ids.combine_chunks(), str(solution))
     columns = {"id": test["id"], "source": test["source"]}
     columns |= {**vote_columns(votes[rows]), "group": test["group"]}
-    write_parquet(pa.table(columns), output, provenance("solution", settings.model_dump()))
-    print(f"{output}: {len(test)} votes of {solution}")
+    table = pa.table(columns).filter(pa.array(votes[rows].known))
+    write_parquet(table, output, provenance("solution", settings.model_dump()))
+    left_out = f", without {len(test) - len(table)} ties" if len(table) < len(test) else ""
+    print(f"{output}: {len(table)} votes of {solution}{left_out}")
 
 
-def read_solution(path: StrPath) -> tuple[pa.ChunkedArray, Votes]:
+def read_solution(path: StrPath, ties: Ties = "class") -> tuple[pa.ChunkedArray, Votes]:
     """Read a file of votes on test battles.
 
+    Args:
+        ties: as in `read_battles`.
+
     Returns:
-        ids (string) and votes, in the file's order.
+        ids (string) and votes, in the file's order; no vote where ties are none.
 
     Raises:
         InputError: as `read_battles`; also if any row has no id, an id seen before, or no vote.
@@ -189,7 +199,9 @@ def read_solution(path: StrPath) -> tuple[pa.ChunkedArray, Votes]:
         raise InputError(f"{path}: columns id and winner_model_a, winner_model_b, winner_tie (or label, or "
                          f"winner) expected; {columns_found(raw)}")  # fmt: skip
     table = Table(raw, names, {}, Reading(), votes=True, keep_unreadable=False)
-    votes = _votes(np.concatenate([read_votes(rows) for rows in table.pieces()]))
+    as_read = _votes(np.concatenate([read_votes(rows) for rows in table.pieces()]))
+    if ties == "refuse":
+        _refuse_ties(raw.faults, as_read, np.arange(len(as_read)))
     ids = pc.fill_null(column_texts(raw, names["id"]), "")
     faults = raw.faults
     for nameless in np.flatnonzero(pc.equal(ids, "").to_numpy()):
@@ -201,7 +213,7 @@ def read_solution(path: StrPath) -> tuple[pa.ChunkedArray, Votes]:
         raise InputError(
             f"{_described(lines[0])}; every test battle needs one vote ({len(lines)} rows at fault)"
         )
-    return ids, votes
+    return ids, as_read.among(ties)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -217,8 +229,9 @@ class Part:
     rows: int  # in the file, those lost in reading included
     faults: Faults
     battles: pa.Table  # SCHEMA without `group`
-    votes: Votes
+    votes: Votes  # as read: of three classes
     row: np.ndarray  # int64, the position of each battle's row among those that could be read
+    dropped: np.ndarray  # bool (battles,): those that are left out on purpose
 
     @property
     def path(self) -> Path:
@@ -228,10 +241,10 @@ class Part:
         """Which battles are kept: bool (battles,)."""
         keep = np.ones(len(self.faults.numbers), bool)
         keep[self.faults.fatal()] = False
-        return np.asarray(keep[self.row])
+        return np.asarray(keep[self.row] & ~self.dropped)
 
 
-def read_parts(files: Files) -> list[Part]:
+def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
     """Read the files of each source; the arguments and errors are those of `read_battles`."""
     unknown = [source for source in files if source not in SOURCES]
     if unknown:
@@ -242,7 +255,7 @@ def read_parts(files: Files) -> list[Part]:
         for given in files.get(source, ()):
             entry = given if isinstance(given, Source) else Source(path=str(given))
             for file in entry.files():
-                parts.append(_read_part(source, file, entry, rows))
+                parts.append(_read_part(source, file, entry, rows, ties))
                 rows += parts[-1].rows
     _refuse_duplicates(parts)
     train = [part for part in parts if part.source == "train"]
@@ -255,7 +268,7 @@ def read_parts(files: Files) -> list[Part]:
     return parts
 
 
-def _read_part(source: str, file: Path, reading: Reading, rows_before: int) -> Part:
+def _read_part(source: str, file: Path, reading: Reading, rows_before: int, ties: Ties) -> Part:
     is_test = source == "test"
     raw = read_table(file, escape=reading.escape)
     read = convert(
@@ -272,18 +285,50 @@ def _read_part(source: str, file: Path, reading: Reading, rows_before: int) -> P
     if is_test and (raw.faults.lost or raw.faults.fatal()):
         bad = {raw.numbers[p] for p in raw.faults.fatal()} | {row for row, _ in raw.faults.lost}
         _refuse_test_row(next(line for line in raw.faults.lines(source) if line["row"] in bad))
-    votes = _votes(read.vote, read.weight)
+    as_read = _votes(read.vote, read.weight)
+    votes = as_read.among(ties)
+    if ties == "refuse":
+        _refuse_ties(raw.faults, as_read, read.row)
+    no_vote = as_read.known & ~votes.known if ties == "drop" else np.zeros(len(votes), bool)
+    dropped = _dropped(raw.faults, no_vote, read.row)
     battles = read.battles
     sources = pa.repeat(source, len(battles)).cast(pa.string())
     if source not in WITHOUT_VOTES and reading.missing_votes == "keep":
-        known = pa.array(votes.known)
+        known = pa.array(as_read.known)
         named = pc.binary_join_element_wise(source, battles["id"], "-")
         battles = battles.set_column(0, "id", pc.if_else(known, battles["id"], named))
         sources = pc.if_else(known, source, "unlabelled")
     columns = {"id": battles["id"], "source": sources}
     columns |= {name: battles[name] for name in battles.column_names[1:]} | vote_columns(votes)
     table = pa.table(columns)
-    return Part(source, read.format, read.names, raw.rows, raw.faults, table, votes, read.row)
+    about = source, read.format, read.names, raw.rows, raw.faults
+    return Part(*about, table, as_read, read.row, dropped)
+
+
+def _refuse_ties(faults: Faults, votes: Votes, row: np.ndarray) -> None:
+    """Add a fault to every row with a vote, or a share of one, for a tie."""
+    for position in np.unique(row[votes.probabilities[:, 2] > 0]).tolist():
+        faults.add(
+            position,
+            "winner",
+            "a tie, or a share of one, but the run has two classes; set data.ties",
+        )
+
+
+def _dropped(faults: Faults, ties: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Which battles are left out on purpose: these ties, and all of the rows that are.
+
+    A row of nothing but ties gets its line; of a row of several battles the others stay.
+
+    Args:
+        ties: bool (battles,).
+        row: int64 (battles,), ascending.
+    """
+    rest = np.bincount(row[~ties], minlength=len(faults.numbers))
+    for position in np.flatnonzero((rest == 0) & (np.bincount(row[ties], minlength=len(rest)) > 0)):
+        faults.add(int(position), "winner", f"{DROPPED}a tie, as `data.ties` says")
+    rows = [p for p, (_, reason) in faults.found.items() if reason.startswith(DROPPED)]
+    return ties | np.isin(row, rows)
 
 
 def _votes(shares: np.ndarray, weights: np.ndarray | None = None) -> Votes:
@@ -293,7 +338,8 @@ def _votes(shares: np.ndarray, weights: np.ndarray | None = None) -> Votes:
 
 def _battles(parts: Sequence[Part]) -> pa.Table:
     """The battles that are kept, in the order of `SOURCES`."""
-    schema = pa.schema([field for field in SCHEMA if field.name != "group"])
+    classes = classes_of(parts[0].battles) if parts else len(CLASSES)
+    schema = pa.schema([field for field in with_classes(SCHEMA, classes) if field.name != "group"])
     kept = [schema.empty_table()]
     for source in SOURCES:
         for part in parts:
@@ -406,10 +452,15 @@ def print_counts(source: str, counts: Mapping[str, Any]) -> None:
 _LEFT = {"refused": "refused", "dropped": "dropped", "raw_text": "kept as raw text"}
 
 
-def _check(source: str, counts: Mapping[str, Any], max_refused: float) -> None:
-    """Refuse a source of which too much was refused."""
-    lost = [kind for kind, count in counts["votes"].items()
-            if kind != "none" and count["refused"] and not count["kept"]]  # fmt: skip
+def _check(
+    source: str, parts: Sequence[Part], counts: Mapping[str, Any], max_refused: float
+) -> None:
+    """Refuse a source of which too much was refused; what is dropped was not."""
+    kept, given = (
+        np.concatenate([part.votes.labels[rows] for part, rows in zip(parts, of, strict=True)])
+        for of in ([part.good() for part in parts], [~part.dropped for part in parts])
+    )
+    lost = [VOTE_KINDS[kind] for kind in np.setdiff1d(given, [*kept, NO_VOTE])]
     share = counts["refused"] / counts["rows"]
     if share <= max_refused and not lost:
         return

@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 from arena_distill.config.phases import ArenaSettings
 from arena_distill.files.artifacts import provenance, write_parquet, write_text
-from arena_distill.verdicts import WINNERS
+from arena_distill.verdicts import CLASSES, WINNERS
 
 QUALITIES = ("correctness", "completeness", "style", "language", "verbosity", "formatting")
 IDENTICAL_TIE = 0.94
@@ -220,8 +220,8 @@ class SimulatedBattles:
     """Battles, with their true probabilities and qualities.
 
     frame: one row per battle: `id`, `model_a`, `model_b`, `prompt`, `response_a` and `response_b`
-        as lists of turns, and the vote as three 0/1 columns `WINNERS`.
-    probabilities: float64 (rows, 3), the true probabilities of the votes A, B, tie.
+        as lists of turns, and the vote as a 0/1 column of `WINNERS` per class.
+    probabilities: float64 (rows, classes), the true probabilities of the votes A, B, tie.
     qualities: float64 (rows, 2, 6), `QUALITIES` of answers A and B.
     """
 
@@ -230,7 +230,9 @@ class SimulatedBattles:
     qualities: NDArray[np.float64]
 
 
-def simulate(*, rows: int, seed: int, voters: str, id_offset: int = 0) -> SimulatedBattles:
+def simulate(
+    *, rows: int, seed: int, voters: str, id_offset: int = 0, classes: int = 3
+) -> SimulatedBattles:
     """Draw battles and votes.
 
     Args:
@@ -238,6 +240,8 @@ def simulate(*, rows: int, seed: int, voters: str, id_offset: int = 0) -> Simula
         seed: the same seed gives the same battles; `voters` changes only probabilities and votes.
         voters: a key of `VOTERS`.
         id_offset: the first id; ids count up from it.
+        classes: with 2, no vote is a tie: the battles are the same, their probabilities those of a vote
+            that is no tie.
 
     Raises:
         ValueError: `rows` is negative, or `voters` is unknown.
@@ -278,10 +282,12 @@ def simulate(*, rows: int, seed: int, voters: str, id_offset: int = 0) -> Simula
     identical = np.array([r["response_a"] == r["response_b"] for r in records], dtype=bool)
     probabilities = vote_probabilities(qualities, VOTERS[voters])
     probabilities[identical] = (1 - IDENTICAL_TIE) / 2, (1 - IDENTICAL_TIE) / 2, IDENTICAL_TIE
+    if classes == 2:
+        probabilities = probabilities[:, :2] / probabilities[:, :2].sum(axis=1, keepdims=True)
     uniform = np.random.default_rng(seed).random((rows, 1))
-    # Two thresholds split [0, 1) into A, B and tie; rounding can leave no gap at the end.
-    votes = (uniform >= probabilities[:, :2].cumsum(axis=1)).sum(axis=1)
-    frame[list(WINNERS)] = np.eye(3, dtype=np.int64)[votes]
+    # Thresholds split [0, 1) into A, B and tie; rounding can leave no gap at the end.
+    votes = (uniform >= probabilities[:, :-1].cumsum(axis=1)).sum(axis=1)
+    frame[list(WINNERS[:classes])] = np.eye(classes, dtype=np.int64)[votes]
     return SimulatedBattles(frame, probabilities, qualities)
 
 
@@ -299,7 +305,8 @@ def write_arena(folder: Path, *, settings: ArenaSettings) -> None:
     ``train.csv``, ``extra.csv`` and ``ut.csv`` hold labelled battles, ``test.csv`` battles without
     models and votes, ``test_solution.csv`` their votes, ``unlabelled.csv`` (if there are any) battles
     without votes, and ``truth.parquet`` the true vote probabilities of all: ``source``, ``id``
-    (string), ``p_model_a``, ``p_model_b``, ``p_tie``. Prompts and responses are JSON lists of turns.
+    (string), ``p_model_a``, ``p_model_b``, and with ties ``p_tie``. Prompts and responses are JSON lists of
+    turns.
 
     Args:
         folder: created if missing.
@@ -312,23 +319,30 @@ def write_arena(folder: Path, *, settings: ArenaSettings) -> None:
     if settings.unlabelled:  # a separate random stream, and ids after all others
         sizes["unlabelled"] = settings.unlabelled
         seeds += stream.spawn(1)[0].generate_state(1).tolist()
+    winners, classes = WINNERS[: settings.classes], CLASSES[: settings.classes]
     truths = []
     offset = 0
     for (source, rows), source_seed in zip(sizes.items(), seeds, strict=True):
         voters = "ut" if source == "ut" else "arena"
-        battles = simulate(rows=rows, seed=source_seed, voters=voters, id_offset=offset)
+        battles = simulate(
+            rows=rows,
+            seed=source_seed,
+            voters=voters,
+            id_offset=offset,
+            classes=settings.classes,
+        )
         offset += rows
         frame = battles.frame.copy()
         for column in ("prompt", "response_a", "response_b"):
             frame[column] = [json.dumps(turns) for turns in frame[column]]
         if source == "test":
-            solution = frame[["id", *WINNERS]]
+            solution = frame[["id", *winners]]
             write_text(solution.to_csv(index=False), folder / "test_solution.csv")
             frame = frame[["id", "prompt", "response_a", "response_b"]]
         elif source == "unlabelled":
-            frame = frame.drop(columns=list(WINNERS))
+            frame = frame.drop(columns=list(winners))
         write_text(frame.to_csv(index=False), folder / f"{source}.csv")
-        truth = pd.DataFrame(battles.probabilities, columns=["p_model_a", "p_model_b", "p_tie"])
+        truth = pd.DataFrame(battles.probabilities, columns=[f"p_{name}" for name in classes])
         truth.insert(0, "source", source)
         truth.insert(1, "id", frame["id"].astype(str))
         truths.append(truth)

@@ -179,6 +179,14 @@ def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[
             f"judges.{name}.backbone.layers",
             f"{judge.backbone.layers}, but {folder.path} has {layers} layers: lower it",
         )
+    for own in {"score", "classifier"} & set(folder.matrices):  # of decoders, of encoders
+        outputs, ours = folder.matrices[own][0], len(config.head_of(name).outputs)
+        if outputs != ours:
+            yield (
+                f"judges.{name}.backbone",
+                f"{folder.path} has a head of {outputs} outputs, with classes: {config.classes} and head: "
+                f"{judge.head.kind} this judge's has {ours}: take the model without a head",
+            )
     positions = model.get("max_position_embeddings")
     lengths = {f"judges.{name}.encoding.max_length": judge.encoding.max_length}
     if name == config.final:

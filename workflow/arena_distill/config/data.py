@@ -111,6 +111,8 @@ class Data(Section):
     """The votes of the test battles, if known: the report then scores every variant on them."""
     max_refused: Share = 0.05
     """The largest share of a source's rows that may be rejected; a larger share is an error."""
+    ties: Literal["refuse", "drop", "half"] = "refuse"
+    """With `classes: 2`: ties, and shares of one, are refused, left out, or half a vote for each answer."""
     fetch: dict[FilePath, Fetch] = {}
     """By file: the source of files that do not exist yet. Files not listed are never fetched."""
 

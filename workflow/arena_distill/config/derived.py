@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from arena_distill.config import run as configuration
-from arena_distill.config.judge import Head, Judge
+from arena_distill.config.judge import HeadKeys, Judge
 from arena_distill.config.run import Config, Prediction, overlay
 from arena_distill.errors import InputError
 
@@ -175,7 +175,7 @@ def curves(config: Config, family: JudgeFamily) -> dict[str, dict[float, str]]:
     Without `curve_judges`: the final judge trained on votes, with its own head and with the other kind.
     """
     final = _on_votes(config.judges[config.final])
-    heads = {kind: Head(kind=kind) for kind in ("joint", "pointwise")} | {
+    heads = {kind: HeadKeys(kind=kind) for kind in ("joint", "pointwise")} | {
         final.head.kind: final.head
     }
     chosen = {name: config.judges[name] for name in config.studies.curve_judges} or {

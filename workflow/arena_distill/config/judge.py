@@ -25,6 +25,7 @@ from arena_distill.config.external import External
 from arena_distill.config.section import Distinct, Name, Section, Seed, Share, Word
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads, GroupSize
 from arena_distill.errors import InputError
+from arena_distill.verdicts import CLASSES, Classes
 
 WARMUP = 0.05
 """The share of its steps that a training warms up for, unless it says otherwise."""
@@ -54,15 +55,28 @@ class Encoding(Section):
     """Mean tokens per sequence of training battles; one length limit, found from it, cuts all battles."""
 
 
-class Head(Section):
+class HeadKeys(Section):
     """What a judge reads in one sequence, and its output; see ``models.heads``."""
 
     kind: Literal["joint", "pointwise"]
-    """`joint`: both answers in one sequence, three logits; `pointwise`: one answer, one strength."""
+    """`joint`: both answers in one sequence, a logit per class; `pointwise`: one answer, one strength."""
     ties: Literal["davidson", "rao_kupper"] = "davidson"
-    """The model of ties that turns two strengths and a tie parameter into three logits."""
+    """The model of ties that turns two strengths and a tie parameter into three logits (`classes: 3`)."""
     pooling: Literal["last", "mean"] = "last"
     """The head reads the last token's hidden state, or (decoders) the mean over the sequence's tokens."""
+
+
+class Head(HeadKeys):
+    """A judge's head in a run of so many classes."""
+
+    classes: Classes = 3
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of a sequence's outputs, in their order."""
+        if self.kind == "joint":
+            return CLASSES[: self.classes]
+        return ("strength", "tie")[: self.classes - 1]
 
 
 JOINT = Head(kind="joint")
@@ -153,7 +167,7 @@ class Loss(Section):
     ce: NonNegativeFloat = 0.3
     """Weight of the cross-entropy with the vote. Without teachers it is the only term."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a vote that is spread over the three classes (Szegedy et al. 2016, arXiv:1512.00567)."""
+    """Share of a vote that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     focal: NonNegativeFloat = 0.0
     """γ: weights the cross-entropy by (1 − p)^γ (Lin et al. 2017, arXiv:1708.02002)."""
     kl: NonNegativeFloat = 0.7
@@ -292,8 +306,9 @@ class JudgeDefaults(Section):
     encoding: Encoding = Encoding()
     """Template, truncation, length."""
     head: Annotated[
-        Head, BeforeValidator(_head, json_schema_input_type=Literal["joint", "pointwise"] | Head)
-    ] = JOINT
+        HeadKeys,
+        BeforeValidator(_head, json_schema_input_type=Literal["joint", "pointwise"] | HeadKeys),
+    ] = HeadKeys(kind="joint")
     """`joint`, `pointwise`, or a mapping of the keys below."""
     lora: Lora = Lora()
     """The adapter."""

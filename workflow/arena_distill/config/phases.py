@@ -40,7 +40,7 @@ from arena_distill.config.section import Name, Section, Share
 from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
 from arena_distill.errors import InputError
-from arena_distill.verdicts import Order
+from arena_distill.verdicts import Classes, Order, Ties
 
 VERSIONS = {
     "simulate": 1,
@@ -86,11 +86,14 @@ class Settings(Section):
 class ArenaSettings(Settings, Arena):
     """What is simulated."""
 
+    classes: Classes = 3
+
     @classmethod
     def of(cls, config: Config) -> ArenaSettings:
         if config.data.arena is None:
             raise InputError("data.arena is null: there is nothing to simulate")
-        return cls(version=VERSIONS["simulate"], **config.data.arena.model_dump())
+        arena = config.data.arena.model_dump()
+        return cls(version=VERSIONS["simulate"], classes=config.classes, **arena)
 
 
 class FetchSettings(Settings, Fetch):
@@ -115,6 +118,7 @@ class BattlesSettings(Settings):
     """How battles are read."""
 
     max_refused: Share = 0.05
+    ties: Ties = "class"
     sources: dict[str, tuple[Source, ...]] = {}
     """What is not understood by default: by source, its files, shards by the name of all."""
 
@@ -128,6 +132,7 @@ class BattlesSettings(Settings):
         return cls(
             version=VERSIONS["battles"],
             max_refused=config.data.max_refused,
+            ties=config.ties(),
             sources={name: sources for name, sources in told.items() if sources},
         )
 
@@ -141,6 +146,16 @@ class BattlesSettings(Settings):
             else Source(path=str(file))
             for file in files
         ]
+
+
+class SolutionSettings(Settings):
+    """How the votes of the test battles are read."""
+
+    ties: Ties = "class"
+
+    @classmethod
+    def of(cls, config: Config) -> SolutionSettings:
+        return cls(version=VERSIONS["solution"], ties=config.ties())
 
 
 class FoldsSettings(Settings, Folds):
@@ -220,7 +235,7 @@ class PretrainingSettings(Settings):
         return cls(
             version=VERSIONS["pretraining"],
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             lora=node.lora,
             precision=node.precision,
             # What becomes of the head is for the folds to say: it changes nothing here.
@@ -252,7 +267,7 @@ class TrainingSettings(Settings):
         return cls(
             version=VERSIONS["distillation" if student else "training"],
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             lora=node.lora,
             precision=node.precision,
             training=node.training,
@@ -291,7 +306,7 @@ class LogitsSettings(Settings):
         return cls(
             version=VERSIONS["logits"],
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             precision=node.precision,
             rows=rows,
             states=config.states_of(judge),
@@ -329,7 +344,7 @@ class MergeSettings(Settings, Merge):
             version=VERSIONS["merging"],
             judge=judge,
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             precision=node.dense_precision(),
             **node.merge.model_dump(),
         )
@@ -349,7 +364,7 @@ class SoupSettings(Settings):
         return cls(
             version=VERSIONS["soups"],
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             precision=node.dense_precision(),
         )
 
@@ -368,7 +383,7 @@ class QuantizationSettings(Settings, CalibrationRows):
         return cls(
             version=VERSIONS["quantization"],
             encoding=config.judges[judge].encoding,
-            head=config.judges[judge].head,
+            head=config.head_of(judge),
             **_quantization(config, judge).model_dump(exclude={"max_kl", "max_flip_rate"}),
         )
 
@@ -401,7 +416,7 @@ class ScoringSettings(Settings):
         return cls(
             version=VERSIONS["scoring"],
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             precision=node.dense_precision(),
             max_lengths=config.prediction.max_lengths,
             orders=config.prediction.orders,

@@ -30,13 +30,13 @@ from pydantic import (
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Audit, Data, Folds
 from arena_distill.config.external import EndpointLimits
-from arena_distill.config.judge import Judge, JudgeDefaults, State
+from arena_distill.config.judge import Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
 from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share
 from arena_distill.config.vocabulary import Calibration, ModelKind, ViewAverage
 from arena_distill.errors import InputError
-from arena_distill.verdicts import Order
+from arena_distill.verdicts import Classes, Order, Ties
 
 # --- predictions and studies -------------------------------------------------------------------------
 
@@ -122,6 +122,8 @@ class Config(Section):
     """Results go to `results/<run>`."""
     results: FilePath = "results"
     """The folder of all runs."""
+    classes: Classes = 3
+    """3: A wins, B wins, tie; 2: a winner always, as in WSDM Cup 2025 (see `data.ties`)."""
     environments: Environments = Environments()
     """The Python interpreters of the jobs; `--sdm conda` uses envs/*.yaml instead."""
     data: Data
@@ -223,6 +225,44 @@ class Config(Section):
                         f"shown {shown} of a battle, but differ in {', '.join(unlike)}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> Config:
+        """Keys about ties need ties, and what knows no ties needs a run without."""
+        two = self.classes == 2
+        if self.data.ties != "refuse" and not (two and self.data.arena is None):
+            why = (
+                "the simulated battles then have no ties"
+                if two
+                else "ties are a class: set classes: 2"
+            )
+            raise ValueError(f"data.ties: {self.data.ties}, but {why}, or leave it out")
+        if two and self.prediction.calibration == "vector":
+            raise ValueError(
+                "prediction.calibration: vector scales ties apart, and with classes: 2 there are none; set "
+                "temperature, or style"
+            )
+        for name, judge in self.judges.items():
+            if two and "ties" in judge.head.model_fields_set:
+                raise ValueError(
+                    f"judges.{name}.head.ties: {judge.head.ties} is a model of ties, and with classes: 2 "
+                    "there are none: leave it out"
+                )
+            endpoint = judge.external and judge.external.endpoint
+            if endpoint and len(endpoint.verdicts) < self.classes:
+                raise ValueError(
+                    f"judges.{name}.external.endpoint.verdicts: two, but with classes: 3 a verdict may be "
+                    "a tie: add its token, or set classes: 2"
+                )
+        return self
+
+    def ties(self) -> Ties:
+        """What a tie is in this run."""
+        return "class" if self.classes == 3 else self.data.ties
+
+    def head_of(self, judge: str) -> Head:
+        """A judge's head, which has the classes of the run."""
+        return Head(**self.judges[judge].head.model_dump(), classes=self.classes)
 
     def described(self) -> str:
         """What was computed, not how, as YAML: every key, the defaults filled in."""

@@ -125,7 +125,7 @@ class FoldMerger:
     def logits(
         self, weights: Sequence[float], average: str = "products"
     ) -> tuple[np.ndarray, float | None]:
-        """Logits of the soup: float32 (rows, orders, 3), and the gap between its two averages."""
+        """Logits of the soup: float32 (rows, orders, classes), and the gap between its two averages."""
         model: Any = load_classifier(
             self.backbone,
             head=self.settings.head,

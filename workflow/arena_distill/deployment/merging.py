@@ -30,7 +30,6 @@ from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
 from arena_distill.models.loading import load_classifier
-from arena_distill.verdicts import CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -316,6 +315,15 @@ def _card(
     ids = ", ".join([*begin, "*tokens", *end])
     how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
     heads = {"average": "the mean of the folds' heads", "first": "the head of the first fold"}
+    if joint:
+        number, names = {2: "two", 3: "three"}[head.classes], ", ".join(head.outputs)
+        classes = ", ".join(f"{i} = {name}" for i, name in enumerate(head.outputs))
+        about_it = _JOINT.format(number=number, classes=classes)
+        ask = _ASK_JOINT.format(names=names)
+    elif head.classes == 2:
+        about_it, ask = _BRADLEY_TERRY, _ASK_BRADLEY_TERRY
+    else:
+        about_it, ask = _POINTWISE, _ASK_POINTWISE[head.ties]
     return f"""\
 ---
 library_name: transformers
@@ -324,7 +332,7 @@ tags: [preference-judge, arena-distill]
 ---
 # {settings.judge}: which of two answers do people prefer?
 
-{_JOINT if joint else _POINTWISE}
+{about_it}
 
 - Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
 - Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["heads"]]}.
@@ -348,7 +356,7 @@ def ask({", ".join(fields[:-1])}):
     tokens = [i for piece in pieces for i in ids(piece)]  # one by one, as in training
     {_READ[head.pooling].format(ids=ids)}
 
-{_ASK_JOINT if joint else _ASK_POINTWISE[head.ties]}
+{ask}
 ```
 
 Pad on the right, with the tokenizer's pad token and an attention mask.\
@@ -369,17 +377,25 @@ def size(answer):  # of the whole answer, even if it is cut
     return f"{size}"
 """
 
-_JOINT = f"""\
-A sequence classifier over a prompt and two answers. Its three classes, in this order, are
-{", ".join(f"{i} = {name}" for i, name in enumerate(CLASSES))}: which answer a person prefers."""
+_JOINT = """\
+A sequence classifier over a prompt and two answers. Its {number} classes, in this order, are
+{classes}: which answer a person prefers."""
 
 _POINTWISE = """\
 A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
 tie parameter; those of two answers give the probabilities that a person prefers either, or neither.
 The order of the answers has no effect."""
 
+_BRADLEY_TERRY = """\
+A sequence classifier over a prompt and one answer. Its output is the answer's strength; those of two
+answers give the probability that a person prefers either. The order of the answers has no effect."""
+
 _ASK_JOINT = """\
-probabilities = ask(prompt, answer_a, answer_b).softmax(-1)  # model_a, model_b, tie"""
+probabilities = ask(prompt, answer_a, answer_b).softmax(-1)  # {names}"""
+
+_ASK_BRADLEY_TERRY = """\
+strengths = torch.cat([ask(prompt, answer_a), ask(prompt, answer_b)])
+probabilities = strengths.softmax(-1)  # model_a, model_b; Bradley and Terry 1952"""
 
 _ASK_POINTWISE = {
     "davidson": """\

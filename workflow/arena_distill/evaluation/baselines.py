@@ -22,16 +22,16 @@ Baseline = Callable[[np.ndarray, Votes, np.ndarray], np.ndarray]
 
 
 def class_prior(training: np.ndarray, votes: Votes, rows: np.ndarray) -> np.ndarray:
-    """Predict the shares of the training votes: float64 (rows, 3)."""
+    """Predict the shares of the training votes: float64 (rows, classes)."""
     return np.tile(votes.mean(votes.probabilities), (len(rows), 1))
 
 
 def length_regression(training: np.ndarray, votes: Votes, rows: np.ndarray) -> np.ndarray:
-    """Predict by multinomial logistic regression on the lengths of the answers: float64 (rows, 3)."""
+    """Predict by logistic regression on the lengths of the answers: float64 (rows, classes)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    # The regression knows hard votes with weights only: a soft vote is up to three of them.
+    # The regression knows hard votes with weights only: a soft vote is one of each class.
     battle, kind = np.nonzero(votes.probabilities)
     if len(np.unique(kind)) < 2:
         return class_prior(training, votes, rows)
@@ -39,14 +39,14 @@ def length_regression(training: np.ndarray, votes: Votes, rows: np.ndarray) -> n
     scale = StandardScaler().fit(training)
     model = LogisticRegression(max_iter=1000)
     model.fit(scale.transform(training)[battle], kind, counts)
-    probabilities = np.zeros((len(rows), len(CLASSES)))
+    probabilities = np.zeros((len(rows), votes.classes))
     probabilities[:, model.classes_] = model.predict_proba(scale.transform(rows))
     return probabilities
 
 
 def true_probabilities(truth: Path, keys: pa.Array) -> np.ndarray:
-    """The true vote probabilities of the given rows, from `truth.parquet`: float64 (rows, 3)."""
-    names = [f"p_{name}" for name in CLASSES]
-    table = read_parquet(truth, ["id", "source", *names])
+    """The true vote probabilities of the given rows, from `truth.parquet`: float64 (rows, classes)."""
+    table = read_parquet(truth)
+    names = [name for name in (f"p_{name}" for name in CLASSES) if name in table.column_names]
     probabilities = np.column_stack([table[name].to_numpy() for name in names]).astype(np.float64)
     return probabilities[locate(keys, key(table), str(truth))]

@@ -23,7 +23,7 @@ CASCADE_COLUMNS = (
 
 
 THRESHOLDS = (0.0, *(i / 100 for i in range(34, 101)))
-"""Of the cascade's curve; the most probable of three verdicts has at least 1/3."""
+"""Of the cascade's curve; the most probable of three verdicts has at least 1/3, of two 1/2."""
 
 
 def _cascade(test_logits: Path, solved: Solution, average: ViewAverage) -> list[Figures] | None:
@@ -61,8 +61,8 @@ def cascade_curve(
     `versus_all`, the paired difference from scoring everything.
 
     Args:
-        logits: float32 (rows, lengths, orders, 3), in the canonical frame.
-        predict: logits → float64 (rows, 3), each row by itself.
+        logits: float32 (rows, lengths, orders, classes), in the canonical frame.
+        predict: logits → float64 (rows, classes), each row by itself.
         votes: of the battles.
         groups: int64 (rows,), their prompts.
         threshold: of the cascade that the logits were scored with. The score without it is unknown

@@ -55,7 +55,7 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
-from arena_distill.prediction.calibration import METHODS, cross_fit, fit
+from arena_distill.prediction.calibration import cross_fit, fit, methods
 from arena_distill.scoring.logits import read_out_of_fold
 from arena_distill.verdicts import ORDERS, WINNERS, Votes
 
@@ -92,7 +92,7 @@ def evaluate(
         test_votes: `test_votes.parquet`.
         drift: what quantising the final judge changed, as JSON.
         truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
-            `p_model_b`, `p_tie`).
+            `p_model_b`, with ties `p_tie`).
         audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
         test_logits: the submitted model's scores of the test battles, for the cascade's curve.
 
@@ -227,7 +227,7 @@ def _calibrations(
     mean = logits.mean(axis=1, dtype=np.float64)
     figures = {}
     seen = {"raw": mean_over_views(logits)}
-    for method in METHODS:
+    for method in methods(votes.classes):
         seen[method] = p = softmax(cross_fit(method, mean, votes, parts, styles))
         figures[method] = {
             "parameters": fit(method, mean, votes, styles).parameters,
@@ -250,13 +250,14 @@ def _test(
     models: dict[str, dict[str, Figures]] = {}
     submitted = {}
     for file in predictions:
-        table = read_parquet(file, ["id", "model", "variant", *WINNERS, "submitted"])
+        winners = WINNERS[: votes.classes]
+        table = read_parquet(file, ["id", "model", "variant", *winners, "submitted"])
         views = table.group_by(["model", "variant", "submitted"], use_threads=False).aggregate([])
         for view in views.to_pylist():
             variant = view["variant"]
             part = table.filter(pc.field("variant") == variant)
             rows = locate(solved.ids, part["id"].combine_chunks(), f"{file}, {variant}")
-            probabilities = np.column_stack([part[name].to_numpy() for name in WINNERS])
+            probabilities = np.column_stack([part[name].to_numpy() for name in winners])
             models.setdefault(view["model"], {})[variant] = scores(probabilities[rows], votes)
             if view["submitted"] and view["model"] == model:
                 submitted = {"model": model, "variant": variant}

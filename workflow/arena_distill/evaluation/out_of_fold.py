@@ -17,14 +17,14 @@ from arena_distill.battles.folds import (
     validation_rows,
 )
 from arena_distill.battles.style_features import LENGTHS, style_features
-from arena_distill.battles.votes import votes_of
+from arena_distill.battles.votes import classes_of, votes_of
 from arena_distill.evaluation.baselines import Baseline
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.metrics import Figures, scores
 from arena_distill.prediction.calibration import parts_of
 from arena_distill.scoring.logits import read_out_of_fold
-from arena_distill.verdicts import CLASSES, Votes
+from arena_distill.verdicts import Votes
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Run:
         return replace(self, validation=np.flatnonzero((fold >= 0) & (fold < n)))
 
     def judge_logits(self, judge: str, paths: Sequence[Path]) -> np.ndarray:
-        """A judge's out-of-fold logits: float32 (out-of-fold rows, orders, 3)."""
+        """A judge's out-of-fold logits: float32 (out-of-fold rows, orders, classes)."""
         scored = self.folds.take(pa.array(self.validation))
         return read_out_of_fold(scored, paths, judge)
 
@@ -101,7 +101,7 @@ class Run:
 
     def out_of_fold(self, baseline: Baseline) -> np.ndarray:
         """Probabilities of the out-of-fold rows, each from the rows that train its fold."""
-        probabilities = np.empty((len(self.folds), len(CLASSES)))
+        probabilities = np.empty((len(self.folds), classes_of(self.folds)))
         for fold in self.fold_numbers():
             training, rows = training_rows(self.folds, fold), validation_rows(self.folds, fold)
             seen = self.lengths[training], self.votes(training)

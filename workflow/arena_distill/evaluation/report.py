@@ -23,7 +23,7 @@ from arena_distill.errors import InputError
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.metrics import Figures
-from arena_distill.prediction.calibration import METHODS
+from arena_distill.prediction.calibration import METHODS, methods
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,15 +89,17 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
     makers = (_log_loss, _reliability, _variants, _cascade)
     drawings = {n: draw(n, make, metrics) for n, make in zip(FIGURES, makers, strict=True)}
     tables = _tables(metrics)
+    final = metrics["judges"][metrics["final"]["judge"]]
     page = template("report.html.j2").render(
         metrics=metrics,
-        final=metrics["judges"][metrics["final"]["judge"]],
+        final=final,
+        classes=len(final["class_reliability"]),
         rows=_overview(metrics),
         drawings={name: inline(svg, _alt(name, metrics)) for name, svg in drawings.items()},
         variants=_variants_by_name(metrics),
         calibrations={name: _calibrations(f) for name, f in metrics["judges"].items()},
         names=NAMES | MODELS | CALIBRATIONS,
-        methods=METHODS,
+        methods=methods(len(final["class_reliability"])),
         audit=metrics.get("audit"),
         worst=_worst_leaks(metrics.get("audit")),
         shared_prompts=sum(fold["shared_prompts"] for fold in metrics["folds"]),
@@ -159,7 +161,9 @@ def _calibrations(judge: Figures) -> dict[str, Figures]:
     """A judge's uncalibrated scores (`raw`) and those of each method, with their truth scores."""
     scored = {"raw": {**judge, **judge["oof"]}, **judge["calibration"]}
     truth = judge["truth"] or {}
-    return {name: {**scored[name], "truth": truth.get(name)} for name in CALIBRATIONS}
+    return {
+        name: {**scored[name], "truth": truth.get(name)} for name in CALIBRATIONS if name in scored
+    }
 
 
 def _worst_leaks(audit: Figures | None) -> list[Figures]:
@@ -359,9 +363,12 @@ def _reliability(metrics: Figures) -> Figure:
         before: {"color": SECOND, "alpha": 0.75, "ec": PAPER},
         after: {"fc": "none", "ec": ACCENT, "lw": 1.3},
     }
-    figure = Figure(figsize=(7.2, 7.8))
-    cells = figure.subplots(4, 2, sharex=True, height_ratios=[4, 1, 4, 1])
-    for i, name in enumerate([None, *CLASS_NAMES]):
+    # Of two classes one is enough: the other's diagram is its mirror image.
+    shown = [None, *(CLASS_NAMES if len(judge[before]["class_reliability"]) == 3 else ("model_a",))]
+    pairs = len(shown) // 2
+    figure = Figure(figsize=(7.2, 3.9 * pairs))
+    cells = figure.subplots(2 * pairs, 2, sharex=True, height_ratios=[4, 1] * pairs)
+    for i, name in enumerate(shown):
         above, below = cells[i // 2 * 2 : i // 2 * 2 + 2, i % 2]
         above.plot([0, 1], [0, 1], color=MUTED, lw=0.9, dashes=(4, 3))
         for method in (before, after):

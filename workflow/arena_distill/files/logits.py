@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from arena_distill.files.artifacts import (
     replacing,
     write_parquet,
 )
+from arena_distill.verdicts import Classes
 
 _STATES = b"arena_distill.states_sha256"
 
@@ -50,7 +51,7 @@ def write_logits(
 
     Args:
         path: ends in ``.npy``.
-        logits: float32 (rows, orders, 3), further axes between the first and the last allowed.
+        logits: float32 (rows, orders, classes), further axes between the first and the last allowed.
         ids: one row per row of `logits`, in the same order.
         provenance: written into the file of the ids.
         states: float16 (rows, views, width) by name, one file each in the folder `states_path(path)`
@@ -83,7 +84,7 @@ def read_logits(path: StrPath) -> tuple[np.ndarray, pa.Table]:
     """Read the two files of `write_logits`.
 
     Returns:
-        logits: float32 (rows, orders, 3).
+        logits: float32 (rows, orders, classes).
         ids: a table with the same rows.
 
     Raises:
@@ -133,8 +134,8 @@ def _logits_fault(logits: np.ndarray, rows: int) -> str | None:
     """Say why `logits` are not the float32 logits of `rows` battles; None if they are."""
     if logits.dtype != np.float32:
         return f"logits are {logits.dtype}, float32 expected"
-    if logits.ndim < 3 or logits.shape[-1] != 3:
-        return f"logits have shape {logits.shape}, (rows, orders, 3) expected"
+    if logits.ndim < 3 or logits.shape[-1] not in get_args(Classes):
+        return f"logits have shape {logits.shape}, (rows, orders, 3 or 2 classes) expected"
     if logits.shape[0] != rows:
         return f"{logits.shape[0]} rows of logits for {rows} ids"
     if not np.isfinite(logits).all():

@@ -1,10 +1,10 @@
 """Turn the outputs of a judge's head into the logits of a battle.
 
-``joint``      prompt and both answers in one sequence, three logits. A battle has two views, one per
-               order, and each gives a verdict.
+``joint``      prompt and both answers in one sequence, a logit per class. A battle has two views, one
+               per order, and each gives a verdict.
 ``pointwise``  prompt and one answer per sequence, two outputs: the strength s of the answer and its tie
                parameter t. A battle has two views, one per answer, and a model of paired comparison
-               turns them into three logits. Exchanging the answers exchanges the verdict by
+               turns them into logits. Exchanging the answers exchanges the verdict by
                construction, so swap augmentation and a second order at test time add nothing.
 
 With strengths s_a, s_b and log ν = t_a + t_b, which is learned and differs between battles, the logits
@@ -18,11 +18,14 @@ of (model_a, model_b, tie) are
 
 Both give a tie the probability 1/3 if the strengths are equal and ν = 1, where a fresh head starts.
 
+In a run of two classes a sequence has one output, its strength, and the logits are (s_a, s_b): R. A.
+Bradley and M. E. Terry 1952, Rank analysis of incomplete block designs, Biometrika 39(3/4).
+
 Both sequences of a pointwise judge contain the prompt. Sharing it would save about a sixth of the tokens
 of real battles (17 to 19 % between 192 and 2,000 tokens), which is faster on a CPU; but flash attention
 has no kernel for it. ``benchmarks/shared_prompt.py`` measures both ways on your own battles.
 
-Every later phase gets three logits per battle and order from any head.
+Every later phase gets a logit per class for each battle and order from any head.
 """
 
 from __future__ import annotations
@@ -33,13 +36,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arena_distill.config.judge import Head
-from arena_distill.verdicts import CLASSES, ORDERS, Order, exchange
+from arena_distill.verdicts import ORDERS, Order, exchange
 
 if TYPE_CHECKING:
     import torch
-
-OUTPUTS = {"joint": CLASSES, "pointwise": ("strength", "tie")}
-"""The names of a sequence's outputs, in their order."""
 
 
 def verdicts(outputs: np.ndarray, head: Head, orders: Sequence[Order] = ORDERS) -> np.ndarray:
@@ -49,7 +49,7 @@ def verdicts(outputs: np.ndarray, head: Head, orders: Sequence[Order] = ORDERS) 
         outputs: float32 (rows, views, outputs of the head).
 
     Returns:
-        float32 (rows, orders, 3); equal in both orders for a pointwise judge.
+        float32 (rows, orders, classes); equal in both orders for a pointwise judge.
     """
     if head.kind == "joint":
         return exchange(outputs, orders)
@@ -63,11 +63,11 @@ def battle_logits(outputs: torch.Tensor, head: Head) -> torch.Tensor:
     """Compute logits of battles in the order shown, in float32.
 
     Args:
-        outputs: (battles, sequences per battle, outputs): (battles, 1, 3) for a joint judge,
-            (battles, 2, 2) for a pointwise one.
+        outputs: (battles, sequences per battle, outputs of the head): one sequence for a joint judge, two
+            for a pointwise one.
 
     Returns:
-        float32 (battles, 3).
+        float32 (battles, classes).
     """
     import torch
     import torch.nn.functional as F
@@ -75,6 +75,8 @@ def battle_logits(outputs: torch.Tensor, head: Head) -> torch.Tensor:
     outputs = outputs.float()
     if head.kind == "joint":
         return outputs[:, 0]
+    if head.classes == 2:
+        return outputs[..., 0]
     (first, second), log_nu = outputs[..., 0].unbind(1), outputs[..., 1].sum(1)
     if head.ties == "davidson":
         return torch.stack([first, second, log_nu + (first + second) / 2], dim=-1)

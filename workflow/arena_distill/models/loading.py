@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from arena_distill.config.judge import JOINT, Attention, Head, Precision
 from arena_distill.errors import InputError
 from arena_distill.files.hub import brief
-from arena_distill.models.heads import OUTPUTS
 from arena_distill.runtime.launch import cpu_is_wanted
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def load_classifier(
     head_seed: int | None = None,
     shards: int = 1,
 ) -> PreTrainedModel:
-    """Load a model as a judge: a sequence classifier with the outputs of its head (``heads.OUTPUTS``).
+    """Load a model as a judge: a sequence classifier with the outputs of its head.
 
     Args:
         folder: a local Hugging Face folder.
@@ -64,7 +63,7 @@ def load_classifier(
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
-    names = OUTPUTS[head.kind]
+    names = head.outputs
     options: dict[str, Any] = {"dtype": dtype or torch.float32}
     if precision:
         options["dtype"] = torch.float32 if precision == "fp32" else torch.bfloat16

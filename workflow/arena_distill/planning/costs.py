@@ -130,7 +130,9 @@ class Costs:
         """The sizes of a judge."""
         if judge not in self._sizes:
             node = self.config.judges[judge]
-            self._sizes[judge] = measure(self.model_config(judge), node.head, node.lora)
+            self._sizes[judge] = measure(
+                self.model_config(judge), self.config.head_of(judge), node.lora
+            )
         return self._sizes[judge]
 
     def model_config(self, judge: str) -> Any:
@@ -382,7 +384,7 @@ class Costs:
             )
         traced = alive(
             self.model_config(name),
-            judge.head,
+            self.config.head_of(name),
             judge.lora,
             length=length,
             precision=judge.precision,

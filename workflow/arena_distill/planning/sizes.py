@@ -30,7 +30,6 @@ from arena_distill.config.judge import Head, Lora, Precision
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.files.hub import brief
-from arena_distill.models.heads import OUTPUTS
 from arena_distill.models.loading import HEADS
 from arena_distill.models.preparation import keep_layers
 
@@ -250,7 +249,7 @@ def _judge_on_meta(
 
     from arena_distill.models.adapters import new_judge
 
-    config.num_labels = len(OUTPUTS[head.kind])
+    config.num_labels = len(head.outputs)
     config.use_cache, config.pad_token_id = False, 0
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -123,7 +123,8 @@ class Battles:
     def _of_one(self, source: str, judge: str, max_length: int | None) -> Work:
         """The mean sequence of a source."""
         node, tokenizer = self.config.judges[judge], self.config.tokenizer_name(judge)
-        what = node.encoding, node.head, max_length or node.encoding.max_length
+        head = self.config.head_of(judge)
+        what = node.encoding, head, max_length or node.encoding.max_length
         if tokenizer not in self._tokens:
             path = self.run / "tokens" / tokenizer / "battles.parquet"
             self._tokens[tokenizer] = _if_there(path, read_tokens)

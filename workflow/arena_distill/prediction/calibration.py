@@ -11,6 +11,9 @@ They are fitted by maximum likelihood to votes on battles that the judge was not
   covariates: a judge that reads truncated answers does not know their length. Each difference shifts
   the lead of A over B, and its absolute value shifts the tie.
 
+Of two classes, `vector` has no tie to scale or shift, so it is `temperature` and not offered; `style` is
+the temperature and the shifts of the lead.
+
 Logits are centred first (minus their mean over the classes), because softmax ignores a constant but W
 does not. For three classes, `vector` is as general as a full matrix: the maps that respect the
 exchange scale the lead of A over B, and scale and shift that of the tie.
@@ -49,9 +52,15 @@ from arena_distill.files.artifacts import provenance, read_json, read_parquet, w
 from arena_distill.files.keys import key
 from arena_distill.metrics import Figures, calibration_scores, scores, softmax
 from arena_distill.scoring.logits import read_out_of_fold
-from arena_distill.verdicts import Votes
+from arena_distill.verdicts import Classes, Votes
 
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
+
+
+def methods(classes: int) -> tuple[CalibrationMethod, ...]:
+    """The methods that differ from each other, for so many classes."""
+    return tuple(method for method in METHODS if classes == 3 or method != "vector")
+
 
 COLDEST, HOTTEST = 0.01, 100.0
 """The bounds of a temperature: of T, and of the inverse of each scale of `vector`."""
@@ -79,10 +88,11 @@ class CalibrationMap:
 
     It is affine in the logits, so it can be applied before or after averaging them.
 
-    scale, bias: float64 (3,).
+    scale, bias: float64 (classes,).
     lead: float64 (features,), the shift of A's logit relative to B's per unit of a difference; empty
         without style.
-    tie: float64 (features,), the shift of the tie's logit per unit of a difference's absolute value.
+    tie: float64 (features,), the shift of the tie's logit per unit of a difference's absolute value;
+        empty without ties.
     """
 
     scale: np.ndarray
@@ -94,7 +104,7 @@ class CalibrationMap:
         """Calibrated logits.
 
         Args:
-            logits: float (rows, ..., 3).
+            logits: float (rows, ..., classes).
             styles: float (rows, features), of the battles; needed for `style`.
 
         Returns:
@@ -105,8 +115,8 @@ class CalibrationMap:
             return calibrated
         if styles is None:
             raise ValueError("this calibration needs the style of the answers")
-        added = _by_style(styles) @ np.concatenate([self.lead, self.tie])
-        return calibrated + added.reshape(len(logits), *[1] * (logits.ndim - 2), 3)
+        added = _by_style(styles, len(self.scale)) @ np.concatenate([self.lead, self.tie])
+        return calibrated + added.reshape(len(logits), *[1] * (logits.ndim - 2), -1)
 
     @property
     def parameters(self) -> Figures:
@@ -119,10 +129,12 @@ class CalibrationMap:
         return found
 
 
-def _by_style(styles: np.ndarray) -> np.ndarray:
-    """The factors of `lead` and `tie`: float64 (rows, 3, 2 · features)."""
+def _by_style(styles: np.ndarray, classes: int) -> np.ndarray:
+    """The factors of `lead` and, with ties, `tie`: float64 (rows, classes, features or 2 · features)."""
     zero, size = np.zeros_like(styles), np.abs(styles)
-    lead = np.stack([styles / 2, -styles / 2, zero], axis=1)
+    lead = np.stack([styles / 2, -styles / 2, zero][:classes], axis=1)
+    if classes == 2:
+        return lead
     return np.concatenate([lead, np.stack([zero, zero, size], axis=1)], axis=2)
 
 
@@ -138,21 +150,21 @@ def fit(
     """Fit a calibration by maximum likelihood; without rows it is the identity.
 
     Args:
-        logits: float (rows, 3).
+        logits: float (rows, classes).
         votes: of these rows.
         styles: float (rows, features), of the battles; without them `style` is `vector`.
     """
     from scipy.optimize import minimize
 
-    scales, biases = _SCALES[method], _BIASES[method]
+    scales, biases = (_of(votes.classes, of[method]) for of in (_SCALES, _BIASES))
     rows, total_weight = len(votes), votes.weights.sum() or 1.0
     if method != "style" or styles is None:
         styles = np.empty((rows, 0))
     # Differences are not centred: that would favour one side.
     spread = np.sqrt(np.square(styles).mean(axis=0)) if rows else np.ones(styles.shape[1])
     spread[spread == 0] = 1
-    by_style = _by_style(styles / spread)
-    # The calibrated logits are linear in the parameters: (rows, 3, parameters) @ (parameters,).
+    by_style = _by_style(styles / spread, votes.classes)
+    # The calibrated logits are linear in the parameters: (rows, classes, parameters) @ (parameters,).
     scaled = _centred(logits)[:, :, None] * scales.T
     shifted = np.broadcast_to(biases.T, (rows, *biases.T.shape))
     features = np.concatenate([scaled, shifted, by_style], axis=2)
@@ -185,8 +197,15 @@ def fit(
         options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
     ).x
     of_scales, of_biases, of_styles = np.split(found, np.cumsum(counts)[:2])
-    lead, tie = np.split(of_styles, 2)
-    return CalibrationMap(of_scales @ scales, of_biases @ biases, lead / spread, tie / spread)
+    lead, tie = np.split(of_styles, [len(spread)])
+    tie = tie / spread if len(tie) else tie
+    return CalibrationMap(of_scales @ scales, of_biases @ biases, lead / spread, tie)
+
+
+def _of(classes: int, parameters: np.ndarray) -> np.ndarray:
+    """The parameters that have an effect on so many classes."""
+    some = parameters[:, :classes]
+    return some[some.any(axis=1)]
 
 
 def cross_fit(
@@ -196,10 +215,10 @@ def cross_fit(
     parts: np.ndarray,
     styles: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Calibrate each part with a fit to the other parts: float64 (rows, 3), logits.
+    """Calibrate each part with a fit to the other parts: float64 (rows, classes), logits.
 
     Args:
-        logits: float (rows, 3).
+        logits: float (rows, classes).
         votes: of these rows.
         parts: int (rows,), of :func:`parts_of`.
         styles: float (rows, features), or None.
@@ -282,7 +301,7 @@ def fit_calibration(
         return scores(probabilities, votes) | calibration_scores(probabilities, votes)
 
     figures: Figures = {"judge": judge, "rows": len(votes), "raw": scored(seen)}
-    for method in METHODS:
+    for method in methods(votes.classes):
         parameters = fit(method, seen, votes, styles).parameters
         after = scored(cross_fit(method, seen, votes, parts, styles))
         figures[method] = {"parameters": parameters, **after}
@@ -290,7 +309,7 @@ def fit_calibration(
     write_json(figures, output)
     told = (
         f"{name} {figures[name]['log_loss']:.4f} (ECE {figures[name]['ece']:.3f})"
-        for name in ("raw", *METHODS)
+        for name in ("raw", *methods(votes.classes))
     )
     print(f"{output}: log loss on {len(votes):,} battles out of fold: {', '.join(told)}")
 
@@ -310,8 +329,16 @@ def read_calibration(path: Path, method: CalibrationMethod) -> CalibrationMap:
                 for name in ("scale", "bias", *(("lead", "tie") if method == "style" else ()))
             }
         )
+        classes, features = len(found.scale), len(found.lead)
         sizes = [array.shape for array in (found.scale, found.bias, found.lead, found.tie)]
-        whole = sizes == [(3,), (3,), (len(found.lead),), (len(found.lead),)]
+        ties = features if classes == 3 else 0
+        whole = classes in get_args(Classes) and method in methods(classes)
+        whole = whole and sizes == [
+            (classes,),
+            (classes,),
+            (features,),
+            (ties,),
+        ]
         whole = whole and bool((found.scale > 0).all())
         whole = whole and all(bool(np.isfinite(array).all()) for array in vars(found).values())
     except (KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Write `submission.csv` in the competition's form."""
+"""Write `submission.csv` in the form of the competitions: LMSYS with ties, WSDM without."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.votes import classes_of
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_text
 from arena_distill.files.keys import locate
-from arena_distill.verdicts import WINNERS
+from arena_distill.verdicts import CLASSES, WINNERS
 
 SUM_TOLERANCE = 1e-6
 
@@ -19,8 +20,9 @@ SUM_TOLERANCE = 1e-6
 def write_submission(predictions: Path, battles: Path, output: Path) -> None:
     """Write the submitted variant in Kaggle's format → `submission.csv`.
 
-    One row per test battle, in the order of `battles`: `id`, `winner_model_a`, `winner_model_b`,
-    `winner_tie`. Numbers are written in full precision, as they were checked.
+    One row per test battle, in the order of `battles`. With ties `id`, `winner_model_a`, `winner_model_b`,
+    `winner_tie`; numbers are written in full precision, as they were checked. Of two classes `id` and
+    `winner`: model_a or model_b, the more probable one (model_a where they are equal).
 
     Raises:
         InputError: a test battle has no prediction or several, a prediction belongs to no test
@@ -28,15 +30,18 @@ def write_submission(predictions: Path, battles: Path, output: Path) -> None:
     """
     import pandas as pd
 
-    table = read_parquet(predictions, ["id", *WINNERS, "submitted"])
+    test = read_parquet(battles, ["id", "source", "vote"])
+    winners = WINNERS[: classes_of(test)]
+    table = read_parquet(predictions, ["id", *winners, "submitted"])
     table = table.filter(table["submitted"])
-    test = read_parquet(battles, ["id", "source"])
     ids = test.filter(pc.equal(test["source"].cast(pa.string()), "test"))["id"].combine_chunks()
-    probabilities = np.column_stack([table[name].to_numpy() for name in WINNERS]).astype(np.float64)
+    probabilities = np.column_stack([table[name].to_numpy() for name in winners]).astype(np.float64)
     predicted = table["id"].combine_chunks()
     _check_submission(ids, predicted, probabilities, predictions)
     probabilities = probabilities[locate(ids, predicted, str(predictions))]
-    frame = pd.DataFrame(probabilities, columns=list(WINNERS))
+    frame = pd.DataFrame(probabilities, columns=list(winners))
+    if len(winners) == 2:
+        frame = pd.DataFrame({"winner": np.array(CLASSES)[probabilities.argmax(axis=1)]})
     frame.insert(0, "id", ids.to_pylist())
     write_text(frame.to_csv(index=False, lineterminator="\n"), output)
     print(f"{output}: {len(frame):,} battles")

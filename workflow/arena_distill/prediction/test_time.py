@@ -34,11 +34,11 @@ from arena_distill.files.artifacts import provenance, read_provenance, write_par
 from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.metrics import mean_over_views, softmax
-from arena_distill.models.heads import OUTPUTS, verdicts
+from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.prediction.calibration import read_calibration
-from arena_distill.verdicts import CLASSES, WINNERS, Order
+from arena_distill.verdicts import WINNERS, Order
 
 """The deployed forms of a judge that are scored."""
 
@@ -89,7 +89,7 @@ def score_test(
 ) -> None:
     """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
 
-    The file holds float32 (rows, lengths, orders, 3) in the canonical frame; lengths and orders are
+    The file holds float32 (rows, lengths, orders, classes) in the canonical frame; lengths and orders are
     those of `settings`, which the ids' provenance repeats. The ids hold the cost of each battle at
     each length, and whether it was scored there (see :class:`Passes`).
 
@@ -146,7 +146,7 @@ def score_variants(
         forward: sequences → float32 (rows, outputs of the head).
 
     Returns:
-        logits: float32 (rows, lengths, orders, 3), in the canonical frame.
+        logits: float32 (rows, lengths, orders, classes), in the canonical frame.
         costs: of the calls of `forward`.
     """
     lengths, orders, head = settings.max_lengths, settings.orders, settings.head
@@ -161,7 +161,7 @@ def score_variants(
         for earlier in reversed(range(later)):
             original[later, identical(shown[later], shown[earlier])] = earlier
     own = original == np.arange(len(shown))[:, None]
-    outputs = np.zeros((*own.shape, len(OUTPUTS[head.kind])), np.float32)
+    outputs = np.zeros((*own.shape, len(head.outputs)), np.float32)
 
     def run(wanted: np.ndarray) -> None:
         # One call for all views: this fills batches of similar length better.
@@ -169,7 +169,7 @@ def score_variants(
         outputs[wanted] = forward(Sequences.concatenate(parts))
 
     def seen(views: slice) -> np.ndarray:
-        """Verdicts of all battles on views of one length: (rows, orders, 3)."""
+        """Verdicts of all battles on views of one length: (rows, orders, classes)."""
         said = np.take_along_axis(outputs, original[views, :, None], axis=0)
         return verdicts(said.swapaxes(0, 1), head, orders)
 
@@ -198,10 +198,10 @@ def confidence(logits: np.ndarray) -> np.ndarray:
     """A judge's confidence: the probability of its verdict, from the mean logits of all orders.
 
     Args:
-        logits: float (rows, orders, 3), in the canonical frame.
+        logits: float (rows, orders, classes), in the canonical frame.
 
     Returns:
-        float64 (rows,), at least a third.
+        float64 (rows,), at least a third, of two classes half.
     """
     certain: np.ndarray = mean_over_views(logits).max(axis=-1)
     return certain
@@ -232,8 +232,8 @@ def predict_test(
     """Average the test logits of one model in every way → `predictions/<judge>/<model>.parquet`.
 
     Its columns are `id`, `model`, `variant` (such as ``256+512/AB+BA``), the probabilities
-    `winner_model_a`, `winner_model_b`, `winner_tie` (float64) and `submitted` (bool): the variant of
-    all lengths and all orders, which is submitted if this model is.
+    `winner_model_a`, `winner_model_b`, with ties `winner_tie` (float64) and `submitted` (bool): the variant
+    of all lengths and all orders, which is submitted if this model is.
 
     With `settings.calibration` every variant has two rows: uncalibrated, and calibrated with the
     method in its name (``256+512/AB+BA/temperature``); a calibrated one is submitted. The parameters
@@ -269,7 +269,7 @@ def predict_test(
     for name, probabilities in variants.items():
         part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
         part["variant"] = pa.repeat(name, len(ids))
-        part |= {w: probabilities[:, i] for i, w in enumerate(WINNERS)}
+        part |= dict(zip(WINNERS, probabilities.T, strict=False))  # of two classes, the first two
         part["submitted"] = pa.repeat(name == submitted, len(ids))
         parts.append(pa.table(part))
     about = provenance("prediction", settings.model_dump(mode="json"))
@@ -286,22 +286,22 @@ def averages(
     """Probabilities of every variant: each length and all of them × each order and all of them.
 
     Args:
-        logits: float (rows, lengths, orders, 3), in the canonical frame.
+        logits: float (rows, lengths, orders, classes), in the canonical frame.
         average: average logits or probabilities; equal for variants of a single view.
 
     Returns:
-        Name, such as ``256+512/AB+BA``, → float64 (rows, 3); every row sums to 1.
+        Name, such as ``256+512/AB+BA``, → float64 (rows, classes); every row sums to 1.
     """
     variants = {}
     for length_name, i in _choices(lengths):
         for order_name, j in _choices(orders):
-            chosen = logits[:, i][:, :, j].reshape(len(logits), len(i) * len(j), len(CLASSES))
+            chosen = logits[:, i][:, :, j].reshape(len(logits), len(i) * len(j), -1)
             variants[f"{length_name}/{order_name}"] = mean_of_views(chosen, average)
     return variants
 
 
 def mean_of_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
-    """Average the views of each battle: logits (rows, views, 3) → probabilities, float64 (rows, 3)."""
+    """Average the views of each battle: logits (rows, views, classes) → float64 (rows, classes)."""
     if average == "logits":
         return mean_over_views(logits)
     return np.asarray(softmax(logits).mean(axis=1))
@@ -331,7 +331,7 @@ def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndar
                 f"{path}: made with prediction.{name} {found}, the configuration says {wanted}; "
                 "delete the file and run the workflow again: it will be rebuilt"
             )
-    expected = (len(rows), len(settings.max_lengths), len(settings.orders), len(CLASSES))
+    expected = (len(rows), len(settings.max_lengths), len(settings.orders), scores.shape[-1])
     if scores.shape != expected:
         raise InputError(f"{path}: logits have shape {scores.shape}, {expected} expected")
     return scores, rows

@@ -5,8 +5,11 @@ votes that students learn from the judge. Each fold gets its rows of it, in the 
 that is trained here. The judge is the same in every fold, so its out-of-fold and its in-sample logits are
 equal.
 
+Where the run has two classes and the judge knows ties, its logit of a tie is left out: see
+:func:`arena_distill.verdicts.logits_among`.
+
 An endpoint is a chat model. Its prompt is a battle, in both orders, and asks for one token, the verdict;
-the log-probabilities of the three verdicts are the logits. (On chat models as judges, and the effect of the
+the log-probabilities of the verdicts are the logits. (On chat models as judges, and the effect of the
 order of the answers on them: Zheng et al. 2023, arXiv:2306.05685.)
 """
 
@@ -23,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
+from arena_distill.battles.votes import classes_of
 from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
 from arena_distill.errors import InputError
@@ -33,7 +37,7 @@ from arena_distill.files.raw_tables import column_texts
 from arena_distill.files.readers import read_table
 from arena_distill.scoring import endpoint
 from arena_distill.scoring.answers import Alternative, Answers, Request, Token
-from arena_distill.verdicts import CLASSES, ORDERS, Order, exchange
+from arena_distill.verdicts import ORDERS, Order, exchange, logits_among
 
 COLUMNS: Mapping[str, tuple[str, str, str]] = {
     # The forms of a file, and their columns of A, B and tie.
@@ -59,7 +63,7 @@ TEMPLATE = """\
 {answer_b}
 </answer_b>
 
-Verdict ({a}, {b} or {tie}):"""
+Verdict ({verdicts}):"""
 """The prompt: one user message, which every chat template supports."""
 
 NEXT_TURN = "\n\n[next turn]\n\n"
@@ -102,17 +106,18 @@ def read_external_logits(file: Path, battles: Path, output: Path, *, settings: S
 
     The file has a row per battle, or per battle and order, with the columns `id`, `source` (train, extra
     or unlabelled; default: train), `order` (AB or BA: which answer the judge saw first; default: AB) and
-    one of the triples of `COLUMNS`. These refer to the battle's own model_a and model_b in both orders. A
-    missing order is copied from the other one; rows of other battles are ignored; battles without votes
-    may be missing. The output is float32 (rows, orders, 3), natural logarithms of probabilities.
+    one of the triples of `COLUMNS`, or its first two where the run has two classes. These refer to the
+    battle's own model_a and model_b in both orders. A missing order is copied from the other one; rows of
+    other battles are ignored; battles without votes may be missing. The output is float32 (rows, orders,
+    classes), natural logarithms of probabilities.
 
     Raises:
         InputError: the file is unusable, a value is invalid, or a battle is missing or duplicated.
     """
-    rows = _battles(battles, unlabelled=True)
-    keys, order, scores = _judged(file)
+    rows, classes = _battles(battles, unlabelled=True)
+    keys, order, scores = _judged(file, classes)
     wanted = key(rows)
-    logits = np.full((len(rows), len(ORDERS), len(CLASSES)), np.nan)
+    logits = np.full((len(rows), len(ORDERS), classes), np.nan)
     for number in range(len(ORDERS)):
         mine = np.flatnonzero(order == number)
         position = _positions(wanted, keys.take(pa.array(mine)), f"{file}, order {ORDERS[number]}")
@@ -138,14 +143,15 @@ def read_external_logits(file: Path, battles: Path, output: Path, *, settings: S
     )
 
 
-def _judged(file: Path) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Keys, orders (int: position in `ORDERS`) and log-probabilities (rows, 3) of a file's rows."""
+def _judged(file: Path, classes: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Keys, orders (int: position in `ORDERS`) and log-probabilities (rows, classes) of a file's rows."""
     raw = read_table(file)
-    given = [kind for kind, names in COLUMNS.items() if set(names) <= set(raw.columns)]
+    given = [kind for kind, names in COLUMNS.items() if set(names[:classes]) <= set(raw.columns)]
     if "id" not in raw.columns or len(given) != 1:
         triples = "; ".join(", ".join(names) for names in COLUMNS.values())
         raise InputError(
-            f"{file}: `id` and exactly one of these triples of columns expected: {triples}; "
+            f"{file}: `id` and exactly one of these triples of columns expected: {triples}"
+            f"{' (two of them where there are no ties)' if classes == 2 else ''}; "
             f"columns found: {', '.join(raw.columns)}"
         )
     if raw.faults.lost:
@@ -162,7 +168,7 @@ def _judged(file: Path) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     orders = pa.array(ORDERS)
     order = pc.index_in(pc.utf8_upper(filled["order"]), orders).to_numpy().astype(np.float64)
     _refuse(file, raw.numbers, "order", np.isnan(order), "AB or BA expected")
-    names = COLUMNS[given[0]]
+    names = [name for name in COLUMNS[given[0]] if name in raw.columns]
     values = np.stack([_numbers(file, raw.numbers, n, column_texts(raw, n)) for n in names], 1)
     if given[0] != "logits":
         off = (values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 0.01)
@@ -170,7 +176,7 @@ def _judged(file: Path) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         values = np.log(values.clip(min=LEAST))
     _refuse(file, raw.numbers, ", ".join(names), (np.abs(values) > 1e6).any(1), "logits expected")
     keys = key(pa.table({"id": column_texts(raw, "id"), "source": filled["source"]}))
-    return keys, order.astype(np.int64), _log_softmax(values)
+    return keys, order.astype(np.int64), _log_softmax(logits_among(values, classes))
 
 
 def _numbers(file: Path, numbers: np.ndarray, name: str, column: pa.ChunkedArray) -> np.ndarray:
@@ -224,7 +230,8 @@ def query_endpoint(
             verdict.
         Stopped: by SIGINT or SIGTERM.
     """
-    questions = Questions(_battles(battles, TEXTS, unlabelled=settings.unlabelled), settings)
+    asked, classes = _battles(battles, TEXTS, unlabelled=settings.unlabelled)
+    questions = Questions(asked, settings)
     if questions.cut:
         print(
             f"{questions.cut:,} of {len(questions.rows):,} battles have a text of more than "
@@ -255,7 +262,7 @@ def query_endpoint(
             f"{', '.join(settings.verdicts)}: change `instructions` or `verdicts`; if the model reasons "
             "before it answers, switch that off (parameters)"
         )
-    seen = _log_softmax(scores)[number_of].reshape(-1, len(ORDERS), len(CLASSES))
+    seen = _log_softmax(logits_among(scores, classes))[number_of].reshape(-1, len(ORDERS), classes)
     logits = exchange(seen).astype(np.float32)
     prompt_tokens, completion_tokens = counted.sum(axis=0).tolist()
     priced = limits.prompt_price is not None
@@ -330,17 +337,18 @@ class Questions:
         texts = {TEXTS[name]: texts[row].as_py() for name, texts in self._texts.items()}
         if order == "BA":
             texts["answer_a"], texts["answer_b"] = texts["answer_b"], texts["answer_a"]
-        verdicts = dict(zip(("a", "b", "tie"), self._settings.verdicts, strict=True))
+        verdicts = self._settings.verdicts
         instructions = self._settings.instructions
-        for name, verdict in verdicts.items():
+        for name, verdict in zip(("a", "b", "tie"), verdicts, strict=False):
             instructions = instructions.replace(f"{{{name}}}", verdict)
-        return TEMPLATE.format(instructions=instructions, **texts, **verdicts)
+        either = f"{', '.join(verdicts[:-1])} or {verdicts[-1]}"
+        return TEMPLATE.format(instructions=instructions, **texts, verdicts=either)
 
 
 def verdict_scores(
     tokens: Sequence[Token], verdicts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the log-probabilities of the three verdicts in an answer.
+    """Compute the log-probabilities of the verdicts in an answer.
 
     "A", " A" and "a" are one verdict: their probabilities add up. Of several generated tokens the first
     verdict counts, or else the first token. A verdict that is not listed there cannot be more probable than
@@ -348,7 +356,7 @@ def verdict_scores(
     smaller of these two bounds. Without a token, all verdicts are equal.
 
     Returns:
-        float64 (3,), for the answers as shown; and bool (3,), whether each was listed.
+        float64 (verdicts,), for the answers as shown; and bool (verdicts,), whether each was listed.
     """
     wanted = [_plain(verdict) for verdict in verdicts]
     if not tokens:
@@ -409,15 +417,22 @@ def _summary(output: Path, figures: Mapping[str, Any]) -> str:
 # --- both -------------------------------------------------------------------------------------------
 
 
-def _battles(battles: Path, columns: Iterable[str] = (), *, unlabelled: bool) -> pa.Table:
-    """The labelled battles, and if `unlabelled` those without votes: `id`, `source` and `columns`."""
-    table = read_parquet(battles, ["id", "source", *columns])
+def _battles(
+    battles: Path, columns: Iterable[str] = (), *, unlabelled: bool
+) -> tuple[pa.Table, int]:
+    """The labelled battles, and if `unlabelled` those without votes: `id`, `source` and `columns`.
+
+    And the number of classes of the run.
+    """
+    table = read_parquet(battles, ["id", "source", "vote", *columns])
+    classes = classes_of(table)
+    table = table.drop_columns("vote")
     sources = ["train", "extra", *(["unlabelled"] if unlabelled else [])]
     judged = pc.is_in(table["source"].cast(pa.string()), pa.array(sources))
-    return table.filter(judged).combine_chunks()
+    return table.filter(judged).combine_chunks(), classes
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:
-    """Scores (rows, 3) as logarithms of probabilities that sum to 1: float64."""
+    """Scores (rows, classes) as logarithms of probabilities that sum to 1: float64."""
     normalised: np.ndarray = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
     return normalised

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows, validation_rows
+from arena_distill.battles.votes import classes_of
 from arena_distill.config.judge import Attention, State
 from arena_distill.config.phases import LogitsSettings
 from arena_distill.encoding.batching import token_batches
@@ -26,7 +27,7 @@ from arena_distill.files.logits import ids_path, read_logits, read_states, write
 from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score_batches
-from arena_distill.verdicts import CLASSES, ORDERS
+from arena_distill.verdicts import ORDERS
 
 
 def predict_logits(
@@ -45,8 +46,8 @@ def predict_logits(
 ) -> None:
     """Score a fold's rows with the fold's judge → `fold_<k>.npy` and its ids.
 
-    The file holds float32 (rows, orders, 3) in the canonical frame. The ids mark the validation rows of
-    this fold; only those are out of fold.
+    The file holds float32 (rows, orders, classes) in the canonical frame. The ids mark the validation rows
+    of this fold; only those are out of fold.
 
     A shard is every n-th batch of rows of similar length, so shards take equally long, and
     :func:`gather_logits` writes from them what one job would have written: a row's batch, and so its
@@ -154,12 +155,12 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
         judge: its name, for messages.
 
     Returns:
-        float32 (out-of-fold rows, orders, 3), in the canonical frame; rows in their order in `folds`.
+        float32 (out-of-fold rows, orders, classes), in the canonical frame; rows in their order in `folds`.
 
     Raises:
         InputError: a fold has no logits, or a row is missing, duplicated or unknown.
     """
-    logits = np.empty((len(folds), len(ORDERS), len(CLASSES)), np.float32)
+    logits = np.empty((len(folds), len(ORDERS), classes_of(folds)), np.float32)
     fold_of = folds["fold"].to_numpy()
     expected = np.unique(fold_of[fold_of >= 0]).tolist()
     if len(paths) != len(expected):

@@ -42,7 +42,7 @@ from arena_distill.metrics import (
 )
 from arena_distill.prediction.calibration import cross_fit, fit
 from arena_distill.prediction.test_time import mean_of_views
-from arena_distill.verdicts import CLASSES, Votes
+from arena_distill.verdicts import Votes, logits_among
 
 STYLE_ALONE = "style alone"
 """The name of a calibration by style without a judge."""
@@ -55,7 +55,7 @@ class _Calibrated(NamedTuple):
     """The judge's name, or `STYLE_ALONE` for constant logits."""
     method: CalibrationMethod
     known: np.ndarray
-    """Float64 (rows, 3), out of fold."""
+    """Float64 (rows, classes), out of fold."""
 
 
 def compare(
@@ -203,7 +203,10 @@ def _test(
     views = {entry.label: _test_views(files, entry.judge, keys) for entry in tested}
     averages = {entry.label: entry.prediction.average for entry in tested}
     probabilities = {label: mean_of_views(views[label], averages[label]) for label in views}
-    views[STYLE_ALONE], averages[STYLE_ALONE] = np.zeros((len(keys), 1, len(CLASSES))), "logits"
+    views[STYLE_ALONE], averages[STYLE_ALONE] = (
+        np.zeros((len(keys), 1, solved.votes.classes)),
+        "logits",
+    )
     known, styles = data.styles[data.validation], data.styles_of(keys)
     for name, row in calibrated.items():
         if row.label in views:
@@ -220,10 +223,10 @@ def _test(
 
 
 def _test_views(files: Layout, judge: str, keys: pa.Array) -> np.ndarray:
-    """The merged model's logits of the battles of `keys`: float (rows, lengths · orders, 3)."""
+    """The merged model's logits of the battles of `keys`: float (rows, lengths · orders, classes)."""
     path = Path(files.test_logits(judge, "merged"))
     logits, rows = read_logits(path)
-    return logits[locate(keys, key(rows), str(path))].reshape(len(keys), -1, len(CLASSES))
+    return logits[locate(keys, key(rows), str(path))].reshape(len(keys), -1, logits.shape[-1])
 
 
 def _cost(files: Layout, entry: Entry, folds: Sequence[int]) -> Figures:
@@ -253,12 +256,17 @@ def _other_run(
     shared = pc.is_in(ours, their_keys).to_numpy(zero_copy_only=False)
     if not shared.any():
         raise InputError(f"config: compare.runs: {other} has no battle in common with this run")
+    classes = data.votes().classes
+    if theirs.votes().classes < classes:
+        raise InputError(
+            f"config: compare.runs: {other} knows no ties (classes: 2), this run does: leave it out"
+        )
     rows = locate(ours.filter(pa.array(shared)), their_keys, str(other))
     for folder in sorted(path for path in (other / "logits").iterdir() if path.is_dir()):
         files = [Path(layout.logits(folder.name, k)) for k in theirs.fold_numbers()]
         if not all(file.exists() for file in files):
             continue
-        logits = theirs.judge_logits(folder.name, files)[rows]
+        logits = logits_among(theirs.judge_logits(folder.name, files)[rows], classes)
         probabilities = {f"{other.name}: {folder.name}": mean_over_views(logits)}
         probabilities |= {label: mean_over_views(own[shared]) for label, own in seen.items()}
         votes, groups = data.votes()[shared], data.groups()[shared]

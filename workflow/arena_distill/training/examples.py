@@ -35,7 +35,7 @@ class Examples(Dataset):
 
     views: the sequences of each example: one for a joint judge, two for a pointwise one.
     votes: of the examples, in the order of their answers.
-    teachers: float32 (examples, J, 3), logits in the order of the answers, or None.
+    teachers: float32 (examples, J, classes), logits in the order of the answers, or None.
     weights: float32 (examples, J), of the teachers, or None without teachers.
     battles: number of battles, whatever number of examples each has.
     states: by name, of each teacher float16 (examples, sequences of each, width).
@@ -124,7 +124,7 @@ def make_examples(
 
     Args:
         votes: of `tokens`, canonical.
-        targets: float32 (rows, teachers, orders, 3), canonical, or None.
+        targets: float32 (rows, teachers, orders, classes), canonical, or None.
         weights: float32 (rows, teachers), or None.
         states: by name, of each teacher float16 (rows, views, width), or None.
     """
@@ -137,7 +137,7 @@ def make_examples(
     orders = ORDERS if optimization(settings).swap else ORDERS[:1]
 
     def as_shown(values: np.ndarray) -> np.ndarray:
-        """Canonical (rows, ..., orders, 3) → (battles as shown, ..., 3)."""
+        """Canonical (rows, ..., orders, classes) → (battles as shown, ..., classes)."""
         return np.concatenate(np.moveaxis(exchange(values), -2, 0)[: len(orders)])
 
     def by_order(values: np.ndarray) -> np.ndarray:

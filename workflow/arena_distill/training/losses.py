@@ -37,9 +37,9 @@ def battle_losses(
     :func:`attention_divergences`.
 
     Args:
-        logits: (batch, 3), the student's.
-        votes: float32 (batch, 3); three zeros where there is none: such a battle has no CE term.
-        teachers: (batch, J, 3), or None where `kl` and `cosine` are 0.
+        logits: (batch, classes), the student's.
+        votes: float32 (batch, classes); zeros where there is none: such a battle has no CE term.
+        teachers: (batch, J, classes), or None where `kl` and `cosine` are 0.
         weights: (batch, J), each row's sum 1; None: equal.
         states: float32 (batch, J) by name, how far the student's are from each teacher's.
 

@@ -94,7 +94,7 @@ def select_rows(
 
 
 def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:
-    """Read teachers' logits: float32 (rows, teachers, orders, 3), classes in the canonical frame.
+    """Read teachers' logits: float32 (rows, teachers, orders, classes), classes in the canonical frame.
 
     Raises:
         InputError: a file is damaged.
@@ -170,7 +170,7 @@ def teacher_weights(
                   Confidence-Aware Multi-Teacher Knowledge Distillation, arXiv:2201.00007, equation 3.
 
     Args:
-        targets: float32 (rows, J, orders, 3).
+        targets: float32 (rows, J, orders, classes).
         votes: of these rows; those without a vote weigh teachers equally.
         held_out: bool (rows,), where the teachers' logits are out of fold.
 
