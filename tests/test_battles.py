@@ -415,6 +415,14 @@ def test_test_row_with_a_wrong_number_of_cells_is_an_error(tmp_path: Path) -> No
 # --- what is counted ------------------------------------------------------------------------------
 
 
+def test_all_votes_of_a_kind_may_be_dropped_on_purpose(tmp_path: Path) -> None:
+    bare = without(battle(), "winner_model_a", "winner_model_b", "winner_tie")
+    rows = [{**bare, "id": i, "winner": word} for i, word in enumerate(["model_a", "tie", "tie"])]
+    path = write_csv(tmp_path / "t.csv", rows)
+    write({"train": [Source(path=str(path), ties={"tie": "drop"})]}, tmp_path)
+    assert read_json(tmp_path / "reading.json")["sources"]["train"]["dropped"] == 2
+
+
 def test_rows_are_counted_by_source_vote_and_reason(tmp_path: Path) -> None:
     bare = without(battle(), "winner_model_a", "winner_model_b", "winner_tie")
     words = ["model_a"] * 5 + ["tie", "both_bad", "neither", "", "model_b"]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -51,6 +52,13 @@ def test_without_test_battles_nothing_is_split_or_written(here: Path) -> None:
     ):
         propose(BATTLES, OUTPUT)
     assert set(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("classes", [3, 2])
+def test_battles_without_ties_make_a_run_of_two_classes(classes: Literal[3, 2]) -> None:
+    write_arena(Path("new"), settings=ArenaSettings(version=1, train=80, test=9, classes=classes))
+    propose("new/train.csv", OUTPUT, holdout_test=0.2)
+    assert written().classes == classes
 
 
 def test_prompts_are_held_out_whole_and_votes_kept(here: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from made_up_run import made_up_run
+from test_comparison import settings_of
 from test_config import changed, judged, lines, raw
 
 from arena_distill.battles.formats.votes import A, B
@@ -40,12 +41,14 @@ from arena_distill.config.phases import (
     SolutionSettings,
 )
 from arena_distill.config.run import load
+from arena_distill.config.source import Source
 from arena_distill.deployment.merging import merge_folds
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.evaluation.report import render_report
 from arena_distill.evaluation.terminal import print_table
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
+from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
 from arena_distill.metrics import (
     calibration_scores,
@@ -60,6 +63,7 @@ from arena_distill.models.loading import load_classifier
 from arena_distill.prediction.calibration import fit, fit_calibration, methods, read_calibration
 from arena_distill.prediction.submission import write_submission
 from arena_distill.scoring.external import query_endpoint, read_external_logits
+from arena_distill.studies.comparison import compare
 from arena_distill.training.losses import battle_losses
 from arena_distill.verdicts import Ties, Votes, exchange, logits_among, swap_classes
 
@@ -175,8 +179,6 @@ def test_of_a_row_of_several_battles_only_the_tied_one_is_dropped(tmp_path: Path
 
 
 def test_rows_without_a_vote_are_kept_as_before(tmp_path: Path) -> None:
-    from arena_distill.config.source import Source
-
     path = voted(tmp_path / "t.csv", "model_a", "tie", "")
     source = Source(path=str(path), missing_votes="keep")
     battles, _ = read_battles({"train": [source]}, "drop")
@@ -374,6 +376,28 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
         read_calibration(output, "vector")
 
 
+def test_a_run_with_ties_can_be_compared_with_one_without(tmp_path: Path) -> None:
+    two, three = (made_up_run(tmp_path / str(n), classes=n) for n in (2, 3))
+    told = settings_of("small").model_copy(update={"runs": (str(three.folder),)})
+    files = [two.folder / name for name in ("test_votes.parquet", "truth.parquet")]
+    compare(two.folder, tmp_path / "c.json", settings=told, test_votes=files[0], truth=files[1])
+    figures = read_json(tmp_path / "c.json")
+    assert {"small, style", "style alone", "Bayes limit"} <= set(figures["test"]["judges"])
+    (theirs,) = (part for part in figures["runs"] if part["judge"] == "big")
+    votes, losses = votes_of(two.folds), []
+    for file in three.logits["big"]:
+        logits, ids = read_logits(file)
+        mine = ids["validation"].to_numpy()
+        log_p = np.log(softmax(logits.mean(axis=1))[mine])
+        given = log_p[:, :2] - np.logaddexp(*log_p[:, :2].T)[:, None]  # if there is a winner
+        places = locate(key(ids.filter(ids["validation"])), key(two.folds), "folds")
+        losses += votes[places].cross_entropy(given).tolist()
+    assert theirs["judges"]["3: big"]["log_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    told = told.model_copy(update={"runs": (str(two.folder),)})
+    with pytest.raises(InputError, match=r"compare\.runs: .* knows no ties"):
+        compare(three.folder, tmp_path / "c.json", settings=told, test_votes=None, truth=None)
+
+
 # --- external judges ------------------------------------------------------------------------------
 
 
@@ -565,6 +589,7 @@ def test_a_run_on_battles_of_wsdm(tmp_path: Path) -> None:
     config = yaml.safe_load(WSDM) | {"environments": {"gptq": str(GPTQ)}}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
     checkout.run()
+    assert "Nothing to be done" in checkout.run()
     results = checkout.results
     assert classes_of(pq.read_table(results / "battles.parquet")) == 2
     for name in ("with-ties/fold_0", "pointwise/fold_1", "student/fold_0", "student/gptq_test"):
@@ -584,7 +609,6 @@ def test_a_run_on_battles_of_wsdm(tmp_path: Path) -> None:
         np.mean([row["winner"] == solution[int(row["id"])] for row in rows])
     )
     assert "test accuracy, as submitted" in (results / "report.html").read_text()
-    assert "Nothing to be done" in checkout.run()
 
 
 def _write_wsdm(folder: Path) -> None:

@@ -91,7 +91,8 @@ def propose(
     if holdout_test is not None:
         files, held = _beside(battles), _hold_out(table, holdout_test)
     run = re.sub(r"[^A-Za-z0-9._-]+", "-", output.stem).strip("._-") or "arena"
-    text = _render(files, int((~held).sum()), run, backbone, _machine())
+    ties = bool(votes_of(table).probabilities[:, 2].any())
+    text = _render(files, int((~held).sum()), run, backbone, _machine(), ties=ties)
     written = vars(files).values() if holdout_test else ()
     found = findings(load(yaml.safe_load(text)), lambda path: path in written, os.path.abspath)
     if found:
@@ -158,11 +159,14 @@ def _machine() -> Machine:
     return Machine(len(os.sched_getaffinity(0)), gpus, psutil.virtual_memory().total // 1_000_000)
 
 
-def _render(files: Files, battles: int, run: str, backbone: str | None, machine: Machine) -> str:
+def _render(
+    files: Files, battles: int, run: str, backbone: str | None, machine: Machine, *, ties: bool
+) -> str:
     """The configuration.
 
     Args:
         battles: to train on.
+        ties: whether some of them are ties.
     """
     few = battles < FEW
     model = ModelFolder(Path(backbone) if backbone else TINY / "gemma2")
@@ -178,6 +182,7 @@ def _render(files: Files, battles: int, run: str, backbone: str | None, machine:
         backbone=backbone,
         machine=machine,
         few=few,
+        ties=ties,
         longest=min(positions, 1024 if gpus else 256),
         batch_size=8 if few else 64,
         threads=machine.cores if backbone and not gpus else 1,
