@@ -333,12 +333,7 @@ def read_calibration(path: Path, method: CalibrationMethod) -> CalibrationMap:
         sizes = [array.shape for array in (found.scale, found.bias, found.lead, found.tie)]
         ties = features if classes == 3 else 0
         whole = classes in get_args(Classes) and method in methods(classes)
-        whole = whole and sizes == [
-            (classes,),
-            (classes,),
-            (features,),
-            (ties,),
-        ]
+        whole = whole and sizes == [(classes,), (classes,), (features,), (ties,)]
         whole = whole and bool((found.scale > 0).all())
         whole = whole and all(bool(np.isfinite(array).all()) for array in vars(found).values())
     except (KeyError, TypeError, ValueError):
