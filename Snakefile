@@ -25,6 +25,7 @@ rule all:
         RUN.submission,
         RUN.metrics,
         RUN.report,
+        [RUN.finished(CONFIG.final, model) for model in MODELS],
 
 
 include: "rules/fetch.smk"
@@ -38,6 +39,7 @@ include: "rules/calibration.smk"
 include: "rules/merging.smk"
 include: "rules/quantization.smk"
 include: "rules/prediction.smk"
+include: "rules/judging.smk"
 include: "rules/evaluation.smk"
 include: "rules/studies.smk"
 include: "rules/planning.smk"

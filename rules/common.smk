@@ -35,6 +35,7 @@ TRAINED = {name: judge for name, judge in GRAPH.judges.items() if not judge.exte
 EXTERNAL = {name: judge.external for name, judge in GRAPH.judges.items() if judge.external}
 TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
 BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
+MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
 DOWNLOADS = {GRAPH.download_name(b): b.download() for b in BACKBONES.values() if b.download()}
 
 

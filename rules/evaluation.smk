@@ -45,7 +45,7 @@ rule evaluate:
         predictions=[RUN.predictions(CONFIG.final, model) for model in MODELS],
         test_logits=RUN.test_logits(CONFIG.final, CONFIG.prediction.model),
         test_votes=TEST_VOTES,
-        quantized=RUN.gptq(CONFIG.final) if "gptq" in MODELS else [],
+        quantized=RUN.weights(CONFIG.final, "gptq") if "gptq" in MODELS else [],
         truth=TRUTH,
         audit=RUN.audit,
     output:

@@ -8,7 +8,7 @@ rule merge_folds:
         backbone=backbone,
         adapters=fold_adapters,
     output:
-        model=directory(RUN.merged("{judge}")),
+        model=directory(RUN.weights("{judge}", "merged")),
     log:
         RUN.log("merge_folds/{judge}"),
     benchmark:

@@ -4,7 +4,7 @@ include: "inputs/prediction.smk"
 
 rule score_test_merged:
     input:
-        model=RUN.merged("{judge}"),
+        model=RUN.weights("{judge}", "merged"),
         tokens=tokens,
     output:
         logits=RUN.test_logits("{judge}", "merged"),
@@ -31,7 +31,7 @@ rule score_test_merged:
 
 use rule score_test_merged as score_test_gptq with:
     input:
-        model=RUN.gptq("{judge}"),
+        model=RUN.weights("{judge}", "gptq"),
         passed=RUN.drift_check("{judge}"),
         tokens=tokens,
     output:

@@ -2,15 +2,12 @@
 include: "inputs/quantization.smk"
 
 
-MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
-
-
 rule quantize_model:
     input:
         model=dense_model,
         tokens=tokens,
     output:
-        model=directory(RUN.gptq("{judge}")),
+        model=directory(RUN.weights("{judge}", "gptq")),
     log:
         RUN.log("quantize_model/{judge}"),
     benchmark:
@@ -33,7 +30,7 @@ rule quantize_model:
 rule check_drift:
     # A separate job: if the drift exceeds its bound, or the bound changes, the quantised model stays.
     input:
-        model=RUN.gptq("{judge}"),
+        model=RUN.weights("{judge}", "gptq"),
     output:
         passed=RUN.drift_check("{judge}"),
     log:

@@ -28,13 +28,13 @@ rule students:
 rule merged:
     input:
         RUN.counts,
-        RUN.merged(CONFIG.final),
+        RUN.finished(CONFIG.final, "merged"),
 
 
 rule quantized:
     input:
         RUN.counts,
-        RUN.drift_check(CONFIG.final) if "gptq" in MODELS else [],
+        RUN.finished(CONFIG.final, "gptq") if "gptq" in MODELS else [],
 
 
 rule submission:

@@ -2,4 +2,4 @@
 def dense_model(wildcards):
     """The model to quantise, for which the second environment has to be there."""
     check(CONFIG.environments.gptq)
-    return RUN.merged(wildcards.judge)
+    return RUN.weights(wildcards.judge, "merged")

@@ -12,7 +12,7 @@ def compared_files(wildcards):
     return [
         *(RUN.logits(judge, fold) for judge in judges for fold in FOLDS),
         *(RUN.adapter(judge, fold) for judge in judges if judge in TRAINED for fold in FOLDS),
-        *(RUN.merged(judge) for judge in tested),
+        *(RUN.weights(judge, "merged") for judge in tested),
         *(RUN.test_logits(judge, "merged") for judge in tested if TEST_VOTES),
     ]
 

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Config": "config.run",
     "InputError": "errors",
+    "Judge": "judging.judge",
     "Layout": "layout",
     "load": "config.run",
     "read_battles": "battles.reading",

@@ -108,13 +108,13 @@ class Layout:
 
     # --- the deployed model -------------------------------------------------------------------------
 
-    def merged(self, judge: str) -> str:
-        """The folds' average in one dense Hugging Face folder."""
-        return f"{self.root}/merged/{judge}"
+    def weights(self, judge: str, model: str) -> str:
+        """A judge's bare model: `merged`, the folds' average in one folder; `gptq`, that one quantised."""
+        return f"{self.root}/weights/{judge}/{model}"
 
-    def gptq(self, judge: str) -> str:
-        """The merged model, quantised."""
-        return f"{self.root}/gptq/{judge}"
+    def finished(self, judge: str, model: str) -> str:
+        """The judge to deploy: `weights` with `judge.json` and model card; `model` is merged or gptq."""
+        return f"{self.root}/{model}/{judge}"
 
     def drift_check(self, judge: str) -> str:
         """Written once the quantisation error is within its bounds."""

@@ -445,6 +445,42 @@ def score_test(
 
 
 @app.command()
+def finish_judge(
+    weights: Annotated[Path, typer.Option(help="The merged or quantised model.")],
+    tokens: Tokens,
+    output: Output,
+    settings: Settings,
+    kind: Annotated[ModelKind, typer.Option(help="What the weights are.")],
+    predictions: Annotated[
+        Path | None, typer.Option(help="predictions/<judge>/<model>.parquet")
+    ] = None,
+    test_votes: TestVotes = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The judge's calibration, if the settings ask for one.")
+    ] = None,
+    batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
+    attention: Attention = "auto",
+) -> None:
+    """Finish a judge: link its weights, add judge.json with test vectors, and the model card."""
+    launch.claim_gpus(gpus)
+    from arena_distill.judging.finish import finish_judge
+
+    finish_judge(
+        weights,
+        tokens,
+        output,
+        settings=parse(phase.JudgeSettings, settings),
+        kind=kind,
+        calibration=calibration,
+        predictions=predictions,
+        test_votes=test_votes,
+        batch_tokens=batch_tokens,
+        attention=attention,
+    )
+
+
+@app.command()
 def fit_calibration(
     folds: Folds,
     battles: Battles,

@@ -35,7 +35,7 @@ from arena_distill.config.judge import (
     Training,
 )
 from arena_distill.config.mistakes import explain
-from arena_distill.config.run import Cascade, Config, Prediction
+from arena_distill.config.run import Card, Cascade, Config, Prediction
 from arena_distill.config.section import Name, Section, Share
 from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
@@ -66,6 +66,7 @@ VERSIONS = {
     "calibration": 3,
     "prediction": 1,
     "submission": 1,
+    "judge": 1,
     "evaluation": 4,
     "comparison": 4,
     "curves": 2,
@@ -437,6 +438,40 @@ class PredictionSettings(Settings):
     def of(cls, config: Config, judge: str) -> PredictionSettings:
         return cls(
             version=VERSIONS["prediction"], **config.prediction.model_dump(exclude={"model"})
+        )
+
+
+class JudgeSettings(Settings):
+    """What a finished judge says of itself."""
+
+    run: str
+    judge: Name
+    backbone: str
+    encoding: Encoding
+    head: Head = JOINT
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    average: ViewAverage
+    calibration: Calibration = "none"
+    cascade: Cascade | None = None
+    card: Card = Card()
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> JudgeSettings:
+        node = config.judges[judge]
+        assert node.backbone, "only trained judges are deployed"
+        card = config.card
+        if card.base_model is None:
+            card = card.model_copy(update={"base_model": node.backbone.hub})
+        return cls(
+            version=VERSIONS["judge"],
+            run=config.run,
+            judge=judge,
+            backbone=node.backbone.hub or node.backbone.stem(),
+            encoding=node.encoding,
+            head=node.head,
+            card=card,
+            **config.prediction.model_dump(exclude={"model"}),
         )
 
 

@@ -33,7 +33,7 @@ from arena_distill.config.external import EndpointLimits
 from arena_distill.config.judge import Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
-from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share
+from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share, Word
 from arena_distill.config.vocabulary import Calibration, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Classes, Order, Ties
@@ -46,6 +46,19 @@ class Cascade(Section):
 
     threshold: Share
     """A battle continues if its most probable verdict is below this (mean logits of all orders)."""
+
+
+class Card(Section):
+    """The model card of the finished judge: what the workflow cannot know."""
+
+    license: Word | None = None
+    """An identifier of the hub, such as apache-2.0; null: not stated."""
+    languages: Distinct[tuple[Word, ...]] = ()
+    """Codes of the battles' languages, such as en."""
+    datasets: Distinct[tuple[Word, ...]] = ()
+    """Ids on the hub of the data sets that the battles come from."""
+    base_model: Word | None = None
+    """The backbone's id on the hub; by default that of `backbone.hub`."""
 
 
 class Prediction(Section):
@@ -140,6 +153,8 @@ class Config(Section):
     """The judge that is merged, quantised and submitted."""
     prediction: Prediction = Prediction()
     """How test battles are scored and averaged."""
+    card: Card = Card()
+    """What the model card of the finished judge says beside its figures."""
     compare: Compare = Compare()
     """What `snakemake compare` compares."""
     studies: Studies = Studies()

@@ -37,7 +37,7 @@ from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.files.artifacts import atomic_directory, provenance, write_json
 from arena_distill.files.hub import brief
 from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import check_tensors, choose_attention, load_classifier, pool_mean
@@ -89,7 +89,7 @@ def quantize_model(
     batch_tokens: int,
     votes: Votes | None = None,
 ) -> None:
-    """Quantise a dense judge → a folder with the model, its tokenizer and card, and ``drift.json``.
+    """Quantise a dense judge → a folder with the model, its tokenizer and ``drift.json``.
 
     Every linear layer of the blocks is quantised; embeddings, norms and head stay bit-identical.
     The same model, sequences and seed give the same bytes on the same type of machine.
@@ -135,7 +135,6 @@ def quantize_model(
         # The same settings again: loaders older than transformers' integration read this file.
         write_json(judge.config.quantization_config, folder / "quantize_config.json")
         load_tokenizer(model).save_pretrained(folder)
-        write_text(_card(model, bits, group_size, samples), folder / "README.md")
         del judge
         after = verdict(load_quantized(folder))
         report = {
@@ -154,7 +153,7 @@ def quantize_model(
     )
 
 
-def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
+def load_quantized(folder: Path, *, attention: Attention | None = None, device: Any = None) -> Any:
     """Load a GPTQ folder for scoring, on the GPU if there is one, in the dtype of its config.
 
     It calls transformers' ``from_pretrained`` with two choices: GPTQModel's PyTorch kernel, without
@@ -166,6 +165,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
 
     Args:
         attention: the kernel (see ``loading.choose_attention``); None leaves it to transformers.
+        device: by default the first GPU, or the CPU if there is none.
 
     Raises:
         InputError: gptqmodel is not installed, the folder has no GPTQ model or lacks tensors, or
@@ -184,6 +184,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
             f"{folder}: cannot read a GPTQ model from this folder: {brief(error)}"
         ) from None
     dtype = config.dtype or torch.float32
+    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     kernel = choose_attention(config, attention, dtype) if attention else None
     try:
         with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
@@ -192,7 +193,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None) -> Any:
                 config=config,
                 dtype="auto",
                 attn_implementation=kernel,
-                device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+                device_map={"": device},
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -439,20 +440,6 @@ def _prepare_gptqmodel() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("GPTQ_TORCH_CACHE_WEIGHTS", "1")
-
-
-def _card(model: Path, bits: int, group_size: int, samples: int) -> str:
-    """The dense model's card, with a note on quantisation before it."""
-    card = model / "README.md"
-    dense = card.read_text(encoding="utf-8") if card.exists() else ""
-    front, separator, text = dense.rpartition("\n---\n") if dense.startswith("---") else ("",) * 3
-    note = (
-        f"> Quantised by GPTQ: {bits} bits, groups of {group_size}, calibrated on {samples}\n"
-        "> training battles; the head is not quantised. Loading it needs `gptqmodel` and\n"
-        f"> `optimum`. The text below describes the dense model; `{DRIFT}` holds the distance\n"
-        "> of this one from it.\n"
-    )
-    return f"{front}{separator}{note}\n{text or dense}"
 
 
 def _bytes(folder: Path) -> int:

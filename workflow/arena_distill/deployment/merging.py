@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,13 @@ from safetensors import SafetensorError, safe_open
 
 from arena_distill.config.phases import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
-from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.files.artifacts import atomic_directory, provenance, write_json
 from arena_distill.models.loading import load_classifier
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 
 _PREFIX = "base_model.model."
@@ -104,7 +102,6 @@ def merge_folds(
             "provenance": provenance("merging", settings.model_dump(mode="json")),
         }
         write_json(about, folder / "merge.json")
-        write_text(_card(about, tokenizer, settings), folder / "README.md")
     distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
     print(f"{output}: {len(folds)} folds merged by their {settings.average}{distance}")
 
@@ -291,123 +288,3 @@ def _mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Te
     import torch
 
     return torch.stack([t * w for t, w in zip(tensors, weights, strict=True)]).sum(0)
-
-
-def _card(
-    about: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: MergeSettings
-) -> str:
-    """The model card: what the model is, how it was made, how to use it."""
-    template, head = settings.encoding.template, settings.head
-    joint = head.kind == "joint"
-    literals = TEMPLATES[template] if joint else ONE_ANSWER[template]
-    fields = ("prompt", "answer_a", "answer_b", "") if joint else ("prompt", "answer", "")
-    sizes = settings.encoding.sizes
-    pieces = []
-    for literal, name in zip(literals, fields, strict=True):
-        stated = [f"size({name})"] if sizes and name.startswith("answer") else []
-        pieces += [piece for piece in (repr(literal), name, *stated) if piece not in ("", "''")]
-    size = _SIZE.format(size=SIZE.format("{count}")) if sizes else ""
-    frame = (
-        (tokenizer.bos_token_id, tokenizer.cls_token_id),
-        (tokenizer.eos_token_id, tokenizer.sep_token_id),
-    )
-    begin, end = ([str(i) for i in ids if i is not None][:1] for ids in frame)
-    ids = ", ".join([*begin, "*tokens", *end])
-    how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
-    heads = {"average": "the mean of the folds' heads", "first": "the head of the first fold"}
-    if joint:
-        number, names = {2: "two", 3: "three"}[head.classes], ", ".join(head.outputs)
-        classes = ", ".join(f"{i} = {name}" for i, name in enumerate(head.outputs))
-        about_it = _JOINT.format(number=number, classes=classes)
-        ask = _ASK_JOINT.format(names=names)
-    elif head.classes == 2:
-        about_it, ask = _BRADLEY_TERRY, _ASK_BRADLEY_TERRY
-    else:
-        about_it, ask = _POINTWISE, _ASK_POINTWISE[head.ties]
-    return f"""\
----
-library_name: transformers
-pipeline_tag: text-classification
-tags: [preference-judge, arena-distill]
----
-# {settings.judge}: which of two answers do people prefer?
-
-{about_it}
-
-- Backbone: {about["backbone"]}, the low-rank adapters of {about["folds"]} folds merged into it.
-- Adapters: {how[about["average"]]} ({about["average"]}); head: {heads[about["heads"]]}.
-- Weights: {about["dtype"]}.
-- Prompt layout `{template}`: {" + ".join(pieces)}
-- Written by Arena Distill; `merge.json` holds settings, versions, and the distance between
-  the two ways of averaging.
-
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-
-def ids(text):  # text is data: special tokens in it are ordinary text
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-{size}
-def ask({", ".join(fields[:-1])}):
-    pieces = [{", ".join(pieces)}]
-    tokens = [i for piece in pieces for i in ids(piece)]  # one by one, as in training
-    {_READ[head.pooling].format(ids=ids)}
-
-{ask}
-```
-
-Pad on the right, with the tokenizer's pad token and an attention mask.\
-{_JOINT_ORDERS if joint else ""}
-"""
-
-
-_READ = {
-    "last": "return model(torch.tensor([[{ids}]])).logits[0]",
-    "mean": """\
-states = model.base_model(torch.tensor([[{ids}]])).last_hidden_state
-    return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one""",
-}
-
-_SIZE = """
-def size(answer):  # of the whole answer, even if it is cut
-    count = len(ids(answer))
-    return f"{size}"
-"""
-
-_JOINT = """\
-A sequence classifier over a prompt and two answers. Its {number} classes, in this order, are
-{classes}: which answer a person prefers."""
-
-_POINTWISE = """\
-A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
-tie parameter; those of two answers give the probabilities that a person prefers either, or neither.
-The order of the answers has no effect."""
-
-_BRADLEY_TERRY = """\
-A sequence classifier over a prompt and one answer. Its output is the answer's strength; those of two
-answers give the probability that a person prefers either. The order of the answers has no effect."""
-
-_ASK_JOINT = """\
-probabilities = ask(prompt, answer_a, answer_b).softmax(-1)  # {names}"""
-
-_ASK_BRADLEY_TERRY = """\
-strengths = torch.cat([ask(prompt, answer_a), ask(prompt, answer_b)])
-probabilities = strengths.softmax(-1)  # model_a, model_b; Bradley and Terry 1952"""
-
-_ASK_POINTWISE = {
-    "davidson": """\
-(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
-logits = torch.stack([a, b, tie_a + tie_b + (a + b) / 2])  # Davidson 1970
-probabilities = logits.softmax(-1)  # model_a, model_b, tie""",
-    "rao_kupper": """\
-(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
-threshold = torch.nn.functional.softplus(tie_a + tie_b)  # Rao and Kupper 1967
-p_a, p_b = (a - b - threshold).sigmoid(), (b - a - threshold).sigmoid()
-probabilities = torch.stack([p_a, p_b, 1 - p_a - p_b])  # model_a, model_b, tie""",
-}
-
-_JOINT_ORDERS = """ A judge may favour the
-answer it sees first: average over both orders, exchanging the first two classes of the second."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +85,15 @@ class Vocabulary:
     one_answer: Mapping[str, tuple[tuple[int, ...], ...]]
     """By template, the three literals of sequences with one answer."""
 
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Vocabulary:
+        """From the JSON values that the tokenisation stores."""
+        frames, one_answer = (
+            {t: tuple(tuple(ids) for ids in frame) for t, frame in stored[name].items()}
+            for name in ("frames", "one_answer")
+        )
+        return cls(stored["pad"], tuple(stored["newline"]), frames, one_answer)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -121,15 +131,16 @@ def read_tokens(path: Path) -> Tokens:
     Raises:
         InputError: the file is missing, damaged or not written by :func:`tokenize_battles`.
     """
-    table = read_parquet(path).combine_chunks()
+    table = read_parquet(path)
     about = json.loads((table.schema.metadata or {}).get(b"arena_distill", b"{}"))
     if "vocabulary" not in about or "vote" not in table.column_names:
         raise InputError(f"{path}: not a file of tokens; delete it and the workflow rebuilds it")
-    stored = about["vocabulary"]
-    frames, one_answer = (
-        {t: tuple(tuple(ids) for ids in frame) for t, frame in stored[name].items()}
-        for name in ("frames", "one_answer")
-    )
+    return tokens_of(table, Vocabulary.of(about["vocabulary"]))
+
+
+def tokens_of(table: pa.Table, vocabulary: Vocabulary) -> Tokens:
+    """A table of tokens (:func:`arena_distill.encoding.tokenization.tokenize`) in flat arrays."""
+    table = table.combine_chunks()
     fields = {
         name: Field(
             _sequences(table[name]),
@@ -146,7 +157,7 @@ def read_tokens(path: Path) -> Tokens:
         sources,
         votes_of(table),
         fields,
-        Vocabulary(stored["pad"], tuple(stored["newline"]), frames, one_answer),
+        vocabulary,
         {name: _extent(field, rows) for name, field in fields.items()},
     )
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.encoding.sequences import Sequences, Tokens
-from arena_distill.encoding.templates import ROOM, View, _frame, _framing, _shown
+from arena_distill.encoding.sequences import Field, Sequences, Tokens
+from arena_distill.encoding.templates import ROOM, SHOWN, View, _frame, _framing, _shown
 from arena_distill.encoding.truncation import TRUNCATIONS, _fill, length_budget
 from arena_distill.errors import InputError
 from arena_distill.verdicts import ORDERS, Order
@@ -57,6 +57,25 @@ def encode(
     Raises:
         InputError: the template leaves no room in `max_length`, or as for :func:`length_budget`.
     """
+    frame, fields, starts, kept = _cut(tokens, encoding, view, max_length)
+    return _fill(frame, fields, starts, kept)
+
+
+def tokens_cut(
+    tokens: Tokens, encoding: Encoding, view: View, max_length: int | None = None
+) -> dict[str, np.ndarray]:
+    """How many tokens of each field a view leaves out: int64 (rows,) by field; see :func:`encode`."""
+    _, fields, _, kept = _cut(tokens, encoding, view, max_length)
+    return {
+        name: field.tokens.lengths - kept[:, i]
+        for i, (name, field) in enumerate(zip(SHOWN[view], fields, strict=True))
+    }
+
+
+def _cut(
+    tokens: Tokens, encoding: Encoding, view: View, max_length: int | np.ndarray | None
+) -> tuple[tuple[tuple[int, ...], ...], list[Field], np.ndarray, np.ndarray]:
+    """A view's literals, its fields, and what is kept of each: starts and lengths (rows, fields)."""
     lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
     frame = _frame(tokens.vocabulary, encoding, view)
     fields = _shown(tokens.fields, encoding, view)
@@ -71,4 +90,4 @@ def encode(
         longest = int(lengths.max(initial=shortest))
         lengths = np.minimum(lengths, length_budget(tokens, encoding, view, longest))
     budget = np.broadcast_to(lengths, len(tokens)) - framing
-    return _fill(frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))
+    return (frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))

@@ -73,7 +73,7 @@ def load_classifier(
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    elif precision:
+    elif precision or device_map:
         options["device_map"] = device_map or placement()
     logging.set_verbosity_error()  # "newly initialized: score.weight" is intended
     try:

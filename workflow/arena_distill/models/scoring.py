@@ -14,12 +14,15 @@ from arena_distill.encoding.sequences import Sequences
 from arena_distill.models.loading import check_length
 
 
-def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
+def score(
+    model: Any, sequences: Sequences, *, batch_tokens: int, progress: bool = True
+) -> np.ndarray:
     """Compute a model's outputs for every sequence.
 
     Args:
         model: a classifier whose `config.pad_token_id` occurs in no sequence.
         batch_tokens: tokens per forward pass, padding included.
+        progress: show a progress bar on stderr.
 
     Returns:
         float32 (rows, outputs of its head).
@@ -27,7 +30,8 @@ def score(model: Any, sequences: Sequences, *, batch_tokens: int) -> np.ndarray:
     Raises:
         InputError: a sequence is longer than the model allows.
     """
-    return score_batches(model, sequences, list(token_batches(sequences.lengths, batch_tokens)))
+    batches = list(token_batches(sequences.lengths, batch_tokens))
+    return score_batches(model, sequences, batches, progress=progress)
 
 
 def score_batches(
@@ -35,6 +39,8 @@ def score_batches(
     sequences: Sequences,
     batches: Sequence[np.ndarray],
     states: Mapping[State, np.ndarray] | None = None,
+    *,
+    progress: bool = True,
 ) -> np.ndarray:
     """As :func:`score`, but only for the rows of the batches; the others are NaN.
 
@@ -52,7 +58,13 @@ def score_batches(
     with (
         torch.no_grad(),  # inference_mode would leave FSDP buffers that training cannot write to
         torch.autocast(weight.device.type, dtype=half, enabled=half is not None),
-        tqdm(total=sum(map(len, batches)), desc="scoring", unit="seq", mininterval=5) as progress,
+        tqdm(
+            total=sum(map(len, batches)),
+            desc="scoring",
+            unit="seq",
+            mininterval=5,
+            disable=not progress,
+        ) as bar,
     ):
         for rows in batches:
             ids, mask = pad([sequences[row] for row in rows], model.config.pad_token_id)
@@ -64,5 +76,5 @@ def score_batches(
             for name, room in (states or {}).items():
                 values = getattr(outputs, name).cpu()
                 room[rows, : values.shape[1]] = values.half().numpy()
-            progress.update(len(rows))
+            bar.update(len(rows))
     return scores

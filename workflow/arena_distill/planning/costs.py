@@ -110,6 +110,8 @@ class Costs:
             "quantize_model": self._quantize,
             "score_test_merged": self._score_test,
             "score_test_gptq": self._score_test,
+            "finish_merged": self._finish,
+            "finish_gptq": self._finish,
             "compare_soups": self._compare_soups,
             "query_endpoint": self._ask,
         }
@@ -198,6 +200,15 @@ class Costs:
             work += self.battles.work(job.wildcards["judge"], test, orders, length)
         stored = test["test"] * len(prediction.max_lengths) * len(prediction.orders) * 3 * 4.0
         return self._score(job, judge, device, work, stored, dense=True)
+
+    def _finish(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        """The test vectors are seven battles; the weights are linked."""
+        prediction = self.config.prediction
+        orders = 2 if judge.head.kind == "pointwise" else len(prediction.orders)
+        work = Work()
+        for length in prediction.max_lengths:
+            work += self.battles.work(job.wildcards["judge"], {"test": 7.0}, orders, length)
+        return self._score(job, judge, device, work, 0.0, dense=True)
 
     def _compare_soups(self, job: Planned, judge: Judge, device: Device) -> Cost:
         test = {"test": float(self.battles.counts["test"])}
@@ -348,7 +359,7 @@ class Costs:
         return memory
 
     def _merged(self, job: Planned, sizes: Sizes, judge: Judge) -> dict[str, float]:
-        if job.phase == "score_test_gptq":
+        if job.phase.endswith("_gptq"):
             return {"weights": self._quantized_bytes(sizes, judge)}
         return {"weights": _dense_bytes(judge) * (sizes.base + sizes.head)}
 

@@ -240,7 +240,8 @@ def _cost(files: Layout, entry: Entry, folds: Sequence[int]) -> Figures:
         "tokens": sum(round(a["tokens"] * a["epochs"]) for a in adapters),
         "parameters": adapters[0]["parameters"],
         "bytes": sum(
-            f.stat().st_size for f in Path(files.merged(entry.judge)).glob("*.safetensors")
+            f.stat().st_size
+            for f in Path(files.weights(entry.judge, "merged")).glob("*.safetensors")
         ),
         "teacher_weights": [a["teacher_weights"] for a in adapters if "teacher_weights" in a],
     }

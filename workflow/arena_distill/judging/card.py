@@ -1,0 +1,232 @@
+"""Write a judge's model card: what it is, how it was made, what it scored, its limits, how to ask it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from arena_distill.config.run import Card
+from arena_distill.files.artifacts import read_json, write_text
+from arena_distill.judging.contract import Contract, Score
+
+MADE_BY = ("merge.json", "drift.json")
+"""The files in which merging and quantisation write what they did."""
+
+
+def write_card(folder: Path, contract: Contract, card: Card) -> None:
+    """Write `README.md` into a judge's folder; `contract` and the folder's files say what it tells."""
+    merging, drift = (
+        read_json(folder / name) if (folder / name).exists() else {} for name in MADE_BY
+    )
+    data = ModelCardData(
+        model_name=contract.judge,
+        license=card.license,
+        language=list(card.languages) or None,
+        datasets=list(card.datasets) or None,
+        base_model=card.base_model,
+        base_model_relation=card.base_model
+        and ("quantized" if contract.kind == "gptq" else "finetune"),
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["preference-judge", "arena-distill", *(["gptq"] if drift else [])],
+        eval_results=_results(contract),
+    )
+    text = "\n".join(_sections(contract, card, merging, drift))
+    write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", folder / "README.md")
+
+
+def _results(contract: Contract) -> list[EvalResult] | None:
+    if contract.scores is None:
+        return None
+    found = contract.scores
+    figures = {
+        "log_loss": found.log_loss.value,
+        "accuracy": found.accuracy.value,
+        "ece": found.ece,
+    }
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type="preferences",
+            dataset_name=f"{contract.run}, test battles",
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in figures.items()
+    ]
+
+
+def _sections(
+    contract: Contract, card: Card, merging: dict[str, Any], drift: dict[str, Any]
+) -> list[str]:
+    joint = contract.head.kind == "joint"
+    counts = ", ".join(f"{name} {count:,}" for name, count in contract.sources.items())
+    return [
+        f"# {contract.judge}: which of two answers do people prefer?\n",
+        _JOINT if joint else _POINTWISE,
+        "## How it was made\n",
+        f"- Backbone: {contract.backbone}; weights: {contract.dtype}.",
+        *_merging(merging),
+        *_quantisation(drift),
+        f"- Battles by source: {counts}.",
+        *([] if card.license else [_NO_LICENSE]),
+        f"\n## Scores\n\n{_scores(contract)}",
+        f"\n## Limits\n\n{_limits(contract)}",
+        f"\n## How to ask it\n\n{_how_to_ask(contract)}",
+    ]
+
+
+def _merging(merging: dict[str, Any]) -> list[str]:
+    if not merging:
+        return []
+    how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
+    heads = {"average": "the mean of the folds' heads", "first": "the head of the first fold"}
+    return [
+        f"- The low-rank adapters of {merging['folds']} folds merged into it: "
+        f"{how[merging['average']]} ({merging['average']}); head: {heads[merging['heads']]}."
+    ]
+
+
+def _quantisation(drift: dict[str, Any]) -> list[str]:
+    if not drift:
+        return []
+    return [
+        f"- Quantised by GPTQ: {drift['bits']} bits, groups of {drift['group_size']}, calibrated on "
+        f"{drift['samples']} training battles; the head is not quantised. Loading it needs `gptqmodel` "
+        f"and `optimum`.\n- Against the dense model: KL {drift['kl']:.2g} nats, "
+        f"{drift['flip_rate']:.2%} of verdicts changed."
+    ]
+
+
+def _scores(contract: Contract) -> str:
+    found = contract.scores
+    if found is None:
+        return "There were no test battles with votes: this judge has no score of its own."
+    calibrated = contract.calibration
+    after = (
+        f"calibrated ({calibrated.method}, fitted on {calibrated.fitted_on})"
+        if calibrated
+        else ("not calibrated")
+    )
+    return f"""\
+This very model, as `judge.json` says that it is asked, on {found.battles:,} test battles that nobody
+trained on; 95 % intervals over prompts; {after}.
+
+| log loss (lower is better) | accuracy | expected calibration error |
+|---|---|---|
+| {_interval(found.log_loss)} | {_interval(found.accuracy)} | {found.ece:.3f} |"""
+
+
+def _interval(score: Score) -> str:
+    return f"{score.value:.4f} ({score.low:.4f} to {score.high:.4f})"
+
+
+def _limits(contract: Contract) -> str:
+    longest = max(contract.lengths)
+    order = (
+        "- A joint judge may favour the answer that it sees first; both orders are averaged.\n"
+        if contract.orders == ("AB", "BA") and contract.head.kind == "joint"
+        else ""
+    )
+    return f"""\
+- It reads at most {longest:,} tokens of a battle; longer ones are cut (`{contract.encoding.truncation}`).
+{order}- It knows the voters of its battles. Other people, languages and tasks may prefer otherwise.
+- It says what people prefer, not what is true or safe."""
+
+
+def _how_to_ask(contract: Contract) -> str:
+    dense = f"""\
+With Arena Distill, exactly as it was scored:
+
+```python
+from arena_distill import Judge
+
+judge = Judge.from_pretrained("{contract.judge}")  # this folder
+judge.compare("What is 2 + 2?", "4", "5").probabilities
+```
+
+`arena-distill verify FOLDER` compares a judge with the test vectors of its `judge.json`.
+"""
+    if contract.kind == "gptq":
+        return dense
+    joint = contract.head.kind == "joint"
+    shown = "prompt, answer_a, answer_b" if joint else "prompt, answer"
+    size = ""
+    if contract.template.size:
+        size = (
+            '\n        tokens += ids(judge["template"]["size"].format(len(ids(field)))) * (i > 0)'
+        )
+    pooled = contract.head.pooling == "last"
+    read = _READ["last" if pooled else "mean"]
+    asked = _ASK_JOINT if joint else _ASK_POINTWISE[contract.head.ties]
+    return f"""\
+{dense}
+With transformers alone, for battles that need no truncation, one length, and without calibration:
+
+```python
+import json
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+with open(f"{{folder}}/judge.json") as file:
+    judge = json.load(file)
+
+def ids(text):  # text is data: special tokens in it are ordinary text
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+def ask({shown}):
+    tokens, *literals = judge["template"]["frame"]  # token ids, with begin and end of sequence
+    for i, field in enumerate([{shown}]):  # piece by piece, as in training
+        tokens = tokens + ids(field){size}
+        tokens = tokens + literals[i]
+    {read}
+
+{asked}
+```
+
+Turns of a conversation are joined by the ids `newline`. Pad on the right with the id `pad`."""
+
+
+_NO_LICENSE = (
+    "- Licence: not stated. The licences of the backbone and of the battles apply to it "
+    "(`card.license` in the configuration states one)."
+)
+
+_JOINT = """\
+A sequence classifier over a prompt and two answers. Its three classes, in this order, are
+0 = model_a, 1 = model_b, 2 = tie: which answer a person prefers.
+"""
+
+_POINTWISE = """\
+A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
+tie parameter; those of two answers give the probabilities that a person prefers either, or neither.
+The order of the answers has no effect.
+"""
+
+_READ = {
+    "last": "return model(torch.tensor([tokens])).logits[0]",
+    "mean": """\
+states = model.base_model(torch.tensor([tokens])).last_hidden_state
+    return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one""",
+}
+
+_ASK_JOINT = """\
+there, back = ask(prompt, answer_a, answer_b), ask(prompt, answer_b, answer_a)
+logits = (there + back[[1, 0, 2]]) / 2  # both orders, the classes exchanged back
+probabilities = logits.softmax(-1)  # model_a, model_b, tie"""
+
+_ASK_POINTWISE = {
+    "davidson": """\
+(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
+logits = torch.stack([a, b, tie_a + tie_b + (a + b) / 2])  # Davidson 1970
+probabilities = logits.softmax(-1)  # model_a, model_b, tie""",
+    "rao_kupper": """\
+(a, tie_a), (b, tie_b) = ask(prompt, answer_a), ask(prompt, answer_b)
+threshold = torch.nn.functional.softplus(tie_a + tie_b)  # Rao and Kupper 1967
+p_a, p_b = (a - b - threshold).sigmoid(), (b - a - threshold).sigmoid()
+probabilities = torch.stack([p_a, p_b, 1 - p_a - p_b])  # model_a, model_b, tie""",
+}

@@ -1,0 +1,183 @@
+"""Define `judge.json`: all that is needed to ask a judge in the way in which it was trained and scored.
+
+A folder with this file is whole: the template as text and as ids, truncation, lengths, orders, average
+and calibration, fingerprints of the weights and the tokenizer, scores, and test vectors. Whoever loads
+the judge, with this package or without it, can check itself against the vectors.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.mistakes import explain
+from arena_distill.config.phases import VERSIONS, ScoringSettings
+from arena_distill.config.run import Cascade
+from arena_distill.config.section import Section
+from arena_distill.config.vocabulary import CalibrationMethod, ModelKind, ViewAverage
+from arena_distill.encoding.sequences import Vocabulary
+from arena_distill.errors import InputError
+from arena_distill.prediction.calibration import CalibrationMap
+from arena_distill.verdicts import CLASSES, Order
+
+FILE = "judge.json"
+
+IDENTITY = CalibrationMap(np.ones(len(CLASSES)), np.zeros(len(CLASSES)))
+"""The calibration of a judge without one; softmax is the same before and after it."""
+
+
+class Template(Section):
+    """The text around the fields of a battle."""
+
+    name: str
+    literals: tuple[str, ...]
+    """Before the prompt, before each answer, and after the last answer."""
+    frame: tuple[tuple[int, ...], ...]
+    """The same as token ids; the first with begin of sequence, the last with end of sequence."""
+    size: str | None = None
+    """The text after an answer, with its number of tokens before truncation in place of {}."""
+
+
+class Calibrated(Section):
+    """The calibration: logits minus their mean, times `scale`, plus `bias`, plus the style's effect."""
+
+    method: CalibrationMethod
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+    lead: tuple[float, ...] = ()
+    tie: tuple[float, ...] = ()
+    fitted_on: str
+    """The logits and votes that it was fitted to."""
+
+    def map(self) -> CalibrationMap:
+        return CalibrationMap(*map(np.array, (self.scale, self.bias, self.lead, self.tie)))
+
+
+class Score(Section):
+    """A figure with its 95 % interval over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Scores(Section):
+    """What this very model scored, as it is deployed, on battles with votes that nobody trained on."""
+
+    battles: int
+    log_loss: Score
+    accuracy: Score
+    ece: float
+    """Expected calibration error."""
+
+
+class Vector(Section):
+    """A battle, and what the judge says of it."""
+
+    about: str
+    prompt: tuple[str, ...]
+    response_a: tuple[str, ...]
+    response_b: tuple[str, ...]
+    ids: dict[str, tuple[int, ...]]
+    """Token ids by ``<length>/<view>``."""
+    logits: tuple[tuple[tuple[float, ...], ...], ...]
+    """By length and order, in the canonical frame, before calibration."""
+    probabilities: tuple[float, ...]
+
+
+class Contract(Section):
+    """The content of `judge.json`."""
+
+    format: Literal[1] = 1
+    judge: str
+    """Its name."""
+    kind: ModelKind
+    """`gptq`: GPTQModel is needed to load it."""
+    run: str
+    classes: tuple[str, ...] = CLASSES
+    """The order of all logits and probabilities; answers are exchanged back first."""
+    head: Head
+    encoding: Encoding
+    """Template, truncation and sizes; `max_length` is that of training."""
+    template: Template
+    newline: tuple[int, ...]
+    """The ids between two turns of a field."""
+    pad: int
+    """Pad on the right with this id, which occurs in no sequence; pooling reads the last other token."""
+    lengths: tuple[int, ...]
+    """The most tokens of a sequence; the logits of several lengths are averaged."""
+    orders: tuple[Order, ...]
+    average: ViewAverage
+    """What is averaged over lengths and orders."""
+    cascade: Cascade | None = None
+    calibration: Calibrated | None = None
+    dtype: str
+    """Of the weights."""
+    backbone: str
+    sources: dict[str, int]
+    """Battles of the run by source."""
+    scores: Scores | None = None
+    fingerprints: dict[str, str]
+    """SHA-256 of the files of weights and tokenizer, by name."""
+    vectors: tuple[Vector, ...] = ()
+    provenance: dict[str, Any] = {}
+
+    @property
+    def scoring(self) -> ScoringSettings:
+        """How battles are scored, as for the phase that scores the test battles."""
+        return ScoringSettings(
+            version=VERSIONS["scoring"],
+            encoding=self.encoding,
+            head=self.head,
+            precision="fp32" if self.dtype == "float32" else "bf16",
+            max_lengths=self.lengths,
+            orders=self.orders,
+            cascade=self.cascade,
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids around the fields, as the encoding takes them."""
+        frames = {self.template.name: self.template.frame}
+        joint = self.head.kind == "joint"
+        return Vocabulary(self.pad, self.newline, frames if joint else {}, {} if joint else frames)
+
+    def calibrate(self, logits: np.ndarray, styles: np.ndarray | None) -> np.ndarray:
+        """Calibrated logits, float64, of the shape of `logits` (rows, ..., 3)."""
+        found = self.calibration.map() if self.calibration else IDENTITY
+        return found(logits, styles)
+
+
+def read_contract(folder: Path) -> Contract:
+    """Read `judge.json`.
+
+    Raises:
+        InputError: there is none, it is damaged, or a newer version of this package wrote it.
+    """
+    path = folder / FILE
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if not path.exists():
+        raise InputError(
+            f"{folder}: has no {FILE}, so nothing says how this model is asked; give a folder that the "
+            "workflow has finished: results/<run>/merged/<judge> or results/<run>/gptq/<judge>"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a JSON file ({error})") from None
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != 1:
+        raise InputError(
+            f"{path}: format {version!r}, and this version of arena-distill reads 1; install the "
+            "version that made the judge, or a newer one"
+        )
+    try:
+        return Contract.model_validate(found)
+    except ValidationError as error:
+        raise InputError(f"{path}: damaged: {explain(error, Contract)[0]}") from None

@@ -1,0 +1,192 @@
+"""Finish a judge: its weights become a folder that says how it is asked, and proves it.
+
+To the files of the merged or quantised model (linked, not copied) are added `judge.json` with test
+vectors, a model card, and keys of `config.json` that other programs read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from arena_distill.battles.votes import Solution
+from arena_distill.config.judge import Attention
+from arena_distill.config.phases import JudgeSettings
+from arena_distill.config.vocabulary import ModelKind
+from arena_distill.encoding.sequences import Tokens, read_tokens
+from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
+from arena_distill.encoding.truncation import length_budget
+from arena_distill.encoding.views import views
+from arena_distill.files.artifacts import (
+    atomic_directory,
+    file_sha256,
+    provenance,
+    read_json,
+    read_parquet,
+    write_json,
+)
+from arena_distill.files.keys import locate
+from arena_distill.judging.card import write_card
+from arena_distill.judging.contract import FILE, Calibrated, Contract, Score, Scores, Template
+from arena_distill.judging.judge import Judge
+from arena_distill.judging.vectors import make_vectors
+from arena_distill.metrics import bootstrap, calibration_scores, losses
+from arena_distill.prediction.calibration import read_calibration
+from arena_distill.verdicts import WINNERS
+
+FINGERPRINTED = ("*.safetensors", "tokenizer*.json", "*.model", "special_tokens_map.json")
+"""The files of weights and tokenizer."""
+
+RESAMPLES = 2_000
+
+
+def finish_judge(
+    weights: Path,
+    tokens: Path,
+    output: Path,
+    *,
+    settings: JudgeSettings,
+    kind: ModelKind,
+    calibration: Path | None = None,
+    predictions: Path | None = None,
+    test_votes: Path | None = None,
+    batch_tokens: int,
+    attention: Attention = "auto",
+) -> None:
+    """Finish a judge → a folder with model, tokenizer, `judge.json` and model card.
+
+    Args:
+        weights: the folder of the merged or quantised model.
+        tokens: `tokens.parquet` of the judge's tokenizer.
+        calibration: the judge's, with `settings.calibration`.
+        predictions: the test predictions of this very model.
+        test_votes: `test_votes.parquet`; with both, the judge's scores are computed.
+
+    Raises:
+        InputError: a file is damaged, or the model cannot be loaded.
+    """
+    read = read_tokens(tokens)
+    scores = None
+    if predictions is not None and test_votes is not None:
+        scores = score_predictions(predictions, Solution.read(test_votes))
+    with atomic_directory(output) as folder:
+        for file in sorted(weights.glob("[!.]*")):  # not Snakemake's time stamp
+            _link(file, folder / file.name)
+        config = read_json(folder / "config.json")
+        write_json(
+            for_other_programs(config, pointwise=settings.head.kind == "pointwise"),
+            folder / "config.json",
+        )
+        contract = _contract(folder, read, settings, kind, calibration, scores, config)
+        write_json(contract.model_dump(mode="json"), folder / FILE)
+        judge = Judge.from_pretrained(folder, attention=attention, batch_tokens=batch_tokens)
+        contract = contract.model_copy(update={"vectors": make_vectors(judge)})
+        write_json(contract.model_dump(mode="json"), folder / FILE)
+        write_card(folder, contract, settings.card)
+    told = f", test log loss {scores.log_loss.value:.4f}" if scores else ""
+    print(f"{output}: a finished judge with {len(contract.vectors)} test vectors{told}")
+
+
+def score_predictions(predictions: Path, solution: Solution) -> Scores:
+    """Score the submitted predictions of one model on the test battles."""
+    table = read_parquet(predictions, ["id", "submitted", *WINNERS])
+    submitted = table.filter(table["submitted"])
+    rows = locate(solution.ids, submitted["id"].combine_chunks(), str(predictions))
+    probabilities = np.column_stack([submitted[name].to_numpy() for name in WINNERS])[rows]
+    votes, groups = solution.votes, solution.groups
+    loss = losses(probabilities, votes)
+    right = np.take_along_axis(votes.probabilities, probabilities.argmax(axis=1)[:, None], 1)[:, 0]
+    means = bootstrap(np.stack([loss, right]), votes, groups, resamples=RESAMPLES)
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    found = [
+        Score(value=float(votes.mean(x)), low=float(low[i]), high=float(high[i]))
+        for i, x in enumerate((loss, right))
+    ]
+    ece = float(calibration_scores(probabilities, votes)["ece"])
+    return Scores(battles=len(votes), log_loss=found[0], accuracy=found[1], ece=ece)
+
+
+def for_other_programs(config: Mapping[str, Any], *, pointwise: bool) -> dict[str, Any]:
+    """A model's configuration with the keys that other programs need.
+
+    transformers 4 reads `rope_theta` and `rope_scaling` alone, and falls back to defaults without a
+    word. Servers apply softmax to a classifier's outputs unless `problem_type` says that they are no
+    classes: those of a pointwise judge are a strength and a tie parameter.
+    """
+    added = dict(config)
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        added["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if pointwise:
+        added["problem_type"] = "regression"
+    return added
+
+
+def _contract(
+    folder: Path,
+    tokens: Tokens,
+    settings: JudgeSettings,
+    kind: ModelKind,
+    calibration: Path | None,
+    scores: Scores | None,
+    config: Mapping[str, Any],
+) -> Contract:
+    head, encoding = settings.head, settings.encoding
+    joint = head.kind == "joint"
+    view = views(head, settings.orders)[0]
+    vocabulary = tokens.vocabulary
+    literals = (TEMPLATES if joint else ONE_ANSWER)[encoding.template]
+    frame = (vocabulary.frames if joint else vocabulary.one_answer)[encoding.template]
+    calibrated = None
+    if settings.calibration != "none" and calibration is not None:
+        found = read_calibration(calibration, settings.calibration)
+        calibrated = Calibrated(
+            method=settings.calibration,
+            **{name: tuple(array.tolist()) for name, array in vars(found).items()},
+            fitted_on="logits of the folds' models out of fold, and the votes of these battles",
+        )
+    sources = pc.value_counts(tokens.sources).to_pylist()
+    files = sorted({file for pattern in FINGERPRINTED for file in folder.glob(pattern)})
+    return Contract(
+        judge=settings.judge,
+        kind=kind,
+        run=settings.run,
+        head=head,
+        encoding=encoding.model_copy(update={"tokens_per_battle": None}),
+        template=Template(
+            name=encoding.template,
+            literals=literals,
+            frame=frame,
+            size=SIZE if encoding.sizes else None,
+        ),
+        newline=vocabulary.newline,
+        pad=vocabulary.pad,
+        lengths=tuple(length_budget(tokens, encoding, view, n) for n in settings.max_lengths),
+        orders=settings.orders,
+        average=settings.average,
+        cascade=settings.cascade,
+        calibration=calibrated,
+        dtype=str(config.get("dtype") or "float32"),
+        backbone=settings.backbone,
+        sources={count["values"]: count["counts"] for count in sources},
+        scores=scores,
+        fingerprints={file.name: file_sha256(file) for file in files},
+        provenance=provenance("judge", json.loads(settings.as_params())),
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that is never changed; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,325 @@
+"""Ask a judge: load its folder, and get the verdicts that the workflow itself would get.
+
+    judge = Judge.from_pretrained("results/default/merged/gemma2-student")
+    verdicts = judge.predict([{"prompt": "2 + 2?", "response_a": "4", "response_b": "5"}])
+    verdicts.probabilities    # float64 (1, 3): A wins, B wins, tie
+
+The folder's `judge.json` (:mod:`arena_distill.judging.contract`) says how the judge is asked. Scoring,
+averaging and calibration are the functions with which the workflow scores its test battles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from arena_distill.battles.style_features import style_features
+from arena_distill.config.judge import Attention
+from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens, tokens_of
+from arena_distill.encoding.tokenization import load_tokenizer, tokenize
+from arena_distill.encoding.views import encode, tokens_cut, views
+from arena_distill.errors import InputError
+from arena_distill.files.hub import brief
+from arena_distill.judging.battles import battles_table
+from arena_distill.judging.contract import Contract, read_contract
+from arena_distill.prediction.test_time import mean_of_views, score_variants
+from arena_distill.verdicts import CLASSES, WINNERS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from arena_distill.judging.battles import Battles
+
+BATCH_TOKENS = 16384
+"""Tokens per forward pass, padding included."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one battle.
+
+    probabilities: by class: `model_a`, `model_b`, `tie`; their sum is 1.
+    winner: the likeliest class.
+    cut: tokens that the judge did not read, by field, at its greatest length.
+    """
+
+    probabilities: dict[str, float]
+    winner: str
+    cut: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a judge says of battles, in their order.
+
+    ids: the battles' own, or their numbers; string (rows,).
+    probabilities: float64 (rows, 3), after average and calibration; the classes are `CLASSES`.
+    logits: float32 (rows, lengths, orders, 3), in the canonical frame, before calibration.
+    cut: tokens that the judge did not read, by field, at its greatest length; int64 (rows,) each.
+    """
+
+    ids: pa.Array
+    probabilities: np.ndarray
+    logits: np.ndarray
+    cut: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def __getitem__(self, row: int) -> Verdict:
+        probabilities = self.probabilities[row].tolist()
+        return Verdict(
+            dict(zip(CLASSES, probabilities, strict=True)),
+            CLASSES[int(np.argmax(probabilities))],
+            {name: int(count[row]) for name, count in self.cut.items()},
+        )
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def winners(self) -> np.ndarray:
+        """The likeliest class of each battle: str (rows,)."""
+        return np.array(CLASSES)[self.probabilities.argmax(axis=1)]
+
+    def to_arrow(self) -> pa.Table:
+        """Columns `id`, a probability per class (as in submissions), `winner`, `cut_<field>`."""
+        return pa.table(
+            {
+                "id": self.ids,
+                **{name: self.probabilities[:, i] for i, name in enumerate(WINNERS)},
+                "winner": pa.array(self.winners.tolist(), pa.string()),
+                **{f"cut_{name}": count for name, count in self.cut.items()},
+            }
+        )
+
+    def to_pandas(self) -> Any:
+        """:meth:`to_arrow` as a pandas data frame."""
+        return self.to_arrow().to_pandas()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Answers to one prompt, the best first.
+
+    order: positions in the list of answers.
+    scores: float64 (answers,), in the order of the list. A pointwise judge: the strengths. A joint one:
+        the mean over the other answers of P(wins) + P(tie) / 2.
+    """
+
+    order: list[int]
+    scores: np.ndarray
+
+
+class Judge:
+    """A judge that is ready to be asked; make one by :meth:`from_pretrained`.
+
+    contract: how it is asked, and what it scored.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+    ) -> None:
+        self.contract = contract
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_tokens = batch_tokens
+        self._progress = progress
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        attention: Attention = "auto",
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+    ) -> Judge:
+        """Load a judge from its folder.
+
+        Args:
+            folder: a folder with `judge.json`; or ``hub:ORG/NAME``, which is downloaded.
+            device: such as ``cuda:1``; by default a GPU if there is one.
+            dtype: of the weights; by default as they were saved. Another one changes the figures.
+            attention: the kernel (see ``loading.choose_attention``).
+            batch_tokens: tokens per forward pass, padding included.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            InputError: the folder is not a finished judge, or cannot be loaded here.
+        """
+        folder = _local(folder)
+        contract = read_contract(folder)
+        model = _load(folder, contract, device, dtype, attention)
+        return cls(
+            contract,
+            model,
+            load_tokenizer(folder),
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+
+    def encode(self, battles: Battles) -> Tokens:
+        """The token ids of battles, before truncation."""
+        table, _ = tokenize(battles_table(battles), self._tokenizer)
+        return tokens_of(table, self.contract.vocabulary)
+
+    def predict(self, battles: Battles) -> Verdicts:
+        """Judge battles: at every length, in every order, averaged and calibrated.
+
+        Each distinct sequence runs once. Battles of any length may be mixed.
+
+        Args:
+            battles: a list of dicts, a dict of columns, a pandas data frame or an Arrow table with
+                `prompt`, `response_a`, `response_b` (a text, or a list of turns) and perhaps `id`.
+
+        Raises:
+            InputError: a field is missing or not text.
+        """
+        table = battles_table(battles)
+        tokens, _ = tokenize(table, self._tokenizer)
+        return judged(
+            self.contract, table, tokens_of(tokens, self.contract.vocabulary), self.forward
+        )
+
+    def forward(self, sequences: Sequences) -> np.ndarray:
+        """The model's outputs for encoded sequences: float32 (rows, outputs of its head)."""
+        from arena_distill.models.scoring import score
+
+        return score(
+            self._model, sequences, batch_tokens=self._batch_tokens, progress=self._progress
+        )
+
+    def compare(self, prompt: str | list[str], a: str | list[str], b: str | list[str]) -> Verdict:
+        """Judge one battle."""
+        return self.predict([{"prompt": prompt, "response_a": a, "response_b": b}])[0]
+
+    def rank(self, prompt: str | list[str], answers: Sequence[str | list[str]]) -> Ranking:
+        """Rank answers to one prompt; a joint judge compares every two of them.
+
+        Raises:
+            InputError: there are fewer than two answers.
+        """
+        if len(answers) < 2:
+            raise InputError(f"rank: two or more answers expected, got {len(answers)}")
+        if self.contract.head.kind == "pointwise":
+            scores = self._strengths(prompt, answers)
+        else:
+            first, second = np.triu_indices(len(answers), 1)
+            verdicts = self.predict(
+                {
+                    "prompt": [prompt] * len(first),
+                    "response_a": [answers[i] for i in first.tolist()],
+                    "response_b": [answers[i] for i in second.tolist()],
+                }
+            )
+            won = verdicts.probabilities[:, 0] + verdicts.probabilities[:, 2] / 2
+            scores = np.bincount(first, won, len(answers))
+            scores = (scores + np.bincount(second, 1 - won, len(answers))) / (len(answers) - 1)
+        return Ranking(np.argsort(-scores, kind="stable").tolist(), scores)
+
+    def reward(self, prompt: str | list[str], answer: str | list[str]) -> float:
+        """The strength of one answer, as a reward; differences are log-odds of winning, without ties.
+
+        Raises:
+            InputError: the judge is not pointwise: it knows no strength of one answer.
+        """
+        if self.contract.head.kind != "pointwise":
+            raise InputError(
+                f"{self.contract.judge}: a joint judge compares two answers and has no reward of one; "
+                "train one with `head: pointwise`, or call `rank`"
+            )
+        return float(self._strengths(prompt, [answer])[0])
+
+    def _strengths(self, prompt: str | list[str], answers: Sequence[str | list[str]]) -> np.ndarray:
+        """The strength of each answer, the mean over the lengths: float64 (answers,)."""
+        empty = [""] * len(answers)
+        tokens = self.encode(
+            {"prompt": [prompt] * len(answers), "response_a": list(answers), "response_b": empty}
+        )
+        lengths = self.contract.lengths
+        parts = [encode(tokens, self.contract.encoding, "A", n) for n in lengths]
+        outputs = self.forward(Sequences.concatenate(parts))[:, 0]
+        return outputs.reshape(len(lengths), len(answers)).mean(axis=0, dtype=np.float64)
+
+
+def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Any) -> Verdicts:
+    """Score, average and calibrate battles, whoever runs the model.
+
+    Args:
+        battles: canonical battles.
+        tokens: their tokens, in the same order.
+        forward: sequences → float32 (rows, outputs of the head).
+    """
+    lengths, orders = contract.lengths, contract.orders
+    if len(tokens):
+        logits, _ = score_variants(tokens, contract.scoring, forward)
+    else:
+        logits = np.zeros((0, len(lengths), len(orders), len(CLASSES)), np.float32)
+    needs_style = contract.calibration is not None and len(contract.calibration.lead) > 0
+    styles = style_features(battles) if needs_style else None
+    calibrated = contract.calibrate(logits, styles) if contract.calibration else logits
+    probabilities = mean_of_views(
+        calibrated.reshape(len(tokens), len(lengths) * len(orders), len(CLASSES)), contract.average
+    )
+    cut: dict[str, np.ndarray] = {}
+    for view in views(contract.head, orders):
+        for name, count in tokens_cut(tokens, contract.encoding, view, max(lengths)).items():
+            cut[name] = np.maximum(cut.get(name, 0), count)
+    return Verdicts(battles["id"], probabilities, logits, {name: cut[name] for name in FIELDS})
+
+
+def _local(folder: str | Path) -> Path:
+    """The folder on this machine; ``hub:ORG/NAME`` is downloaded."""
+    repo = str(folder).removeprefix("hub:")
+    if repo == str(folder):
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+
+    try:  # neither pickles nor code
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except Exception as error:  # of the hub, of the network
+        raise InputError(f"{folder}: cannot be downloaded: {brief(error)}") from None
+
+
+def _load(
+    folder: Path,
+    contract: Contract,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    attention: Attention,
+) -> Any:
+    """The model, on its device, ready to score."""
+    import torch
+
+    where = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    if contract.kind == "gptq":
+        from arena_distill.deployment.gptq import load_quantized
+
+        if dtype is not None:
+            raise InputError(f"{folder}: a quantised judge has its own dtype; leave `dtype` out")
+        return load_quantized(folder, attention=attention, device=where)
+    from arena_distill.models.loading import load_classifier
+
+    return load_classifier(
+        folder,
+        head=contract.head,
+        dtype=dtype or getattr(torch, contract.dtype),
+        attention=attention,
+        device_map={"": where},
+        pad_token_id=contract.pad,
+    )

@@ -1,0 +1,156 @@
+"""Make a judge's test vectors, and check a judge against them.
+
+The battles hold what goes wrong when somebody else asks a judge: several turns, text beyond every
+length, an empty answer, special tokens and template literals written out as text, other scripts, and
+two equal answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens
+from arena_distill.encoding.views import encode, views
+from arena_distill.judging.battles import battles_table
+from arena_distill.judging.contract import Contract, Vector
+from arena_distill.judging.judge import Judge, judged
+
+Forward = Callable[[Sequences], np.ndarray]
+"""Sequences → float32 (rows, outputs of the head): a model here, or a server."""
+
+_SCRIPTS = "Как дела? 東京は日本の首都です。 שלום 😀👩‍👩‍👧 e\u0301"
+
+
+def battles_of(contract: Contract) -> list[dict[str, str | list[str]]]:
+    """The battles of a judge's test vectors; `about` says what each is for."""
+    special = " ".join(
+        [*contract.template.literals, "<s> </s> <eos> <bos> <|eot_id|> <|im_end|> [PAD]"]
+    )
+    counted = " ".join(str(n) for n in range(max(contract.lengths)))  # at least a token per number
+    return [
+        {
+            "about": "short",
+            "prompt": "What is the capital of France?",
+            "response_a": "Paris.",
+            "response_b": "It is Lyon, I think.\n\n- **Lyon**",
+        },
+        {
+            "about": "several turns",
+            "prompt": [
+                "Write a haiku about the sea.",
+                "Now one about the moon.",
+                "Which is better?",
+            ],
+            "response_a": ["Waves fold into foam", "Pale coin of the night", "The second one."],
+            "response_b": ["The sea, so wide.", "", "Both are fine; it depends on you."],
+        },
+        {
+            "about": "beyond every length",
+            "prompt": f"Add these numbers: {counted}",
+            "response_a": counted,
+            "response_b": f"One by one:\n{counted}\nDone.",
+        },
+        {
+            "about": "an empty answer",
+            "prompt": "Say nothing.",
+            "response_a": "",
+            "response_b": "I would rather say something.",
+        },
+        {
+            "about": "special tokens as text",
+            "prompt": f"What are these? {special}",
+            "response_a": special,
+            "response_b": "Special tokens.",
+        },
+        {
+            "about": "other scripts",
+            "prompt": _SCRIPTS,
+            "response_a": f"{_SCRIPTS}\u200b\ufeff",
+            "response_b": "مرحبا",
+        },
+        {
+            "about": "equal answers",
+            "prompt": "1 + 1?",
+            "response_a": "2",
+            "response_b": "2",
+        },
+    ]
+
+
+def make_vectors(judge: Judge) -> tuple[Vector, ...]:
+    """The test vectors of a judge, computed by itself."""
+    battles = battles_of(judge.contract)
+    tokens = judge.encode(battles)
+    found = judge.predict(battles)
+    return tuple(
+        Vector(
+            about=str(battle["about"]),
+            **{name: _turns(battle[name]) for name in FIELDS},
+            ids={name: tuple(ids[row].tolist()) for name, ids in _encoded(judge.contract, tokens)},
+            logits=found.logits[row].tolist(),
+            probabilities=tuple(found.probabilities[row].tolist()),
+        )
+        for row, battle in enumerate(battles)
+    )
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far a judge is from its test vectors.
+
+    ids: what differs, as ``<battle>, <length>/<view>``; these are never to differ.
+    logits, probabilities: the largest absolute difference.
+    """
+
+    ids: list[str]
+    logits: float
+    probabilities: float
+
+    def within(self, tolerance: float) -> bool:
+        """Whether all ids are equal, and no probability differs by more."""
+        return not self.ids and self.probabilities <= tolerance
+
+
+def compare_with_vectors(judge: Judge, forward: Forward | None = None) -> Differences:
+    """Ask a judge its test vectors.
+
+    Args:
+        judge: loaded, or with a tokenizer alone if `forward` is given.
+        forward: what runs the model instead of `judge`: a server.
+    """
+    contract = judge.contract
+    battles = [vector.model_dump(include={*FIELDS}) for vector in contract.vectors]
+    tokens = judge.encode(battles)
+    different = [
+        f"{vector.about}, {name}"
+        for name, ids in _encoded(contract, tokens)
+        for row, vector in enumerate(contract.vectors)
+        if tuple(ids[row].tolist()) != vector.ids.get(name)
+    ]
+    found = judged(contract, battles_table(battles), tokens, forward or judge.forward)
+    return Differences(
+        different,
+        _distance(found.logits, [vector.logits for vector in contract.vectors]),
+        _distance(found.probabilities, [vector.probabilities for vector in contract.vectors]),
+    )
+
+
+def _encoded(contract: Contract, tokens: Tokens) -> list[tuple[str, Sequences]]:
+    """The sequences of each length and view, by their name in a vector."""
+    return [
+        (f"{length}/{view}", encode(tokens, contract.encoding, view, length))
+        for length, view in product(contract.lengths, views(contract.head, contract.orders))
+    ]
+
+
+def _turns(text: str | list[str]) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else tuple(text)
+
+
+def _distance(found: np.ndarray, stored: Sequence[object]) -> float:
+    expected = np.array(stored, np.float64)
+    return float(np.abs(found - expected).max(initial=0.0))
