@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,6 +14,10 @@ from arena_distill import phase_cli
 from arena_distill.config.vocabulary import Family
 from arena_distill.errors import InputError, Stopped
 from arena_distill.runtime import launch
+
+if TYPE_CHECKING:
+    from arena_distill.config.source import Source
+    from arena_distill.judging.judge import Judge
 
 app = typer.Typer(
     help="Distil big preference judges into a small one you can deploy.",
@@ -132,20 +136,99 @@ def formats(
 ) -> None:
     """Show how a file of battles is understood: its format, counts, refused rows, three battles."""
     from arena_distill.battles.preview import print_preview
+
+    keys = {"format": format, "columns": _pairs(columns), "text": text, "ties": _pairs(ties)}
+    keys |= {"missing_votes": missing_votes, "system": system, "escape": escape}
+    print_preview(_source(file, **keys), votes=votes)
+
+
+def _source(path: str, **keys: Any) -> Source:
+    """Options as a source of the configuration."""
     from arena_distill.config.phases import parse
     from arena_distill.config.source import Source
 
-    def pairs(options: list[str] | None) -> dict[str, str | None]:
-        return {name: value or None for name, _, value in (o.partition("=") for o in options or ())}
+    return parse(Source, json.dumps({"path": path, **keys}))
 
-    keys = {"path": file, "format": format, "columns": pairs(columns), "text": text}
-    keys |= {
-        "ties": pairs(ties),
-        "missing_votes": missing_votes,
-        "system": system,
-        "escape": escape,
-    }
-    print_preview(parse(Source, json.dumps(keys)), votes=votes)
+
+def _pairs(options: list[str] | None) -> dict[str, str | None]:
+    return {name: value or None for name, _, value in (o.partition("=") for o in options or ())}
+
+
+# --- the judge ----------------------------------------------------------------------------------------
+
+
+JudgeFolder = Annotated[str, typer.Argument(help="A finished judge: results/RUN/merged/JUDGE.")]
+Server = Annotated[
+    str | None, typer.Option(help="Ask this running server (vLLM, or ours) for the model's part.")
+]
+
+
+@app.command()
+def predict(
+    judge: JudgeFolder,
+    battles: Annotated[str, typer.Argument(help="A file, a folder, a pattern, or - for stdin.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help=".parquet, .csv, .jsonl, or - for stdout.")
+    ],
+    server: Server = None,
+    format: Annotated[str, typer.Option(help="What it is, where columns do not tell.")] = "auto",
+    columns: Annotated[
+        list[str] | None, typer.Option(help="OUR_NAME=NAME_IN_FILE (repeatable).")
+    ] = None,
+    text: Annotated[str, typer.Option(help="auto, plain or turns.")] = "auto",
+    system: Annotated[str, typer.Option(help="turn or drop.")] = "turn",
+    escape: Annotated[str, typer.Option(help="none or backslash.")] = "none",
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; default: a free GPU.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.", min=1)] = 16384,
+) -> None:
+    """Judge the battles of files; after a kill, the same command goes on where it was."""
+    from arena_distill.config.phases import parse
+    from arena_distill.config.source import Reading
+    from arena_distill.judging.predict import predict_files
+
+    keys = {"format": format, "columns": _pairs(columns), "text": text}
+    reading = parse(Reading, json.dumps({**keys, "system": system, "escape": escape}))
+    asked = _judge(judge, server, device=device, batch_tokens=batch_tokens)
+    done = predict_files(asked.contract, asked.predict, battles, reading, output)
+    print(f"{output}: {done.battles:,} battles judged by {asked.contract.judge}", file=sys.stderr)
+
+
+@app.command()
+def compare_answers(
+    judge: JudgeFolder,
+    prompt: Annotated[str, typer.Option(help="What was asked.")],
+    a: Annotated[str, typer.Option("--a", help="The first answer.")],
+    b: Annotated[str, typer.Option("--b", help="The second answer.")],
+    server: Server = None,
+) -> None:
+    """Judge one battle, and print the verdict as JSON."""
+    from dataclasses import asdict
+
+    print(json.dumps(asdict(_judge(judge, server).compare(prompt, a, b)), indent=2))
+
+
+@app.command()
+def verify(
+    judge: JudgeFolder,
+    server: Server = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Of probabilities; default: by the dtype of the weights.")
+    ] = None,
+) -> None:
+    """Compare a judge, or a server of it, with its test vectors; exits with 1 if they differ."""
+    from arena_distill.judging.vectors import print_verification
+
+    raise typer.Exit(int(not print_verification(_judge(judge, server), tolerance)))
+
+
+def _judge(folder: str, server: str | None, **options: Any) -> Judge:
+    from arena_distill.judging.clients import judge_on
+    from arena_distill.judging.judge import Judge
+
+    return judge_on(folder, server) if server else Judge.from_pretrained(folder, **options)
+
+
+# --- the package ---------------------------------------------------------------------------------------
 
 
 @app.command()

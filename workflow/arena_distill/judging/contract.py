@@ -180,4 +180,5 @@ def read_contract(folder: Path) -> Contract:
     try:
         return Contract.model_validate(found)
     except ValidationError as error:
-        raise InputError(f"{path}: damaged: {explain(error, Contract)[0]}") from None
+        fault = explain(error, Contract)[0].removeprefix("config: ")
+        raise InputError(f"{path}: damaged: {fault}") from None

@@ -10,8 +10,9 @@ averaging and calibration are the functions with which the workflow scores its t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from arena_distill.judging.battles import Battles
+
+Forward = Callable[[Sequences], np.ndarray]
+"""Encoded sequences → the model's outputs, float32 (rows, outputs of its head)."""
 
 BATCH_TOKENS = 16384
 """Tokens per forward pass, padding included."""
@@ -121,22 +125,18 @@ class Judge:
     """A judge that is ready to be asked; make one by :meth:`from_pretrained`.
 
     contract: how it is asked, and what it scored.
+    forward: runs the model, here or on a server.
     """
 
     def __init__(
         self,
         contract: Contract,
-        model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_tokens: int = BATCH_TOKENS,
-        progress: bool = False,
+        forward: Forward,
     ) -> None:
         self.contract = contract
-        self._model = model
+        self.forward = forward
         self._tokenizer = tokenizer
-        self._batch_tokens = batch_tokens
-        self._progress = progress
 
     @classmethod
     def from_pretrained(
@@ -162,16 +162,13 @@ class Judge:
         Raises:
             InputError: the folder is not a finished judge, or cannot be loaded here.
         """
-        folder = _local(folder)
+        folder = local_folder(folder)
         contract = read_contract(folder)
         model = _load(folder, contract, device, dtype, attention)
-        return cls(
-            contract,
-            model,
-            load_tokenizer(folder),
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
+        from arena_distill.models.scoring import score  # spares a client of a server torch
+
+        forward = partial(score, model, batch_tokens=batch_tokens, progress=progress)
+        return cls(contract, load_tokenizer(folder), forward)
 
     def encode(self, battles: Battles) -> Tokens:
         """The token ids of battles, before truncation."""
@@ -194,14 +191,6 @@ class Judge:
         tokens, _ = tokenize(table, self._tokenizer)
         return judged(
             self.contract, table, tokens_of(tokens, self.contract.vocabulary), self.forward
-        )
-
-    def forward(self, sequences: Sequences) -> np.ndarray:
-        """The model's outputs for encoded sequences: float32 (rows, outputs of its head)."""
-        from arena_distill.models.scoring import score
-
-        return score(
-            self._model, sequences, batch_tokens=self._batch_tokens, progress=self._progress
         )
 
     def compare(self, prompt: str | list[str], a: str | list[str], b: str | list[str]) -> Verdict:
@@ -257,7 +246,7 @@ class Judge:
         return outputs.reshape(len(lengths), len(answers)).mean(axis=0, dtype=np.float64)
 
 
-def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Any) -> Verdicts:
+def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forward) -> Verdicts:
     """Score, average and calibrate battles, whoever runs the model.
 
     Args:
@@ -283,7 +272,7 @@ def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Any) 
     return Verdicts(battles["id"], probabilities, logits, {name: cut[name] for name in FIELDS})
 
 
-def _local(folder: str | Path) -> Path:
+def local_folder(folder: str | Path) -> Path:
     """The folder on this machine; ``hub:ORG/NAME`` is downloaded."""
     repo = str(folder).removeprefix("hub:")
     if repo == str(folder):

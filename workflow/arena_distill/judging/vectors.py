@@ -7,7 +7,7 @@ two equal answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,8 +19,8 @@ from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, Vector
 from arena_distill.judging.judge import Judge, judged
 
-Forward = Callable[[Sequences], np.ndarray]
-"""Sequences → float32 (rows, outputs of the head): a model here, or a server."""
+TOLERANCE = {"float32": 1e-4}
+"""By dtype, how far probabilities may be from the vectors' on another machine or server."""
 
 _SCRIPTS = "Как дела? 東京は日本の首都です。 שלום 😀👩‍👩‍👧 e\u0301"
 
@@ -115,13 +115,8 @@ class Differences:
         return not self.ids and self.probabilities <= tolerance
 
 
-def compare_with_vectors(judge: Judge, forward: Forward | None = None) -> Differences:
-    """Ask a judge its test vectors.
-
-    Args:
-        judge: loaded, or with a tokenizer alone if `forward` is given.
-        forward: what runs the model instead of `judge`: a server.
-    """
+def compare_with_vectors(judge: Judge) -> Differences:
+    """Ask a judge its test vectors, with weights here or on a server."""
     contract = judge.contract
     battles = [vector.model_dump(include={*FIELDS}) for vector in contract.vectors]
     tokens = judge.encode(battles)
@@ -131,12 +126,32 @@ def compare_with_vectors(judge: Judge, forward: Forward | None = None) -> Differ
         for row, vector in enumerate(contract.vectors)
         if tuple(ids[row].tolist()) != vector.ids.get(name)
     ]
-    found = judged(contract, battles_table(battles), tokens, forward or judge.forward)
+    found = judged(contract, battles_table(battles), tokens, judge.forward)
     return Differences(
         different,
         _distance(found.logits, [vector.logits for vector in contract.vectors]),
         _distance(found.probabilities, [vector.probabilities for vector in contract.vectors]),
     )
+
+
+def print_verification(judge: Judge, tolerance: float | None = None) -> bool:
+    """Print how far a judge is from its vectors; whether it is within `tolerance`.
+
+    Args:
+        tolerance: of probabilities; by default `TOLERANCE` of the dtype of its weights.
+    """
+    allowed = TOLERANCE.get(judge.contract.dtype, 3e-2) if tolerance is None else tolerance
+    found = compare_with_vectors(judge)
+    passed = found.within(allowed)
+    for name in found.ids:
+        print(f"other token ids: {name}")
+    print(
+        f"{judge.contract.judge}: {len(judge.contract.vectors)} test vectors, "
+        f"{len(found.ids)} with other token ids; largest difference of logits {found.logits:.2g}, "
+        f"of probabilities {found.probabilities:.2g} (at most {allowed:g}): "
+        f"{'the same judge' if passed else 'NOT the same judge'}"
+    )
+    return passed
 
 
 def _encoded(contract: Contract, tokens: Tokens) -> list[tuple[str, Sequences]]:

@@ -1,0 +1,127 @@
+"""Ask a judge whose weights a server holds: vLLM, or `arena-distill serve`.
+
+The judge's folder gives tokenizer and contract; the server gets token ids, so it sees exactly the
+sequences of training. It answers with the outputs of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from arena_distill.encoding.batching import token_batches
+from arena_distill.encoding.sequences import Sequences
+from arena_distill.encoding.tokenization import load_tokenizer
+from arena_distill.errors import InputError
+from arena_distill.judging.contract import read_contract
+from arena_distill.judging.judge import Judge, local_folder
+from arena_distill.models.heads import OUTPUTS
+
+REQUEST_TOKENS = 16384
+"""Tokens per request."""
+
+AT_ONCE = 4
+"""Requests that wait for the server at the same time."""
+
+SECONDS = 600.0
+"""For one answer."""
+
+ATTEMPTS = 4
+
+
+class _Busy(Exception):
+    """The server is busy, or the connection broke."""
+
+
+def judge_on(folder: str | Path, server: str) -> Judge:
+    """A judge that asks a server for the outputs of its model.
+
+    Args:
+        folder: the judge's folder; its weights are not read.
+        server: the server's address, such as http://127.0.0.1:8000.
+
+    Raises:
+        InputError: the folder is not a finished judge.
+    """
+    folder = local_folder(folder)
+    contract = read_contract(folder)
+    return Judge(contract, load_tokenizer(folder), Client(server, contract.head.kind).forward)
+
+
+class Client:
+    """The client of a server with vLLM's ``/classify``.
+
+    Args:
+        server: its address.
+        head: the kind of the judge's head, which gives the number of outputs.
+    """
+
+    def __init__(self, server: str, head: str) -> None:
+        self._url = f"{server.rstrip('/')}/classify"
+        self._outputs = len(OUTPUTS[head])
+        loopback = ("all://localhost", "all://127.0.0.1", "all://[::1]")
+        self._http = httpx2.Client(
+            timeout=httpx2.Timeout(SECONDS, connect=10),
+            mounts={address: httpx2.HTTPTransport() for address in loopback},  # without a proxy
+        )
+
+    def forward(self, sequences: Sequences) -> np.ndarray:
+        """The outputs of the head: float32 (rows, outputs).
+
+        Raises:
+            InputError: the server cannot be reached, refuses, or is another model's.
+        """
+        outputs = np.zeros((len(sequences), self._outputs), np.float32)
+        batches = list(token_batches(sequences.lengths, REQUEST_TOKENS))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            asked = [[sequences[row].tolist() for row in rows] for rows in batches]
+            for rows, answer in zip(batches, pool.map(self._ask, asked), strict=True):
+                outputs[rows] = answer
+        return outputs
+
+    def _ask(self, ids: list[list[int]]) -> np.ndarray:
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Busy),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential(max=10),
+            reraise=True,
+        )
+        try:
+            return retrying(self._ask_once, ids)
+        except _Busy as error:
+            raise InputError(f"{self._url}: {error}") from None
+
+    def _ask_once(self, ids: list[list[int]]) -> np.ndarray:
+        # No activation: outputs as they are. Servers differ in the name of the key.
+        body = {"input": ids, "use_activation": False}
+        try:
+            response = self._http.post(self._url, json=body)
+        except httpx2.HTTPError as error:
+            raise _Busy(f"no answer: {error or type(error).__name__}") from None
+        if response.status_code in (429, 502, 503, 504):
+            raise _Busy(f"busy: status {response.status_code}")
+        if response.status_code != 200:
+            raise InputError(
+                f"{self._url}: status {response.status_code}: {response.text[:300]!r}; is it a server of "
+                "this judge (docs/serving.md)?"
+            )
+        return self._outputs_of(response, len(ids))
+
+    def _outputs_of(self, response: Any, rows: int) -> np.ndarray:
+        try:
+            data: Sequence[Any] = sorted(response.json()["data"], key=lambda item: item["index"])
+            found = np.array([item["probs"] for item in data], np.float32)
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{self._url}: not an answer to /classify") from None
+        if found.shape != (rows, self._outputs) or not np.isfinite(found).all():
+            raise InputError(
+                f"{self._url}: outputs of the shape {found.shape}, expected {(rows, self._outputs)}: the "
+                "server holds another model"
+            )
+        return found
