@@ -32,6 +32,7 @@ from arena_distill.config.phases import (
     EvaluationSettings,
     FetchSettings,
     FoldsSettings,
+    JudgeSettings,
     LogitsSettings,
     MergeSettings,
     PredictionSettings,
@@ -456,6 +457,9 @@ def test_spreading_over_one_gpu_is_refused() -> None:
         load(raw(defaults={"compute": {"gpus": 1, "fsdp": True}}))
 
 
+PREDICTING = {"prediction", "judge"}
+
+
 def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(folds={"seed": 1}) == {("folds", "")}
     assert changed(audit={"threshold": 0.9}) == {("audit", "")}
@@ -467,9 +471,9 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(judges={"s": {"quantization": {"bits": 4}}}) == {("quantization", "s")}
     assert changed(judges={"s": {"quantization": {"max_kl": 1.0}}}) == {("drift", "s")}
     assert changed(judges={"s": {"merge": {"heads": "average"}}}) == {("merge", "s")}
-    assert {p for p, _ in changed(prediction={"average": "probabilities"})} == {"prediction"}
+    assert {p for p, _ in changed(prediction={"average": "probabilities"})} == PREDICTING
     honest = raw(defaults={"targets": "in_sample"})
-    assert {p for p, _ in changed(honest, prediction={"calibration": "vector"})} == {"prediction"}
+    assert {p for p, _ in changed(honest, prediction={"calibration": "vector"})} == PREDICTING
     assert changed(judges={"l": {"encoding": {"max_length": 64}}}) == {
         (phase, "l")
         for phase in (
@@ -517,7 +521,7 @@ PHASES = {
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
-    "prediction": PredictionSettings, "evaluation": EvaluationSettings,
+    "prediction": PredictionSettings, "judge": JudgeSettings, "evaluation": EvaluationSettings,
     "comparison": CompareSettings, "curves": CurveSettings, "averaging": AveragingSettings,
 }  # fmt: skip
 DEFAULTS = Path(__file__).with_name("defaults.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, battles_table
+from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -23,14 +22,12 @@ from arena_distill.config.phases import (
     MergeSettings,
     PretrainingSettings,
     ScoringSettings,
-    Settings,
     TrainingSettings,
 )
 from arena_distill.deployment.merging import merge_folds
 from arena_distill.encoding.sequences import read_tokens
-from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode, encode_views, views
-from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
+from arena_distill.files.artifacts import read_json, read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
 from arena_distill.models.adapters import load_adapter
@@ -228,7 +225,7 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
 def test_a_pointwise_judge_passes_every_phase(
     head: Head, family: str, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Each phase handles a pointwise judge, and the code of the model card gives the same probabilities."""
+    """Each phase handles a pointwise judge."""
     run = make_run(family)
     pretraining = PretrainingSettings(
         version=1, encoding=ENCODING, head=head, lora=LORA, precision="fp32",
@@ -267,30 +264,6 @@ def test_a_pointwise_judge_passes_every_phase(
     )
     np.testing.assert_allclose(one, other, atol=2e-4)
     np.testing.assert_array_equal(one[:, :, 0], one[:, :, 1])
-
-    card = (tmp_path / "m" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    # Next to an empty answer literals touch: they must not melt into one token.
-    asked = battles_table([
-        {"prompt": "what is one ?", "response_a": " two ", "response_b": "one and two"},
-        {"prompt": "what", "response_a": "", "response_b": "\n"},
-        {"prompt": "[PROMPT]", "response_a": "[RES", "response_b": ""},
-    ])  # fmt: skip
-    write_parquet(asked, tmp_path / "asked.parquet", {"phase": "battles"})
-    tokenize_battles(
-        tmp_path / "asked.parquet",
-        tmp_path / "m",
-        tmp_path / "t.parquet",
-        settings=Settings(version=1),
-    )
-    tokens = read_tokens(tmp_path / "t.parquet")
-    known = score_variants(tokens, settings, lambda s: score(merged, s, batch_tokens=900))[0]
-    for battle, logits in zip(asked.to_pylist(), known[:, 1, 0], strict=True):
-        names: dict[str, Any] = {"folder": str(tmp_path / "m"), "prompt": battle["prompt"][0]}
-        names |= {f"answer_{x}": battle[f"response_{x}"][0] for x in "ab"}
-        exec(code, names)
-        expected = torch.from_numpy(logits).softmax(-1)
-        np.testing.assert_allclose(names["probabilities"].detach(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

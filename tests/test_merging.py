@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,18 +258,6 @@ def test_folder_is_an_ordinary_model(backbone: Path, adapters: list[Path], tmp_p
     exact = merge(backbone, adapters, tmp_path / "x")
     for name, value in exact.state_dict().items():
         assert torch.equal(value.bfloat16(), model.state_dict()[name]), name
-
-
-def test_model_card_answers(backbone: Path, adapters: list[Path], tmp_path: Path) -> None:
-    merge(backbone, adapters, tmp_path / "m")
-    card = (tmp_path / "m" / "README.md").read_text()
-    assert "0 = model_a, 1 = model_b, 2 = tie" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    names: dict[str, Any] = {"folder": str(tmp_path / "m")}
-    names |= {"prompt": " what is one ", "answer_a": " two ", "answer_b": " one and "}
-    exec(code, names)
-    assert "[[1, *tokens, 2]]" in code, "begin and end of sequence"
-    np.testing.assert_allclose(names["probabilities"].sum().item(), 1, atol=1e-6)
 
 
 def test_same_folds_give_the_same_bytes(

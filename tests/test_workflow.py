@@ -67,6 +67,8 @@ def test_every_file_of_the_contract_is_there(finished: Checkout) -> None:
         "adapters/gemma2-student/fold_1/history.parquet",
         "merged/gemma2-student/model.safetensors",
         "merged/gemma2-student/README.md",
+        "merged/gemma2-student/judge.json",
+        "gptq/gemma2-student/judge.json",
         "gptq/gemma2-student/drift.json",
         "predictions/gemma2-student/merged.parquet",
         "predictions/gemma2-student/gptq.parquet",
@@ -274,7 +276,7 @@ def test_drift_past_the_bound_fails_the_graph_and_keeps_the_model(checkout: Chec
     done = checkout.snakemake("--cores", "2")
     assert done.returncode != 0
     assert re.search(r"error: .*max_kl", done.stdout + done.stderr)
-    assert (checkout.results / "gptq/gemma2-student/drift.json").is_file()
+    assert (checkout.results / "weights/gemma2-student/gptq/drift.json").is_file()
 
 
 def test_truncated_logits_are_told_and_made_again_once_deleted(checkout: Checkout) -> None:
