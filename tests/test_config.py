@@ -477,7 +477,7 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(judges={"l": {"encoding": {"max_length": 64}}}) == {
         (phase, "l")
         for phase in (
-            "pretraining", "training", "logits", "merge", "soup", "quantization", "scoring"
+            "pretraining", "training", "logits", "merge", "soup", "quantization", "scoring", "judge"
         )
     }  # fmt: skip
 
