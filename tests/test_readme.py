@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from arena_distill.battles.simulation import write_arena
 from arena_distill.config import checks, run
+from arena_distill.config.judge import JOINT, Encoding
 from arena_distill.config.model_files import WEIGHTS
 from arena_distill.config.phases import ArenaSettings
 
@@ -168,6 +169,12 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             return
         case ["formats", file]:
             done = run_in(folder, *start, "formats", str(Path(file).with_suffix(".csv")))
+        case ["predict" | "verify" | "compare-answers" as command, judge, *rest]:
+            assert judge.startswith("results/default/merged/")
+            words = [
+                str(folder / "battles.csv") if word == "battles.csv" else word for word in rest
+            ]
+            done = run_in(folder, *start, command, str(finished_judge_in(folder)), *words)
         case ["check", *arguments]:
             done = run_in(folder, *start, "check", *arguments)
         case ["plan" | "status" as command, *arguments]:
@@ -181,6 +188,16 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
         case _:
             pytest.fail(f"no test knows how to check {shlex.join(words)}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+
+@cache
+def finished_judge_in(folder: Path) -> Path:
+    """A judge as the default run ends with."""
+    from conftest import make_backbone
+    from judges import finished_judge
+
+    backbone = make_backbone("gemma2", folder / "backbone")
+    return finished_judge(folder / "finished", backbone, head=JOINT, encoding=Encoding()).folder
 
 
 def of_script(words: list[str], folder: Path) -> None:
