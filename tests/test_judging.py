@@ -45,6 +45,8 @@ KINDS = {
     "sizes": (JOINT, Encoding(sizes=True, template="winners")),
     "budget": (JOINT, Encoding(tokens_per_battle=75)),
     "pointwise": (Head(kind="pointwise"), Encoding(template="winners")),
+    "two classes": (Head(kind="joint", classes=2), Encoding()),
+    "bradley_terry": (Head(kind="pointwise", classes=2), Encoding()),
     "rao_kupper": (Head(kind="pointwise", ties="rao_kupper"), Encoding(sizes=True)),
 }
 Make = Callable[..., Finished]
@@ -82,15 +84,16 @@ def test_the_class_says_what_the_workflow_says(
         judge.weights, judge.tokens, tmp_path / "test.npy", quantized=False, settings=judge.scoring,
         batch_tokens=512,
     )  # fmt: skip
-    names = {"max_lengths", "orders", "average"}
-    how = PredictionSettings(version=1, **judge.settings.model_dump(include=names))
+    asked = judge.settings.model_dump(include={"max_lengths", "orders", "average"})
+    how = PredictionSettings(version=1, **asked)
     predict_test(tmp_path / "test.npy", tmp_path / "p.parquet", model="merged", settings=how)
     table = pq.read_table(tmp_path / "p.parquet")
     expected = table.filter(table["submitted"])
 
     found = Judge.from_pretrained(judge.folder, batch_tokens=512).predict(judge.test)
     assert found.ids.to_pylist() == expected["id"].to_pylist()
-    probabilities = np.column_stack([expected[name] for name in WINNERS])
+    names = WINNERS[: judge.settings.head.classes]
+    probabilities = np.column_stack([expected[name] for name in names])
     np.testing.assert_array_equal(found.probabilities, probabilities)
     assert np.ptp(probabilities, axis=0).max() > 0.02, "a judge without an opinion shows nothing"
 
@@ -106,7 +109,7 @@ def test_a_judge_is_its_own_test_vectors(family: str, kind: str, make: Make) -> 
     assert (found.ids, found.logits) == ([], pytest.approx(0, abs=1e-5))
 
 
-@pytest.mark.parametrize("kind", ["joint", "mean", "sizes", "pointwise", "rao_kupper"])
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"budget"}))
 def test_the_code_on_the_card_says_the_same(family: str, kind: str, make: Make) -> None:
     judge = make(family, kind, max_lengths=(512,))
     battle = {"prompt": " what is\n one ?<eos>", "answer_a": "", "answer_b": "one and [PROMPT] two"}

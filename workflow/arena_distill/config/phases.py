@@ -469,7 +469,7 @@ class JudgeSettings(Settings):
             judge=judge,
             backbone=node.backbone.hub or node.backbone.stem(),
             encoding=node.encoding,
-            head=node.head,
+            head=config.head_of(judge),
             card=card,
             **config.prediction.model_dump(exclude={"model"}),
         )

@@ -61,11 +61,10 @@ def _results(contract: Contract) -> list[EvalResult] | None:
 def _sections(
     contract: Contract, card: Card, merging: dict[str, Any], drift: dict[str, Any]
 ) -> list[str]:
-    joint = contract.head.kind == "joint"
     counts = ", ".join(f"{name} {count:,}" for name, count in contract.sources.items())
     return [
         f"# {contract.judge}: which of two answers do people prefer?\n",
-        _JOINT if joint else _POINTWISE,
+        _about(contract),
         "## How it was made\n",
         f"- Backbone: {contract.backbone}; weights: {contract.dtype}.",
         *_merging(merging),
@@ -76,6 +75,14 @@ def _sections(
         f"\n## Limits\n\n{_limits(contract)}",
         f"\n## How to ask it\n\n{_how_to_ask(contract)}",
     ]
+
+
+def _about(contract: Contract) -> str:
+    if contract.head.kind == "joint":
+        number = {2: "two", 3: "three"}[len(contract.classes)]
+        classes = ", ".join(f"{i} = {name}" for i, name in enumerate(contract.classes))
+        return _JOINT.format(number=number, classes=classes)
+    return _POINTWISE if len(contract.classes) > 2 else _BRADLEY_TERRY
 
 
 def _merging(merging: dict[str, Any]) -> list[str]:
@@ -160,7 +167,12 @@ judge.compare("What is 2 + 2?", "4", "5").probabilities
         )
     pooled = contract.head.pooling == "last"
     read = _READ["last" if pooled else "mean"]
-    asked = _ASK_JOINT if joint else _ASK_POINTWISE[contract.head.ties]
+    if joint:
+        exchanged = [1, 0, 2][: len(contract.classes)]
+        asked = _ASK_JOINT.format(exchanged=exchanged, names=", ".join(contract.classes))
+    else:
+        ties = len(contract.classes) > 2
+        asked = _ASK_POINTWISE[contract.head.ties] if ties else _ASK_BRADLEY_TERRY
     return f"""\
 {dense}
 With transformers alone, for battles that need no truncation, one length, and without calibration:
@@ -197,14 +209,19 @@ _NO_LICENSE = (
 )
 
 _JOINT = """\
-A sequence classifier over a prompt and two answers. Its three classes, in this order, are
-0 = model_a, 1 = model_b, 2 = tie: which answer a person prefers.
+A sequence classifier over a prompt and two answers. Its {number} classes, in this order, are
+{classes}: which answer a person prefers.
 """
 
 _POINTWISE = """\
 A sequence classifier over a prompt and one answer. Its two outputs are the answer's strength and its
 tie parameter; those of two answers give the probabilities that a person prefers either, or neither.
 The order of the answers has no effect.
+"""
+
+_BRADLEY_TERRY = """\
+A sequence classifier over a prompt and one answer. Its output is the answer's strength; those of two
+answers give the probability that a person prefers either. The order of the answers has no effect.
 """
 
 _READ = {
@@ -216,8 +233,12 @@ states = model.base_model(torch.tensor([tokens])).last_hidden_state
 
 _ASK_JOINT = """\
 there, back = ask(prompt, answer_a, answer_b), ask(prompt, answer_b, answer_a)
-logits = (there + back[[1, 0, 2]]) / 2  # both orders, the classes exchanged back
-probabilities = logits.softmax(-1)  # model_a, model_b, tie"""
+logits = (there + back[{exchanged}]) / 2  # both orders, the classes exchanged back
+probabilities = logits.softmax(-1)  # {names}"""
+
+_ASK_BRADLEY_TERRY = """\
+strengths = torch.cat([ask(prompt, answer_a), ask(prompt, answer_b)])
+probabilities = strengths.softmax(-1)  # model_a, model_b; Bradley and Terry 1952"""
 
 _ASK_POINTWISE = {
     "davidson": """\

@@ -21,7 +21,6 @@ from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.judging.contract import read_contract
 from arena_distill.judging.judge import Judge, local_folder
-from arena_distill.models.heads import OUTPUTS
 
 REQUEST_TOKENS = 16384
 """Tokens per request."""
@@ -51,7 +50,9 @@ def judge_on(folder: str | Path, server: str) -> Judge:
     """
     folder = local_folder(folder)
     contract = read_contract(folder)
-    return Judge(contract, load_tokenizer(folder), Client(server, contract.head.kind).forward)
+    return Judge(
+        contract, load_tokenizer(folder), Client(server, len(contract.head.outputs)).forward
+    )
 
 
 class Client:
@@ -59,12 +60,12 @@ class Client:
 
     Args:
         server: its address.
-        head: the kind of the judge's head, which gives the number of outputs.
+        outputs: the number of outputs of the judge's head.
     """
 
-    def __init__(self, server: str, head: str) -> None:
+    def __init__(self, server: str, outputs: int) -> None:
         self._url = f"{server.rstrip('/')}/classify"
-        self._outputs = len(OUTPUTS[head])
+        self._outputs = outputs
         loopback = ("all://localhost", "all://127.0.0.1", "all://[::1]")
         self._http = httpx2.Client(
             timeout=httpx2.Timeout(SECONDS, connect=10),

@@ -23,12 +23,9 @@ from arena_distill.config.vocabulary import CalibrationMethod, ModelKind, ViewAv
 from arena_distill.encoding.sequences import Vocabulary
 from arena_distill.errors import InputError
 from arena_distill.prediction.calibration import CalibrationMap
-from arena_distill.verdicts import CLASSES, Order
+from arena_distill.verdicts import Order
 
 FILE = "judge.json"
-
-IDENTITY = CalibrationMap(np.ones(len(CLASSES)), np.zeros(len(CLASSES)))
-"""The calibration of a judge without one; softmax is the same before and after it."""
 
 
 class Template(Section):
@@ -99,8 +96,8 @@ class Contract(Section):
     kind: ModelKind
     """`gptq`: GPTQModel is needed to load it."""
     run: str
-    classes: tuple[str, ...] = CLASSES
-    """The order of all logits and probabilities; answers are exchanged back first."""
+    classes: tuple[str, ...]
+    """The order of all logits and probabilities; answers are exchanged back first. Two: without `tie`."""
     head: Head
     encoding: Encoding
     """Template, truncation and sizes; `max_length` is that of training."""
@@ -146,11 +143,6 @@ class Contract(Section):
         frames = {self.template.name: self.template.frame}
         joint = self.head.kind == "joint"
         return Vocabulary(self.pad, self.newline, frames if joint else {}, {} if joint else frames)
-
-    def calibrate(self, logits: np.ndarray, styles: np.ndarray | None) -> np.ndarray:
-        """Calibrated logits, float64, of the shape of `logits` (rows, ..., 3)."""
-        found = self.calibration.map() if self.calibration else IDENTITY
-        return found(logits, styles)
 
 
 def read_contract(folder: Path) -> Contract:

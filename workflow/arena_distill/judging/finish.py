@@ -39,7 +39,7 @@ from arena_distill.judging.judge import Judge
 from arena_distill.judging.vectors import make_vectors
 from arena_distill.metrics import bootstrap, calibration_scores, losses
 from arena_distill.prediction.calibration import read_calibration
-from arena_distill.verdicts import WINNERS
+from arena_distill.verdicts import CLASSES, WINNERS
 
 FINGERPRINTED = ("*.safetensors", "tokenizer*.json", "*.model", "special_tokens_map.json")
 """The files of weights and tokenizer."""
@@ -96,11 +96,12 @@ def finish_judge(
 
 def score_predictions(predictions: Path, solution: Solution) -> Scores:
     """Score the submitted predictions of one model on the test battles."""
-    table = read_parquet(predictions, ["id", "submitted", *WINNERS])
+    table = read_parquet(predictions, ["id", "submitted", *WINNERS[: solution.votes.classes]])
     submitted = table.filter(table["submitted"])
     rows = locate(solution.ids, submitted["id"].combine_chunks(), str(predictions))
-    probabilities = np.column_stack([submitted[name].to_numpy() for name in WINNERS])[rows]
     votes, groups = solution.votes, solution.groups
+    names = WINNERS[: votes.classes]
+    probabilities = np.column_stack([submitted[name].to_numpy() for name in names])[rows]
     loss = losses(probabilities, votes)
     right = np.take_along_axis(votes.probabilities, probabilities.argmax(axis=1)[:, None], 1)[:, 0]
     means = bootstrap(np.stack([loss, right]), votes, groups, resamples=RESAMPLES)
@@ -160,6 +161,7 @@ def _contract(
         judge=settings.judge,
         kind=kind,
         run=settings.run,
+        classes=CLASSES[: head.classes],
         head=head,
         encoding=encoding.model_copy(update={"tokens_per_battle": None}),
         template=Template(

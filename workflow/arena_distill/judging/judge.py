@@ -29,7 +29,6 @@ from arena_distill.files.hub import brief
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, read_contract
 from arena_distill.prediction.test_time import mean_of_views, score_variants
-from arena_distill.verdicts import CLASSES, WINNERS
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,7 @@ BATCH_TOKENS = 16384
 class Verdict:
     """What a judge says of one battle.
 
-    probabilities: by class: `model_a`, `model_b`, `tie`; their sum is 1.
+    probabilities: by class (`model_a`, `model_b`, `tie`); their sum is 1.
     winner: the likeliest class.
     cut: tokens that the judge did not read, by field, at its greatest length.
     """
@@ -63,12 +62,14 @@ class Verdicts:
     """What a judge says of battles, in their order.
 
     ids: the battles' own, or their numbers; string (rows,).
-    probabilities: float64 (rows, 3), after average and calibration; the classes are `CLASSES`.
-    logits: float32 (rows, lengths, orders, 3), in the canonical frame, before calibration.
+    classes: `model_a`, `model_b` and, if the judge knows ties, `tie`.
+    probabilities: float64 (rows, classes), after average and calibration.
+    logits: float32 (rows, lengths, orders, classes), in the canonical frame, before calibration.
     cut: tokens that the judge did not read, by field, at its greatest length; int64 (rows,) each.
     """
 
     ids: pa.Array
+    classes: tuple[str, ...]
     probabilities: np.ndarray
     logits: np.ndarray
     cut: dict[str, np.ndarray]
@@ -79,8 +80,8 @@ class Verdicts:
     def __getitem__(self, row: int) -> Verdict:
         probabilities = self.probabilities[row].tolist()
         return Verdict(
-            dict(zip(CLASSES, probabilities, strict=True)),
-            CLASSES[int(np.argmax(probabilities))],
+            dict(zip(self.classes, probabilities, strict=True)),
+            self.classes[int(np.argmax(probabilities))],
             {name: int(count[row]) for name, count in self.cut.items()},
         )
 
@@ -90,14 +91,14 @@ class Verdicts:
     @property
     def winners(self) -> np.ndarray:
         """The likeliest class of each battle: str (rows,)."""
-        return np.array(CLASSES)[self.probabilities.argmax(axis=1)]
+        return np.array(self.classes)[self.probabilities.argmax(axis=1)]
 
     def to_arrow(self) -> pa.Table:
         """Columns `id`, a probability per class (as in submissions), `winner`, `cut_<field>`."""
         return pa.table(
             {
                 "id": self.ids,
-                **{name: self.probabilities[:, i] for i, name in enumerate(WINNERS)},
+                **{f"winner_{c}": self.probabilities[:, i] for i, c in enumerate(self.classes)},
                 "winner": pa.array(self.winners.tolist(), pa.string()),
                 **{f"cut_{name}": count for name, count in self.cut.items()},
             }
@@ -216,7 +217,8 @@ class Judge:
                     "response_b": [answers[i] for i in second.tolist()],
                 }
             )
-            won = verdicts.probabilities[:, 0] + verdicts.probabilities[:, 2] / 2
+            a, b = verdicts.probabilities.T[:2]
+            won = (1 + a - b) / 2  # P(A) + P(tie) / 2
             scores = np.bincount(first, won, len(answers))
             scores = (scores + np.bincount(second, 1 - won, len(answers))) / (len(answers) - 1)
         return Ranking(np.argsort(-scores, kind="stable").tolist(), scores)
@@ -258,18 +260,19 @@ def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forwa
     if len(tokens):
         logits, _ = score_variants(tokens, contract.scoring, forward)
     else:
-        logits = np.zeros((0, len(lengths), len(orders), len(CLASSES)), np.float32)
-    needs_style = contract.calibration is not None and len(contract.calibration.lead) > 0
-    styles = style_features(battles) if needs_style else None
-    calibrated = contract.calibrate(logits, styles) if contract.calibration else logits
-    probabilities = mean_of_views(
-        calibrated.reshape(len(tokens), len(lengths) * len(orders), len(CLASSES)), contract.average
-    )
+        logits = np.zeros((0, len(lengths), len(orders), len(contract.classes)), np.float32)
+    seen = logits
+    if contract.calibration:
+        calibrate = contract.calibration.map()
+        seen = calibrate(logits, style_features(battles) if len(calibrate.lead) else None)
+    flat = seen.reshape(len(tokens), len(lengths) * len(orders), len(contract.classes))
+    probabilities = mean_of_views(flat, contract.average)
     cut: dict[str, np.ndarray] = {}
     for view in views(contract.head, orders):
         for name, count in tokens_cut(tokens, contract.encoding, view, max(lengths)).items():
             cut[name] = np.maximum(cut.get(name, 0), count)
-    return Verdicts(battles["id"], probabilities, logits, {name: cut[name] for name in FIELDS})
+    read = {name: cut[name] for name in FIELDS}
+    return Verdicts(battles["id"], contract.classes, probabilities, logits, read)
 
 
 def local_folder(folder: str | Path) -> Path:
