@@ -23,7 +23,7 @@ from arena_distill.config.phases import (
     MergeSettings,
     PretrainingSettings,
     ScoringSettings,
-    Settings,
+    TokensSettings,
     TrainingSettings,
 )
 from arena_distill.deployment.merging import merge_folds
@@ -281,7 +281,7 @@ def test_a_pointwise_judge_passes_every_phase(
         tmp_path / "asked.parquet",
         tmp_path / "m",
         tmp_path / "t.parquet",
-        settings=Settings(version=1),
+        settings=TokensSettings(version=1),
     )
     tokens = read_tokens(tmp_path / "t.parquet")
     known = score_variants(tokens, settings, lambda s: score(merged, s, batch_tokens=900))[0]

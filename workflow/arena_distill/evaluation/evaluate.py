@@ -125,6 +125,8 @@ def evaluate(
     }
     for name in settings.external:
         judges[name]["external"] = True
+    for name in settings.privileged:
+        judges[name]["privileged"] = True
     for name in settings.optimistic:
         judges[name]["optimistic"] = True
     baselines: dict[str, Figures | None] = {

@@ -36,6 +36,11 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
             "these votes (the test battles are not affected)",
             style="dim",
         )
+    privileged = [name for name, judge in metrics["judges"].items() if judge.get("privileged")]
+    if privileged:
+        console.print(
+            f"read the models' names, which others do not: {', '.join(privileged)}", style="dim"
+        )
     if test:
         console.print(
             f"\n[bold]{final['judge']}[/bold]: log loss (accuracy) on {test['rows']:,} "
