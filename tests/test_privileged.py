@@ -26,6 +26,7 @@ from arena_distill.encoding.views import encode, encode_views
 from arena_distill.errors import InputError
 from arena_distill.evaluation.report import render_report
 from arena_distill.files.artifacts import write_parquet
+from arena_distill.planning.workload import _measured_sequence
 
 BOTH = ("model_a", "model_b")
 MARK = 300  # no other made-up token is as great
@@ -106,6 +107,15 @@ def test_the_budget_of_all_battles_counts_the_names() -> None:
 def test_tokens_without_names_are_refused() -> None:
     with pytest.raises(InputError, match=r"encoding\.privileged: the tokens have no names"):
         encode(tokens_of([[[[20]], [[30]], [[40]]]]), Encoding(privileged=BOTH), "AB", 64)
+
+
+def test_a_plan_takes_tokens_of_a_run_before_the_key_was_set() -> None:
+    tokens, head = tokens_of([[[[20] * 9], [[30] * 5], [[40] * 7]]]), Head(kind="joint")
+    told, plain = (
+        _measured_sequence(tokens, "train", encoding, head, 120)
+        for encoding in (Encoding(privileged=BOTH), Encoding())
+    )
+    assert told == plain
 
 
 # --- text -----------------------------------------------------------------------------------------
