@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from arena_distill.battles.reading import read_battles
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases import TokensSettings
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.templates import TEMPLATES
 from arena_distill.encoding.tokenization import WORD_CAPS, load_tokenizer, tokenize_battles
@@ -51,7 +51,7 @@ def row_wise(battles: pa.Table, tokenizer: Any, max_length: int) -> int:
 
 def once(battles: Path, tokenizer: Path, scratch: Path, max_length: int) -> int:
     """Tokens made by this workflow: tokenise to a file, read it, assemble both orders."""
-    tokenize_battles(battles, tokenizer, scratch, settings=Settings(version=0))
+    tokenize_battles(battles, tokenizer, scratch, settings=TokensSettings(version=0))
     tokens = read_tokens(scratch)
     encoding = Encoding(template="winners", truncation="winners", max_length=max_length)
     return sum(len(encode(tokens, encoding, order).ids) for order in ("AB", "BA"))

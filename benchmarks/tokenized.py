@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from arena_distill.battles.reading import read_battles
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases import TokensSettings
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files.artifacts import provenance, write_parquet
@@ -18,5 +18,5 @@ def tokenized(tokenizer: Path, file: Path, rows: int | None = None) -> Tokens:
     with tempfile.TemporaryDirectory() as folder:
         path, tokens = Path(folder) / "battles.parquet", Path(folder) / "tokens.parquet"
         write_parquet(battles.slice(0, rows), path, provenance("battles", {}))
-        tokenize_battles(path, tokenizer, tokens, settings=Settings(version=0))
+        tokenize_battles(path, tokenizer, tokens, settings=TokensSettings(version=0))
         return read_tokens(tokens)

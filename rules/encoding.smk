@@ -73,7 +73,7 @@ rule tokenize_battles:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=version_of("tokens"),
+        settings=tokens_settings,
     message:
         "Tokenising battles with {wildcards.tokenizer}"
     shell:

@@ -11,6 +11,7 @@ REPORTED = {  # file of `render_report` → caption
     "calibration.csv": "calibration.rst",
     "position.csv": "position.rst",
     "variants.csv": "variants_table.rst",
+    "slices.csv": "slices.rst",
     "folds.csv": "folds.rst",
     "audit.csv": "audit.rst",
     "rejected.csv": "rejected.rst",
@@ -53,6 +54,7 @@ rule evaluate:
         judges=RUN.table("judges"),
         variants=RUN.table("variants"),
         cascade=RUN.table("cascade"),
+        slices=RUN.table("slices"),
     log:
         RUN.log("evaluate"),
     benchmark:

@@ -253,7 +253,7 @@ def make_run(
 ) -> Callable[..., Run]:
     """Battles, tokens and folds for a family, as the workflow's earlier phases write them."""
     from arena_distill.battles.folds import assign_folds
-    from arena_distill.config.phases import Settings
+    from arena_distill.config.phases import TokensSettings
     from arena_distill.encoding.tokenization import tokenize_battles
     from arena_distill.files.artifacts import write_parquet
 
@@ -266,7 +266,10 @@ def make_run(
             write_parquet(battles, folder / "battles.parquet", {"phase": "battles"})
             tokens = folder / "tokens.parquet"
             tokenize_battles(
-                folder / "battles.parquet", backbones(family), tokens, settings=Settings(version=1)
+                folder / "battles.parquet",
+                backbones(family),
+                tokens,
+                settings=TokensSettings(version=1),
             )
             folds = assign_folds(battles, method=method, n=3, seed=3)  # type: ignore[arg-type]
             write_parquet(folds, folder / "folds.parquet", {"phase": "folds"})

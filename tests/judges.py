@@ -15,7 +15,7 @@ from conftest import made_up_battles
 
 from arena_distill import Judge
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import JudgeSettings, ScoringSettings, Settings
+from arena_distill.config.phases import JudgeSettings, ScoringSettings, TokensSettings
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id, tokenize_battles
 from arena_distill.files.artifacts import write_parquet
 from arena_distill.judging.finish import finish_judge
@@ -65,7 +65,9 @@ def finished_judge(
     battles = made_up_battles(test=9)
     write_parquet(battles, folder / "battles.parquet", {})
     tokens = folder / "tokens.parquet"
-    tokenize_battles(folder / "battles.parquet", backbone, tokens, settings=Settings(version=1))
+    tokenize_battles(
+        folder / "battles.parquet", backbone, tokens, settings=TokensSettings(version=1)
+    )
     tokenizer = load_tokenizer(backbone)
     pad = safe_pad_id(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)

@@ -69,8 +69,12 @@ class MadeUpRun:
             self.logits,
             self.folder / "metrics.json",
             self.folder / "tables",
-            settings=self.settings,
-            **{"rejected": self.folder / "rejected.parquet", **options, **changes},
+            **{
+                "settings": self.settings,
+                "rejected": self.folder / "rejected.parquet",
+                **options,
+                **changes,
+            },
         )
         return self.folder / "metrics.json"
 

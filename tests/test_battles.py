@@ -437,6 +437,7 @@ def test_rows_are_counted_by_source_vote_and_reason(tmp_path: Path) -> None:
             "refused": 3,
             "dropped": 1,
             "raw_text": 0,
+            "merged": 0,
             "battles": 7,
             "votes": {
                 "A": {"kept": 5, "refused": 1},

@@ -17,7 +17,7 @@ from made_up_run import LENGTHS, MadeUpRun, made_up_run
 from test_encoding import tokens_of
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import PredictionSettings, ScoringSettings, Settings
+from arena_distill.config.phases import PredictionSettings, ScoringSettings, TokensSettings
 from arena_distill.config.run import Cascade, load
 from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
@@ -230,7 +230,7 @@ def test_a_models_file_says_who_was_scored_where(
     write_parquet(battles_table(rows), tmp_path / "battles.parquet", {})
     tokens = tmp_path / "tokens.parquet"
     tokenize_battles(
-        tmp_path / "battles.parquet", backbones("llama"), tokens, settings=Settings(version=1)
+        tmp_path / "battles.parquet", backbones("llama"), tokens, settings=TokensSettings(version=1)
     )
     model = tmp_path / "model"
     base = load_classifier(

@@ -43,6 +43,7 @@ from arena_distill.config.phases import (
     Settings,
     SolutionSettings,
     SoupSettings,
+    TokensSettings,
     TrainingSettings,
     parse,
 )
@@ -517,7 +518,8 @@ def test_a_new_key_changes_no_params() -> None:
 PHASES = {
     "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
     "battles": BattlesSettings, "solution": SolutionSettings, "folds": FoldsSettings,
-    "counts": CountSettings, "audit": AuditSettings, "pretraining": PretrainingSettings,
+    "counts": CountSettings, "audit": AuditSettings, "tokens": TokensSettings,
+    "pretraining": PretrainingSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,

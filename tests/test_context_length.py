@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_encoding import FRAME, SMALLEST, Turns, lengths, rows_of_turns, split, tokens_of
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import ScoringSettings, Settings, TrainingSettings
+from arena_distill.config.phases import ScoringSettings, TokensSettings, TrainingSettings
 from arena_distill.config.run import load
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.templates import ROOM, View
@@ -193,7 +193,10 @@ def test_only_the_files_training_battles_decide(
         write_parquet(table, tmp_path / "battles.parquet", {})
         path = tmp_path / f"{i}.parquet"
         tokenize_battles(
-            tmp_path / "battles.parquet", backbones("llama"), path, settings=Settings(version=1)
+            tmp_path / "battles.parquet",
+            backbones("llama"),
+            path,
+            settings=TokensSettings(version=1),
         )
         tokens = read_tokens(path)
         encoding = Encoding(tokens_per_battle=90)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from arena_distill.battles import style_features
 from arena_distill.battles.reading import SCHEMA
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases import TokensSettings
 from arena_distill.encoding import templates as module
 from arena_distill.encoding import tokenization
 from arena_distill.encoding.sequences import (
@@ -443,7 +443,7 @@ def test_tokens_come_back_from_the_file_as_they_went_in(
     write_parquet(table, tmp_path / "battles.parquet", {})
     out = tmp_path / "tokens.parquet"
     tokenize_battles(
-        tmp_path / "battles.parquet", backbones("llama"), out, settings=Settings(version=1)
+        tmp_path / "battles.parquet", backbones("llama"), out, settings=TokensSettings(version=1)
     )
     assert "3 battles tokenised" in capsys.readouterr().out
     tokens = read_tokens(out)
@@ -453,7 +453,7 @@ def test_tokens_come_back_from_the_file_as_they_went_in(
     assert tokens.fields["response_a"].turns[1].tolist()[:2] == [0, 1]
     again = tmp_path / "again.parquet"
     tokenize_battles(
-        tmp_path / "battles.parquet", backbones("llama"), again, settings=Settings(version=1)
+        tmp_path / "battles.parquet", backbones("llama"), again, settings=TokensSettings(version=1)
     )
     assert out.read_bytes() == again.read_bytes()
 

@@ -19,7 +19,7 @@ from conftest import REAL_TOKENIZERS, battles_table
 
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import BackboneSettings, Settings
+from arena_distill.config.phases import BackboneSettings, TokensSettings
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize_battles
@@ -85,7 +85,7 @@ def reader(
         folder / "battles.parquet",
         folder / "backbone",
         folder / "tokens",
-        settings=Settings(version=1),
+        settings=TokensSettings(version=1),
     )
     end = load_tokenizer(folder / "backbone").eos_token_id
     return Reader(folder / "backbone", read_tokens(folder / "tokens"), end)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_up_run import SIZES, MadeUpRun, made_up_run
 
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import PredictionSettings, ScoringSettings, Settings
+from arena_distill.config.phases import PredictionSettings, ScoringSettings, TokensSettings
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode
@@ -246,7 +246,7 @@ def tokens(backbone: Path, tmp_path: Path) -> Path:
         tmp_path / "battles.parquet",
         backbone,
         tmp_path / "tokens.parquet",
-        settings=Settings(version=1),
+        settings=TokensSettings(version=1),
     )
     return tmp_path / "tokens.parquet"
 

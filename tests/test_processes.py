@@ -28,7 +28,7 @@ from test_training import distance, training_settings
 
 from arena_distill.battles.folds import assign_folds, fold_rows
 from arena_distill.config.judge import Loss
-from arena_distill.config.phases import LogitsSettings, Settings, TrainingSettings
+from arena_distill.config.phases import LogitsSettings, TokensSettings, TrainingSettings
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.logits import write_logits
@@ -72,7 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
             write_parquet(table, folder / "battles.parquet", {})
             here = folder / "tokens.parquet"
             tokenize_battles(
-                folder / "battles.parquet", TINY / family, here, settings=Settings(version=1)
+                folder / "battles.parquet", TINY / family, here, settings=TokensSettings(version=1)
             )
             folds = assign_folds(table, method="kfold", n=3, seed=3)
             write_parquet(folds, folder / "folds.parquet", {})

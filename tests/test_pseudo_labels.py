@@ -49,6 +49,7 @@ from arena_distill.config.phases import (
     LogitsSettings,
     QuerySettings,
     Settings,
+    TokensSettings,
     TrainingSettings,
 )
 from arena_distill.config.run import Config, Prediction, load, overlay
@@ -114,7 +115,9 @@ def make(
                 battles = with_unlabelled(battles)
             files = [folder / f"{name}.parquet" for name in ("battles", "tokens", "folds")]
             write_parquet(battles, files[0], {})
-            tokenize_battles(files[0], backbones(family), files[1], settings=Settings(version=1))
+            tokenize_battles(
+                files[0], backbones(family), files[1], settings=TokensSettings(version=1)
+            )
             write_folds(
                 files[0], files[2], settings=FoldsSettings(version=1, method=method, n=3, seed=3)
             )

@@ -184,6 +184,16 @@ def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:
     assert ">temperature<" not in drawing
 
 
+def test_slices_are_shown_with_their_baselines(page: str, metrics: dict[str, Any]) -> None:
+    header, *rows = table(page, "Battles out of fold by slice")
+    assert header[-2:] == ["length", "Bayes limit"]
+    assert [row[:3] for row in rows] == [["x", "model", "120"], ["y", "model", "120"]]
+    (first, _) = metrics["slices"]
+    assert rows[0][3] == f"{first['log_loss']:.4f}"
+    assert rows[0][4] == f"{first['low']:.3f} to {first['high']:.3f}"
+    assert rows[0][-3:] == [f"{first[name]:.4f}" for name in ("class_prior", "length", "bayes")]
+
+
 def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
     parsed = Page(page)
     assert "://" not in page.replace("arXiv:", "")
@@ -346,7 +356,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     )
     assert "CONSOLE" not in shown.stderr
     assert [row[0] for row in table(shown.stdout, "Log loss by fold")[3:6]] == list(JUDGES)
-    assert len(Page(shown.stdout).tables) == 11
+    assert len(Page(shown.stdout).tables) == 12
     width = re.search(r"<title>(\d+)</title>", shown.stdout)
     assert width is not None
     assert int(width[1]) <= 500  # the narrowest window a headless browser opens

@@ -29,9 +29,17 @@ def backbone(wildcards):
     return backbone_folder(wildcards.judge)
 
 
+def owner(wildcards):
+    """The first judge with a tokenizer."""
+    return next(judge for judge, name in TOKENIZERS.items() if name == wildcards.tokenizer)
+
+
 def tokenizer(wildcards):
-    owners = (judge for judge, name in TOKENIZERS.items() if name == wildcards.tokenizer)
-    return backbone_folder(next(owners))
+    return backbone_folder(owner(wildcards))
+
+
+def tokens_settings(wildcards):
+    return phase.TokensSettings.of(GRAPH, owner(wildcards)).as_params()
 
 
 def tokens(wildcards):

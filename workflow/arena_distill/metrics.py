@@ -57,17 +57,22 @@ def log_loss(probabilities: np.ndarray, votes: Votes) -> float:
     return float(votes.mean(losses(probabilities, votes)))
 
 
-def scores(probabilities: np.ndarray, votes: Votes) -> Figures:
-    """Row count, mean log loss and accuracy of probabilities (rows, classes).
+def right_verdicts(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
+    """Whether each verdict, of probabilities (rows, classes), is right: float64 (rows,) of 0, ½ and 1.
 
-    A verdict is right if it is the likeliest class of the vote. Of two classes, a vote as much for either
-    makes any verdict half right.
+    It is right if it is the likeliest class of the vote. Of two classes, a vote as much for either makes
+    any verdict half right.
     """
-    right = np.where(votes.halves, 0.5, probabilities.argmax(axis=1) == votes.labels)
+    right = probabilities.argmax(axis=1) == votes.labels
+    return np.where(votes.halves, 0.5, right)
+
+
+def scores(probabilities: np.ndarray, votes: Votes) -> Figures:
+    """Row count, mean log loss and accuracy (:func:`right_verdicts`) of probabilities (rows, classes)."""
     return {
         "rows": len(votes),
         "log_loss": log_loss(probabilities, votes),
-        "accuracy": float(votes.mean(right)),
+        "accuracy": float(votes.mean(right_verdicts(probabilities, votes))),
     }
 
 
@@ -81,29 +86,40 @@ def brier_score(probabilities: np.ndarray, votes: Votes) -> float:
     return float(votes.mean((distance**2).sum(axis=1)))
 
 
-def paired_difference(
-    loss: np.ndarray, reference: np.ndarray, votes: Votes, groups: np.ndarray
-) -> Figures:
-    """Mean difference of two losses on the same battles, with its 95 % interval.
+def mean_interval(
+    values: np.ndarray, votes: Votes, groups: np.ndarray
+) -> tuple[float, float, float]:
+    """The mean over battles, and the ends of its 95 % interval.
 
     Battles with the same prompt are not independent: the interval is the normal one, by a standard
     error that is robust to clusters.
 
     Args:
-        loss, reference: float (rows,), of the same battles in the same order.
+        values: float or bool (rows,).
         votes: of these battles; their weights count.
         groups: int (rows,), the battle's prompt.
 
     References:
         Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference.
     """
-    difference = loss - reference
-    mean = votes.mean(difference)
+    mean = float(votes.mean(values))
     cluster = np.unique(groups, return_inverse=True)[1]
-    sums = np.bincount(cluster, votes.weights * (difference - mean))
+    sums = np.bincount(cluster, votes.weights * (values - mean))
     correction = len(sums) / max(len(sums) - 1, 1)
-    half = 1.96 * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum()
-    return {"difference": float(mean), "low": float(mean - half), "high": float(mean + half)}
+    half = float(1.96 * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum())
+    return mean, mean - half, mean + half
+
+
+def paired_difference(
+    loss: np.ndarray, reference: np.ndarray, votes: Votes, groups: np.ndarray
+) -> Figures:
+    """Mean difference of two losses on the same battles, with its 95 % interval (:func:`mean_interval`).
+
+    Args:
+        loss, reference: float (rows,), of the same battles in the same order.
+    """
+    mean, low, high = mean_interval(loss - reference, votes, groups)
+    return {"difference": mean, "low": low, "high": high}
 
 
 def gap_closed(log_loss: float, baselines: Mapping[str, Figures | None]) -> float | None:

@@ -175,7 +175,7 @@ def tokenize_battles(
     """Tokenise every field of every battle, once per tokenizer."""
     from arena_distill.encoding.tokenization import tokenize_battles
 
-    parsed = parse(phase.Settings, settings)
+    parsed = parse(phase.TokensSettings, settings)
     tokenize_battles(battles, _folder(backbone), output, settings=parsed)
 
 

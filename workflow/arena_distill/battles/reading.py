@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.annotators import merge_annotators
 from arena_distill.battles.formats.columns import Table, columns_found, resolve
 from arena_distill.battles.formats.conversion import convert
 from arena_distill.battles.formats.votes import read_votes
@@ -90,7 +91,8 @@ def read_battles(files: Files, ties: Ties = "class") -> tuple[pa.Table, pa.Table
     Without a column of ids (which ``test`` must have), the n-th row of a source is called ``row<n>``; of a
     row of several answers the battle of answers i and j is called ``<id>-i-j``. The votes of ``test`` and
     ``unlabelled`` are not read, even if they are there. Rows of other sources that have no vote and are
-    kept become battles of ``unlabelled``, called ``<source>-<id>``. Of battles that share an id within a
+    kept become battles of ``unlabelled``, called ``<source>-<id>``. With ``annotators: merge``, rows of one
+    battle in a source's files become one, see :func:`merge_annotators`. Of battles that share an id in a
     source the first is kept. ``group`` is of :func:`arena_distill.battles.prompts.prompt_groups`, over
     all sources.
 
@@ -232,6 +234,8 @@ class Part:
     votes: Votes  # as read: of three classes
     row: np.ndarray  # int64, the position of each battle's row among those that could be read
     dropped: np.ndarray  # bool (battles,): those that are left out on purpose
+    merged: np.ndarray  # bool (battles,): those whose votes another row of the same battle has
+    reading: Reading
 
     @property
     def path(self) -> Path:
@@ -241,7 +245,7 @@ class Part:
         """Which battles are kept: bool (battles,)."""
         keep = np.ones(len(self.faults.numbers), bool)
         keep[self.faults.fatal()] = False
-        return np.asarray(keep[self.row] & ~self.dropped)
+        return np.asarray(keep[self.row] & ~self.dropped & ~self.merged)
 
 
 def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
@@ -257,6 +261,9 @@ def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
             for file in entry.files():
                 parts.append(_read_part(source, file, entry, rows, ties))
                 rows += parts[-1].rows
+    for source in SOURCES:
+        mine = [p for p in parts if p.source == source and p.reading.annotators == "merge"]
+        _merge_annotators(mine, ties)
     _refuse_duplicates(parts)
     train = [part for part in parts if part.source == "train"]
     if train and not any(part.good().any() for part in train):
@@ -302,7 +309,8 @@ def _read_part(source: str, file: Path, reading: Reading, rows_before: int, ties
     columns |= {name: battles[name] for name in battles.column_names[1:]} | vote_columns(votes)
     table = pa.table(columns)
     about = source, read.format, read.names, raw.rows, raw.faults
-    return Part(*about, table, as_read, read.row, dropped)
+    merged = np.zeros(len(table), bool)
+    return Part(*about, table, as_read, read.row, dropped, merged, reading)
 
 
 def _refuse_ties(faults: Faults, votes: Votes, row: np.ndarray) -> None:
@@ -354,6 +362,30 @@ def _battles(parts: Sequence[Part]) -> pa.Table:
 def _rejected(parts: Sequence[Part]) -> pa.Table:
     lines = [line for part in parts for line in part.faults.lines(part.source)]
     return pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
+
+
+def _merge_annotators(parts: Sequence[Part], ties: Ties) -> None:
+    """Keep one row of each battle of some files, with the mean of all its rows' votes."""
+    if not parts:
+        return
+    good = [part.good() for part in parts]
+    tables = [p.battles.filter(pa.array(mine)) for p, mine in zip(parts, good, strict=True)]
+    given = [part.votes[mine] for part, mine in zip(parts, good, strict=True)]
+    shares = np.concatenate([votes.probabilities for votes in given])
+    weights = np.concatenate([votes.weights for votes in given])
+    rows, votes = merge_annotators(pa.concat_tables(tables), Votes(shares, weights))
+    part_of = np.repeat(np.arange(len(parts)), [len(battles) for battles in tables])[rows]
+    battle_of = np.concatenate([np.flatnonzero(mine) for mine in good])[rows]
+    for number, (part, mine) in enumerate(zip(parts, good, strict=True)):
+        here = part_of == number
+        kept = battle_of[here]
+        part.merged = mine
+        part.merged[kept] = False
+        part.votes.probabilities[kept] = votes.probabilities[here]
+        part.votes.weights[kept] = votes.weights[here]
+        for name, column in vote_columns(part.votes.among(ties)).items():
+            at = part.battles.column_names.index(name)
+            part.battles = part.battles.set_column(at, name, column)
 
 
 def _refuse_duplicates(parts: Sequence[Part]) -> None:
@@ -409,6 +441,7 @@ def count_rows(parts: Sequence[Part]) -> dict[str, Any]:
     refused = len(lines) - len(dropped) - len(raw_text)
     kinds = np.concatenate([part.votes.labels for part in parts])
     good = np.concatenate([part.good() for part in parts])
+    merged = np.concatenate([part.merged for part in parts])
     reasons: dict[str, dict[str, Any]] = {}
     for line in lines:
         kind = f"{line['column'] or 'row'}: {_kind(line['reason'])}"
@@ -422,11 +455,12 @@ def count_rows(parts: Sequence[Part]) -> dict[str, Any]:
         "refused": refused,
         "dropped": len(dropped),
         "raw_text": len(raw_text),
+        "merged": int(merged.sum()),
         "battles": int(good.sum()),
         "votes": {
             kind: {"kept": int((good & mine).sum()), "refused": int((~good & mine).sum())}
             for number, kind in enumerate(VOTE_KINDS)
-            if (mine := kinds == (number if kind != "none" else -1)).any()
+            if (mine := ~merged & (kinds == (number if kind != "none" else -1))).any()
         },
         "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1]["rows"])),
     }
@@ -449,7 +483,12 @@ def print_counts(source: str, counts: Mapping[str, Any]) -> None:
         print(f"  {found['rows']:,} × {reason}; first: {found['first']}")
 
 
-_LEFT = {"refused": "refused", "dropped": "dropped", "raw_text": "kept as raw text"}
+_LEFT = {
+    "refused": "refused",
+    "dropped": "dropped",
+    "raw_text": "kept as raw text",
+    "merged": "merged with another annotator's",
+}
 
 
 def _check(
@@ -458,7 +497,10 @@ def _check(
     """Refuse a source of which too much was refused; what is dropped was not."""
     kept, given = (
         np.concatenate([part.votes.labels[rows] for part, rows in zip(parts, of, strict=True)])
-        for of in ([part.good() for part in parts], [~part.dropped for part in parts])
+        for of in (
+            [part.good() for part in parts],
+            [~part.dropped & ~part.merged for part in parts],
+        )
     )
     lost = [VOTE_KINDS[kind] for kind in np.setdiff1d(given, [*kept, NO_VOTE])]
     share = counts["refused"] / counts["rows"]

@@ -135,6 +135,10 @@ class Data(Section):
             raise ValueError(
                 "give files or `arena`, not both (set `arena: null` to use your files)"
             )
+        if any(source.annotators == "merge" for source in self.test):
+            raise ValueError(
+                "test: annotators: merge, but every test battle needs a prediction: remove it"
+            )
         named = {self.solution, *(source.path for source in self.files())}
         for path, origin in self.fetch.items():
             if path not in named:

@@ -53,6 +53,17 @@ class Encoding(Section):
     """Append to each answer its number of tokens before truncation."""
     tokens_per_battle: Annotated[int, Field(ge=32)] | None = None
     """Mean tokens per sequence of training battles; one length limit, found from it, cuts all battles."""
+    privileged: Distinct[tuple[Literal["model_a", "model_b"], ...]] = ()
+    """`[model_a, model_b]`: read the models' names before the answers. Never for students or the final."""
+
+    @field_validator("privileged")
+    @classmethod
+    def _both_names_or_none(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) == 1:
+            raise ValueError(
+                f"give [model_a, model_b] or nothing: with {value[0]} alone the sides would not be alike"
+            )
+        return tuple(sorted(value))
 
 
 class HeadKeys(Section):

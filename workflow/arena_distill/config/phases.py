@@ -67,11 +67,11 @@ VERSIONS = {
     "prediction": 1,
     "submission": 1,
     "judge": 1,
-    "evaluation": 4,
+    "evaluation": 5,
     "comparison": 4,
     "curves": 2,
     "averaging": 1,
-    "report": 4,
+    "report": 5,
 }
 
 
@@ -170,6 +170,19 @@ class FoldsSettings(Settings, Folds):
         folds = config.folds
         audit = config.audit if folds.near_duplicates else None
         return cls(version=VERSIONS["folds"], audit=audit, **folds.model_dump())
+
+
+class TokensSettings(Settings):
+    """What a judge's tokenizer tokenises."""
+
+    names: bool = False
+    """The models' names too: some judge with the same tokenizer reads them."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> TokensSettings:
+        readers = [name for name, node in config.judges.items() if node.encoding.privileged]
+        same = (config.tokenizer_name(name) == config.tokenizer_name(judge) for name in readers)
+        return cls(version=VERSIONS["tokens"], names=any(same))
 
 
 class JudgeCounts(Section):
@@ -483,6 +496,8 @@ class EvaluationSettings(Settings):
     """Teachers by judge."""
     external: tuple[str, ...] = ()
     """Judges that are not trained here."""
+    privileged: tuple[str, ...] = ()
+    """Judges that read the models' names."""
     optimistic: tuple[str, ...] = ()
     """Students whose teachers have learned from the very votes that they are scored by out of fold."""
     final: str
@@ -496,6 +511,7 @@ class EvaluationSettings(Settings):
             run=config.run,
             judges={name: config.judges[name].teachers for name in config.ordered()},
             external=tuple(name for name, judge in config.judges.items() if judge.external),
+            privileged=tuple(n for n, j in config.judges.items() if j.encoding.privileged),
             optimistic=tuple(filter(config.is_optimistic, config.judges)),
             final=config.final,
             model=config.prediction.model,

@@ -197,6 +197,12 @@ class Config(Section):
                 f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself"
             ) from None
         for name, judge in self.judges.items():
+            if judge.encoding.privileged and (judge.teachers or name == self.final):
+                whose = "a student" if judge.teachers else "the final judge"
+                raise ValueError(
+                    f"judges.{name}.encoding.privileged: {whose} must judge without the models' names, "
+                    "which nobody knows of new battles: set it to [], give it to teachers that learn votes"
+                )
             if judge.merge.weights == "greedy" and not self.folds.holdout:
                 raise ValueError(
                     f"judges.{name}.merge.weights: greedy chooses folds by battles that none of them "

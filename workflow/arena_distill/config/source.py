@@ -48,6 +48,8 @@ class Reading(Section):
     """For words of the vote, such as `both_bad`: a tie, or the row is left out."""
     missing_votes: Literal["refuse", "keep"] = "refuse"
     """`keep`: rows without a vote become battles of `unlabelled`."""
+    annotators: Literal["keep", "merge"] = "keep"
+    """`merge`: rows of the same texts and models become one battle; its vote is the mean of theirs."""
     system: Literal["turn", "drop"] = "turn"
     """A system prompt is the first turn of the prompt, or is left out."""
     escape: Escape = "none"

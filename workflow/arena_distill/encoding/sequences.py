@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,24 @@ class Field:
     turns: where each turn starts within its row.
     cap: int64 (rows,), the number of tokens within the winners' word cap.
     size: for an answer, its :data:`SIZE`.
+    name: for an answer, the :data:`NAME` of its model, if the file has names.
     """
 
     tokens: Sequences
     turns: Sequences
     cap: np.ndarray
     size: Sequences | None = None
+    name: Sequences | None = None
 
     def take(self, rows: np.ndarray) -> Field:
         """The given rows, in that order."""
-        size = self.size.take(rows) if self.size is not None else None
-        return Field(self.tokens.take(rows), self.turns.take(rows), self.cap[rows], size)
+        return replace(self.extent(rows), tokens=self.tokens.take(rows))
+
+    def extent(self, rows: np.ndarray) -> Field:
+        """What truncation needs of the given rows: their lengths and the starts of turns, but no ids."""
+        empty = Sequences(np.zeros(0, np.int32), offsets_of(self.tokens.lengths[rows]))
+        size, name = (part if part is None else part.take(rows) for part in (self.size, self.name))
+        return Field(empty, self.turns.take(rows), self.cap[rows], size, name)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,12 @@ def tokens_of(table: pa.Table, vocabulary: Vocabulary) -> Tokens:
             _sequences(table[name]),
             _sequences(table[f"{name}_turns"]),
             table[f"{name}_cap"].to_numpy().astype(np.int64),
-            None if name == "prompt" else _sequences(table[f"{name}_size"]),
+            *(
+                _sequences(table[f"{name}_{part}"])
+                if f"{name}_{part}" in table.column_names
+                else None
+                for part in ("size", "name")
+            ),
         )
         for name in FIELDS
     }
@@ -158,15 +170,8 @@ def tokens_of(table: pa.Table, vocabulary: Vocabulary) -> Tokens:
         votes_of(table),
         fields,
         vocabulary,
-        {name: _extent(field, rows) for name, field in fields.items()},
+        {name: field.extent(rows) for name, field in fields.items()},
     )
-
-
-def _extent(field: Field, rows: np.ndarray) -> Field:
-    """What truncation needs of a field: its length and the starts of its turns, but no ids."""
-    empty = Sequences(np.zeros(0, np.int32), offsets_of(field.tokens.lengths[rows]))
-    size = field.size.take(rows) if field.size is not None else None
-    return Field(empty, field.turns.take(rows), field.cap[rows], size)
 
 
 def gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:

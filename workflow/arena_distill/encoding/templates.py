@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from arena_distill.config.judge import Encoding
 from arena_distill.encoding.sequences import FIELDS, Field, Vocabulary
+from arena_distill.errors import InputError
 from arena_distill.verdicts import Order
 
 View = Order | Literal["A", "B"]
@@ -39,6 +40,15 @@ SIZE = "[TOKENS] {}"
 """The text after an answer if `encoding.sizes` is set: the number of tokens before truncation."""
 
 
+NAME = "[MODEL] {}\n"
+"""The text before an answer if `encoding.privileged` is set: the name of its model."""
+
+UNKNOWN_MODEL = "unknown"
+"""The name of a model that has none."""
+
+LONGEST_NAME = 100
+"""Characters of a model's name that are read."""
+
 ROOM = 16
 """The fewest tokens that a sequence must have for its battle."""
 
@@ -50,15 +60,26 @@ ROOM = 16
 
 
 def _shown(fields: Mapping[str, Field], encoding: Encoding, view: View) -> list[Field]:
-    """The fields of a view; without sizes if the encoding has none."""
+    """The fields of a view; without sizes and names if the encoding has none.
+
+    Raises:
+        InputError: the encoding has names, but the file of tokens does not.
+    """
     shown = [fields[name] for name in SHOWN[view]]
-    return shown if encoding.sizes else [replace(field, size=None) for field in shown]
+    if encoding.privileged and shown[-1].name is None:
+        raise InputError(
+            "encoding.privileged: the tokens have no names of models; delete their file, it will be rebuilt"
+        )
+    unused = [("size", encoding.sizes), ("name", encoding.privileged)]
+    without: Any = {part: None for part, used in unused if not used}
+    return [replace(field, **without) for field in shown]
 
 
 def _framing(frame: tuple[tuple[int, ...], ...], fields: list[Field]) -> np.ndarray:
     """Tokens of each row's sequence outside the battle's fields: int64 (rows,)."""
-    sizes = [field.size.lengths for field in fields if field.size is not None]
-    return np.full(len(fields[0].cap), sum(map(len, frame))) + sum(sizes)
+    parts = [part for field in fields for part in (field.name, field.size)]
+    beside = [part.lengths for part in parts if part is not None]
+    return np.full(len(fields[0].cap), sum(map(len, frame))) + sum(beside)
 
 
 def _frame(vocabulary: Vocabulary, encoding: Encoding, view: View) -> tuple[tuple[int, ...], ...]:

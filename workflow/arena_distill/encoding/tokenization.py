@@ -18,9 +18,16 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.style_features import WORD
 from arena_distill.battles.votes import VOTE_FIELDS
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases import TokensSettings
 from arena_distill.encoding.sequences import FIELDS, Sequences, gather, list_array, offsets_of
-from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
+from arena_distill.encoding.templates import (
+    LONGEST_NAME,
+    NAME,
+    ONE_ANSWER,
+    SIZE,
+    TEMPLATES,
+    UNKNOWN_MODEL,
+)
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
 from arena_distill.files.hub import brief
@@ -51,10 +58,13 @@ WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 _VOTE = tuple(field.name for field in VOTE_FIELDS)
 
 
-def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, settings: Settings) -> None:
+def tokenize_battles(
+    battles: Path, tokenizer: Path, output: Path, *, settings: TokensSettings
+) -> None:
     """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
-    table = read_parquet(battles, ["id", "source", *_VOTE, *FIELDS])
-    tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer))
+    models = ["model_a", "model_b"] if settings.names else []
+    table = read_parquet(battles, ["id", "source", *_VOTE, *FIELDS, *models])
+    tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer), names=settings.names)
     about = provenance("tokens", settings.model_dump() | {"tokenizer": tokenizer.name})
     write_parquet(tokens, output, about | {"vocabulary": vocabulary})
     counts = pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0
@@ -62,16 +72,20 @@ def tokenize_battles(battles: Path, tokenizer: Path, output: Path, *, settings: 
 
 
 def tokenize(
-    battles: pa.Table, tokenizer: PreTrainedTokenizerBase
+    battles: pa.Table, tokenizer: PreTrainedTokenizerBase, *, names: bool = False
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Compute token ids of every field of every battle.
 
     Text is data: a special token written in it is encoded as ordinary text.
 
+    Args:
+        names: also the models' names, `model_a` and `model_b`.
+
     Returns:
         A table with `id`, `source`, the vote, and per field `f` (list<int32>: turns joined by a newline),
         `f_turns` (list<int32>: where each turn starts), `f_cap` (int32: tokens within the word cap) and,
-        for answers, `f_size` (list<int32>: its :data:`SIZE`); and the vocabulary of the templates as
+        for answers, `f_size` and with `names` `f_name` (list<int32>: its :data:`SIZE` and :data:`NAME`);
+        and the vocabulary of the templates as
         JSON values.
 
     Raises:
@@ -93,6 +107,9 @@ def tokenize(
             counts, which = np.unique(tokens.lengths, return_inverse=True)
             sizes = _tokenize_texts(tokenizer, [SIZE.format(n) for n in counts.tolist()])
             columns[f"{name}_size"] = list_array(sizes.take(which))
+            if names:
+                model = battles[name.replace("response", "model")].combine_chunks()
+                columns[f"{name}_name"] = list_array(_tokenize_names(tokenizer, model))
     _forbid_special(columns, vocabulary, tokenizer)
     return pa.table(columns), vocabulary
 
@@ -229,11 +246,19 @@ def _first_words(text: str, count: int) -> str:
     return text[: end[-1]] if end else ""
 
 
+def _tokenize_names(tokenizer: PreTrainedTokenizerBase, models: pa.Array) -> Sequences:
+    """The :data:`NAME` of each row's model."""
+    named = pc.fill_null(models, UNKNOWN_MODEL).dictionary_encode()
+    texts = [NAME.format(name[:LONGEST_NAME]) for name in named.dictionary.to_pylist()]
+    return _tokenize_texts(tokenizer, texts).take(named.indices.to_numpy())
+
+
 def _forbid_special(
     columns: Mapping[str, Any], vocabulary: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Check that no token of the template's frame occurs in the text."""
-    for name in FIELDS:
+    names = (name for name in columns if name.endswith("_name"))
+    for name in (*FIELDS, *names):
         found = np.isin(np.asarray(columns[name].flatten()), vocabulary["special"])
         if found.any():
             raise InputError(

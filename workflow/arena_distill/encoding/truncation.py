@@ -161,6 +161,8 @@ def _fill(
 
     for i, field in enumerate(fields):
         literal(frame[i])
+        if field.name is not None:
+            pools.append((field.name.ids, field.name.offsets[:-1], field.name.lengths))
         pools.append((field.tokens.ids, field.tokens.offsets[:-1] + starts[:, i], lengths[:, i]))
         if field.size is not None:
             pools.append((field.size.ids, field.size.offsets[:-1], field.size.lengths))

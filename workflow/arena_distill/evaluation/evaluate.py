@@ -9,7 +9,8 @@ alone, so every judge stands between three baselines scored on the very rows it 
   for luck. There each judge is also compared with the truth itself.
 
 Beside its scores stand a judge's calibration, as it is and as temperature and vector scaling would
-mend it, and its position bias. How figures are computed is in ``metrics``.
+mend it, and its position bias; the final judge is also scored by slice. How figures are computed is in
+``metrics``.
 
 What is fitted is fitted on the rows that train a fold and scored on those that validate it. Files
 are joined by key: a row that is missing, or there twice, ends the job.
@@ -32,6 +33,7 @@ from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
 from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
 from arena_distill.evaluation.out_of_fold import Run, _fold
+from arena_distill.evaluation.slices import SLICE_COLUMNS, slice_records, slice_scores
 from arena_distill.files.artifacts import (
     provenance,
     read_json,
@@ -79,7 +81,7 @@ def evaluate(
     audit: Path | None = None,
     test_logits: Path | None = None,
 ) -> None:
-    """Compute every figure of a run → `metrics.json`, and `judges`, `variants` and `cascade.csv`.
+    """Compute every figure of a run → `metrics.json`, and `judges`, `variants`, `cascade` and `slices.csv`.
 
     Args:
         folds: `folds.parquet`.
@@ -123,13 +125,16 @@ def evaluate(
     }
     for name in settings.external:
         judges[name]["external"] = True
+    for name in settings.privileged:
+        judges[name]["privileged"] = True
     for name in settings.optimistic:
         judges[name]["optimistic"] = True
     baselines: dict[str, Figures | None] = {
         name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in probabilities_of.items()
     }
     baselines.setdefault("bayes", None)
-    reference = losses(mean_over_views(seen[settings.final]), votes)
+    final = mean_over_views(seen[settings.final])
+    reference = losses(final, votes)
     compared = [(judges[name], mean_over_views(logits)) for name, logits in seen.items()]
     compared += [(baselines[name] or {}, p) for name, p in probabilities_of.items()]
     for figures, probabilities in compared:
@@ -156,6 +161,9 @@ def evaluate(
         "folds": [_fold(run, fold) for fold in run.fold_numbers()],
         "baselines": baselines,
         "judges": judges,
+        "slices": slice_scores(
+            run.names_of(run.keys()), final, probabilities_of, votes, run.groups()
+        ),
         "final": _final(settings.final, test, drift, prediction),
         "test": test,
         "audit": None if audit is None else read_json(audit),
@@ -169,10 +177,9 @@ def evaluate(
     write_text(_csv(judge_records(metrics), JUDGE_COLUMNS), tables / "judges.csv")
     write_text(_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
     write_text(_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
-    final = judges[settings.final]["oof"]
-    print(
-        f"{output}: {settings.final} {final['log_loss']:.4f} on {len(votes):,} battles out of fold"
-    )
+    write_text(_csv(slice_records(metrics), SLICE_COLUMNS), tables / "slices.csv")
+    log_loss = judges[settings.final]["oof"]["log_loss"]
+    print(f"{output}: {settings.final} {log_loss:.4f} on {len(votes):,} battles out of fold")
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -245,10 +252,11 @@ def _calibrations(
 def _test(
     run: Run, predictions: Sequence[Path], model: str, solved: Solution, truth: Path | None
 ) -> Figures:
-    """Scores of every variant on the test battles, and of the baselines."""
+    """Scores of every variant on the test battles, and of the baselines; what is submitted by slice."""
     votes, keys = solved.votes, solved.keys
     models: dict[str, dict[str, Figures]] = {}
-    submitted = {}
+    submitted: dict[str, str] = {}
+    sliced = np.zeros((0, votes.classes))
     for file in predictions:
         winners = WINNERS[: votes.classes]
         table = read_parquet(file, ["id", "model", "variant", *winners, "submitted"])
@@ -257,25 +265,25 @@ def _test(
             variant = view["variant"]
             part = table.filter(pc.field("variant") == variant)
             rows = locate(solved.ids, part["id"].combine_chunks(), f"{file}, {variant}")
-            probabilities = np.column_stack([part[name].to_numpy() for name in winners])
-            models.setdefault(view["model"], {})[variant] = scores(probabilities[rows], votes)
+            probabilities = np.column_stack([part[name].to_numpy() for name in winners])[rows]
+            models.setdefault(view["model"], {})[variant] = scores(probabilities, votes)
             if view["submitted"] and view["model"] == model:
-                submitted = {"model": model, "variant": variant}
-    lengths = run.styles_of(keys)[:, :LENGTHS]
-    everything = run.voted()
-    baselines = {
-        "class_prior": scores(class_prior(*everything, lengths), votes),
-        "length": scores(length_regression(*everything, lengths), votes),
-        "bayes": None if truth is None else scores(true_probabilities(truth, keys), votes),
-    }
+                submitted, sliced = {"model": model, "variant": variant}, probabilities
     if not submitted:
         raise InputError(f"{predictions[0].parent}: no variant of {model} is marked as submitted")
+    seen = *run.voted(), run.styles_of(keys)[:, :LENGTHS]
+    known = {"class_prior": class_prior(*seen), "length": length_regression(*seen)}
+    if truth is not None:
+        known["bayes"] = true_probabilities(truth, keys)
+    baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
+    baselines.setdefault("bayes", None)
     best = models[submitted["model"]][submitted["variant"]]
     return {
         "rows": len(votes),
         "submitted": submitted,
         "baselines": baselines,
         "models": models,
+        "slices": slice_scores(run.names_of(keys), sliced, known, votes, solved.groups),
         "gap_closed": gap_closed(best["log_loss"], baselines),
     }
 

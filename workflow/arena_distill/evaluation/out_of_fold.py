@@ -19,6 +19,7 @@ from arena_distill.battles.folds import (
 from arena_distill.battles.style_features import LENGTHS, style_features
 from arena_distill.battles.votes import classes_of, votes_of
 from arena_distill.evaluation.baselines import Baseline
+from arena_distill.evaluation.slices import SLICED
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.metrics import Figures, scores
@@ -45,7 +46,7 @@ class Run:
     @classmethod
     def read(cls, folds_path: Path, battles_path: Path) -> Run:
         folds = read_parquet(folds_path)
-        battles = read_parquet(battles_path, ["id", "source", "response_a", "response_b"])
+        battles = read_parquet(battles_path, ["id", "source", "response_a", "response_b", *SLICED])
         keys = key(folds)
         locate(keys, keys, str(folds_path))  # no row is there twice
         rows = locate(keys, key(battles), str(battles_path))
@@ -72,6 +73,11 @@ class Run:
         """Features of any battles of the run: float64 (rows, 8), :func:`style_features`."""
         rows = locate(keys, key(self.battles), "battles")
         return style_features(self.battles.take(pa.array(rows)))
+
+    def names_of(self, keys: pa.Array) -> pa.Table:
+        """What any battles of the run are sliced by: the columns of `SLICED`."""
+        rows = locate(keys, key(self.battles), "battles")
+        return self.battles.select(SLICED).take(pa.array(rows))
 
     def keys(self) -> pa.Array:
         """Keys of the out-of-fold rows."""

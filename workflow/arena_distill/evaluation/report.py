@@ -21,6 +21,7 @@ from markupsafe import Markup
 from arena_distill.battles.audit import COUNTS
 from arena_distill.errors import InputError
 from arena_distill.evaluation.evaluate import variant_records
+from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.metrics import Figures
 from arena_distill.prediction.calibration import METHODS, methods
@@ -34,7 +35,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 FIGURES = ("log_loss", "reliability", "variants", "cascade")
 """Drawings, `<name>.svg`."""
 
-TABLES = ("judges", "calibration", "position", "variants", "folds", "audit", "rejected")
+TABLES = ("judges", "calibration", "position", "variants", "slices", "folds", "audit", "rejected")
 """Tables, `<name>.csv`."""
 
 INK, MUTED, RULE, PAPER = "#1d1f21", "#6a7178", "#d5d9dd", "#fdfdfc"
@@ -97,6 +98,8 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
         rows=_overview(metrics),
         drawings={name: inline(svg, _alt(name, metrics)) for name, svg in drawings.items()},
         variants=_variants_by_name(metrics),
+        slices=_slices(metrics),
+        fewest=FEWEST,
         calibrations={name: _calibrations(f) for name, f in metrics["judges"].items()},
         names=NAMES | MODELS | CALIBRATIONS,
         methods=methods(len(final["class_reliability"])),
@@ -155,6 +158,14 @@ def _variants_by_name(metrics: Figures) -> dict[str, dict[str, Figures]]:
     for record in variant_records(metrics):
         variants.setdefault(record["variant"], {})[record["model"]] = record
     return variants
+
+
+def _slices(metrics: Figures) -> dict[str, list[Figures]]:
+    """The slices' figures, by the battles that they are of."""
+    slices: dict[str, list[Figures]] = {}
+    for record in slice_records(metrics):
+        slices.setdefault(record["battles"], []).append(record)
+    return slices
 
 
 def _calibrations(judge: Figures) -> dict[str, Figures]:
@@ -223,6 +234,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
         "variants": write_csv(
             variants, ["model", "variant", "rows", "log_loss", "accuracy", "submitted"]
         ),
+        "slices": write_csv([_rounded(r) for r in slice_records(metrics)], SLICE_COLUMNS),
         "folds": write_csv(metrics["folds"]),
         "audit": write_csv(metrics["audit"]["relations"] if metrics.get("audit") else [], COUNTS),
         "rejected": write_csv(metrics["rejected"], ["source", "column", "reason", "rows"]),

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from arena_distill.evaluation.evaluate import variant_records
+from arena_distill.evaluation.slices import FEWEST, OTHER, slice_records
 from arena_distill.metrics import Figures
+
+SLICES_SHOWN = 8
+"""Slices of a kind that are printed, the largest ones."""
 
 
 def print_table(metrics: Figures, console: Console | None = None) -> None:
@@ -31,6 +36,11 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
             "these votes (the test battles are not affected)",
             style="dim",
         )
+    privileged = [name for name, judge in metrics["judges"].items() if judge.get("privileged")]
+    if privileged:
+        console.print(
+            f"read the models' names, which others do not: {', '.join(privileged)}", style="dim"
+        )
     if test:
         console.print(
             f"\n[bold]{final['judge']}[/bold]: log loss (accuracy) on {test['rows']:,} "
@@ -38,6 +48,13 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         )
         console.print(_variants_table(metrics))
         console.print("* submitted", style="dim")
+    if records := slice_records(metrics):
+        of = records[-1]["battles"]  # of test battles where their votes are known
+        shown = [record for record in records if record["battles"] == of]
+        console.print(f"\n[bold]{final['judge']}[/bold]: by slice, {of}\n")
+        console.print(_slices_table(shown))
+        legend = f"slices of fewer than {FEWEST} battles are pooled as {OTHER}"
+        console.print(f"{legend}; all in tables/slices.csv", style="dim")
     if final["gptq"]:
         console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
 
@@ -93,6 +110,25 @@ def _variants_table(metrics: Figures) -> Table:
             cell = _cell(variants[variant])
             cells.append(f"[bold]* {cell}[/bold]" if submitted else cell)
         table.add_row(variant, *cells)
+    return table
+
+
+def _slices_table(records: Sequence[Figures]) -> Table:
+    """The largest slices of each kind."""
+    numbers = ["battles", "log loss", "95% interval", "acc.", "ECE", "prior"]
+    table = _table(["", "slice"], numbers)
+    for by in dict.fromkeys(record["by"] for record in records):
+        for record in [record for record in records if record["by"] == by][:SLICES_SHOWN]:
+            table.add_row(
+                by,
+                Text(record["slice"]),
+                f"{record['rows']:,}",
+                f"{record['log_loss']:.4f}",
+                f"{record['low']:.3f}–{record['high']:.3f}",
+                f"{record['accuracy']:.1%}",
+                f"{record['ece']:.3f}",
+                f"{record['class_prior']:.3f}",
+            )
     return table
 
 

@@ -163,6 +163,8 @@ def _measured_sequence(
     some = tokens.take(np.flatnonzero(rows))
     if not len(some):
         return Work()
+    if some.fields["response_a"].name is None:  # of a run before the key was set
+        encoding = encoding.model_copy(update={"privileged": ()})
     seen = views(head)[: 2 if head.kind == "pointwise" else 1]  # both orders are equally long
     lengths = np.concatenate([encode(some, encoding, v, max_length).lengths for v in seen])
     squares = float(np.mean(lengths.astype(np.float64) ** 2))

@@ -96,16 +96,20 @@ def deal_sides(prompt: pa.ListArray, first: pa.ListArray, second: pa.ListArray) 
 
     It is the one with the smaller hash, whichever was preferred, in whatever row of whatever file.
     """
-    mine, other = _hash(prompt, first), _hash(prompt, second)
+    mine, other = hash_texts(prompt, first), hash_texts(prompt, second)
     decided: np.ndarray = (mine < other) | ((mine == other) & (mine % 2 == 0))
     return decided
 
 
-def _hash(prompt: pa.ListArray, answer: pa.ListArray) -> np.ndarray:
+def hash_texts(*columns: pa.Array) -> np.ndarray:
+    """Hash each row of columns of texts or turns, a missing text as an empty one: uint64 (rows,)."""
     from pandas.util import hash_array
 
-    texts = [pc.binary_join(x, "\x1f").to_numpy(zero_copy_only=False) for x in (prompt, answer)]
-    mixed: np.ndarray = hash_array(texts[0]) * np.uint64(0x9E3779B97F4A7C15) + hash_array(texts[1])
+    mixed = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        texts = pc.binary_join(column, "\x1f") if pa.types.is_nested(column.type) else column
+        cells = pc.fill_null(texts, "").to_numpy(zero_copy_only=False)
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hash_array(cells, categorize=False)
     mixed ^= mixed >> np.uint64(32)
     mixed *= np.uint64(0xD6E8FEB86659FD93)
     return mixed ^ (mixed >> np.uint64(32))

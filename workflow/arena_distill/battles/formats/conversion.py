@@ -113,7 +113,7 @@ def convert(
         if name in names and not (kind == "ranking" and name in ("chosen", "rejected"))
     }
     table = Table(raw, names, texts, reading, votes, keep_unreadable)
-    ids = _ids(raw, names, rows_before)
+    ids = _ids(raw, names, reading, rows_before)
     parts = [(rows, FORMATS[kind].convert(rows)) for rows in table.pieces()]
     columns = [_columns(rows, part, ids) for rows, part in parts]
     return Converted(
@@ -199,8 +199,13 @@ def _require(raw: RawTable, kind: BattleFormat, names: dict[str, str], *, votes:
         )
 
 
-def _ids(raw: RawTable, names: dict[str, str], rows_before: int) -> pa.ChunkedArray:
-    """The ids of the rows; those of questions that come again are joined to what else names a vote."""
+def _ids(
+    raw: RawTable, names: dict[str, str], reading: Reading, rows_before: int
+) -> pa.ChunkedArray:
+    """The ids of the rows; those of questions that come again are joined to what else names a vote.
+
+    Where annotators are merged, a battle is not named by its judge.
+    """
     if "id" not in names:
         numbers = pa.array(raw.numbers + rows_before).cast(pa.string())
         return pa.chunked_array([pc.binary_join_element_wise("row", numbers, "")])
@@ -209,7 +214,8 @@ def _ids(raw: RawTable, names: dict[str, str], rows_before: int) -> pa.ChunkedAr
         raw.faults.add(int(position), names["id"], "no id")
     if names["id"].lower() == "id" or pc.count_distinct(ids, "all").as_py() == len(ids):
         return ids
-    others = [names[name] for name in ("model_a", "model_b", "turn", "judge") if name in names]
+    apart = ("model_a", "model_b", "turn", *(["judge"] if reading.annotators == "keep" else []))
+    others = [names[name] for name in apart if name in names]
     texts = [pc.fill_null(_plainly(raw, name), "") for name in others]
     return pc.binary_join_element_wise(ids, *texts, "-") if texts else ids
 

@@ -1,0 +1,251 @@
+"""Several annotators' rows of one battle become one battle with shares: by properties and from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arena_distill.battles.annotators import merge_annotators
+from arena_distill.battles.reading import (
+    SCHEMA,
+    count_rows,
+    read_battles,
+    read_parts,
+    write_battles,
+)
+from arena_distill.battles.votes import vote_columns, votes_of
+from arena_distill.config.data import Data
+from arena_distill.config.phases import VERSIONS, BattlesSettings
+from arena_distill.config.source import Source
+from arena_distill.files.artifacts import read_json
+from arena_distill.verdicts import NO_VOTE, Votes, swap_classes
+
+Row = dict[str, Any]
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # which battle
+        st.booleans(),  # whether its sides are exchanged
+        st.sampled_from([0, 1, 2, NO_VOTE]),
+        st.sampled_from([0.5, 1.0, 2.0]),
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+def battles_of(rows: list[tuple[int, bool, int, float]]) -> tuple[pa.Table, Votes]:
+    """Battles 0 and 1 differ in one answer alone, 1 and 2 in one model, 2 and 3 in the prompt."""
+    texts = [
+        ("p", "x", "z", "n"),
+        ("p", "x", "y", "n"),
+        ("p", "x", "y", None),
+        ("q", "x", "y", None),
+    ]
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names[2:7]}
+    for battle, exchanged, *_ in rows:
+        prompt, *b = texts[battle]
+        sides = [("x", "m"), (b[1], b[2])][:: -1 if exchanged else 1]
+        columns["prompt"].append([prompt])
+        for side, (answer, model) in zip("ab", sides, strict=True):
+            columns[f"response_{side}"].append([answer])
+            columns[f"model_{side}"].append(model)
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
+    _, exchanged, labels, weights = map(np.array, zip(*rows, strict=True))
+    probabilities = Votes.hard(labels).probabilities
+    shown = np.where(exchanged[:, None], swap_classes(probabilities), probabilities)
+    return pa.table(columns, schema=schema), Votes(shown, weights.astype(float))
+
+
+def by_battle(rows: list[tuple[int, bool, int, float]]) -> dict[Any, Any]:
+    """What is merged, by its texts and models as they stand."""
+    table, votes = battles_of(rows)
+    kept, merged = merge_annotators(table, votes)
+    names = [json.dumps(row) for row in table.take(pa.array(kept)).to_pylist()]
+    assert len(set(names)) == len(names)
+    shares = zip(merged.probabilities.tolist(), merged.weights.tolist(), strict=True)
+    return dict(zip(names, shares, strict=True))
+
+
+@given(ROWS, st.randoms(use_true_random=False))
+def test_the_order_of_rows_changes_nothing(rows: list[Any], random: Any) -> None:
+    shuffled = random.sample(rows, len(rows))
+    assert by_battle(shuffled).keys() == by_battle(rows).keys()
+    for name, (shares, weight) in by_battle(rows).items():
+        found_shares, found_weight = by_battle(shuffled)[name]
+        assert found_shares == pytest.approx(shares)
+        assert found_weight == pytest.approx(weight) or not any(shares)
+
+
+@given(ROWS)
+def test_merged_votes_are_the_means_of_one_hot_votes(rows: list[Any]) -> None:
+    table, votes = battles_of(rows)
+    kept, merged = merge_annotators(table, votes)
+    assert sorted({rows[row][0] for row in kept}) == sorted({row[0] for row in rows})
+    for row, shares, weight in zip(kept, merged.probabilities, merged.weights, strict=True):
+        battle, exchanged, *_ = rows[row]
+        cast = [(np.eye(3)[label], w) for b, _, label, w in rows if b == battle and label >= 0]
+        if not cast:
+            assert not shares.any()
+            continue
+        assert rows[row][2] != NO_VOTE, "a row with a vote stands for its battle"
+        mean = sum(vote * w for vote, w in cast) / sum(w for _, w in cast)
+        assert (swap_classes(shares) if exchanged else shares) == pytest.approx(mean)
+        assert shares.sum() == pytest.approx(1)
+        assert weight == pytest.approx(sum(w for _, w in cast))
+
+
+@given(ROWS)
+def test_merging_changes_no_loss(rows: list[Any]) -> None:
+    """A judge that is the same in both orders has the same loss on all votes and on merged ones."""
+    table, votes = battles_of(rows)
+    kept, merged = merge_annotators(table, votes)
+    said = np.random.default_rng(0).dirichlet(np.ones(3), 4)[[row[0] for row in rows]]
+    exchanged = np.array([row[1] for row in rows])[:, None]
+    loss = np.log(np.where(exchanged, swap_classes(said), said))
+    before = (votes.weights * votes.cross_entropy(loss)).sum()
+    after = (merged.weights * merged.cross_entropy(loss[kept])).sum()
+    assert after == pytest.approx(before)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def judged(judge: str, winner: str | None, *, turn: int = 1, exchanged: bool = False) -> Row:
+    """A row in the schema of MT-Bench's human judgments."""
+
+    def chat(*answers: str) -> list[Row]:
+        turns = zip(("q", "r"), answers, strict=True)
+        return [
+            {"role": role, "content": text}
+            for asked, answered in turns
+            for role, text in (("user", asked), ("assistant", answered))
+        ]
+
+    sides = [("m", chat("x", "xx")), ("n", chat("y", "yy"))][:: -1 if exchanged else 1]
+    return {
+        "question_id": 81,
+        **{f"model_{side}": model for side, (model, _) in zip("ab", sides, strict=True)},
+        **{f"conversation_{side}": said for side, (_, said) in zip("ab", sides, strict=True)},
+        "winner": winner,
+        "judge": judge,
+        "turn": turn,
+    }
+
+
+def source(folder: Path, *files: list[Row], **keys: Any) -> Source:
+    for number, rows in enumerate(files):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{number}.jsonl").write_text(text)
+    return Source(path=str(folder / "*.jsonl"), **keys)
+
+
+def test_the_judges_of_mt_bench_become_shares(tmp_path: Path) -> None:
+    first = [judged("expert_1", "model_a"), judged("expert_2", "tie"), judged("e", "tie", turn=2)]
+    second = [judged("expert_3", "model_b", exchanged=True), judged("author_0", "model_b")]
+    rows = (first, [*second, judged("author_1", "nobody")])
+    battles, rejected = read_battles({"train": [source(tmp_path, *rows, annotators="merge")]})
+    assert len(rejected) == 1
+    order = np.argsort([len(turns) for turns in battles["prompt"].to_pylist()])
+    battles = battles.take(pa.array(order))
+    assert battles["prompt"].to_pylist() == [["q"], ["q", "r"]]
+    one, later = votes_of(battles).probabilities
+    assert later.tolist() == [0, 0, 1]
+    of_m = 0 if battles["model_a"][0].as_py() == "m" else 1
+    assert battles[f"response_{'ab'[of_m]}"][0].as_py() == ["x"]
+    assert one[of_m] == pytest.approx(0.5) and one[[1 - of_m, 2]] == pytest.approx([0.25, 0.25])
+    assert battles["weight"].to_pylist() == [4, 1]
+    assert battles["id"][1].as_py() == "81-m-n-2", "a battle is not named by its judge"
+
+
+def test_by_default_every_annotator_has_a_row(tmp_path: Path) -> None:
+    rows = [judged("expert_1", "model_a"), judged("expert_2", "tie")]
+    battles, _ = read_battles({"train": [source(tmp_path, rows)]})
+    assert battles["id"].to_pylist() == ["81-m-n-1-expert_1", "81-m-n-1-expert_2"]
+    assert battles["weight"].to_pylist() == [1, 1]
+
+
+def test_sides_stay_as_in_the_file_where_no_row_has_them_exchanged(tmp_path: Path) -> None:
+    for exchanged in (False, True):
+        rows = [judged(name, "model_a", exchanged=exchanged) for name in "jk"]
+        battles, _ = read_battles({"train": [source(tmp_path, rows, annotators="merge")]})
+        assert battles["model_a"].to_pylist() == ["n" if exchanged else "m"]
+        assert battles["vote"].to_pylist() == [[1, 0, 0]]
+
+
+def test_rows_without_a_vote_join_those_with_one(tmp_path: Path) -> None:
+    rows = [
+        judged("j", None),
+        judged("k", "tie"),
+        judged("l", None, turn=2),
+        judged("m", None, turn=2),
+    ]
+    given = source(tmp_path, rows, annotators="merge", missing_votes="keep")
+    battles, _ = read_battles({"train": [given]})
+    assert list(zip(battles["source"].to_pylist(), battles["id"].to_pylist(), strict=True)) == [
+        ("train", "81-m-n-1"),
+        ("unlabelled", "train-81-m-n-2"),
+    ]
+
+
+def test_rows_of_other_answers_that_share_an_id_are_still_refused(tmp_path: Path) -> None:
+    bare = {"id": "1", "prompt": "p", "response_a": "x", "response_b": "y", "winner": "model_a"}
+    rows = [bare, bare | {"winner": "tie"}, bare | {"response_b": "z"}]
+    battles, rejected = read_battles({"train": [source(tmp_path, rows, annotators="merge")]})
+    assert battles["vote"].to_pylist() == [[0.5, 0, 0.5]]
+    (line,) = rejected.to_pylist()
+    assert line["row"] == 3 and line["reason"].startswith("id is taken: 1")
+
+
+def test_merged_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [judged("j", "model_a"), judged("k", "model_b"), judged("l", "model_a")]
+    given = source(tmp_path, rows, annotators="merge")
+    counts = count_rows(read_parts({"train": [given]}))
+    assert (counts["rows"], counts["refused"], counts["merged"], counts["battles"]) == (3, 0, 2, 1)
+    assert counts["votes"] == {"A": {"kept": 1, "refused": 0}}
+    settings = BattlesSettings(version=VERSIONS["battles"])
+    names = [tmp_path / name for name in ("battles.parquet", "rejected.parquet", "reading.json")]
+    write_battles({"train": [given]}, *names, settings)
+    assert read_json(names[2])["sources"]["train"]["merged"] == 2
+    assert "3 rows, 2 merged with another annotator's" in capsys.readouterr().out
+
+
+def test_a_kind_of_vote_that_merging_outvotes_is_not_refused(tmp_path: Path) -> None:
+    rows = [judged("j", "model_a"), judged("k", "tie"), judged("l", "model_a")]
+    settings = BattlesSettings(version=VERSIONS["battles"])
+    names = [tmp_path / name for name in ("battles.parquet", "rejected.parquet", "reading.json")]
+    write_battles({"train": [source(tmp_path, rows, annotators="merge")]}, *names, settings)
+    assert read_json(names[2])["sources"]["train"]["votes"] == {"A": {"kept": 1, "refused": 0}}
+
+
+@pytest.mark.parametrize(
+    ("ties", "vote", "weight"), [("drop", [0.5, 0.5], 2), ("half", [0.5, 0.5], 4)]
+)
+def test_of_two_classes_ties_are_what_the_run_says(
+    tmp_path: Path, ties: Any, vote: list[float], weight: float
+) -> None:
+    said = ["model_a", "model_b", "tie", "tie"]
+    rows = [judged(str(number), winner) for number, winner in enumerate(said)]
+    battles, _ = read_battles({"train": [source(tmp_path, rows, annotators="merge")]}, ties)
+    assert battles["vote"].to_pylist() == [vote]
+    assert battles["weight"].to_pylist() == [weight]
+
+
+def test_test_battles_are_not_merged() -> None:
+    test = {"path": "t.csv", "annotators": "merge"}
+    with pytest.raises(ValueError, match="annotators: merge, but every test battle needs"):
+        Data(train=["a.csv"], test=[test])
+
+
+def test_votes_are_written_as_shares_that_sum_to_one() -> None:
+    table, votes = battles_of([(0, False, 0, 1.0)] * 2 + [(0, True, 1, 1.0)])
+    _, merged = merge_annotators(table, votes)
+    written = votes_of(pa.table(vote_columns(merged)))
+    assert written.probabilities.sum() == pytest.approx(1)
+    assert written.weights.tolist() == [3]
