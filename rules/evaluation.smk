@@ -49,10 +49,11 @@ rule evaluate:
         truth=TRUTH,
         audit=RUN.audit,
     output:
-        metrics=RUN.metrics,
-        judges=RUN.table("judges"),
-        variants=RUN.table("variants"),
-        cascade=RUN.table("cascade"),
+        # Snakemake would delete the last figures before the job, and a failed job leave none.
+        metrics=update(RUN.metrics),
+        judges=update(RUN.table("judges")),
+        variants=update(RUN.table("variants")),
+        cascade=update(RUN.table("cascade")),
     log:
         RUN.log("evaluate"),
     benchmark:

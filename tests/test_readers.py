@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
-from arena_distill.files import readers
+from arena_distill.files import raw_tables
 from arena_distill.files.raw_tables import RawTable
 from arena_distill.files.readers import read_table
 
@@ -78,7 +78,7 @@ def test_folders_and_patterns_are_sorted_shards(tmp_path: Path) -> None:
 def test_a_bomb_is_refused_before_it_is_unpacked(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(raw_tables, "UNPACKED_BYTES", 1 << 20)
     path = tmp_path / f"t.csv.{suffix}"
     path.write_bytes(packed(b"id\n" + b"1\n" * (1 << 26), suffix))
     with pytest.raises(InputError, match=r"bytes unpack to more than [\d,]+; if this is right"):

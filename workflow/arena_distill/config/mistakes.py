@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
         elif item["type"] == "missing":
             message = "missing: this key is required"
         elif item["type"] not in ("value_error", "assertion_error"):
-            message += f", got {item['input']!r}"
+            message += f", got {reprlib.repr(item['input'])}"
         lines.append(f"config: {name}: {message}" if name else f"config: {message}")
     return lines
 

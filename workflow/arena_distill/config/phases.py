@@ -66,11 +66,11 @@ VERSIONS = {
     "calibration": 3,
     "prediction": 1,
     "submission": 1,
-    "evaluation": 4,
+    "evaluation": 5,
     "comparison": 4,
     "curves": 2,
     "averaging": 1,
-    "report": 4,
+    "report": 5,
 }
 
 

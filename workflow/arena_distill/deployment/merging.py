@@ -21,14 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from arena_distill.config.phases import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
-from arena_distill.errors import InputError
-from arena_distill.files.artifacts import atomic_directory, provenance, write_json, write_text
+from arena_distill.errors import InputError, refusing
+from arena_distill.files.artifacts import (
+    REBUILD,
+    atomic_directory,
+    provenance,
+    write_json,
+    write_text,
+)
 from arena_distill.models.loading import load_classifier
 
 if TYPE_CHECKING:
@@ -70,6 +76,7 @@ def merge_folds(
     if not adapters:
         raise InputError(f"{output}: there is no adapter to merge")
     target = torch.float32 if settings.precision == "fp32" else torch.bfloat16
+    check_folds(adapters, backbone)
     folds = read_adapters(adapters)
     weights = weights or [1 / len(folds)] * len(folds)
 
@@ -152,14 +159,12 @@ def _read(folder: Path) -> Adapter:
     """
     from peft import LoraConfig
 
-    try:
+    with refusing(f"{folder}: cannot read an adapter from this folder"):
         options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if options.get("peft_type") != "LORA":
             raise InputError(f"{folder}: a {options.get('peft_type')} adapter; only LoRA is merged")
         config = LoraConfig.from_pretrained(str(folder))
         file: Any = safe_open(folder / "adapter_model.safetensors", "pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot read an adapter from this folder: {error}") from None
     if config.init_lora_weights not in _HARMLESS_STARTS:
         raise InputError(
             f"{folder}: its initialisation ({config.init_lora_weights}) changed the backbone too; save "
@@ -191,6 +196,35 @@ def read_adapters(folders: Sequence[Path]) -> list[Adapter]:
     folds = [_read(folder) for folder in folders]
     _check_alike(folds)
     return folds
+
+
+def check_folds(adapters: Sequence[Path], backbone: Path) -> None:
+    """Refuse adapters that are not the folds of one judge, in their order.
+
+    Raises:
+        InputError: names the first that does not belong to the others.
+    """
+    from arena_distill.models.adapters import check_adapter
+
+    origins = [check_adapter(adapter, backbone) for adapter in adapters]
+    settings = [dict(origin.get("settings", {})) for origin in origins]
+    numbers = [of_fold.pop("fold", i) for i, of_fold in enumerate(settings)]
+    folds = [origin.get("made_from", {}).get("folds") for origin in origins]
+    for i, adapter in enumerate(adapters[1:], start=1):
+        differing = [
+            name
+            for name, differs in {
+                "fold": numbers[i] <= numbers[i - 1],
+                "folds.parquet": folds[i] != folds[0],
+                **{k: v != settings[0].get(k) for k, v in settings[i].items()},
+            }.items()
+            if differs
+        ]
+        if differing:
+            raise InputError(
+                f"{adapter} and {adapters[0]} are not two folds of one judge: {differing[0]} differs, or "
+                f"they are not in their order; {REBUILD}"
+            )
 
 
 def _check_alike(folds: Sequence[Adapter]) -> None:

@@ -191,6 +191,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
             "ECE": round(row["ece"], 4) if "ece" in row else None,
             "gap closed": None if row["gap_closed"] is None else round(row["gap_closed"], 3),
             **{f"{k} vs final": round(v, 4) for k, v in row["versus_final"].items()},
+            "warning": row.get("warning"),
         }
         for row in _overview(metrics)
     ]

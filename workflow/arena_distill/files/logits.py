@@ -57,8 +57,8 @@ def write_logits(
         states: float16 (rows, views, width) by name, one file each in the folder `states_path(path)`
             (see ``models.hidden_states``); None writes no folder.
 
-    The ids are written before the logits and hold the digests of the other files. So files that
-    do not belong together are never read, even if a job was interrupted between the renames.
+    The ids are written before the logits and hold the digests of the other files, and of themselves. So
+    files that do not belong together are never read, even if a job was interrupted between the renames.
 
     Raises:
         ValueError: shape, dtype or row counts are wrong, or a number is not finite.

@@ -18,13 +18,21 @@ from arena_distill.files.raw_tables import (
     Faults,
     RawTable,
     is_list,
+    most_unpacked,
     refuse_twice,
 )
 
 
 def read_parquet_file(path: Path) -> RawTable:
     with _whole_parquet(path), pq.ParquetFile(path) as file:
-        rows, names = file.metadata.num_rows, file.schema_arrow.names
+        about, names = file.metadata, file.schema_arrow.names
+        rows, limit = about.num_rows, most_unpacked(path)
+        groups = (about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if not 0 <= rows < limit / 8 or sum(groups) > limit:
+            raise InputError(
+                f"{path}: says that it unpacks to {rows:,} rows, or to more than {limit:,} bytes; if this "
+                "is right, split it"
+            )
     refuse_twice(names, path)
     columns = _ParquetColumns(path, names)
     return RawTable(path, columns, rows, Faults(path, np.arange(1, rows + 1)))

@@ -27,6 +27,9 @@ Column: TypeAlias = pa.ChunkedArray | list[Any]
 
 ROWS_AT_ONCE = 16_384
 """Texts are handled so many rows at a time: those of a whole file may be too long for one Arrow array."""
+UNPACKED_BYTES = 1 << 30
+UNPACKED_RATIO = 50
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -130,6 +133,11 @@ def is_list(kind: pa.DataType) -> bool:
     types = pa.types
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
     return any(check(kind) for check in (*lists, types.is_large_list_view))
+
+
+def most_unpacked(path: Path) -> int:
+    """To how many bytes a packed file may unpack: more is a bomb."""
+    return max(UNPACKED_BYTES, UNPACKED_RATIO * path.stat().st_size)
 
 
 def refuse_twice(names: Sequence[str], path: Path) -> None:

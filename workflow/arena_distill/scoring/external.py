@@ -30,7 +30,13 @@ from arena_distill.battles.votes import classes_of
 from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
+from arena_distill.files.artifacts import (
+    fingerprint,
+    provenance,
+    read_parquet,
+    read_provenance,
+    write_json,
+)
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.files.raw_tables import column_texts
@@ -82,7 +88,8 @@ def split_external_logits(
     a judge that is trained.
     """
     scores, ids = read_logits(logits)
-    rows = fold_rows(read_parquet(folds), fold, settings)
+    table = read_parquet(folds)
+    rows = fold_rows(table, fold, settings)
     unjudged = pc.and_(
         pc.equal(rows["source"], "unlabelled"), pc.invert(pc.is_in(key(rows), key(ids)))
     )
@@ -94,6 +101,7 @@ def split_external_logits(
     place = locate(key(rows), key(ids), f"logits in {logits}")
     about = {"fold": fold, "external": read_provenance(ids_path(logits)).get("settings")}
     about = provenance("logits", settings.model_dump(mode="json") | about)
+    about["made_from"] = {"folds": fingerprint(table), "fold": fold}
     write_logits(output, scores[place], rows, about)
     print(f"{output}: {len(rows):,} battles of {logits}")
 
