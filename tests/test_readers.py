@@ -147,23 +147,6 @@ def test_both_parsers_read_the_same(tmp_path: Path, fast: bool) -> None:
     assert raw.numbers.tolist() == [1, 3]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('x,y\n1,2\n"open,2\n3,4\n', r"row 2: ends inside a quoted cell"),
-        ('x,y\n1,2\n"open,2\n3,"4\n', r"row 2: a quote inside a cell, or one that is not closed"),
-        ('x,y\n1,"say \\"hi\\""\n', r"row 1: a quote .* set `escape: backslash`"),
-        ('x,y\n1,"a"b\n', r"row 1: a quote .*; double the quotes"),
-    ],
-)
-def test_a_csv_file_with_broken_quotes_is_refused_with_its_row(
-    tmp_path: Path, content: str, message: str
-) -> None:
-    (tmp_path / "t.csv").write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_table(tmp_path / "t.csv")
-
-
 def test_quotes_of_unquoted_cells_with_backslashes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('x,y\n1,say \\"hi\\"\n')
     with pytest.raises(InputError, match="quotes in cells that are not quoted"):

@@ -12,7 +12,7 @@ import typer
 
 from arena_distill import phase_cli
 from arena_distill.config.vocabulary import Family
-from arena_distill.errors import InputError, Stopped, foreign
+from arena_distill.errors import InputError, Stopped, foreign, refusing
 from arena_distill.runtime import launch
 
 app = typer.Typer(
@@ -165,7 +165,9 @@ def show_results(
     from arena_distill.evaluation.terminal import print_table
     from arena_distill.files.artifacts import read_json
 
-    print_table(read_json(metrics))
+    figures = read_json(metrics)
+    with refusing(f"{metrics}: not the figures of a run"):
+        print_table(figures)
 
 
 @app.command()

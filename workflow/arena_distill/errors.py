@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
+
+LONGEST_NAME = 100
 
 
 class InputError(Exception):
@@ -45,6 +48,11 @@ def brief(error: BaseException) -> str:
     tells = lines and isinstance(error, OSError | ValueError | RuntimeError)
     told = lines[0] if tells else ": ".join([type(error).__name__, *lines[:1]])
     return told[:300]
+
+
+def shown(name: str) -> str:
+    """A name from a file as a part of a line: nothing that breaks it, and not too much."""
+    return name if name.isprintable() and len(name) <= LONGEST_NAME else reprlib.repr(name)[1:-1]
 
 
 def foreign(error: Exception) -> str | None:

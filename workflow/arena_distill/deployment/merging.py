@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,6 @@ def merge_folds(
     if not adapters:
         raise InputError(f"{output}: there is no adapter to merge")
     target = torch.float32 if settings.precision == "fp32" else torch.bfloat16
-    check_folds(adapters, backbone)
     folds = read_adapters(adapters)
     weights = weights or [1 / len(folds)] * len(folds)
 
@@ -92,6 +92,7 @@ def merge_folds(
         pad_token_id=pad,
         head_seed=0,  # the folds have their own
     )
+    check_folds(adapters, backbone)
     gap = merge_into(model, folds, weights, settings.average, settings.heads, target)
     model.to(target)
 
@@ -146,8 +147,18 @@ class Adapter:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
             raise InputError(f"{self.folder}: {target}: {shapes} are no factors of a linear layer")
-        patterns = self.config.alpha_pattern
-        alpha = patterns.get(get_pattern_key(patterns.keys(), target), self.config.lora_alpha)
+        alpha, rank = (
+            patterns.get(get_pattern_key(patterns.keys(), target), usual)
+            for patterns, usual in (
+                (self.config.alpha_pattern, self.config.lora_alpha),
+                (self.config.rank_pattern, self.config.r),
+            )
+        )
+        if len(a) != rank:
+            raise InputError(
+                f"{self.folder}: {target}: its factors have rank {len(a)}, adapter_config.json says "
+                f"{rank}; retrain it"
+            )
         return a, b, alpha / (math.sqrt(len(a)) if self.config.use_rslora else len(a))
 
 
@@ -206,24 +217,17 @@ def check_folds(adapters: Sequence[Path], backbone: Path) -> None:
     """
     from arena_distill.models.adapters import check_adapter
 
-    origins = [check_adapter(adapter, backbone) for adapter in adapters]
-    settings = [dict(origin.get("settings", {})) for origin in origins]
-    numbers = [of_fold.pop("fold", i) for i, of_fold in enumerate(settings)]
-    folds = [origin.get("made_from", {}).get("folds") for origin in origins]
-    for i, adapter in enumerate(adapters[1:], start=1):
-        differing = [
-            name
-            for name, differs in {
-                "fold": numbers[i] <= numbers[i - 1],
-                "folds.parquet": folds[i] != folds[0],
-                **{k: v != settings[0].get(k) for k, v in settings[i].items()},
-            }.items()
-            if differs
-        ]
+    known = [(a, origin) for a in adapters if (origin := check_adapter(a, backbone))]
+    for (first, one), (second, other) in pairwise(known):
+        settings = [dict(origin["settings"]) for origin in (one, other)]
+        before, after = (of_fold.pop("fold") for of_fold in settings)
+        differing = [name for name in settings[0] if settings[0][name] != settings[1].get(name)]
+        differing += ["fold"] * (before >= after)
+        differing += ["folds.parquet"] * (one["made_from"]["folds"] != other["made_from"]["folds"])
         if differing:
             raise InputError(
-                f"{adapter} and {adapters[0]} are not two folds of one judge: {differing[0]} differs, or "
-                f"they are not in their order; {REBUILD}"
+                f"{second} and {first} are not two folds of one judge, in their order: {differing[0]} "
+                f"differs; {REBUILD}"
             )
 
 

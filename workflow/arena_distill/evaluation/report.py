@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from arena_distill.battles.audit import COUNTS
-from arena_distill.errors import InputError
+from arena_distill.errors import refusing
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.metrics import Figures
@@ -72,12 +72,8 @@ def render_report(
         InputError: `metrics` is missing, invalid, or of another version.
     """
     figures = read_json(metrics)
-    try:
+    with refusing(f"{metrics}: not the figures of a run; run the workflow again"):
         page, files = render(figures, configuration.read_text() if configuration else None)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{metrics}: not the figures of a run ({error!r}); run the workflow again"
-        ) from error
     for name, text in files.items():
         write_text(text, (parts or output.parent / "report") / name)
     write_text(page, output)

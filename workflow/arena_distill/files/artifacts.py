@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arena_distill import __version__
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 
 StrPath = str | os.PathLike[str]
 
@@ -37,6 +37,8 @@ ROW_GROUP = 16_384
 
 _PROVENANCE = b"arena_distill"
 _COLUMNS = b"arena_distill.columns_sha256"
+_METADATA = ""
+"""In place of a column's name, in the digests."""
 DIGEST = b"arena_distill.npy_sha256"
 REBUILD = "delete it and run the workflow again: it will be rebuilt"
 
@@ -60,12 +62,12 @@ def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any])
     """Write `table` to `path` with its provenance in the schema's metadata.
 
     Other metadata of the table is kept. Pages carry checksums, columns without lists (ids, folds, votes,
-    probabilities) also digests; `read_parquet` verifies both.
+    probabilities) and the metadata also digests; `read_parquet` verifies both.
     """
+    metadata = {**(table.schema.metadata or {}), _PROVENANCE: dumps(provenance).encode()}
     digests = {name: _column_sha256(table[name]) for name in table.column_names}
-    whole = {name: digest for name, digest in digests.items() if digest}
-    origin = {_PROVENANCE: dumps(provenance).encode(), _COLUMNS: dumps(whole).encode()}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **origin})
+    digests = {_METADATA: _metadata_sha256(metadata), **{n: d for n, d in digests.items() if d}}
+    table = table.replace_schema_metadata({**metadata, _COLUMNS: dumps(digests).encode()})
     with replacing(path) as temporary:
         pq.write_table(
             table,
@@ -80,7 +82,7 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
     """Read a file of `write_parquet`: all columns, or `columns` in this order.
 
     Raises:
-        InputError: the file is missing, damaged, edited, not parquet, or lacks a column.
+        InputError: the file is missing, damaged, edited, not of `write_parquet`, or lacks a column.
     """
     path = Path(path)
     try:
@@ -97,22 +99,29 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
             groups = [file.read_row_group(i, wanted) for i in range(file.num_row_groups)]
             table = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
             table = table if wanted is None else table.select(wanted)
-            written = json.loads((table.schema.metadata or {}).get(_COLUMNS, b"{}"))
+            table.validate()
+            metadata = dict(table.schema.metadata or {})
+            written = json.loads(metadata.get(_COLUMNS, b"{}"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a whole parquet file ({error}); {REBUILD}") from error
-    edited = [
-        n for n in table.column_names if written.get(n) not in (None, _column_sha256(table[n]))
-    ]
-    if edited:
-        raise InputError(f"{path}: column {edited[0]} is not what was written; {REBUILD}")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a whole parquet file ({brief(error)}); {REBUILD}") from error
+    if _PROVENANCE not in metadata:
+        raise InputError(f"{path}: was not written by Arena Distill; {REBUILD}")
+    if written.pop(_METADATA, None) not in (None, _metadata_sha256(metadata)):
+        raise InputError(f"{path}: its metadata are not what was written; {REBUILD}")
+    for name in dict.fromkeys(table.column_names if columns else [*table.column_names, *written]):
+        digest = _column_sha256(table[name]) if name in table.column_names else None
+        if written.get(name, digest) != digest:
+            raise InputError(f"{path}: column {name} is not what was written; {REBUILD}")
     return table
 
 
 def fingerprint(table: pa.Table) -> str:
     """Name what a file of `write_parquet` holds, by the digests of its columns."""
-    return hashlib.sha256((table.schema.metadata or {}).get(_COLUMNS, b"")).hexdigest()[:16]
+    digests = json.loads((table.schema.metadata or {}).get(_COLUMNS, b"{}"))
+    digests.pop(_METADATA, None)  # versions of libraries
+    return hashlib.sha256(dumps(digests).encode()).hexdigest()[:16]
 
 
 def check_made_from(origin: Mapping[str, Any], where: StrPath, **now: Any) -> None:
@@ -145,6 +154,11 @@ def _column_sha256(column: pa.ChunkedArray) -> str | None:
     return hashlib.sha256(b"".join(part.digest() for part in parts.values())).hexdigest()
 
 
+def _metadata_sha256(metadata: Mapping[bytes, bytes]) -> str:
+    told = sorted((k, v) for k, v in metadata.items() if k != _COLUMNS)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
 def _parts(array: pa.Array) -> list[np.ndarray]:
     """Arrays that say what an Arrow array holds: which values are null, lengths, values."""
     valid = array.is_valid().to_numpy(zero_copy_only=False)
@@ -166,12 +180,12 @@ def _parts(array: pa.Array) -> list[np.ndarray]:
 def read_provenance(path: StrPath) -> dict[str, Any]:
     """Return the provenance inside a parquet file; raises `InputError` if it has none."""
     try:
-        origin = (pq.read_schema(path).metadata or {})[_PROVENANCE]
+        return dict(json.loads((pq.read_schema(path).metadata or {})[_PROVENANCE]))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-        raise InputError(f"{path}: not written by Arena Distill ({error}); {REBUILD}") from error
-    return dict(json.loads(origin))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        why = brief(error)
+        raise InputError(f"{path}: not written by Arena Distill ({why}); {REBUILD}") from error
 
 
 def file_sha256(path: StrPath) -> str:
@@ -192,7 +206,7 @@ def read_json(path: StrPath) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}); {REBUILD}") from error
+        raise InputError(f"{path}: not a JSON file ({brief(error)}); {REBUILD}") from error
 
 
 def write_text(text: str, path: StrPath) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, shown
 
 KEPT_AS_RAW_TEXT = "kept as raw text: "
 """How the reason of a row begins that is faulty and used all the same (test battles only)."""
@@ -142,7 +142,7 @@ def most_unpacked(path: Path) -> int:
 
 def refuse_twice(names: Sequence[str], path: Path) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{path}: column {', '.join(twice)} appears twice in {', '.join(names)}")
+        raise InputError(f"{path}: column {', '.join(map(shown, twice[:9]))} appears twice")
 
 
 def decoded(content: bytes | bytearray, path: Path) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from arena_distill.config.source import EXPECTED, KINDS, PACKED
 from arena_distill.config.vocabulary import Escape
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 from arena_distill.files.csv_files import read_csv_file
 from arena_distill.files.json_files import read_json_file
 from arena_distill.files.parquet_files import read_parquet_file
@@ -42,8 +42,8 @@ def read_table(path: Path, *, escape: Escape = "none") -> RawTable:
             raw = read_json_file(path, decoded(_content(path, packed), path), kind)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read: {brief(error)}") from error
     if not raw.rows:
         raise InputError(f"{path}: holds no battle")
     return raw

@@ -47,7 +47,7 @@ def check_adapter(adapter: Path, backbone: Path, **made_from: Any) -> dict[str, 
         made_from: what else it must have been made from (``artifacts.check_made_from``).
 
     Returns:
-        Its provenance; empty of one that was trained elsewhere, without `metrics.json`.
+        Its provenance; empty of one that was trained elsewhere, or before provenance said so.
 
     Raises:
         InputError: names the adapter, and what differs.
@@ -61,7 +61,7 @@ def check_adapter(adapter: Path, backbone: Path, **made_from: Any) -> dict[str, 
     origin: dict[str, Any] = metrics.get("provenance", {})
     now = {"backbone": ModelFolder(backbone).fingerprint(), **made_from}
     check_made_from(origin, adapter, **now)
-    return origin
+    return origin if "made_from" in origin else {}
 
 
 def load_adapter(

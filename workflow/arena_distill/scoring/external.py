@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
+from arena_distill.battles.formats.columns import columns_found
 from arena_distill.battles.votes import classes_of
 from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
@@ -160,7 +161,7 @@ def _judged(file: Path, classes: int) -> tuple[pa.Array, np.ndarray, np.ndarray]
         raise InputError(
             f"{file}: `id` and exactly one of these triples of columns expected: {triples}"
             f"{' (two of them where there are no ties)' if classes == 2 else ''}; "
-            f"columns found: {', '.join(raw.columns)}"
+            f"{columns_found(raw)}"
         )
     if raw.faults.lost:
         number, reason = raw.faults.lost[0]

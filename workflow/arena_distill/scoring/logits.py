@@ -65,7 +65,6 @@ def predict_logits(
     from arena_distill.models.adapters import check_adapter, load_adapter
 
     table = read_parquet(folds)
-    check_adapter(adapter, backbone, folds=fingerprint(table), fold=fold)
     rows = fold_rows(table, fold, settings)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
@@ -81,6 +80,7 @@ def predict_logits(
         pad_token_id=read.vocabulary.pad,
         head_seed=0,  # the adapter has its own
     )
+    check_adapter(adapter, backbone, folds=fingerprint(table), fold=fold)
     model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}
     if settings.states:
