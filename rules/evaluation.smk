@@ -50,11 +50,12 @@ rule evaluate:
         truth=TRUTH,
         audit=RUN.audit,
     output:
-        metrics=RUN.metrics,
-        judges=RUN.table("judges"),
-        variants=RUN.table("variants"),
-        cascade=RUN.table("cascade"),
-        slices=RUN.table("slices"),
+        # Snakemake would delete the last figures before the job, and a failed job leave none.
+        metrics=update(RUN.metrics),
+        judges=update(RUN.table("judges")),
+        variants=update(RUN.table("variants")),
+        cascade=update(RUN.table("cascade")),
+        slices=update(RUN.table("slices")),
     log:
         RUN.log("evaluate"),
     benchmark:

@@ -565,33 +565,6 @@ def test_pickle_named_parquet_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.csv", b"", "t.csv: not a CSV file"),
-        ("t.csv", b"id,prompt,response_a,response_b,label\n", "t.csv: holds no battle"),
-        ("t.csv", b"id;prompt\n1;x\n", "of no known format; columns found: id;prompt; formats"),
-        ("t.csv", b"id,id,prompt,response_a,response_b,label\n1,1,q,a,b,0\n", "appears twice"),
-        ("t.csv", b"id,prompt,response_a,response_b\n1,q,a,b\n", "no column of votes"),
-        ("t.csv", b"id,prompt,response_a,response_b,label\n1,q\xff,a,b,0\n", "UTF-8 at byte 41"),
-        ("t.csv", b'id,prompt,response_a,response_b,label\n1,q,a,b,"0\n2,q,a', "inside a quoted"),
-        ("t.csv", b"id,prompt,response_a,response_b,label\n1,q,a,b,3\n", "no usable train battle"),
-        ("t.csv.gz", gzip.compress(b"id,prompt" * 99, mtime=0)[:30], "t.csv.gz: cannot be read"),
-        ("t.csv.gz", b"id,prompt", "t.csv.gz: cannot be read"),
-        ("t.jsonl", b"", "t.jsonl: holds no battle"),
-        ("t.jsonl", b"id,prompt\n1,2\n", "t.jsonl, row 1: not a battle: .* JSON-lines file"),
-        ("t.jsonl", b'{"id": "\xff"}\n', "UTF-8 at byte 8"),
-        ("t.xlsx", b"", "unknown kind of file"),
-        ("t.parquet", b"PAR1", "not a whole parquet file"),
-    ],
-)
-def test_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(["t.csv", "t.jsonl", "t.parquet", "t.csv.gz"]),

@@ -113,54 +113,6 @@ def test_each_missing_path_is_a_line_with_its_key(here: Path) -> None:
         assert found[path].is_missing
 
 
-# Of the configuration alone: keys that differ from `RAW`, and words of the one line.
-MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"folds": {"seed": -1}}, "folds.seed: Input should be greater than or equal to 0"),
-    ({"folds": {"seed": 1 << 32}}, "folds.seed: Input should be less than 4294967296"),
-    ({"audit": {"seed": 1 << 32}}, "audit.seed: Input should be less than 4294967296"),
-    ({"compare": {"seeds": [1, 1 << 32]}}, "compare.seeds.1: Input should be less"),
-    ({"defaults": {"training": {"seed": -1}}}, "defaults.training.seed: Input should be greater"),
-    ({"defaults": {"quantization": {"seed": -1}}}, "defaults.quantization.seed: Input should be"),
-    ({"prediction": {"orders": ["AB", "AB"]}}, "prediction.orders: AB is named twice"),
-    ({"prediction": {"max_lengths": [64, 64]}}, "prediction.max_lengths: 64 is named twice"),
-    ({"compare": {"recipes": ["best", "best"]}}, "compare.recipes: best is named twice"),
-    ({"defaults": {"training": {"lr": True}}}, "training.lr: this key is no switch"),
-    ({"defaults": {"training": {"betas": [0.9, True]}}}, "training.betas: this key is no switch"),
-    ({"folds": {"n": True}}, "folds.n: this key is no switch"),
-    ({"defaults": {"training": {"fit_head": 1}}}, "fit_head: true or false expected, got 1"),
-    ({"folds": {"near_duplicates": "no"}}, "near_duplicates: true or false expected, got 'no'"),
-    ({"results": ""}, "results: a path expected, got nothing"),
-    ({"results": " "}, "results: a path expected, got nothing"),
-    ({"results": "~/results"}, f"results: ~ is not expanded: write {Path.home()}/results"),
-    ({"results": "re{sults}"}, "results: { and } are wildcards of Snakemake"),
-    ({"results": "a\nb"}, "results: a character that cannot be printed"),
-    ({"results": "-n"}, "results: what starts with - is taken for an option: write ./-n"),
-    ({"run": ""}, "run: String should match"),
-    ({"run": "a\x00"}, "run: String should match"),
-    ({"data": {"train": ["mine/train.csv", ""]}}, "data.train.1.path: a path expected"),
-    ({"data": {"solution": "~/x.csv"}}, "data.solution: ~ is not expanded"),
-    ({"data": {"fetch": {"mine/fetched.parquet": {"without": [""]}}}}, "without.0: a path expected"),
-    ({"environments": {"gptq": "~/gptq"}}, "environments.gptq: ~ is not expanded"),
-    ({"compare": {"runs": ["{x}"]}}, "compare.runs.0: { and } are wildcards"),
-    ({"judges": {"path": {"backbone": {"path": ""}}}}, "path.backbone.path: a path expected"),
-    ({"judges": {"gguf": {"backbone": {"gguf": "~/x"}}}}, "backbone.gguf: ~ is not expanded"),
-    ({"judges": {"hub": {"backbone": {"revision": ""}}}}, "backbone.revision: String should match"),
-    ({"judges": {"asked": {"external": {"file": "{x}"}}}}, "external.file: { and } are wildcards"),
-    ({"defaults": {"quantization": {"group_size": 100}}}, "group_size: Input should be 16, 32, 64"),
-    ({"defaults": {"quantization": {"samples": 15}}}, "samples: Input should be greater than"),
-    ({"defaults": {"lora": {"target_modules": []}}}, "target_modules: Tuple should have at least 1"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=lambda value: str(value)[:60])
-def test_a_mistake_of_the_configuration_is_one_line(
-    changes: dict[str, Any], words: str, here: Path
-) -> None:
-    (line,) = told(overlay(RAW, changes))
-    assert line.startswith("config: ")
-    assert words in line
-
-
 def change_json(file: str, **changes: Any) -> Callable[[], object]:
     return lambda: Path(file).write_text(
         json.dumps(overlay(json.loads(Path(file).read_text()), changes))

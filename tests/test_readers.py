@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
-from arena_distill.files import readers
+from arena_distill.files import raw_tables
 from arena_distill.files.raw_tables import RawTable
 from arena_distill.files.readers import read_table
 
@@ -78,7 +78,7 @@ def test_folders_and_patterns_are_sorted_shards(tmp_path: Path) -> None:
 def test_a_bomb_is_refused_before_it_is_unpacked(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(raw_tables, "UNPACKED_BYTES", 1 << 20)
     path = tmp_path / f"t.csv.{suffix}"
     path.write_bytes(packed(b"id\n" + b"1\n" * (1 << 26), suffix))
     with pytest.raises(InputError, match=r"bytes unpack to more than [\d,]+; if this is right"):
@@ -145,23 +145,6 @@ def test_both_parsers_read_the_same(tmp_path: Path, fast: bool) -> None:
     assert cells(raw) == {"x": [stray.strip('"'), ""], "y": ['two\n\n"lines"', ""]}
     assert raw.faults.lost == [(2, "has 3 cells, the header 2")]
     assert raw.numbers.tolist() == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('x,y\n1,2\n"open,2\n3,4\n', r"row 2: ends inside a quoted cell"),
-        ('x,y\n1,2\n"open,2\n3,"4\n', r"row 2: a quote inside a cell, or one that is not closed"),
-        ('x,y\n1,"say \\"hi\\""\n', r"row 1: a quote .* set `escape: backslash`"),
-        ('x,y\n1,"a"b\n', r"row 1: a quote .*; double the quotes"),
-    ],
-)
-def test_a_csv_file_with_broken_quotes_is_refused_with_its_row(
-    tmp_path: Path, content: str, message: str
-) -> None:
-    (tmp_path / "t.csv").write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_table(tmp_path / "t.csv")
 
 
 def test_quotes_of_unquoted_cells_with_backslashes_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from arena_distill import phase_cli
 from arena_distill.config.vocabulary import Family
-from arena_distill.errors import InputError, Stopped
+from arena_distill.errors import InputError, Stopped, foreign, refusing
 from arena_distill.runtime import launch
 
 if TYPE_CHECKING:
@@ -34,13 +34,22 @@ def main() -> NoReturn:
     launch.ignore_signals()
     try:
         app(prog_name="arena-distill")
-    except InputError as error:
-        launch.print_error("\n".join(f"error: {line}" for line in str(error).splitlines()))
-        sys.exit(1)
     except Stopped as stopped:
         launch.print_error(f"stopped: {stopped}")
         sys.exit(128 + stopped.received)
+    except Exception as error:
+        told = str(error) if isinstance(error, InputError) else foreign(error)
+        if told is None:
+            raise
+        lines = (_printable(line) for line in told.splitlines())
+        launch.print_error("\n".join(f"error: {line}" for line in lines))
+        sys.exit(1)
     sys.exit(0)
+
+
+def _printable(line: str) -> str:
+    """Write what a terminal would obey, from names of files or cells, as Python's escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -239,7 +248,9 @@ def show_results(
     from arena_distill.evaluation.terminal import print_table
     from arena_distill.files.artifacts import read_json
 
-    print_table(read_json(metrics))
+    figures = read_json(metrics)
+    with refusing(f"{metrics}: not the figures of a run"):
+        print_table(figures)
 
 
 @app.command()

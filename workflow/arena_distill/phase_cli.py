@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -578,7 +577,7 @@ def write_config(
     """Write the configuration of a run."""
     from arena_distill.files.artifacts import write_text
 
-    write_text(run.load(json.loads(settings)).described(), output)
+    write_text(parse(run.Config, settings).described(), output)
 
 
 @app.command()

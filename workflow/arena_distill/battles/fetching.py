@@ -31,9 +31,9 @@ from arena_distill.battles.reading import read_battles
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Fetch
 from arena_distill.config.phases import FetchSettings
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 from arena_distill.files.artifacts import provenance, write_parquet
-from arena_distill.files.hub import access_problem, brief, download
+from arena_distill.files.hub import access_problem, download
 
 _TURNS = pa.list_(pa.string())
 SCHEMA = pa.schema(

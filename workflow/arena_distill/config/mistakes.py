@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from arena_distill.errors import shown
 
 RENAMED: dict[tuple[str, ...], str] = {
     ("lora", "targets"): "target_modules",
@@ -24,7 +27,10 @@ def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
     problems: dict[tuple[str, ...], Any] = {}
     for item in error.errors(include_url=False):
         # The last parts may name a choice of types, such as `tuple[str, ...]`, or a `[key]`.
-        where = tuple(itertools.takewhile(lambda part: "[" not in part, map(str, item["loc"])))
+        parts = tuple(map(str, item["loc"]))
+        where = tuple(itertools.takewhile(lambda part: "[" not in part, parts))
+        if item["type"] == "extra_forbidden":  # the last part is the person's own, whatever it is
+            where = (*itertools.takewhile(lambda part: "[" not in part, parts[:-1]), parts[-1])
         if where in problems:
             problems[where]["msg"] += f", or: {item['msg']}"
         else:
@@ -34,7 +40,7 @@ def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
     for path, item in problems.items():
         if path[:1] == ("judges",) and path[2:] in shared:
             continue
-        name = ".".join(path)
+        name = ".".join(map(shown, path))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden" and path[-2:] in RENAMED:
             message = f"this key is now called {RENAMED[path[-2:]]!r}"
@@ -46,7 +52,7 @@ def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
         elif item["type"] == "missing":
             message = "missing: this key is required"
         elif item["type"] not in ("value_error", "assertion_error"):
-            message += f", got {item['input']!r}"
+            message += f", got {reprlib.repr(item['input'])}"
         lines.append(f"config: {name}: {message}" if name else f"config: {message}")
     return lines
 
@@ -68,7 +74,8 @@ def repeated_keys(file: Path) -> Iterator[str]:
         elif isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
-                name, line = f"{path}.{key.value}".removeprefix("."), key.start_mark.line + 1
+                part = shown(str(key.value))
+                name, line = f"{path}.{part}".removeprefix("."), key.start_mark.line + 1
                 if first := lines.get(key.value):
                     yield (
                         f"config: {name}: {file}, line {line}: this key stands in line {first} already, "

@@ -5,6 +5,7 @@ Nothing is loaded. What these files do not say is not checked here; loading the 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -44,7 +45,7 @@ class ModelFolder:
                 f"{self.path} is a {kind or 'model without model_type'}, of which transformers has no "
                 f"classifier{own if 'auto_map' in self.described else ''}: take another model"
             )
-        yield from self._weight_problems()
+        yield from self.weight_problems()
         yield from self.tokenizer_problems()
         largest, known_ids = self._largest_id, self.config.get("vocab_size")
         if largest and known_ids and largest >= known_ids:
@@ -58,7 +59,8 @@ class ModelFolder:
         if not any((self.path / name).is_file() for name in TOKENIZERS):
             yield f"{self.path} has no tokenizer ({', '.join(TOKENIZERS[:2])} …): copy it there"
 
-    def _weight_problems(self) -> Iterator[str]:
+    def weight_problems(self) -> Iterator[str]:
+        """What is wrong with its weights: missing, not whole, not safetensors, of fewer layers."""
         if self.files is None:
             unread = [file.name for pattern in _UNREAD for file in self.path.glob(pattern)]
             if unread:
@@ -74,6 +76,12 @@ class ModelFolder:
                 yield f"{file} is not there: fetch the model again"
             elif self.headers.get(file) is None:
                 yield f"{file} is not whole, or no safetensors (a pointer of Git LFS?): fetch it again"
+        layers, tensors = self.config.get("num_hidden_layers"), self._tensors
+        if isinstance(layers, int) and tensors and layers > tensors:
+            yield (
+                f"{self.path}/config.json says {layers} layers, but its weights have {tensors} tensors: "
+                "fetch the model again"
+            )
 
     @cached_property
     def described(self) -> Any:
@@ -112,6 +120,21 @@ class ModelFolder:
             for name, about in (header or {}).items()
             if name.endswith(".weight") and len(about.get("shape", ())) == 2
         }
+
+    def fingerprint(self) -> str:
+        """Names its architecture, not its weights: type, and names, shapes and dtypes of all tensors."""
+        tensors = [
+            (name, about.get("dtype"), about.get("shape"))
+            for header in self.headers.values()
+            for name, about in (header or {}).items()
+            if name != "__metadata__"
+        ]
+        described = json.dumps([self.config.get("model_type"), sorted(tensors)])
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    @property
+    def _tensors(self) -> int:
+        return sum(map(len, filter(None, self.headers.values())))
 
     def lacking(self, targets: tuple[str, ...]) -> list[str]:
         """Names of modules that it has none of; none, if its modules are not known."""
@@ -155,7 +178,7 @@ def classifiers() -> frozenset[str]:
 def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -167,5 +190,5 @@ def _header(file: Path) -> dict[str, Any] | None:
             header = json.loads(opened.read(size)) if size < _HEADER else {}
         end = max(about["data_offsets"][1] for n, about in header.items() if n != "__metadata__")
         return header if file.stat().st_size == 8 + size + end else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError):
         return None

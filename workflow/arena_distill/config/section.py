@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import reprlib
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -76,7 +77,7 @@ class Section(BaseModel):
                 raise ValueError(f"true or false expected, got {value!r}")
         elif any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(
-                f"this key is no switch: true and false mean nothing here, got {value}"
+                f"this key is no switch: true and false mean nothing here, got {reprlib.repr(value)}"
             )
         return value
 

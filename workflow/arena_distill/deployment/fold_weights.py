@@ -25,9 +25,14 @@ from arena_distill.deployment.merging import merge_into, read_adapters
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.artifacts import (
+    check_made_from,
+    fingerprint,
+    read_parquet,
+    read_provenance,
+)
 from arena_distill.files.keys import key, locate
-from arena_distill.files.logits import read_logits
+from arena_distill.files.logits import ids_path, read_logits
 from arena_distill.metrics import log_loss, losses, mean_over_views
 from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import load_classifier
@@ -46,8 +51,10 @@ def validation_weights(logits: Sequence[Path], folds: Path) -> list[float]:
     """
     table = read_parquet(folds, ["id", "source", "vote", "weight"])
     means, errors = [], []
-    for path in logits:
+    for fold, path in enumerate(logits):
         scores, ids = read_logits(path)
+        origin = read_provenance(ids_path(path))
+        check_made_from(origin, path, folds=fingerprint(table), fold=fold)
         rows = np.flatnonzero(ids["validation"].to_numpy())
         votes = votes_of(table)[locate(key(ids.take(rows)), key(table), str(folds))]
         loss = losses(mean_over_views(scores[rows]), votes)

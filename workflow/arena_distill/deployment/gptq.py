@@ -26,7 +26,6 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow.compute as pc
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from arena_distill.config.judge import Attention
@@ -36,11 +35,16 @@ from arena_distill.deployment.quantization_error import DRIFT, drift
 from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.encoding.views import encode_views
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
-from arena_distill.files.hub import brief
 from arena_distill.models.heads import verdicts
-from arena_distill.models.loading import check_tensors, choose_attention, load_classifier, pool_mean
+from arena_distill.models.loading import (
+    check_tensors,
+    choose_attention,
+    load_classifier,
+    pool_mean,
+    refuse_weights,
+)
 from arena_distill.models.scoring import score
 
 if TYPE_CHECKING:
@@ -176,31 +180,27 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    try:
+    with refusing(f"{folder}: cannot read a GPTQ model from this folder"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.quantization_config["backend"] = "gptq_torch"
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{folder}: cannot read a GPTQ model from this folder: {brief(error)}"
-        ) from None
-    dtype = config.dtype or torch.float32
-    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    kernel = choose_attention(config, attention, dtype) if attention else None
-    try:
-        with patch.object(TorchLinear, "optimize", lambda *_, **__: None):
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype="auto",
-                attn_implementation=kernel,
-                device_map={"": device},
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
-    check_tensors(folder, loaded)
+    refuse_weights(folder)
+    with (
+        refusing(f"{folder}: cannot be loaded as a judge"),
+        patch.object(TorchLinear, "optimize", lambda *_, **__: None),
+    ):
+        dtype = config.dtype or torch.float32
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            attn_implementation=choose_attention(config, attention, dtype) if attention else None,
+            device_map={"": device or ("cuda:0" if torch.cuda.is_available() else "cpu")},
+            use_safetensors=True,  # never unpickle
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        check_tensors(folder, loaded, model)
     if getattr(config, "head_pooling", "last") == "mean":
         pool_mean(model)
     return model
@@ -412,13 +412,12 @@ def _layer_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    try:
+    refuse_weights(folder)
+    with refusing(f"{folder}: cannot be loaded as a judge"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             auto: Any = AutoModelForSequenceClassification
             model = auto.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
     path, blocks = _blocks(model)
     return {
         f"{path}.{i}.{name}": (layer.in_features, layer.out_features)

@@ -18,16 +18,22 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from arena_distill.config.phases import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
-from arena_distill.errors import InputError
-from arena_distill.files.artifacts import atomic_directory, provenance, write_json
+from arena_distill.errors import InputError, refusing
+from arena_distill.files.artifacts import (
+    REBUILD,
+    atomic_directory,
+    provenance,
+    write_json,
+)
 from arena_distill.models.loading import load_classifier
 
 if TYPE_CHECKING:
@@ -83,6 +89,7 @@ def merge_folds(
         pad_token_id=pad,
         head_seed=0,  # the folds have their own
     )
+    check_folds(adapters, backbone)
     gap = merge_into(model, folds, weights, settings.average, settings.heads, target)
     model.to(target)
 
@@ -136,8 +143,18 @@ class Adapter:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
             raise InputError(f"{self.folder}: {target}: {shapes} are no factors of a linear layer")
-        patterns = self.config.alpha_pattern
-        alpha = patterns.get(get_pattern_key(patterns.keys(), target), self.config.lora_alpha)
+        alpha, rank = (
+            patterns.get(get_pattern_key(patterns.keys(), target), usual)
+            for patterns, usual in (
+                (self.config.alpha_pattern, self.config.lora_alpha),
+                (self.config.rank_pattern, self.config.r),
+            )
+        )
+        if len(a) != rank:
+            raise InputError(
+                f"{self.folder}: {target}: its factors have rank {len(a)}, adapter_config.json says "
+                f"{rank}; retrain it"
+            )
         return a, b, alpha / (math.sqrt(len(a)) if self.config.use_rslora else len(a))
 
 
@@ -149,14 +166,12 @@ def _read(folder: Path) -> Adapter:
     """
     from peft import LoraConfig
 
-    try:
+    with refusing(f"{folder}: cannot read an adapter from this folder"):
         options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if options.get("peft_type") != "LORA":
             raise InputError(f"{folder}: a {options.get('peft_type')} adapter; only LoRA is merged")
         config = LoraConfig.from_pretrained(str(folder))
         file: Any = safe_open(folder / "adapter_model.safetensors", "pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot read an adapter from this folder: {error}") from None
     if config.init_lora_weights not in _HARMLESS_STARTS:
         raise InputError(
             f"{folder}: its initialisation ({config.init_lora_weights}) changed the backbone too; save "
@@ -188,6 +203,28 @@ def read_adapters(folders: Sequence[Path]) -> list[Adapter]:
     folds = [_read(folder) for folder in folders]
     _check_alike(folds)
     return folds
+
+
+def check_folds(adapters: Sequence[Path], backbone: Path) -> None:
+    """Refuse adapters that are not the folds of one judge, in their order.
+
+    Raises:
+        InputError: names the first that does not belong to the others.
+    """
+    from arena_distill.models.adapters import check_adapter
+
+    known = [(a, origin) for a in adapters if (origin := check_adapter(a, backbone))]
+    for (first, one), (second, other) in pairwise(known):
+        settings = [dict(origin["settings"]) for origin in (one, other)]
+        before, after = (of_fold.pop("fold") for of_fold in settings)
+        differing = [name for name in settings[0] if settings[0][name] != settings[1].get(name)]
+        differing += ["fold"] * (before >= after)
+        differing += ["folds.parquet"] * (one["made_from"]["folds"] != other["made_from"]["folds"])
+        if differing:
+            raise InputError(
+                f"{second} and {first} are not two folds of one judge, in their order: {differing[0]} "
+                f"differs; {REBUILD}"
+            )
 
 
 def _check_alike(folds: Sequence[Adapter]) -> None:

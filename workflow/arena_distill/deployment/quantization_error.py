@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from arena_distill.config.phases import DriftSettings
-from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_json, write_json
+from arena_distill.errors import InputError, refusing
+from arena_distill.files.artifacts import REBUILD, read_json, write_json
 from arena_distill.verdicts import Votes
 
 DRIFT = "drift.json"
@@ -53,15 +53,16 @@ def check_drift(drift: Path, output: Path, *, settings: DriftSettings) -> None:
         InputError: a bound is exceeded. The quantised model is kept.
     """
     report = read_json(drift)
-    bounds = {
-        "kl": ("mean KL", "max_kl", settings.max_kl),
-        "flip_rate": ("share of changed verdicts", "max_flip_rate", settings.max_flip_rate),
-    }
-    beyond = [
-        f"{what} {report[name]:.3g} > {bound:g} (config: judges.*.quantization.{option})"
-        for name, (what, option, bound) in bounds.items()
-        if not report[name] <= bound
-    ]
+    with refusing(f"{drift}: holds no drift of a model; {REBUILD}"):
+        bounds = {
+            "kl": ("mean KL", "max_kl", settings.max_kl),
+            "flip_rate": ("share of changed verdicts", "max_flip_rate", settings.max_flip_rate),
+        }
+        beyond = [
+            f"{what} {report[name]:.3g} > {bound:g} (config: judges.*.quantization.{option})"
+            for name, (what, option, bound) in bounds.items()
+            if not report[name] <= bound
+        ]
     if beyond:
         raise InputError(
             f"quantisation drift on {report['rows']} rows: {'; '.join(beyond)}. Raise the bound, "

@@ -28,9 +28,8 @@ from arena_distill.encoding.templates import (
     TEMPLATES,
     UNKNOWN_MODEL,
 )
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
-from arena_distill.files.hub import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,12 +43,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with refusing(f"{folder}: cannot load a tokenizer from this folder"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: cannot load a tokenizer from this folder: {brief(error)}"
-        ) from None
 
 
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
@@ -64,7 +59,9 @@ def tokenize_battles(
     """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
     models = ["model_a", "model_b"] if settings.names else []
     table = read_parquet(battles, ["id", "source", *_VOTE, *FIELDS, *models])
-    tokens, vocabulary = tokenize(table, load_tokenizer(tokenizer), names=settings.names)
+    loaded = load_tokenizer(tokenizer)
+    with refusing(f"{tokenizer}: its tokenizer fails"):
+        tokens, vocabulary = tokenize(table, loaded, names=settings.names)
     about = provenance("tokens", settings.model_dump() | {"tokenizer": tokenizer.name})
     write_parquet(tokens, output, about | {"vocabulary": vocabulary})
     counts = pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0

@@ -62,6 +62,9 @@ from arena_distill.scoring.logits import read_out_of_fold
 from arena_distill.verdicts import ORDERS, WINNERS, Votes
 
 JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
+LEAST_SPREAD = 1e-4
+"""Probabilities of a judge that differ by less over all battles do not depend on the battle."""
+
 VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
 
 
@@ -142,6 +145,10 @@ def evaluate(
         assert len(loss) == len(reference), "all are scored on the same battles"
         figures["gap_closed"] = gap_closed(float(votes.mean(loss)), baselines)
         figures["versus_final"] = paired_difference(loss, reference, votes, run.groups())
+    for name, figures in judges.items():
+        if warning := _warning(seen[name], figures["oof"], baselines["class_prior"] or {}):
+            figures["warning"] = warning
+            print(f"warning: {name} {warning}", flush=True)
     test = None
     if predictions and test_votes is not None:
         solved = Solution.read(test_votes)
@@ -221,6 +228,18 @@ def _judge(run: Run, logits: np.ndarray) -> Figures:
         "reliability": reliability(probabilities, votes),
         "class_reliability": class_reliability(probabilities, votes),
     }
+
+
+def _warning(logits: np.ndarray, oof: Figures, prior: Figures) -> str | None:
+    """Why a judge knows nothing of the battles, as the end of a sentence; None if it knows something."""
+    if np.ptp(softmax(logits), axis=0).max(initial=0) < LEAST_SPREAD:
+        return "gives every battle the same verdict: it has learned nothing, or reads nothing of a battle"
+    if oof["log_loss"] > prior["log_loss"]:
+        return (
+            f"predicts worse than the class prior: log loss {oof['log_loss']:.4f}, "
+            f"without any judge {prior['log_loss']:.4f}"
+        )
+    return None
 
 
 def _calibrations(

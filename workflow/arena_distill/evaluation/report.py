@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from arena_distill.battles.audit import COUNTS
-from arena_distill.errors import InputError
+from arena_distill.errors import refusing
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
@@ -73,12 +73,8 @@ def render_report(
         InputError: `metrics` is missing, invalid, or of another version.
     """
     figures = read_json(metrics)
-    try:
+    with refusing(f"{metrics}: not the figures of a run; run the workflow again"):
         page, files = render(figures, configuration.read_text() if configuration else None)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{metrics}: not the figures of a run ({error!r}); run the workflow again"
-        ) from error
     for name, text in files.items():
         write_text(text, (parts or output.parent / "report") / name)
     write_text(page, output)
@@ -202,6 +198,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
             "ECE": round(row["ece"], 4) if "ece" in row else None,
             "gap closed": None if row["gap_closed"] is None else round(row["gap_closed"], 3),
             **{f"{k} vs final": round(v, 4) for k, v in row["versus_final"].items()},
+            "warning": row.get("warning"),
         }
         for row in _overview(metrics)
     ]

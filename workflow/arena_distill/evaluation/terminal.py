@@ -29,6 +29,9 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
     if metrics["baselines"]["bayes"]:
         legend += "; gap: the way from the class prior (0%) to Bayes (100%)"
     console.print(legend, style="dim")
+    for name, judge in metrics["judges"].items():
+        if "warning" in judge:
+            console.print(f"warning: {name} {judge['warning']}", style="bold red")
     optimistic = [name for name, judge in metrics["judges"].items() if judge.get("optimistic")]
     if optimistic:
         console.print(

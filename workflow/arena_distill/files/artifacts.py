@@ -19,11 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arena_distill import __version__
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 
 StrPath = str | os.PathLike[str]
 
@@ -35,6 +36,9 @@ ROW_GROUP = 16_384
 """Rows per row group: few enough that their texts fit into one Arrow array."""
 
 _PROVENANCE = b"arena_distill"
+_COLUMNS = b"arena_distill.columns_sha256"
+_METADATA = ""
+"""In place of a column's name, in the digests."""
 DIGEST = b"arena_distill.npy_sha256"
 REBUILD = "delete it and run the workflow again: it will be rebuilt"
 
@@ -57,10 +61,13 @@ def provenance(phase: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any]) -> None:
     """Write `table` to `path` with its provenance in the schema's metadata.
 
-    Other metadata of the table is kept. Pages carry checksums, which `read_parquet` verifies.
+    Other metadata of the table is kept. Pages carry checksums, columns without lists (ids, folds, votes,
+    probabilities) and the metadata also digests; `read_parquet` verifies both.
     """
-    origin = {_PROVENANCE: dumps(provenance).encode()}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **origin})
+    metadata = {**(table.schema.metadata or {}), _PROVENANCE: dumps(provenance).encode()}
+    digests = {name: _column_sha256(table[name]) for name in table.column_names}
+    digests = {_METADATA: _metadata_sha256(metadata), **{n: d for n, d in digests.items() if d}}
+    table = table.replace_schema_metadata({**metadata, _COLUMNS: dumps(digests).encode()})
     with replacing(path) as temporary:
         pq.write_table(
             table,
@@ -75,7 +82,7 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
     """Read a file of `write_parquet`: all columns, or `columns` in this order.
 
     Raises:
-        InputError: the file is missing, damaged, not parquet, or lacks a column.
+        InputError: the file is missing, damaged, edited, not of `write_parquet`, or lacks a column.
     """
     path = Path(path)
     try:
@@ -91,22 +98,94 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
             # Group by group: Arrow reads no nested texts of more than 2 GB at once.
             groups = [file.read_row_group(i, wanted) for i in range(file.num_row_groups)]
             table = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
-            return table if columns is None else table.select(list(columns))
+            table = table if wanted is None else table.select(wanted)
+            table.validate()
+            metadata = dict(table.schema.metadata or {})
+            written = json.loads(metadata.get(_COLUMNS, b"{}"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a whole parquet file ({error}); {REBUILD}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a whole parquet file ({brief(error)}); {REBUILD}") from error
+    if _PROVENANCE not in metadata:
+        raise InputError(f"{path}: was not written by Arena Distill; {REBUILD}")
+    if written.pop(_METADATA, None) not in (None, _metadata_sha256(metadata)):
+        raise InputError(f"{path}: its metadata are not what was written; {REBUILD}")
+    for name in dict.fromkeys(table.column_names if columns else [*table.column_names, *written]):
+        digest = _column_sha256(table[name]) if name in table.column_names else None
+        if written.get(name, digest) != digest:
+            raise InputError(f"{path}: column {name} is not what was written; {REBUILD}")
+    return table
+
+
+def fingerprint(table: pa.Table) -> str:
+    """Name what a file of `write_parquet` holds, by the digests of its columns."""
+    digests = json.loads((table.schema.metadata or {}).get(_COLUMNS, b"{}"))
+    digests.pop(_METADATA, None)  # versions of libraries
+    return hashlib.sha256(dumps(digests).encode()).hexdigest()[:16]
+
+
+def check_made_from(origin: Mapping[str, Any], where: StrPath, **now: Any) -> None:
+    """Refuse an artifact that was made from other files than there are now.
+
+    Args:
+        origin: its provenance; what its `made_from` does not name is not checked.
+        where: the artifact, for the message.
+        now: by name what it must have been made from, such as a :func:`fingerprint`.
+
+    Raises:
+        InputError: names the first that differs.
+    """
+    made_from = origin.get("made_from", {})
+    for name, wanted in now.items():
+        if (found := made_from.get(name, wanted)) != wanted:
+            raise InputError(
+                f"{where}: was made from another {name} ({found}) than there is now ({wanted}); {REBUILD}"
+            )
+
+
+def _column_sha256(column: pa.ChunkedArray) -> str | None:
+    """The digest of a column, however it is cut into chunks; None of a column with lists."""
+    if pa.types.is_nested(column.type) and not pa.types.is_fixed_size_list(column.type):
+        return None
+    parts: dict[int, Any] = {}
+    for chunk in column.chunks:
+        for number, values in enumerate(_parts(chunk) if len(chunk) else ()):
+            parts.setdefault(number, hashlib.sha256()).update(np.ascontiguousarray(values).data)
+    return hashlib.sha256(b"".join(part.digest() for part in parts.values())).hexdigest()
+
+
+def _metadata_sha256(metadata: Mapping[bytes, bytes]) -> str:
+    told = sorted((k, v) for k, v in metadata.items() if k != _COLUMNS)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _parts(array: pa.Array) -> list[np.ndarray]:
+    """Arrays that say what an Arrow array holds: which values are null, lengths, values."""
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_fixed_size_list(array.type):
+        return [valid, *_parts(array.flatten())]
+    if pa.types.is_null(array.type):
+        return [valid]
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        texts = array.fill_null("").cast(pa.large_string())
+        first, count = texts.offset, len(texts)
+        offsets = np.frombuffer(texts.buffers()[1], np.int64)[first : first + count + 1]
+        content = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+        return [valid, np.diff(offsets), content]
+    return [valid, array.fill_null(False if pa.types.is_boolean(array.type) else 0).to_numpy(False)]
 
 
 def read_provenance(path: StrPath) -> dict[str, Any]:
     """Return the provenance inside a parquet file; raises `InputError` if it has none."""
     try:
-        origin = (pq.read_schema(path).metadata or {})[_PROVENANCE]
+        return dict(json.loads((pq.read_schema(path).metadata or {})[_PROVENANCE]))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-        raise InputError(f"{path}: not written by Arena Distill ({error}); {REBUILD}") from error
-    return dict(json.loads(origin))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        why = brief(error)
+        raise InputError(f"{path}: not written by Arena Distill ({why}); {REBUILD}") from error
 
 
 def file_sha256(path: StrPath) -> str:
@@ -126,8 +205,8 @@ def read_json(path: StrPath) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}); {REBUILD}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file ({brief(error)}); {REBUILD}") from error
 
 
 def write_text(text: str, path: StrPath) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from arena_distill.config.vocabulary import Escape
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 from arena_distill.files.raw_tables import (
     ROWS_AT_ONCE,
     Column,
@@ -56,7 +56,7 @@ def read_csv_file(
         if ragged:  # Only a single thread knows the numbers of rows.
             table = parse(use_threads=False)
     except pa.ArrowException as error:
-        raise InputError(f"{path}: not a CSV file ({error})") from error
+        raise InputError(f"{path}: not a CSV file ({brief(error)})") from error
     refuse_twice(table.column_names, path)
     lost = [(row.number - 1, _ragged(row.actual_columns, row.expected_columns)) for row in ragged]
     rows = table.num_rows + len(lost)

@@ -10,7 +10,7 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 
 Kind = Literal["model", "dataset"]
 
@@ -89,8 +89,3 @@ def access_problem(repo: str, kind: Kind) -> str | None:
             f"{page} if there are any, and export HF_TOKEN"
         )
     return None
-
-
-def brief(error: BaseException) -> str:
-    """The first line of a library's message; the rest is advice about hubs and caches."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

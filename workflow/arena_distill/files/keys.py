@@ -38,7 +38,8 @@ def locate(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
     if positions.null_count:
         example = wanted.filter(pc.is_null(positions))[0]
         raise InputError(
-            f"{where}: {positions.null_count} of {len(wanted)} rows are missing, {example} among them; "
-            "delete the file and run the workflow again: it will be rebuilt"
+            f"{where}: {positions.null_count} of {len(wanted)} rows are missing, {example} among them: it "
+            "and the file that names these rows are not of one run; run the workflow again, which makes "
+            "anew what is older than its inputs"
         )
     return positions.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from arena_distill import layout
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 from arena_distill.files.artifacts import (
     DIGEST,
     REBUILD,
@@ -57,8 +57,8 @@ def write_logits(
         states: float16 (rows, views, width) by name, one file each in the folder `states_path(path)`
             (see ``models.hidden_states``); None writes no folder.
 
-    The ids are written before the logits and hold the digests of the other files. So files that
-    do not belong together are never read, even if a job was interrupted between the renames.
+    The ids are written before the logits and hold the digests of the other files, and of themselves. So
+    files that do not belong together are never read, even if a job was interrupted between the renames.
 
     Raises:
         ValueError: shape, dtype or row counts are wrong, or a number is not finite.
@@ -102,7 +102,9 @@ def read_logits(path: StrPath) -> tuple[np.ndarray, pa.Table]:
     try:
         logits = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a .npy file of numbers ({error}); {REBUILD}") from error
+        raise InputError(
+            f"{path}: not a .npy file of numbers ({brief(error)}); {REBUILD}"
+        ) from error
     if fault := _logits_fault(logits, ids.num_rows):
         raise InputError(f"{path}: {fault}; {REBUILD}")
     return logits, ids
@@ -123,7 +125,7 @@ def read_states(path: StrPath, name: str) -> np.ndarray:
         digest = file_sha256(file)
         states: np.ndarray = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); {REBUILD}") from error
+        raise InputError(f"{file}: cannot be read ({brief(error)}); {REBUILD}") from error
     written = (read_parquet(ids).schema.metadata or {}).get(_STATES, b"{}")
     if json.loads(written).get(name) != digest:
         raise InputError(f"{file}: damaged, or not of the rows of {ids}; {REBUILD}")

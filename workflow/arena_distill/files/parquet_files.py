@@ -11,22 +11,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, brief
 from arena_distill.files.raw_tables import (
     ROWS_AT_ONCE,
     Column,
     Faults,
     RawTable,
     is_list,
+    most_unpacked,
     refuse_twice,
 )
 
 
 def read_parquet_file(path: Path) -> RawTable:
     with _whole_parquet(path), pq.ParquetFile(path) as file:
-        rows, names = file.metadata.num_rows, file.schema_arrow.names
+        about, names = file.metadata, file.schema_arrow.names
+        rows, limit = about.num_rows, most_unpacked(path)
+        groups = (about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if not 0 <= rows < limit / 8 or sum(groups) > limit:
+            raise InputError(
+                f"{path}: says that it unpacks to {rows:,} rows, or to more than {limit:,} bytes; if this "
+                "is right, split it"
+            )
     refuse_twice(names, path)
-    columns = _ParquetColumns(path, names)
+    columns = _ParquetColumns(path, names, rows)
     return RawTable(path, columns, rows, Faults(path, np.arange(1, rows + 1)))
 
 
@@ -36,8 +44,9 @@ class _ParquetColumns(Mapping[str, Column]):
     Published files have columns of many GB, such as images, that nobody needs here.
     """
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, names: Sequence[str], rows: int) -> None:
         self._path = path
+        self._rows = rows
         self._columns: dict[str, pa.ChunkedArray | None] = dict.fromkeys(names)
 
     def __iter__(self) -> Iterator[str]:
@@ -54,7 +63,12 @@ class _ParquetColumns(Mapping[str, Column]):
                 # In batches, as texts of more than 2 GB do not fit into one Arrow array.
                 batches = file.iter_batches(ROWS_AT_ONCE, columns=[name])
                 chunks = [_plain(batch.column(name), where) for batch in batches]
-            column = self._columns[name] = pa.chunked_array(chunks, kind)
+            column = pa.chunked_array(chunks, kind)
+            if len(column) != self._rows:
+                raise InputError(
+                    f"{where}: has {len(column):,} of {self._rows:,} rows: not a whole parquet file"
+                )
+            self._columns[name] = column
         return column
 
 
@@ -62,9 +76,11 @@ class _ParquetColumns(Mapping[str, Column]):
 def _whole_parquet(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: not a whole parquet file ({error}); "
+            f"{path}: not a whole parquet file ({brief(error)}); "
             "a pickle or CSV must be converted, renaming it is not enough"
         ) from error
 
@@ -123,7 +139,9 @@ def _plain(column: pa.Array, where: str, *, in_struct: bool = False) -> pa.Array
         column.validate(full=True)
         return column
     except pa.ArrowException as error:
-        raise InputError(f"{where}: holds {kind} that is not UTF-8 text ({error})") from error
+        raise InputError(
+            f"{where}: holds {kind} that is not UTF-8 text ({brief(error)})"
+        ) from error
 
 
 def _uuids(column: pa.ExtensionArray) -> pa.Array:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, shown
 
 KEPT_AS_RAW_TEXT = "kept as raw text: "
 """How the reason of a row begins that is faulty and used all the same (test battles only)."""
@@ -27,6 +27,9 @@ Column: TypeAlias = pa.ChunkedArray | list[Any]
 
 ROWS_AT_ONCE = 16_384
 """Texts are handled so many rows at a time: those of a whole file may be too long for one Arrow array."""
+UNPACKED_BYTES = 1 << 30
+UNPACKED_RATIO = 50
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -132,9 +135,14 @@ def is_list(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (*lists, types.is_large_list_view))
 
 
+def most_unpacked(path: Path) -> int:
+    """To how many bytes a packed file may unpack: more is a bomb."""
+    return max(UNPACKED_BYTES, UNPACKED_RATIO * path.stat().st_size)
+
+
 def refuse_twice(names: Sequence[str], path: Path) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{path}: column {', '.join(twice)} appears twice in {', '.join(names)}")
+        raise InputError(f"{path}: column {', '.join(map(shown, twice[:9]))} appears twice")
 
 
 def decoded(content: bytes | bytearray, path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -11,7 +12,9 @@ from safetensors import safe_open
 from transformers import set_seed
 
 from arena_distill.config.judge import Lora
-from arena_distill.errors import InputError
+from arena_distill.config.model_files import ModelFolder
+from arena_distill.errors import InputError, refusing
+from arena_distill.files.artifacts import REBUILD, check_made_from, file_sha256, read_json
 from arena_distill.models.loading import HEADS
 
 
@@ -33,6 +36,34 @@ def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
         raise InputError(f"config: lora.target_modules: {error}") from None
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def check_adapter(adapter: Path, backbone: Path, **made_from: Any) -> dict[str, Any]:
+    """Refuse an adapter that is not what training wrote, or that was trained from other files.
+
+    Args:
+        backbone: the folder that it is to be added to.
+        made_from: what else it must have been made from (``artifacts.check_made_from``).
+
+    Returns:
+        Its provenance; empty of one that was trained elsewhere, or before provenance said so.
+
+    Raises:
+        InputError: names the adapter, and what differs.
+    """
+    if not (adapter / "metrics.json").exists():
+        return {}
+    metrics = read_json(adapter / "metrics.json")
+    for name, digest in metrics.get("sha256", {}).items():
+        if not (adapter / name).is_file() or file_sha256(adapter / name) != digest:
+            raise InputError(f"{adapter / name}: is not what training wrote; {REBUILD}")
+    origin: dict[str, Any] = metrics.get("provenance", {})
+    now = {"backbone": ModelFolder(backbone).fingerprint(), **made_from}
+    check_made_from(origin, adapter, **now)
+    return origin if "made_from" in origin else {}
+
+
 def load_adapter(
     model: torch.nn.Module, adapter: Path, *, keep_head: bool = True, trainable: bool = False
 ) -> PeftModel:
@@ -45,16 +76,10 @@ def load_adapter(
     if not weights.is_file():  # PEFT would query the hub
         raise InputError(f"{adapter}: no adapter: {weights.name} is missing")
     _head_in_float32(model)
-    try:
+    with refusing(f"{adapter}: no adapter for this backbone"):
         judge = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         with safe_open(weights, "pt") as file:
             stored = set(file.keys())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{adapter}: no adapter for this backbone: {error}") from None
-    except KeyError as error:  # PEFT expects the head
-        raise InputError(
-            f"{adapter}: no adapter for this backbone: the tensor {error} is missing"
-        ) from None
     # PEFT only warns about layers that the adapter or the backbone lacks.
     differing = stored ^ set(get_peft_model_state_dict(judge, save_embedding_layers=False))
     if differing:

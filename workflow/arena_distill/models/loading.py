@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -14,11 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError
-
 from arena_distill.config.judge import JOINT, Attention, Head, Precision
-from arena_distill.errors import InputError
-from arena_distill.files.hub import brief
+from arena_distill.config.model_files import ModelFolder
+from arena_distill.errors import InputError, refusing
 from arena_distill.runtime.launch import cpu_is_wanted
 
 if TYPE_CHECKING:
@@ -57,8 +56,8 @@ def load_classifier(
             head, which is small and trained.
 
     Raises:
-        InputError: the folder is not a model, cannot classify sequences or lacks tensors; or hardware
-            or a package for `precision` or `attention` is missing.
+        InputError: the folder is not a model, cannot classify sequences, or lacks tensors or has unused
+            ones; or hardware or a package for `precision` or `attention` is missing.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, logging
@@ -76,7 +75,8 @@ def load_classifier(
     elif precision or device_map:
         options["device_map"] = device_map or placement()
     logging.set_verbosity_error()  # "newly initialized: score.weight" is intended
-    try:
+    refuse_weights(folder)
+    with refusing(f"{folder}: cannot be loaded as a judge"):
         if attention:
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -94,15 +94,13 @@ def load_classifier(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a judge: {brief(error)}") from None
-    check_tensors(folder, loaded, fresh_head=head_seed is not None)
-    if shards > 1:
-        _hold_whole_head(model)
-    if precision == "nf4":
-        _keep_as_packed(model)
-    if head_seed is not None:
-        _start_head(model, loaded["missing_keys"], head_seed)
+        check_tensors(folder, loaded, model, fresh_head=head_seed is not None)
+        if shards > 1:
+            _hold_whole_head(model)
+        if precision == "nf4":
+            _keep_as_packed(model)
+        if head_seed is not None:
+            _start_head(model, loaded["missing_keys"], head_seed)
     if head.pooling == "mean":
         pool_mean(model)
     elif hasattr(model.config, "head_pooling"):  # a judge used as a backbone
@@ -122,31 +120,72 @@ def load_classifier(
     return model
 
 
-def check_tensors(
-    source: Path, loaded: Mapping[str, Collection[str]], *, fresh_head: bool = False
-) -> None:
-    """Refuse a model that lacks tensors: transformers would draw them at random in every job.
+def refuse_weights(folder: Path) -> None:
+    """Refuse weights that are not whole, or not safetensors, before a library reads them.
 
-    Tied tensors, and those that transformers computes by itself, are not missing.
+    Raises:
+        InputError: says which file, and what to do.
+    """
+    for problem in ModelFolder(folder).weight_problems():
+        raise InputError(problem)
+
+
+def check_tensors(
+    source: Path,
+    loaded: Mapping[str, Collection[str]],
+    model: torch.nn.Module,
+    *,
+    fresh_head: bool = False,
+    cut: bool = False,
+) -> None:
+    """Refuse a model that lacks tensors, or has unused ones: with either it is another model.
+
+    Transformers would draw the missing ones at random in every job, and drop the unused ones without a
+    word. Tied tensors, and those that transformers computes by itself, are not missing.
 
     Args:
         source: the folder or file that was loaded, for the message.
         loaded: the loading report of transformers (`output_loading_info`).
-        fresh_head: the head may be missing.
+        model: the loaded model.
+        fresh_head: it is a backbone: the head may be missing, and other heads and towers may be unused.
+        cut: only its first layers were loaded.
 
     Raises:
-        InputError: gives the number of missing tensors, and names the first.
+        InputError: gives the number of these tensors, and names the first.
     """
-    missing = sorted(loaded["missing_keys"])
+    missing, unused = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
     if fresh_head:
         missing = [name for name in missing if name.partition(".")[0] not in HEADS]
     if missing:
-        unknown = sorted(loaded["unexpected_keys"])
-        others = f", and {_some(unknown)} are unknown to the model" if unknown else ""
+        others = f", and {_some(unused)} are unknown to the model" if unused else ""
         raise InputError(
             f"{source}: tensors are missing: {_some(missing)}{others}: its weights are incomplete or "
             "belong to another model; download or make it again"
         )
+    if fresh_head or cut:
+        unused = _of_blocks(unused, model, further_layers=not cut)
+    if unused:
+        raise InputError(
+            f"{source}: tensors are unused: {_some(unused)}: its config.json describes a smaller or "
+            "another model than its weights; download or make it again"
+        )
+
+
+def _of_blocks(names: Sequence[str], model: torch.nn.Module, *, further_layers: bool) -> list[str]:
+    """Those unused tensors that are of a module of the model, or of further layers like its own."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
+    buffers = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
+    alike = {re.sub(r"\d+", "#", n.removeprefix(prefix)) for n, _ in model.named_parameters()}
+    found = []
+    for name in names:
+        bare = name.removeprefix(prefix)
+        module = bare.rpartition(".")[0]
+        further = further_layers and re.sub(r"\d+", "#", bare) in alike
+        # Old checkpoints hold what is computed today: positions, masks, frequencies.
+        if further or (module and module in modules and bare not in buffers):
+            found.append(name)
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

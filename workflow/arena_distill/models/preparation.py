@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.phases import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
-from arena_distill.files.hub import brief, download
-from arena_distill.models.loading import check_tensors
+from arena_distill.files.hub import download
+from arena_distill.models.loading import check_tensors, refuse_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -44,10 +44,8 @@ def prepare_backbone(
             source = source or Path(backbone.path or backbone.gguf or TINY / str(backbone.tiny))
             if not source.exists():
                 raise InputError(f"{source}: no such backbone (config: judges.*.backbone)")
-            try:
+            with refusing(f"{source}: cannot be made a backbone"):
                 _rebuild(backbone, source, folder)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise InputError(f"{source}: cannot be made a backbone: {brief(error)}") from error
         write_json(provenance("backbone", about), folder / "provenance.json")
     print(f"{output}: {backbone.stem()} is ready")
 
@@ -79,6 +77,9 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
     }
     if backbone.gguf:
         where["gguf_file"] = source.name
+    else:
+        refuse_weights(source)
+        where["use_safetensors"] = True  # never unpickle
     config = AutoConfig.from_pretrained(**where, local_files_only=True, trust_remote_code=False)
     if backbone.layers:
         if backbone.layers > config.num_hidden_layers:
@@ -96,7 +97,7 @@ def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
         trust_remote_code=False,
         output_loading_info=True,
     )
-    check_tensors(source, loaded)
+    check_tensors(source, loaded, model, cut=True)
     if backbone.gguf:  # the weights are plain tensors now
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):

@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_leaves
 from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.judge import Head, Lora, Precision
 from arena_distill.encoding.tokenization import load_tokenizer
-from arena_distill.errors import InputError
-from arena_distill.files.hub import brief
+from arena_distill.errors import InputError, refusing
 from arena_distill.models.loading import HEADS
 from arena_distill.models.preparation import keep_layers
 
@@ -132,18 +131,17 @@ def read_config(backbone: Backbone, prepared: Path) -> PreTrainedConfig:
     own = Path(backbone.path) if backbone.path else TINY / str(backbone.tiny)
     for folder in (prepared, own):
         if (folder / "config.json").is_file():
-            try:
+            with refusing(f"{folder}: no model's config.json"):
                 config = AutoConfig.from_pretrained(
                     folder, local_files_only=True, trust_remote_code=False
                 )
-            except (OSError, ValueError) as error:
-                raise InputError(f"{folder}: no model's config.json: {brief(error)}") from None
             return config if folder == prepared else _rebuilt(config, backbone)
     if backbone.gguf and Path(backbone.gguf).is_file():
         file = Path(backbone.gguf)
-        config = AutoConfig.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
-        )
+        with refusing(f"{file}: cannot be read"):
+            config = AutoConfig.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+            )
         return _rebuilt(config, backbone)
     source = backbone.hub or backbone.path or backbone.gguf or ""
     published = _published()

@@ -26,11 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
+from arena_distill.battles.formats.columns import columns_found
 from arena_distill.battles.votes import classes_of
 from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_json
+from arena_distill.files.artifacts import (
+    fingerprint,
+    provenance,
+    read_parquet,
+    read_provenance,
+    write_json,
+)
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.files.raw_tables import column_texts
@@ -82,7 +89,8 @@ def split_external_logits(
     a judge that is trained.
     """
     scores, ids = read_logits(logits)
-    rows = fold_rows(read_parquet(folds), fold, settings)
+    table = read_parquet(folds)
+    rows = fold_rows(table, fold, settings)
     unjudged = pc.and_(
         pc.equal(rows["source"], "unlabelled"), pc.invert(pc.is_in(key(rows), key(ids)))
     )
@@ -94,6 +102,7 @@ def split_external_logits(
     place = locate(key(rows), key(ids), f"logits in {logits}")
     about = {"fold": fold, "external": read_provenance(ids_path(logits)).get("settings")}
     about = provenance("logits", settings.model_dump(mode="json") | about)
+    about["made_from"] = {"folds": fingerprint(table), "fold": fold}
     write_logits(output, scores[place], rows, about)
     print(f"{output}: {len(rows):,} battles of {logits}")
 
@@ -152,7 +161,7 @@ def _judged(file: Path, classes: int) -> tuple[pa.Array, np.ndarray, np.ndarray]
         raise InputError(
             f"{file}: `id` and exactly one of these triples of columns expected: {triples}"
             f"{' (two of them where there are no ties)' if classes == 2 else ''}; "
-            f"columns found: {', '.join(raw.columns)}"
+            f"{columns_found(raw)}"
         )
     if raw.faults.lost:
         number, reason = raw.faults.lost[0]

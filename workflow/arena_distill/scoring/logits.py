@@ -21,7 +21,13 @@ from arena_distill.encoding.batching import token_batches
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import provenance, read_parquet
+from arena_distill.files.artifacts import (
+    check_made_from,
+    fingerprint,
+    provenance,
+    read_parquet,
+    read_provenance,
+)
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states, write_logits
 from arena_distill.models.heads import verdicts
@@ -56,9 +62,10 @@ def predict_logits(
     Raises:
         InputError: a logit or a state is not finite.
     """
-    from arena_distill.models.adapters import load_adapter
+    from arena_distill.models.adapters import check_adapter, load_adapter
 
-    rows = fold_rows(read_parquet(folds), fold, settings)
+    table = read_parquet(folds)
+    rows = fold_rows(table, fold, settings)
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     views = encode_views(read, settings.encoding, settings.head)
@@ -73,6 +80,7 @@ def predict_logits(
         pad_token_id=read.vocabulary.pad,
         head_seed=0,  # the adapter has its own
     )
+    check_adapter(adapter, backbone, folds=fingerprint(table), fold=fold)
     model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}
     if settings.states:
@@ -93,7 +101,7 @@ def predict_logits(
     logits = verdicts(outputs[ours], settings.head)
     if not np.isfinite(logits).all():
         raise InputError(f"{adapter}: its logits are not finite: train it again with a lower lr")
-    about, named = _about(settings, fold), rows.take(pa.array(ours))
+    about, named = _about(settings, fold, table), rows.take(pa.array(ours))
     write_logits(output, logits, named, about, _checked(states, ours, adapter))
     print(f"{output}: {len(ours):,} battles in {len(ORDERS)} orders")
 
@@ -106,7 +114,8 @@ def gather_logits(
     Raises:
         InputError: a shard is damaged, or a row is missing or duplicated.
     """
-    rows = fold_rows(read_parquet(folds), fold, settings)
+    table = read_parquet(folds)
+    rows = fold_rows(table, fold, settings)
     parts = [read_logits(path) for path in shards]
     logits = np.concatenate([part for part, _ in parts])
     ids = pa.concat_tables([table.select(["id", "source"]) for _, table in parts])
@@ -120,7 +129,7 @@ def gather_logits(
         name: np.concatenate([read_states(path, name) for path in shards])[place]
         for name in settings.states
     }
-    write_logits(output, logits[place], rows, _about(settings, fold), states or None)
+    write_logits(output, logits[place], rows, _about(settings, fold, table), states or None)
     print(f"{output}: {len(rows):,} battles of {len(shards)} shards")
 
 
@@ -142,8 +151,9 @@ def _checked(
     return {name: values[rows] for name, values in states.items()} or None
 
 
-def _about(settings: LogitsSettings, fold: int) -> dict[str, Any]:
-    return provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
+def _about(settings: LogitsSettings, fold: int, folds: pa.Table) -> dict[str, Any]:
+    about = provenance("logits", settings.model_dump(mode="json") | {"fold": fold})
+    return about | {"made_from": {"folds": fingerprint(folds), "fold": fold}}
 
 
 def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.ndarray:
@@ -168,6 +178,8 @@ def read_out_of_fold(folds: pa.Table, paths: Sequence[Path], judge: str) -> np.n
         raise InputError(f"judge {judge}: logits of the folds {expected} expected, got {given}")
     for fold, path in zip(expected, paths, strict=True):
         found, ids = read_logits(path)
+        origin = read_provenance(ids_path(path))
+        check_made_from(origin, path, folds=fingerprint(folds), fold=fold)
         if found.shape[1:] != logits.shape[1:]:
             raise InputError(f"{path}: {found.shape[1:]} logits a row, {logits.shape[1:]} expected")
         if "validation" not in ids.column_names:

@@ -24,6 +24,10 @@ FILLER = -100
 
 
 LOWER = "lower the learning rate (lr) or max_grad_norm"
+UNTRAINED = (
+    "no step was taken yet, so it is not the learning rate: the backbone's weights are broken, or too "
+    "large for the precision: fetch the backbone again, or set precision: fp32"
+)
 
 
 @dataclass(frozen=True)

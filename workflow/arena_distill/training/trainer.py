@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,26 @@ from arena_distill.config.judge import (
     State,
     Training,
 )
+from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     atomic_directory,
+    check_made_from,
+    file_sha256,
+    fingerprint,
     provenance,
     read_parquet,
+    read_provenance,
     report_full_disk,
     write_json,
     write_parquet,
 )
 from arena_distill.files.keys import key, locate
-from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.files.logits import ids_path
+from arena_distill.models.adapters import ADAPTER_FILES, check_adapter, load_adapter, new_judge
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import capture, project, projections_of
 from arena_distill.models.loading import check_length, load_classifier
@@ -68,6 +75,7 @@ from arena_distill.training.checkpoints import Checkpoints, digest, file_identit
 from arena_distill.training.examples import (
     FILLER,
     LOWER,
+    UNTRAINED,
     ByLength,
     Examples,
     collator,
@@ -103,6 +111,7 @@ def pretrain_adapter(
     base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
     model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
+    about["made_from"] = {"backbone": ModelFolder(backbone).fingerprint()}
     _fit(model, examples, output, settings, VOTE_LOSS, launch, about)
 
 
@@ -135,6 +144,8 @@ def train_fold(
     targets = weights = None
     states: dict[State, tuple[np.ndarray, ...]] = {}
     if settings.teachers and settings.targets:
+        for file in chain.from_iterable(teachers.values()):
+            check_made_from(read_provenance(ids_path(file)), file, folds=fingerprint(table))
         selected = select_rows(teachers, rows, settings.targets)
         targets = teacher_logits(selected)
         states = {name: teacher_states(selected, name) for name in settings.loss.states()}
@@ -151,6 +162,7 @@ def train_fold(
     if pretrained is None:
         model = new_judge(base, settings.lora, seed)
     else:
+        check_adapter(pretrained, backbone)
         model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
     if states:
         capture(model, states)
@@ -158,6 +170,8 @@ def train_fold(
         project(model, [of_teacher.shape[-1] for of_teacher in states["features"]], seed=seed)
     phase = "distillation" if settings.teachers else "training"
     about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
+    made_from = {"folds": fingerprint(table), "fold": fold}
+    about["made_from"] = made_from | {"backbone": ModelFolder(backbone).fingerprint()}
     _fit(model, examples, output, settings, settings.loss, launch, about)
 
 
@@ -237,7 +251,9 @@ class JudgeTrainer(Trainer):
         for name in ("loss", "grad_norm"):
             value = float(logs.get(name, 0.0))
             if not math.isfinite(value):
-                raise InputError(f"step {self.state.global_step}: {name} is {value}: {LOWER}")
+                first = self.state.global_step == 1  # computed before any update
+                raise InputError(f"step {self.state.global_step}: {name} is {value}: "
+                                 f"{UNTRAINED if first else LOWER}")  # fmt: skip
 
 
 class Progress(TrainerCallback):
@@ -370,6 +386,7 @@ def _write(
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     with atomic_directory(output) as folder:
         model.save_pretrained(str(folder), state_dict=trained)
+        metrics["sha256"] = {name: file_sha256(folder / name) for name in ADAPTER_FILES}
         write_json(metrics, folder / "metrics.json")
         write_parquet(history, folder / "history.parquet", about)
     speed = tokens * metrics["epochs"] / max(seconds, 1e-9)

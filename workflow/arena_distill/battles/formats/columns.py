@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.formats.texts import Messages, TextKind, read_messages
 from arena_distill.config.source import Reading
-from arena_distill.errors import InputError
+from arena_distill.errors import InputError, shown
 from arena_distill.files.raw_tables import KEPT_AS_RAW_TEXT, ROWS_AT_ONCE, RawTable, as_texts
 
 # Columns that belong together have to be found together: `response_1` is B beside `response_0` and A
@@ -81,7 +81,9 @@ def resolve(raw: RawTable, mapped: dict[str, str | None]) -> dict[str, str]:
 
 def columns_found(raw: RawTable) -> str:
     names = list(raw.columns)
-    return f"columns found: {', '.join(names[:20])}" + (", …" if len(names) > 20 else "")
+    return f"columns found: {', '.join(map(shown, names[:20]))}" + (
+        ", …" if len(names) > 20 else ""
+    )
 
 
 @dataclass(frozen=True)
