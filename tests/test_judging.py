@@ -118,6 +118,7 @@ def test_the_code_on_the_card_says_the_same(family: str, kind: str, make: Make) 
     names: dict[str, Any] = {"folder": str(judge.folder), **battle}
     exec(code, names)
     said = Judge.from_pretrained(judge.folder).compare(*battle.values())
+    assert bool(re.search(r"\btie\b", card)) == (judge.settings.head.classes == 3)
     assert said.cut == {"prompt": 0, "response_a": 0, "response_b": 0}
     np.testing.assert_allclose(
         names["probabilities"].tolist(), list(said.probabilities.values()), atol=1e-5
@@ -318,7 +319,7 @@ def test_scores_are_those_of_the_submitted_predictions(tmp_path: Path) -> None:
         (lambda f: (f / FILE).write_text("[]"), "judge.json: format None, and this version"),
         (lambda f: edit(f, format=2), "judge.json: format 2, and this version of arena-distill reads 1"),
         (lambda f: edit(f, lengths="long"), "judge.json: damaged: lengths"),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded as a judge"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights (model.safetensors)"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "cannot load a tokenizer"),
     ],
 )  # fmt: skip

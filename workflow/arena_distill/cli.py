@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -211,8 +212,6 @@ def compare_answers(
     server: Server = None,
 ) -> None:
     """Judge one battle, and print the verdict as JSON."""
-    from dataclasses import asdict
-
     print(json.dumps(asdict(_judge(judge, server).compare(prompt, a, b)), indent=2))
 
 

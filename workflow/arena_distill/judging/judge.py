@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from huggingface_hub import snapshot_download
 
 from arena_distill.battles.style_features import style_features
 from arena_distill.config.judge import Attention
+from arena_distill.deployment.gptq import load_quantized
 from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens, tokens_of
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize
 from arena_distill.encoding.views import encode, tokens_cut, views
@@ -28,6 +30,8 @@ from arena_distill.errors import InputError
 from arena_distill.files.hub import brief
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, read_contract
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
 from arena_distill.prediction.test_time import mean_of_views, score_variants
 
 if TYPE_CHECKING:
@@ -166,8 +170,6 @@ class Judge:
         folder = local_folder(folder)
         contract = read_contract(folder)
         model = _load(folder, contract, device, dtype, attention)
-        from arena_distill.models.scoring import score  # spares a client of a server torch
-
         forward = partial(score, model, batch_tokens=batch_tokens, progress=progress)
         return cls(contract, load_tokenizer(folder), forward)
 
@@ -280,8 +282,6 @@ def local_folder(folder: str | Path) -> Path:
     repo = str(folder).removeprefix("hub:")
     if repo == str(folder):
         return Path(folder)
-    from huggingface_hub import snapshot_download
-
     try:  # neither pickles nor code
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model"]))
     except Exception as error:  # of the hub, of the network
@@ -300,13 +300,9 @@ def _load(
 
     where = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     if contract.kind == "gptq":
-        from arena_distill.deployment.gptq import load_quantized
-
         if dtype is not None:
             raise InputError(f"{folder}: a quantised judge has its own dtype; leave `dtype` out")
         return load_quantized(folder, attention=attention, device=where)
-    from arena_distill.models.loading import load_classifier
-
     return load_classifier(
         folder,
         head=contract.head,
