@@ -83,6 +83,7 @@ def run(files: list[int], words: list[str], folder: str, environment: dict[str, 
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
