@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 GPTQ = Path(os.environ.get("ARENA_GPTQ_PYTHON", ROOT / ".venv-gptq/bin/python"))
+WARM = ROOT / "tests/warm_python.py"
 WORKFLOW = ("Snakefile", "rules", "workflow", "config", "profiles", "slurm", "local-gpu", "envs")
+
+
+@cache
+def warm_python() -> str:
+    """An interpreter for `-m`, as long as these tests run; see warm_python.py."""
+    folder = Path(tempfile.mkdtemp(prefix="warm"))
+    atexit.register(shutil.rmtree, folder)
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(folder / "socket"))
+        door.listen(64)
+        words = [sys.executable, "-I", str(WARM), "serve", str(folder / "python")]
+        subprocess.Popen(words, stdin=door, stdout=subprocess.DEVNULL, start_new_session=True)
+    call = shlex.join([sys.executable, "-IS", str(WARM), "call", str(folder / "socket")])
+    (folder / "python").write_text(f'#!/bin/sh\nexec {call} "$@"\n')
+    (folder / "python").chmod(0o755)
+    return str(folder / "python")
 
 
 @dataclass
@@ -28,7 +50,7 @@ class Checkout:
         return self.folder / "results/mini"
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "snakemake", *arguments, "--configfile", "mini.yaml"]
+        command = [warm_python(), "-m", "snakemake", *arguments, "--configfile", "mini.yaml"]
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
 
     def run(self, *arguments: str) -> str:

@@ -48,17 +48,16 @@ def train(
     return output
 
 
-@pytest.fixture
-def whole(llama: Run, tmp_path: Path) -> Path:
-    return train(llama, tmp_path / "whole", None)
+@pytest.fixture(scope="module")
+def whole(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(make_run("llama"), tmp_path_factory.mktemp("whole") / "adapter", None)
 
 
 class Interruption(BaseException):
     """Like a kill: no `except Exception` catches it."""
 
 
-@pytest.fixture
-def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+def calls_at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Call a function in the middle of a training: at its n-th micro batch."""
     genuine = trainer.battle_losses
 
@@ -75,6 +74,9 @@ def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Non
         monkeypatch.setattr(trainer, "battle_losses", spy)
 
     return arrange
+
+
+at_batch = pytest.fixture(calls_at_batch)
 
 
 def raise_signal(number: signal.Signals) -> Callable[[], None]:
@@ -176,10 +178,25 @@ def interrupted(
     return checkpoints_of(folder / "kept")
 
 
+@pytest.fixture(scope="module")
+def killed(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(make_run("llama"), folder, calls_at_batch(patch))
+    return folder / "kept"
+
+
+@pytest.fixture
+def left(killed: Path, tmp_path: Path) -> list[Path]:
+    """The two checkpoints of a killed training, in `tmp_path / "kept"`."""
+    shutil.copytree(killed, tmp_path / "kept")
+    return checkpoints_of(tmp_path / "kept")
+
+
 def test_a_checkpoint_that_was_never_whole_is_removed(
-    llama: Run, whole: Path, tmp_path: Path, at_batch: Callable[..., None]
+    llama: Run, whole: Path, tmp_path: Path, left: list[Path]
 ) -> None:
-    _, newer = interrupted(llama, tmp_path, at_batch)
+    _, newer = left
     (newer / SEAL).unlink()
     assert_same(train(llama, tmp_path / "x", tmp_path / "kept"), whole)
     assert not list((tmp_path / "kept").glob("*/*checkpoint*"))
@@ -195,12 +212,12 @@ def test_a_damaged_checkpoint_is_set_aside(
     llama: Run,
     whole: Path,
     tmp_path: Path,
-    at_batch: Callable[..., None],
+    left: list[Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if (file, harm) == (SEAL, "gone"):
         pytest.skip("tells of a checkpoint that was never whole")
-    older, newer = interrupted(llama, tmp_path, at_batch)
+    older, newer = left
     content = (newer / file).read_bytes()
     if harm == "gone":
         (newer / file).unlink()
@@ -219,9 +236,9 @@ def test_a_damaged_checkpoint_is_set_aside(
 
 
 def test_without_a_whole_checkpoint_training_starts_anew(
-    llama: Run, whole: Path, tmp_path: Path, at_batch: Callable[..., None]
+    llama: Run, whole: Path, tmp_path: Path, left: list[Path]
 ) -> None:
-    for checkpoint in interrupted(llama, tmp_path, at_batch):
+    for checkpoint in left:
         (checkpoint / SEAL).unlink()  # killed while it was being written
     assert_same(train(llama, tmp_path / "x", tmp_path / "kept"), whole)
 
@@ -262,11 +279,8 @@ def test_what_was_trained_is_not_trained_again_until_the_run_has_succeeded(
     assert_same(train(llama, tmp_path / "x", tmp_path / "kept"), whole)
 
 
-def test_the_time_of_all_attempts_is_counted(
-    llama: Run, tmp_path: Path, at_batch: Callable[..., None]
-) -> None:
-    newest = interrupted(llama, tmp_path, at_batch)[-1]
-    before = read_json(newest / SEAL)["seconds"]
+def test_the_time_of_all_attempts_is_counted(llama: Run, tmp_path: Path, left: list[Path]) -> None:
+    before = read_json(left[-1] / SEAL)["seconds"]
     assert before > 0
     train(llama, tmp_path / "x", tmp_path / "kept")
     assert read_json(tmp_path / "x/metrics.json")["seconds"] > before

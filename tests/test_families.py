@@ -7,8 +7,10 @@ tiny, with new embeddings of the tokenizers' sizes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +63,39 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def source(family: str) -> Path:
+    folder = REAL_TOKENIZERS / TOKENIZERS[family]
+    if not folder.is_dir():
+        pytest.skip(f"no tokenizer in {folder}; scripts/fetch_tokenizers.sh fetches it")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source: Path) -> Any:
+    return load_tokenizer(source)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["as it is", "pad is eos"])
 def reader(
-    family: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    family: str,
+    source: Path,
+    tokenizer: Any,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Reader:
-    source = REAL_TOKENIZERS / TOKENIZERS[family]
-    if not source.is_dir():
-        pytest.skip(f"no tokenizer in {source}; scripts/fetch_tokenizers.sh fetches it")
     folder = tmp_path_factory.mktemp(family)
-    tokenizer = load_tokenizer(source)
     if request.param:
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
+        source = folder / "tokenizer"
+        tokenizer.save_pretrained(source)
     else:
         # What makes the three worth testing.
         expected = {"llama": (False, True), "qwen2": (True, False), "gemma2": (True, True)}
         found = tokenizer.pad_token is not None, tokenizer.bos_token is not None
         assert found == expected[family]
-    tokenizer.save_pretrained(folder / "tokenizer")
-    backbone: Any = Backbone(tiny=family, tokenizer=str(folder / "tokenizer"))  # type: ignore[arg-type]
+    backbone: Any = Backbone(tiny=family, tokenizer=str(source))  # type: ignore[arg-type]
     prepare_backbone(folder / "backbone", settings=BackboneSettings.of(backbone))
     write_parquet(battles_table(BATTLES), folder / "battles.parquet", {"phase": "battles"})
     tokenize_battles(
@@ -87,8 +104,7 @@ def reader(
         folder / "tokens",
         settings=TokensSettings(version=1),
     )
-    end = load_tokenizer(folder / "backbone").eos_token_id
-    return Reader(folder / "backbone", read_tokens(folder / "tokens"), end)
+    return Reader(folder / "backbone", read_tokens(folder / "tokens"), tokenizer.eos_token_id)
 
 
 @pytest.fixture(params=["joint", "pointwise"])
@@ -96,9 +112,10 @@ def head(request: pytest.FixtureRequest) -> Head:
     return Head(kind=request.param)
 
 
-@pytest.fixture
-def load(reader: Reader, head: Head) -> Callable[[], Any]:
-    def judge() -> Any:
+@pytest.fixture(scope="module")
+def load(reader: Reader) -> Callable[[Head], Any]:
+    @cache
+    def judge(head: Head) -> Any:
         torch.manual_seed(0)
         model: Any = load_classifier(
             reader.folder, head=head, pad_token_id=reader.tokens.vocabulary.pad, head_seed=1
@@ -108,6 +125,11 @@ def load(reader: Reader, head: Head) -> Callable[[], Any]:
         return model.eval()
 
     return judge
+
+
+@pytest.fixture
+def model(load: Callable[[Head], Any], head: Head) -> Any:
+    return load(head)
 
 
 def views(reader: Reader, head: Head) -> list[Any]:
@@ -125,9 +147,8 @@ def test_sequences_end_as_the_family_has_it_and_hold_no_padding(reader: Reader, 
 
 
 def test_a_padded_batch_says_what_its_sequences_say_alone(
-    reader: Reader, head: Head, load: Callable[[], Any]
+    reader: Reader, head: Head, model: Any
 ) -> None:
-    model = load()
     for view in views(reader, head):
         assert np.ptp(view.lengths) > 20
         with torch.inference_mode():
@@ -141,9 +162,8 @@ def test_a_padded_batch_says_what_its_sequences_say_alone(
 
 
 def test_the_head_reads_the_last_token_of_each_sequence(
-    reader: Reader, head: Head, load: Callable[[], Any]
+    reader: Reader, head: Head, model: Any
 ) -> None:
-    model = load()
     view = views(reader, head)[0]
     ids, mask = pad(list(view), model.config.pad_token_id)
     with torch.inference_mode():
@@ -155,8 +175,7 @@ def test_the_head_reads_the_last_token_of_each_sequence(
         )
 
 
-def test_training_pads_as_scoring_does(reader: Reader, head: Head, load: Callable[[], Any]) -> None:
-    model = load()
+def test_training_pads_as_scoring_does(reader: Reader, head: Head, model: Any) -> None:
     shown = views(reader, head)
     items = [{"input_ids": [view[i] for view in shown], "labels": np.int64(0)} for i in range(5)]
     batch = collator(model.config.pad_token_id)(items)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,8 +379,7 @@ def test_a_run_without_a_token_ends_before_its_first_job(
     (checkout.folder / "d").mkdir()
     for name in ("ut.parquet", "test.csv"):
         (checkout.folder / "d" / name).write_text("id\n")
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "mini.yaml"]
-    done = subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True)
+    done = checkout.snakemake("--cores", "1")
     assert done.returncode == 1
     assert "needs a token of Kaggle" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -399,10 +396,7 @@ def test_a_run_fetches_what_is_not_there(client: Path, monkeypatch: pytest.Monke
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
     (checkout.folder / "d").mkdir()
     (checkout.folder / "d/test.csv").write_text("mine")
-    command = [sys.executable, "-m", "snakemake", "d/train.csv", "d/test.csv", "--cores", "1"]
-    done = subprocess.run(
-        [*command, "--configfile", "mini.yaml"], cwd=checkout.folder, capture_output=True, text=True
-    )
+    done = checkout.snakemake("d/train.csv", "d/test.csv", "--cores", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (checkout.folder / "d/train.csv").read_text() == "id,prompt\n1,x\n"
     assert (checkout.folder / "d/test.csv").read_text() == "mine"

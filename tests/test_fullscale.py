@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from checkouts import ROOT, Checkout, make_checkout
+from checkouts import ROOT, Checkout, make_checkout, warm_python
 
 from arena_distill.config.run import Config, load, overlay
 
@@ -56,7 +55,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 def dry_run(clone: Checkout, recipe: str) -> str:
     files = [CONFIG, *RECIPES[recipe]]
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "snakemake",
         "-n",
@@ -109,7 +108,7 @@ def test_a_part_of_a_model_is_cut_from_one_download(clone: Checkout) -> None:
     }
     raw["final"] = "small"
     (clone.folder / "parts.yaml").write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", "parts.yaml"]
+    command = [warm_python(), "-m", "snakemake", "-n", "--configfile", "parts.yaml"]
     done = subprocess.run(command, cwd=clone.folder, capture_output=True, text=True)
     counted = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
     assert (counted["download_backbone"], counted["cut_download"]) == ("1", "1"), done.stderr

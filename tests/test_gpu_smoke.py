@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from checkouts import ROOT, warm_python
 
 
 def smoke(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_smoke.py"), *options]
-    path = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
+    command = [warm_python(), "-m", "gpu_smoke", *options]
+    path = os.environ | {"PYTHONPATH": f"{ROOT / 'workflow'}:{ROOT / 'benchmarks'}"}
     return subprocess.run(command, env=path, capture_output=True, text=True)
 
 

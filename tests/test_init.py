@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
-from checkouts import ROOT
+from checkouts import ROOT, warm_python
 
 from arena_distill.battles.reading import read_battles, read_solution
 from arena_distill.battles.simulation import write_arena
@@ -124,7 +123,7 @@ def test_too_few_battles(here: Path) -> None:
 
 def test_the_commands_from_a_csv_to_a_planned_run(here: Path) -> None:
     def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        done = subprocess.run([warm_python(), "-m", *command], capture_output=True, text=True)
         assert not done.returncode, done.stderr
         return done.stdout + done.stderr
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkouts import GPTQ, ROOT, make_checkout
+from checkouts import GPTQ, ROOT, make_checkout, warm_python
 
 from arena_distill.config.run import overlay
 
 pytestmark = pytest.mark.slow
 
 
-def snakemake(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "snakemake", *arguments]
+def snakemake(folder: Path, *arguments: str, python: str | None = None) -> str:
+    command = [python or warm_python(), "-m", "snakemake", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
@@ -90,7 +90,7 @@ def test_another_repository_uses_it_as_a_module(
     checkout = repository.parent / "arena-distill"
     shutil.rmtree(checkout / "workflow/arena_distill")
     before = set(checkout.rglob("*"))
-    snakemake(repository, "--cores", "2")
+    snakemake(repository, "--cores", "2", python=sys.executable)
 
     judge = repository / "judges/results/support"
     made = {path.name for path in repository.iterdir()}
@@ -144,7 +144,7 @@ def test_the_checkout_beside_it_is_a_workflow_still(repository: Path) -> None:
 
 
 def test_a_plan_of_another_repository_prices_the_jobs_of_the_module(repository: Path) -> None:
-    command = [sys.executable, "-m", "arena_distill", "plan", "--json"]
+    command = [warm_python(), "-m", "arena_distill", "plan", "--json"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     jobs = {job["rule"]: job for job in json.loads(done.stdout)["jobs"]}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkouts import make_checkout
+from checkouts import make_checkout, warm_python
 from conftest import FAMILIES, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -469,7 +469,7 @@ def test_against_what_the_winners_published() -> None:
 
 
 def plan_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "arena_distill", "plan", *arguments]
+    command = [warm_python(), "-m", "arena_distill", "plan", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -1,5 +1,7 @@
 """Several processes learn the same as one process, through the command line that a rule calls.
 
+Those that are stopped or killed are started by a real interpreter; see warm_python.py.
+
 On the CPU with gloo: what differs on GPUs is the transport. Weights of one process and of several may
 differ by rounding alone, because sums are made in another order: MOST bounds it.
 """
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkouts import warm_python
 from conftest import ROOT, made_up_battles
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,6 +134,7 @@ def in_one_process(files: Files, output: Path, pretrained: Path | None, **change
 
 
 def command(files: Files, output: Path, *options: str, gpus: int = 2, **changes: Any) -> list[str]:
+    """As words after an interpreter."""
     settings = settings_of(**changes)
     named: dict[str, Any] = {
         "--backbone": files.backbone,
@@ -149,16 +153,7 @@ def command(files: Files, output: Path, *options: str, gpus: int = 2, **changes:
         for file in files.logits
         for part in ("--teacher-logits", f"{name}={file}")
     ]
-    return [
-        sys.executable,
-        "-m",
-        "arena_distill",
-        "phase",
-        "train-fold",
-        *words,
-        *options,
-        *teachers,
-    ]
+    return ["-m", "arena_distill", "phase", "train-fold", *words, *options, *teachers]
 
 
 def environment() -> dict[str, str]:
@@ -171,6 +166,7 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [warm_python(), *command]
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
@@ -373,11 +369,11 @@ def begin(files: Callable[..., Files], tmp_path: Path) -> Iterator[Callable[...,
     """Begin the long training; `tmp_path / "two"` is its output."""
     begun: list[Training] = []
 
-    def begin(*options: str) -> Training:
+    def begin(*options: str, python: str = sys.executable) -> Training:
         known = ["--checkpoints", str(tmp_path / "kept"), *options]
         words = command(files("llama", 45), tmp_path / "two", *known, **LONG)
         process = subprocess.Popen(
-            words,
+            [python, *words],
             env=environment() | {"TMPDIR": str(tmp_path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -441,7 +437,7 @@ def test_stopped_processes_go_on_where_they_were(
     assert said[0] == first.lines[-1]
     assert f"{number.name} received: stopped after step" in said[0]
     assert not (tmp_path / "two").exists()
-    second = begin("--fsdp", fsdp)
+    second = begin("--fsdp", fsdp, python=warm_python())
     assert second.end() == 0
     assert sum(line.endswith(": going on from there") for line in second.lines) in (1, 2)
     assert not any("step 7/" in line for line in second.lines)
@@ -471,7 +467,7 @@ def test_a_killed_process_ends_the_others_and_the_next_attempt_goes_on(
     os.kill(first.workers()[1], signal.SIGKILL)
     assert first.end() == 128 + signal.SIGKILL
     assert first.lines[-1] == "error: process 1 of 2 ended by SIGKILL"
-    second = begin()
+    second = begin(python=warm_python())
     assert second.end() == 0
     assert any(line.endswith(": going on from there") for line in second.lines)
     assert_bytes(tmp_path / "two", whole("0"))

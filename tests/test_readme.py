@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from checkouts import ROOT, make_checkout
+from checkouts import ROOT, make_checkout, warm_python
 from made_up_run import made_up_run
 from safetensors.numpy import save_file
 
@@ -124,7 +124,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (init,) = (
         command.words for command in OTHERS if command.words[:2] == ["arena-distill", "init"]
     )
-    done = run_in(folder, sys.executable, "-m", "arena_distill", *init[1:])
+    done = run_in(folder, warm_python(), "-m", "arena_distill", *init[1:])
     assert done.returncode == 0, done.stderr
     for file in (folder / "mine.yaml", *(folder / "config").glob("*.yaml")):
         put_in_place(folder, run.load(yaml.safe_load(file.read_text())))
@@ -137,7 +137,7 @@ def dry(words: list[str]) -> list[str]:
         del words[words.index("--report") : words.index("--report") + 2]
     if "--sdm" in words and not shutil.which("conda"):  # Snakemake asks conda even in a dry run
         del words[words.index("--sdm") : words.index("--sdm") + 2]
-    return [sys.executable, "-m", *words, *(() if "-n" in words else ("-n",))]
+    return [warm_python(), "-m", *words, *(() if "-n" in words else ("-n",))]
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def of_make(words: list[str], folder: Path) -> None:
 
 
 def of_arena_distill(words: list[str], folder: Path) -> None:
-    start = [sys.executable, "-m", "arena_distill"]
+    start = [warm_python(), "-m", "arena_distill"]
     match words[1:]:
         case ["show-results", metrics]:
             made = made_up_run(folder / "run").evaluate()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkouts import GPTQ, ROOT, make_checkout
+from checkouts import GPTQ, ROOT, make_checkout, warm_python
 
 from arena_distill.config.backbone import TINY
 
@@ -75,7 +75,7 @@ def model(tmp_path: Path) -> Path:
 
 def said_yes(folder: Path, load: str) -> str:
     """The result of a load with `yes` on stdin."""
-    python = GPTQ if load == "load_quantized" else sys.executable
+    python = GPTQ if load == "load_quantized" else warm_python()
     done = subprocess.run(
         [python, "-c", ANSWERED.format(load=LOADS[load])],
         cwd=folder,
@@ -98,6 +98,7 @@ def said_yes(folder: Path, load: str) -> str:
         pytest.param(
             "load_quantized",
             marks=[
+                pytest.mark.slow,
                 pytest.mark.gptq,
                 pytest.mark.skipif(not GPTQ.exists(), reason=f"no environment at {GPTQ}"),
             ],

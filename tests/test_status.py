@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from checkouts import warm_python
 from rich.console import Console
 
 from arena_distill.errors import InputError
@@ -647,14 +648,13 @@ class Workflow:
         return [sys.executable, "-m", "snakemake", "--cores", "3", *arguments]
 
     def snakemake(self, *arguments: str) -> None:
-        done = subprocess.run(
-            self.command(*arguments), cwd=self.folder, capture_output=True, text=True
-        )
+        command = [warm_python(), *self.command(*arguments)[1:]]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def status(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "arena_distill", "status", *arguments],
+            [warm_python(), "-m", "arena_distill", "status", *arguments],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(ROOT / "workflow"), "COLUMNS": "80"},
             capture_output=True,

@@ -178,14 +178,11 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
     """Two variants, two points of each curve, one of each start: all files, and consistent figures."""
     checkout = make_checkout(tmp_path / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
-    config["defaults"]["pretraining"] = None
+    config["defaults"] |= {"pretraining": None, "head": "pointwise"}
     config["compare"] = {"recipes": [], "resamples": 200}
     config["compare"]["variants"] = {
         "soup": {"merge": {"weights": "greedy"}},
-        "pointwise": {
-            "head": "pointwise",
-            "loss": {"combine": "mean_probabilities", "weights": "fitted"},
-        },
+        "fitted": {"loss": {"combine": "mean_probabilities", "weights": "fitted"}},
     }
     config["folds"]["holdout"] = 0.1
     config["studies"] = {"curve_shares": [0.5, 1], "averaging_epochs": [1]}
@@ -193,7 +190,7 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
     checkout.run("compare", "curves", "averaging")
     compared = json.loads((checkout.results / "compare/compare.json").read_text())
     labels = [entry["label"] for entry in compared["entries"]]
-    assert {"soup", "soup, votes", "pointwise", "llama-teacher"} <= set(labels)
+    assert {"soup", "soup, votes", "fitted", "llama-teacher"} <= set(labels)
     for part in ("out_of_fold", "test"):
         table = compared[part]
         p = {name: judge["log_loss"] for name, judge in table["judges"].items()}
@@ -202,11 +199,11 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
             assert row["low"] <= row["high"]
         assert p["Bayes limit"] < p["class prior"]
     entries = {entry["label"]: entry for entry in compared["entries"]}
-    for weights in entries["pointwise"]["teacher_weights"]:
+    for weights in entries["fitted"]["teacher_weights"]:
         assert sum(weights) == pytest.approx(1)
     assert entries["soup"]["judge"] != "gemma2-student", "merged in another way"
     assert not (checkout.results / "adapters" / entries["soup"]["judge"]).exists(), "trained once"
-    position = compared["out_of_fold"]["judges"]["pointwise"]["position"]
+    position = compared["out_of_fold"]["judges"]["fitted"]["position"]
     assert position["flip_rate"] == position["total_variation"] == 0, "a pointwise judge has none"
     soup = checkout.results / "merged" / entries["soup"]["judge"]
     merged = json.loads((soup / "merge.json").read_text())
