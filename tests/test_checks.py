@@ -29,18 +29,12 @@ RAW: dict[str, Any] = {
     "environments": {"gptq": sys.executable},
     "data": {
         "train": "mine/train.csv",
-        "ut": ["mine/ut.csv", "mine/fetched.parquet"],
+        "ut": [
+            "mine/ut.csv",
+            {"path": "mine/fetched", "hub": "org/battles", "revision": "1", "files": ["*.parquet"]},
+        ],
         "test": "mine/test.csv",
         "solution": "mine/solution.csv",
-        "fetch": {
-            "mine/fetched.parquet": {
-                "hub": "org/battles",
-                "revision": "1",
-                "files": ["x.parquet"],
-                "format": "arena",
-                "without": ["mine/test.csv"],
-            }
-        },
     },
     "folds": {"n": 2},
     "judges": {
@@ -81,7 +75,7 @@ def provide(folder: Path) -> None:
 
 
 def is_made(path: str) -> bool:
-    return path == "mine/fetched.parquet"
+    return path == "mine/fetched"
 
 
 def told(raw: dict[str, Any]) -> list[str]:
@@ -139,7 +133,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"run": "a\x00"}, "run: String should match"),
     ({"data": {"train": ["mine/train.csv", ""]}}, "data.train.1.path: a path expected"),
     ({"data": {"solution": "~/x.csv"}}, "data.solution: ~ is not expanded"),
-    ({"data": {"fetch": {"mine/fetched.parquet": {"without": [""]}}}}, "without.0: a path expected"),
+    ({"data": {"extra": {"path": "x", "without": ["all"]}}}, "without.0: Input should be 'train', "),
     ({"environments": {"gptq": "~/gptq"}}, "environments.gptq: ~ is not expanded"),
     ({"compare": {"runs": ["{x}"]}}, "compare.runs.0: { and } are wildcards"),
     ({"judges": {"path": {"backbone": {"path": ""}}}}, "path.backbone.path: a path expected"),
