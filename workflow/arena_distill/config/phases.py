@@ -49,7 +49,7 @@ VERSIONS = {
     "solution": 1,
     "folds": 2,
     "counts": 1,
-    "audit": 1,
+    "audit": 2,
     "backbone": 1,
     "tokens": 4,
     "pretraining": 5,
@@ -71,7 +71,7 @@ VERSIONS = {
     "comparison": 4,
     "curves": 2,
     "averaging": 1,
-    "report": 5,
+    "report": 6,
 }
 
 
