@@ -6,6 +6,7 @@
 # make soak        kills at many random moments; files of every format changed at random
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
+PIP = bin/python -m pip install --quiet --disable-pip-version-check --no-deps
 CORES ?= all
 
 .PHONY: demo test test-fast test-slurm test-real soak lint format setup auto-gptq lock clean
@@ -52,32 +53,36 @@ format: setup
 
 # Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other. And
 # bitsandbytes in a folder of its own, for the tests that put it on their path: PEFT imports it
-# wherever it is found, which would cost every job 1.4 seconds.
+# wherever it is found, which would cost every job 1.4 seconds. Locks are whole and have hashes.
 setup: .venv/.ready .venv/qlora/.ready .venv-gptq/.ready
 
-.venv/.ready: requirements.lock pyproject.toml
-.venv-gptq/.ready: requirements-gptq.lock pyproject.toml
+.venv/.ready: requirements.lock requirements-cpu.lock requirements-cuda.lock pyproject.toml
+.venv-gptq/.ready: requirements-gptq.lock requirements-cpu.lock requirements-cuda.lock pyproject.toml
 .venv/.ready .venv-gptq/.ready:
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(environment)
+	$(@D)/$(PIP) --no-build-isolation --editable .
 	touch $@
 
 .venv/qlora/.ready: requirements-qlora.lock .venv/.ready
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r $<
+	.venv/$(PIP) --require-hashes --upgrade --target $(@D) -r $<
 	touch $@
 
 # A third environment, for the test that auto-gptq itself reads what GPTQModel wrote; nothing else uses it.
 auto-gptq: .venv-auto-gptq/.ready
-.venv-auto-gptq/.ready: requirements-auto-gptq.lock
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+.venv-auto-gptq/.ready: requirements-auto-gptq.lock requirements-cpu.lock requirements-cuda.lock
+	$(environment)
 	touch $@
 
-# Write both locks anew from what is installed in the two environments.
+# Torch is a CPU build where pip finds one, else PyPI's, which needs CUDA's libraries. (Of both pip would choose
+# by whether an index names hashes.)
+define environment
+$(PYTHON) -m venv $(@D)
+$(@D)/$(PIP) --require-hashes -r requirements-cpu.lock 2>/dev/null || $(@D)/$(PIP) --require-hashes -r requirements-cuda.lock
+$(@D)/$(PIP) --require-hashes -r $<
+endef
+
 lock:
-	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
-	.venv-gptq/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements-gptq.lock
+	scripts/lock.sh
 
 clean:
 	rm -rf results .snakemake

@@ -1,19 +1,17 @@
-# Published battles: only files that `data.fetch` names, and only if they do not exist yet.
+# Published battles: only sources with `kaggle` or `hub`, and only if their files do not exist yet.
 include: "inputs/fetch.smk"
 
 
 rule fetch_battles:
     # A local rule, because it needs the network, which a cluster's nodes may not have.
-    input:
-        without=lambda wildcards: [existing(file) for file in FETCHED[wildcards.file].without],
     output:
-        file=local("{file}"),
+        local("{file}"),
     log:
         RUN.log("fetch_battles/{file}"),
     benchmark:
         RUN.benchmark("fetch_battles/{file}")
     wildcard_constraints:
-        file=one_of(FETCHED),
+        file=one_of(file for file, source in FETCHED.items() if source.kaggle),
     localrule: True
     conda:
         "../envs/arena.yaml"
@@ -21,9 +19,18 @@ rule fetch_battles:
         download=1,
     params:
         settings=lambda wildcards: phase.FetchSettings.of(FETCHED[wildcards.file]).as_params(),
-        without=as_options("without"),
     message:
         "Fetching {wildcards.file}"
     shell:
-        "arena fetch-battles --output {output.file:q} --settings {params.settings:q}"
-        " {params.without:q} > {log:q} 2>&1"
+        "arena fetch-battles --output {output:q} --settings {params.settings:q} > {log:q} 2>&1"
+
+
+use rule fetch_battles as fetch_data_set with:
+    output:
+        directory(local("{file}")),
+    log:
+        RUN.log("fetch_data_set/{file}"),
+    benchmark:
+        RUN.benchmark("fetch_data_set/{file}")
+    wildcard_constraints:
+        file=one_of(file for file, source in FETCHED.items() if source.hub),

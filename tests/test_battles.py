@@ -412,6 +412,71 @@ def test_test_row_with_a_wrong_number_of_cells_is_an_error(tmp_path: Path) -> No
         read(path, "test")
 
 
+# --- what is left out -------------------------------------------------------------------------------
+
+
+def shown(number: int, prompt: str, a: str = "a", winner: str = "model_a") -> Row:
+    return {
+        "id": f"e{number}",
+        "prompt": prompt,
+        "response_a": a,
+        "response_b": "b",
+        "winner": winner,
+    }
+
+
+def test_prompts_of_other_sources_and_repeated_rows_are_left_out(tmp_path: Path) -> None:
+    train = [shown(1, "Old  Prompt"), shown(2, "bad", winner="?"), shown(3, "bare")]
+    extra = [
+        shown(1, " old prompt "),
+        shown(2, "new"),
+        shown(3, "bad"),  # the row of train is refused
+        shown(4, "new", winner="tie"),  # again
+        shown(5, "new", "c"),  # another battle
+    ]
+    more = [shown(6, "NEW"), shown(7, "more"), shown(7, "more")]
+    drop: dict[str, Any] = {"without": ("train",), "repeated": "drop"}
+    files = {
+        "train": [Source(path=str(write_jsonl(tmp_path / "train.jsonl", train)))],
+        "extra": [
+            Source(path=str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), **drop)
+            for name, rows in (("extra", extra), ("more", more))
+        ],
+        "ut": [
+            Source(path=str(write_jsonl(tmp_path / "ut.jsonl", [*extra[:2], shown(7, "more")])),
+                   without=("extra",))
+        ],
+    }  # fmt: skip
+    battles, rejected = (table.to_pylist() for table in read_battles(files))
+    kept = [(b["source"], b["id"]) for b in battles]
+    assert kept == [
+        *(("train", name) for name in ("e1", "e3")),
+        *(("extra", name) for name in ("e2", "e3", "e5", "e7")),
+        ("ut", "e1"),
+    ]
+    reasons = [(r["source"], r["row"], r["column"], r["reason"]) for r in rejected]
+    again = "dropped: the same prompt and answers came before"
+    assert reasons[1:] == [
+        ("extra", 1, "prompt", "dropped: it is in train too"),
+        ("extra", 4, "prompt", again),
+        ("extra", 1, "prompt", again),
+        ("extra", 3, "prompt", again),
+        ("ut", 2, "prompt", "dropped: it is in extra too"),
+        ("ut", 3, "prompt", "dropped: it is in extra too"),
+    ]
+
+
+def test_what_is_left_out_is_not_refused(tmp_path: Path) -> None:
+    """Neither its share nor a kind of votes of which nothing is left stops the run."""
+    rows = [shown(1, "x", winner="tie"), shown(2, "y")]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "extra.jsonl", [rows[0], shown(3, "z")])
+    extra = Source(path=str(tmp_path / "extra.jsonl"), without=("train",))
+    write({"train": [tmp_path / "train.jsonl"], "extra": [extra]}, tmp_path, max_refused=0)
+    counts = read_json(tmp_path / "reading.json")["sources"]["extra"]
+    assert (counts["dropped"], counts["refused"], counts["battles"]) == (1, 0, 1)
+
+
 # --- what is counted ------------------------------------------------------------------------------
 
 

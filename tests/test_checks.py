@@ -29,18 +29,12 @@ RAW: dict[str, Any] = {
     "environments": {"gptq": sys.executable},
     "data": {
         "train": "mine/train.csv",
-        "ut": ["mine/ut.csv", "mine/fetched.parquet"],
+        "ut": [
+            "mine/ut.csv",
+            {"path": "mine/fetched", "hub": "org/battles", "revision": "1", "files": ["*.parquet"]},
+        ],
         "test": "mine/test.csv",
         "solution": "mine/solution.csv",
-        "fetch": {
-            "mine/fetched.parquet": {
-                "hub": "org/battles",
-                "revision": "1",
-                "files": ["x.parquet"],
-                "format": "arena",
-                "without": ["mine/test.csv"],
-            }
-        },
     },
     "folds": {"n": 2},
     "judges": {
@@ -81,7 +75,7 @@ def provide(folder: Path) -> None:
 
 
 def is_made(path: str) -> bool:
-    return path == "mine/fetched.parquet"
+    return path == "mine/fetched"
 
 
 def told(raw: dict[str, Any]) -> list[str]:

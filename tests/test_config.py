@@ -231,7 +231,7 @@ def test_a_path_is_a_source_read_by_default(tmp_path: Path) -> None:
     assert data.train == (Source(path="train.csv"),)
     settings = BattlesSettings.of(load(raw(data={**FILES, "extra": ["extra.csv", shards]})))
     assert list(settings.sources) == ["extra"]
-    for file in data.extra[1].files():
+    for file in data.extra[1].shards():
         (source,) = settings.files_of("extra", [file])
         assert (source.path, source.ties) == (str(file), {"both_bad": "drop"})
         assert settings.files_of("train", [file]) == [Source(path=str(file))]

@@ -1,226 +1,213 @@
-"""Published battles become files of the Kaggle schema; only requested files are fetched."""
+"""Published battles are fetched as they are, from a hub and a Kaggle of our own; only where asked."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from checkouts import make_checkout
+from huggingface_hub import constants
 
 from arena_distill.battles import fetching
-from arena_distill.battles.fetching import (
-    arena_battles,
-    check_access,
-    fetch_battles,
-    ultrafeedback_battles,
-)
+from arena_distill.battles.fetching import ORIGIN, check_access, fetch_battles
 from arena_distill.battles.reading import read_battles
-from arena_distill.config.data import Fetch
 from arena_distill.config.phases import FetchSettings
 from arena_distill.config.run import load
+from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.files import hub
-from arena_distill.files.artifacts import read_provenance
 
 COMMIT = "a" * 40
-
-
-# --- UltraFeedback ----------------------------------------------------------------------------------
-
-
-def rated(prompt: str, *ratings: float | None) -> dict[str, Any]:
-    """A prompt with one answer per rating, as in openbmb/UltraFeedback."""
-    completions = [
-        {
-            "model": f"model {rating}",
-            "response": f"answer {i} of {rating}",
-            "overall_score": 1.0,  # the column that is not to be trusted
-            "fine-grained_score": rating,
-        }
-        for i, rating in enumerate(ratings)
-    ]
-    return {"source": "x", "instruction": prompt, "completions": completions}
-
-
-def test_the_better_rated_answer_wins_and_equal_ratings_are_ties() -> None:
-    rows = [rated(f"p{i}", 1.0, 2.5, 2.5, 4.75) for i in range(200)]
-    battles = ultrafeedback_battles(rows, seed=1).to_pylist()
-    assert len(battles) == 200
-    winners = set()
-    for battle in battles:
-        a, b = (float(battle[f"model_{side}"].split()[1]) for side in "ab")
-        expected = "tie" if a == b else "model_a" if a > b else "model_b"
-        assert battle["winner"] == expected
-        assert battle["response_a"] != battle["response_b"]
-        winners.add(expected)
-    assert winners == {"model_a", "model_b", "tie"}
-    ties = sum(battle["winner"] == "tie" for battle in battles)
-    assert 15 <= ties <= 55  # one pair of six
-
-
-def test_pairs_depend_on_seed_and_prompt_only() -> None:
-    rows = [rated(f"p{i}", 1, 2, 3, 4) for i in range(20)]
-    battles = ultrafeedback_battles(rows, seed=1)
-    part = ultrafeedback_battles(rows[10:], seed=1)
-    columns = ["prompt", "response_a", "response_b", "winner"]
-    assert battles.slice(10).select(columns).equals(part.select(columns))
-    assert not ultrafeedback_battles(rows, seed=2).equals(battles)
-
-
-def test_the_binarized_kind_is_read_too() -> None:
-    def turns(text: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": "p"}, {"role": "assistant", "content": text}]
-
-    rows = [
-        {
-            "prompt": f"p{i}", "prompt_id": "x", "chosen": turns("good"), "rejected": turns("bad"),
-            "score_chosen": 8.0, "score_rejected": 8.0 if i == 0 else 3.0,
-        }
-        for i in range(20)
-    ]  # fmt: skip
-    battles = ultrafeedback_battles(rows, seed=1).to_pylist()
-    assert battles[0]["winner"] == "tie"
-    for battle in battles[1:]:
-        assert battle["winner"] == ("model_a" if battle["response_a"] == ["good"] else "model_b")
-    assert {battle["winner"] for battle in battles} == {"model_a", "model_b", "tie"}
-
-
-def test_prompts_without_two_rated_answers_are_left_out() -> None:
-    rows = [rated("p", 3, None, None, None), rated("q", 3, None, 2, None), rated("r")]
-    (battle,) = ultrafeedback_battles(rows, seed=0).to_pylist()
-    assert battle["prompt"] == ["q"]
-
-
-def test_other_rows_are_an_error() -> None:
-    with pytest.raises(
-        InputError, match="row 1 has neither completions nor chosen and rejected: x"
-    ):
-        ultrafeedback_battles([{"x": 1}], seed=0)
-
-
-# --- conversations ------------------------------------------------------------------------------------
-
-
-def voted(
-    number: int, prompts: list[str], a: str, b: str, winner: str = "model_b"
-) -> dict[str, Any]:
-    def conversation(answer: str) -> list[dict[str, str]]:
-        return [
-            {"role": role, "content": text}
-            for i, prompt in enumerate(prompts)
-            for role, text in (("user", prompt), ("assistant", f"{answer} {i}"))
-        ]
-
-    return {
-        "question_id": f"q{number}", "model_a": "x", "model_b": "y", "winner": winner,
-        "conversation_a": conversation(a), "conversation_b": conversation(b), "turn": len(prompts),
-    }  # fmt: skip
-
-
-def test_conversations_become_turns() -> None:
-    rows = [voted(1, ["hi", "and?"], "a", "b"), voted(2, ["q"], "a", "b", "tie (bothbad)")]
-    first, second = arena_battles(rows).to_pylist()
-    assert first["prompt"] == ["hi", "and?"]
-    assert (first["response_a"], first["response_b"]) == (["a 0", "a 1"], ["b 0", "b 1"])
-    assert (first["winner"], second["winner"]) == ("model_b", "tie")
-    assert first["id"] == "q1"
-
-
-def test_prompts_that_are_there_already_and_repetitions_are_left_out() -> None:
-    rows = [
-        voted(1, ["Old  Prompt"], "a", "b"),
-        voted(2, ["new"], "a", "b"),
-        voted(3, ["new"], "a", "b"),  # again
-        voted(4, ["new"], "a", "c"),  # another battle
-    ]
-    kept = arena_battles(rows, without={"old prompt"})
-    assert kept["id"].to_pylist() == ["q2", "q4"]
-
-
-def test_a_row_without_conversations_is_an_error() -> None:
-    with pytest.raises(InputError, match="row 1 cannot be read"):
-        arena_battles([{"winner": "tie"}])
 
 
 # --- the hub ------------------------------------------------------------------------------------------
 
 
+class Hub(ThreadingHTTPServer):
+    """A hub with one data set, `o/d`, for huggingface_hub itself to talk to.
+
+    Args:
+        files: by name, their contents.
+        refuses: the status and the hub's code of each answer, if it refuses.
+        sums: SHA-256 that it publishes, by name; else the right ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files: dict[str, bytes] = {}
+        self.refuses: tuple[int, str] | None = None
+        self.sums: dict[str, str] = {}
+        self.asked: list[str] = []
+
+    def entry(self, name: str) -> dict[str, Any]:
+        content = self.files[name]
+        digest = self.sums.get(name) or hashlib.sha256(content).hexdigest()
+        lfs = {"oid": digest, "size": len(content), "pointerSize": 100}
+        return {"type": "file", "path": name, "size": len(content), "oid": "0" * 40, "lfs": lfs}
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(path)
+        if self.server.refuses:
+            status, code = self.server.refuses
+            return self.send(b"{}", status, {"X-Error-Code": code})
+        about, _, rest = path.removeprefix("/api").removeprefix("/datasets/o/d/").partition("/")
+        if about == "revision" and rest not in ("main", COMMIT):
+            return self.send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        if about == "revision":
+            siblings = [{"rfilename": name} for name in self.server.files]
+            return self.send_json({"id": "o/d", "sha": COMMIT, "siblings": siblings})
+        if about == "tree":
+            return self.send_json([self.server.entry(name) for name in self.server.files])
+        if about == "resolve":
+            content = self.server.files[rest.removeprefix(f"{COMMIT}/")]
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return self.send(content, 200, {"ETag": etag, "X-Repo-Commit": COMMIT})
+        self.send(b"", 200 if about == "auth-check" else 404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        size = int(self.headers["Content-Length"])
+        wanted = parse_qs(self.rfile.read(size).decode())["paths"]
+        self.send_json([self.server.entry(name) for name in wanted])
+
+    def send_json(self, value: Any) -> None:
+        self.send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+
+    def send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.fixture
-def dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Any]], None]:
-    """A hub with one data set of these files (rows by name)."""
-
-    def publish(files: dict[str, Any]) -> None:
-        def download(
-            repo: str, *, local_dir: Path, allow_patterns: list[str], **options: Any
-        ) -> None:
-            assert (repo, options["revision"], options["repo_type"]) == ("o/d", COMMIT, "dataset")
-            for name, rows in files.items():
-                if not any(Path(name).match(pattern) for pattern in allow_patterns):
-                    continue
-                path = Path(local_dir, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix == ".parquet":
-                    pq.write_table(pa.Table.from_pylist(rows), path)
-                else:
-                    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
-        monkeypatch.setattr(
-            huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=COMMIT)
-        )
-
-    return publish
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", address)  # of jobs
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        path = template[template.index("/{repo_id}") :]
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + path)
+        yield server
+        server.shutdown()
 
 
-def test_ultrafeedback_is_fetched_and_read(
-    dataset: Callable[[dict[str, Any]], None], tmp_path: Path
-) -> None:
-    dataset({"b.jsonl": [rated("q \ud800", 1, 2)], "a.jsonl": [rated("p", 2, 2)], "README.md": []})
-    origin = Fetch(hub="o/d", revision="main", files=("*.jsonl",), format="ultrafeedback")
-    fetch_battles(tmp_path / "in/ut.parquet", without=[], settings=FetchSettings.of(origin))
-    battles, rejected = read_battles({"ut": [tmp_path / "in/ut.parquet"]})
-    assert not len(rejected)
-    assert battles["prompt"].to_pylist() == [["p"], ["q ?"]]
-    assert battles["vote"].to_pylist()[0] == [0, 0, 1]
-    made = read_provenance(tmp_path / "in/ut.parquet")["settings"]
-    assert (made["revision"], made["commit"]) == ("main", COMMIT)
-    assert [path.name for path in (tmp_path / "in").iterdir()] == ["ut.parquet"]
+def lines(*rows: dict[str, Any]) -> bytes:
+    return "\n".join(map(json.dumps, rows)).encode()
 
 
-def test_conversations_are_fetched_without_what_train_has(
-    dataset: Callable[[dict[str, Any]], None], tmp_path: Path
-) -> None:
-    rows = [voted(1, ["old"], "a", "b"), voted(2, ["new"], "a", "b", "model_a")]
-    dataset({"data/train-0.parquet": rows})
-    train = tmp_path / "train.csv"
-    train.write_text('id,prompt,response_a,response_b,winner\n7,"[""Old""]",x,y,tie\n')
-    origin = Fetch(
-        hub="o/d", revision=COMMIT, files=("data/train-*.parquet",), format="arena", without=("t",)
-    )
-    fetch_battles(tmp_path / "extra.parquet", without=[train], settings=FetchSettings.of(origin))
-    battles, rejected = read_battles({"extra": [tmp_path / "extra.parquet"]})
-    assert (battles["id"].to_pylist(), battles["vote"].to_pylist()) == (["q2"], [[1, 0, 0]])
+PAIR = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+
+
+def data_set(path: Path | str, *files: str, revision: str = "main") -> Source:
+    return Source(path=str(path), hub="o/d", revision=revision, files=files)
+
+
+def fetch(source: Source) -> None:
+    fetch_battles(Path(source.path), settings=FetchSettings.of(source))
+
+
+def test_files_of_a_data_set_are_stored_as_they_are(server: Hub, tmp_path: Path) -> None:
+    server.files = {
+        "data/train-1.jsonl": lines(PAIR | {"prompt": "second"}),
+        "data/train-0.jsonl": lines(PAIR | {"prompt": "first \ud800"}),
+        "data/test-0.jsonl": lines(PAIR),
+        "README.md": b"# a card",
+    }
+    source = data_set(tmp_path / "in/extra", "data/train-*.jsonl")
+    fetch(source)
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["extra"]
+    found = {p.relative_to(source.path).as_posix(): p for p in Path(source.path).rglob("*.*")}
+    assert found.keys() == {ORIGIN, "data/train-0.jsonl", "data/train-1.jsonl"}
+    assert found["data/train-1.jsonl"].read_bytes() == server.files["data/train-1.jsonl"]
+    made = json.loads(found[ORIGIN].read_text())["settings"]
+    assert (made["hub"], made["revision"], made["commit"]) == ("o/d", "main", COMMIT)
+    assert made["sha256"] == {
+        name: hashlib.sha256(server.files[name]).hexdigest()
+        for name in ("data/train-0.jsonl", "data/train-1.jsonl")
+    }
+    battles, rejected = read_battles({"extra": [source]})
+    assert battles["prompt"].to_pylist() == [["first \ufffd"], ["second"]]
     assert not len(rejected)
 
 
-def test_a_data_set_without_the_file_is_an_error(
-    dataset: Callable[[dict[str, Any]], None], tmp_path: Path
+def test_a_folder_is_replaced_as_a_whole(server: Hub, tmp_path: Path) -> None:
+    source = data_set(tmp_path / "extra", "*.jsonl")
+    server.files = {"old.jsonl": lines(PAIR)}
+    fetch(source)
+    server.files = {"new.jsonl": lines(PAIR)}
+    server.sums = {"new.jsonl": "0" * 64}
+    with pytest.raises(InputError, match=r"new\.jsonl did not arrive as it is published: .*again"):
+        fetch(source)
+    assert source.shards() == [tmp_path / "extra/old.jsonl"]
+    server.sums = {}
+    fetch(source)
+    assert source.shards() == [tmp_path / "extra/new.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["extra"]
+
+
+@pytest.mark.parametrize(
+    ("refuses", "source", "message"),
+    [
+        ((403, "GatedRepo"), data_set("x", "*"), "has not accepted the terms"),
+        ((401, "RepoNotFound"), data_set("x", "*"), "it is not there, or private"),
+        (None, data_set("x", "*", revision="v9"), "o/d@v9: cannot .* it has no such revision"),
+        (None, data_set("x", "b.jsonl"), r"o/d@main has no file b\.jsonl"),
+    ],
+)
+def test_a_refusal_of_the_hub_is_one_line(
+    server: Hub,
+    tmp_path: Path,
+    refuses: tuple[int, str] | None,
+    source: Source,
+    message: str,
 ) -> None:
-    dataset({"other.jsonl": []})
-    origin = Fetch(hub="o/d", revision=COMMIT, files=("a.jsonl",))
-    with pytest.raises(InputError, match=r"o/d@a+ has no file a\.jsonl"):
-        fetch_battles(tmp_path / "x.jsonl", without=[], settings=FetchSettings.of(origin))
+    server.files, server.refuses = {"a.jsonl": lines(PAIR)}, refuses
+    with pytest.raises(InputError, match=message) as error:
+        fetch(source.model_copy(update={"path": str(tmp_path / "x")}))
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_network_is_one_line(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"o/d: no access on the hub: .*; check the netw") as error:
+        fetch(data_set(tmp_path / "x", "*"))
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        fetch(data_set(tmp_path / "x", "*"))
+    assert server.asked == []
 
 
 def test_a_connection_that_breaks_is_tried_again(
@@ -266,7 +253,7 @@ given = dict(zip(options[::2], options[1::2]))
 if name == "closed":
     sys.exit("403 - Forbidden")
 with zipfile.ZipFile(Path(given["-p"], given["-f"] + ".zip"), "w") as archive:
-    archive.writestr(given["-f"], "id,prompt\\n1,x\\n")
+    archive.writestr(given["-f"], "id,prompt,response_a,response_b\\n1,x,y,z\\n")
 """
 
 
@@ -285,16 +272,16 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def kaggle(competition: str = "lmsys") -> Fetch:
-    return Fetch(kaggle=competition, files=("train.csv",))
+def kaggle(path: Path | str = "train.csv", competition: str = "lmsys") -> Source:
+    return Source(path=str(path), kaggle=competition, files=("train.csv",))
 
 
 def test_a_file_of_a_competition_is_taken_as_it_is(
     client: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KAGGLE_API_TOKEN", "t")
-    fetch_battles(client / "in/battles.csv", without=[], settings=FetchSettings.of(kaggle()))
-    assert (client / "in/battles.csv").read_text() == "id,prompt\n1,x\n"
+    fetch(kaggle(client / "in/battles.csv"))
+    assert (client / "in/battles.csv").read_text().endswith("\n1,x,y,z\n")
     assert [path.name for path in (client / "in").iterdir()] == ["battles.csv"]
 
 
@@ -304,7 +291,7 @@ def test_a_refusal_is_an_error_of_one_line(client: Path, monkeypatch: pytest.Mon
     with pytest.raises(
         InputError, match="403 - Forbidden; have you accepted the rules at"
     ) as error:
-        fetch_battles(client / "train.csv", without=[], settings=FetchSettings.of(kaggle("closed")))
+        fetch(kaggle(client / "train.csv", "closed"))
     assert "\n" not in str(error.value)
 
 
@@ -326,47 +313,37 @@ def test_a_missing_client_is_reported_first(client: Path, monkeypatch: pytest.Mo
 # --- the configuration --------------------------------------------------------------------------------
 
 
-def raw(**fetch: Any) -> dict[str, Any]:
-    data = {"train": "d/train.csv", "ut": "d/ut.parquet", "test": "d/test.csv", "fetch": fetch}
+def raw(**data: Any) -> dict[str, Any]:
     return {
-        "data": data,
+        "data": {"train": "d/train.csv", "ut": "d/ut.parquet", "test": "d/test.csv"} | data,
         "judges": {"j": {"backbone": {"tiny": "llama"}, "quantization": {"group_size": 32}}},
         "final": "j",
     }
 
 
-def test_a_file_of_kaggle_has_the_same_name_there() -> None:
-    config = load(raw(**{"d/train.csv": {"kaggle": "lmsys"}}))
-    assert config.data.fetch["d/train.csv"].files == ("train.csv",)
-
-
-def test_without_fetch_the_params_do_not_mention_it() -> None:
-    assert "fetch" not in load(raw()).as_params()
+TRAIN = {"path": "d/train.csv", "kaggle": "lmsys"}
+EXTRA = {"path": "d/extra", "hub": "o/d", "revision": "main", "files": ["*.jsonl"]}
 
 
 @pytest.mark.parametrize(
-    ("path", "origin", "message"),
+    ("data", "message"),
     [
-        ("d/other.csv", {"kaggle": "x"}, "no source reads this file; known: d/train.csv"),
-        ("d/train.csv", {}, "exactly one of kaggle, hub"),
-        ("d/train.csv", {"hub": "o/d"}, "`hub` and `revision` go together"),
-        ("d/train.csv", {"hub": "o/d", "revision": "main"}, "files: say which"),
-        ("d/train.csv", {"kaggle": "x", "format": "arena"}, "is taken as it is"),
-        (
-            "d/train.csv",
-            {"hub": "o/d", "revision": "main", "files": ["*"], "format": "arena"},
-            "is parquet: name it so",
-        ),
-        (
-            "d/ut.parquet",
-            {"hub": "o/d", "revision": "main", "files": ["*"], "without": ["d/train.csv"]},
-            "only of format arena",
-        ),
+        ({"train": TRAIN | EXTRA}, "one of kaggle, hub, not both"),
+        ({"train": {"path": "d/x", "hub": "o/d"}}, "`hub` and `revision` go together"),
+        ({"train": EXTRA | {"files": []}}, "files: say which"),
+        ({"train": {"path": "d/x", "files": ["a"]}}, "files: only with hub or kaggle"),
+        ({"train": TRAIN | {"files": ["a", "b"]}}, "from Kaggle comes one file"),
+        ({"train": EXTRA | {"path": "d/*"}}, "needs a name, not a pattern"),
+        ({"ut": [EXTRA, EXTRA | {"revision": "v1"}]}, "ut: d/extra: two sources have this path"),
+        ({"ut": {"path": "d/x", "without": ["extra"]}}, "there are no extra battles"),
+        ({"ut": {"path": "d/x", "without": ["ut"]}}, "all its prompts are in ut itself"),
+        ({"test": {"path": "d/x", "without": ["ut"]}}, "every test battle needs a prediction"),
+        ({"fetch": {"d/train.csv": {"kaggle": "lmsys"}}}, "each source now says itself where"),
     ],
 )
-def test_a_wrong_origin_is_an_error(path: str, origin: dict[str, Any], message: str) -> None:
+def test_a_wrong_origin_is_an_error(data: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load(raw(**{path: origin}))
+        load(raw(**data))
 
 
 @pytest.mark.slow
@@ -374,7 +351,7 @@ def test_a_run_without_a_token_ends_before_its_first_job(
     client: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout = make_checkout(client / "checkout")
-    config = raw(**{"d/train.csv": {"kaggle": "lmsys"}})
+    config = raw(train=TRAIN)
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config | {"run": "r"}))
     (checkout.folder / "d").mkdir()
     for name in ("ut.parquet", "test.csv"):
@@ -388,15 +365,36 @@ def test_a_run_without_a_token_ends_before_its_first_job(
 
 
 @pytest.mark.slow
-def test_a_run_fetches_what_is_not_there(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_fetches_what_is_not_there(
+    client: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after it is fetched a data set is one input: its shards rebuild nothing."""
+    server.files = {"data/a.jsonl": lines(PAIR)}
     monkeypatch.setenv("KAGGLE_API_TOKEN", "t")
-    checkout = make_checkout(client / "checkout")
-    shutil.copytree(client / "site/kaggle", checkout.folder / "workflow/kaggle")  # on jobs' path
-    config = raw(**{"d/train.csv": {"kaggle": "lmsys"}, "d/test.csv": {"kaggle": "lmsys"}})
-    (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
-    (checkout.folder / "d").mkdir()
-    (checkout.folder / "d/test.csv").write_text("mine")
-    done = checkout.snakemake("d/train.csv", "d/test.csv", "--cores", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (checkout.folder / "d/train.csv").read_text() == "id,prompt\n1,x\n"
-    assert (checkout.folder / "d/test.csv").read_text() == "mine"
+    folder = make_checkout(client / "checkout").folder
+    shutil.copytree(client / "site/kaggle", folder / "workflow/kaggle")  # on jobs' path
+    mine = "prompt,chosen,rejected\nq,a,b\n"
+    (folder / "d").mkdir()
+    (folder / "d/ut.csv").write_text(mine)
+    config = raw(
+        train=EXTRA,
+        ut={"path": "d/ut.csv", "kaggle": "lmsys"},
+        test={"path": "d/test.csv", "kaggle": "lmsys"},
+    )
+
+    def snakemake(*options: str) -> str:
+        (folder / "mini.yaml").write_text(yaml.safe_dump(config | {"run": "r"}))
+        battles = "results/r/battles.parquet"
+        command = [sys.executable, "-m", "snakemake", battles, "--configfile", "mini.yaml"]
+        done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    snakemake("--cores", "1")
+    assert (folder / "d/test.csv").read_text().endswith("\n1,x,y,z\n")
+    assert (folder / "d/ut.csv").read_text() == mine
+    assert (folder / "d/extra/data/a.jsonl").read_bytes() == lines(PAIR)
+    assert "Nothing to be done" in snakemake("-n")
+    config["data"]["train"] = EXTRA | {"revision": COMMIT}
+    counted = dict(re.findall(r"^(\w+) +(\d+)$", snakemake("-n"), re.MULTILINE))
+    assert counted == {"fetch_data_set": "1", "read_battles": "1", "total": "2"}

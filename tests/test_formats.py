@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,29 @@ def test_rated_answers(tmp_path: Path, suffix: str) -> None:
         tmp_path / "t.jsonl", [rows[0], {"instruction": "q", "completions": completions[2:]}]
     )
     assert reason.startswith("fewer than two answers")
+
+
+def test_one_pair_of_each_row(tmp_path: Path) -> None:
+    """The texts choose it, wherever a row stands; each pair as often as any other."""
+    rows = [
+        {"instruction": f"p{i}", "completions": [
+            {"model": str(rating), "response": f"{i} {rating}", "score": rating}
+            for rating in (1, 2, 3, 3.5)[: 1 + i % 4]
+        ]}
+        for i in range(4000)
+    ]  # fmt: skip
+    rows = [row for row in rows if len(row["completions"]) > 1]
+    every = read(tmp_path / "t.jsonl", rows)
+    one = read(tmp_path / "t.jsonl", rows, pairs="one")
+    assert [battle["prompt"] for battle in one] == [[row["instruction"]] for row in rows]
+    assert {battle["weight"] for battle in one} == {1}
+    known = {(b["prompt"][0], b["model_a"], b["model_b"]): b["vote"] for b in every}
+    drawn = {key: b["vote"] for b in one if (key := (b["prompt"][0], b["model_a"], b["model_b"]))}
+    assert drawn.items() <= known.items()
+    of_four = [{a, b} for (prompt, a, b) in drawn if int(prompt[1:]) % 4 == 3]
+    counts = [of_four.count({x, y}) for x, y in itertools.combinations(("1", "2", "3", "3.5"), 2)]
+    assert sum(counts) == 1000 and min(counts) > 120 and max(counts) < 215
+    assert read(tmp_path / "t.jsonl", rows[::-1], pairs="one")[::-1] == one
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

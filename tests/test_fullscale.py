@@ -23,7 +23,8 @@ RECIPES: dict[str, list[str]] = {
 TEACHERS = ("llama3-70b", "qwen2-72b")
 
 JOBS = {
-    "fetch_battles": 4,
+    "fetch_battles": 2,
+    "fetch_data_set": 2,
     "download_backbone": 3,
     "tokenize_battles": 3,
     "pretrain_adapter": 3,
@@ -119,11 +120,9 @@ def test_a_part_of_a_model_is_cut_from_one_download(clone: Checkout) -> None:
 def test_models_and_data_are_pinned(recipe: str) -> None:
     config = configuration(recipe)
     revisions = [judge.backbone.revision for judge in config.judges.values() if judge.backbone]
-    revisions += [origin.revision for origin in config.data.fetch.values() if origin.hub]
+    assert all(source.is_remote for source in config.data.files())
+    revisions += [source.revision for source in config.data.files() if source.hub]
     assert all(re.fullmatch("[0-9a-f]{40}", str(revision)) for revision in revisions)
-    assert config.data.fetch.keys() == {
-        f.path for s in config.data.sources() for f in getattr(config.data, s)
-    }
 
 
 @pytest.mark.parametrize(

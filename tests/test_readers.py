@@ -27,7 +27,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no files in {DATA}")
 
 
 def files(path: Any) -> list[Path]:
-    return Source(path=str(path)).files()
+    return Source(path=str(path)).shards()
 
 
 def cells(raw: RawTable) -> dict[str, list[Any]]:

@@ -97,9 +97,10 @@ def test_no_block_hides_a_command(page: Path) -> None:
 
 def put_in_place(folder: Path, config: run.Config) -> None:
     """Files where a configuration names some, in which a dry run finds nothing wrong."""
+    fetched = {source.path for source in config.data.files() if source.is_remote}
     for named in checks.named_files(config):
         path = folder / named.path
-        if path.exists() or named.path in config.data.fetch:
+        if path.exists() or named.path in fetched:
             continue
         (path if named.is_folder else path.parent).mkdir(parents=True, exist_ok=True)
         if named.is_folder:

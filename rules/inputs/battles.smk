@@ -10,7 +10,7 @@ def battle_files(source):
         if CONFIG.data.arena:
             return [RUN.arena(source)] if source in SOURCES else []
         return [
-            existing(str(file)) for given in getattr(CONFIG.data, source) for file in given.files()
+            existing(str(file)) for given in getattr(CONFIG.data, source) for file in given.inputs()
         ]
 
     return files

@@ -1,5 +1,5 @@
 # Inputs of rules/fetch.smk: files to fetch.
-FETCHED = CONFIG.data.fetch
+FETCHED = {str(Path(source.path)): source for source in CONFIG.data.files() if source.is_remote}
 
 
 def check_downloads():

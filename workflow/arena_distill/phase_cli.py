@@ -62,18 +62,11 @@ def launched(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-def fetch_battles(
-    output: Output,
-    settings: Settings,
-    without: Annotated[
-        list[Path] | None, typer.Option(help="Omit battles with prompts of this file (repeatable).")
-    ] = None,
-) -> None:
-    """Fetch a file of battles from Kaggle or the Hugging Face hub."""
+def fetch_battles(output: Output, settings: Settings) -> None:
+    """Fetch a file of battles from Kaggle, or a folder of them from the Hugging Face hub."""
     from arena_distill.battles.fetching import fetch_battles
 
-    parsed = parse(phase.FetchSettings, settings)
-    fetch_battles(output, without=without or [], settings=parsed)
+    fetch_battles(output, settings=parse(phase.FetchSettings, settings))
 
 
 @app.command()

@@ -33,6 +33,7 @@ from arena_distill.battles.similarity import banding, near_pairs, recall, within
 from arena_distill.config.phases import AuditSettings
 from arena_distill.files.artifacts import provenance, read_parquet, write_json, write_text
 from arena_distill.files.keys import key, locate
+from arena_distill.files.tables import table_csv
 from arena_distill.metrics import Figures
 
 EXAMPLES = 5
@@ -86,7 +87,7 @@ def write_audit(
     del chosen["version"]
     figures = audit(read_parquet(battles, columns), read_parquet(folds), **chosen)
     write_json(figures | {"provenance": about}, output)
-    write_text(_csv(figures["examples"]), table)
+    write_text(table_csv(figures["examples"], COLUMNS), table)
     for counts in figures["relations"]:
         print(
             "{of} among {among}: of {battles:,} battles, {same:,} have the same prompt and {near:,}"
@@ -349,9 +350,3 @@ def _printable(text: str) -> str:
 def _excerpt(text: str, start: int) -> str:
     before, after = "…" * (start > 0), "…" * (start + EXCERPT < len(text))
     return f"{before}{text[start : start + EXCERPT]}{after}"
-
-
-def _csv(examples: Sequence[Figures]) -> str:
-    import pandas as pd
-
-    return pd.DataFrame(examples, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")

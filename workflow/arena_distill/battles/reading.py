@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.annotators import merge_annotators
+from arena_distill.battles.formats.canonical import hash_texts
 from arena_distill.battles.formats.columns import Table, columns_found, resolve
 from arena_distill.battles.formats.conversion import convert
 from arena_distill.battles.formats.votes import read_votes
@@ -247,6 +248,19 @@ class Part:
         keep[self.faults.fatal()] = False
         return np.asarray(keep[self.row] & ~self.dropped & ~self.merged)
 
+    def answers(self) -> np.ndarray:
+        """What tells the two answers of each battle from others: int64 (battles,)."""
+        batches = self.battles.to_batches()
+        hashes = [hash_texts(batch["response_a"], batch["response_b"]) for batch in batches]
+        return np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
+
+    def drop(self, battles: np.ndarray, column: str, reason: str) -> None:
+        """Drop battles: bool (battles,). A row of which no battle is left gets its line."""
+        battles = battles & self.good()
+        self.dropped = self.dropped | battles
+        for row in np.setdiff1d(self.row[battles], self.row[self.good()]):
+            self.faults.add(int(row), self.names.get(column, column), DROPPED + reason)
+
 
 def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
     """Read the files of each source; the arguments and errors are those of `read_battles`."""
@@ -258,12 +272,13 @@ def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
         rows = 0
         for given in files.get(source, ()):
             entry = given if isinstance(given, Source) else Source(path=str(given))
-            for file in entry.files():
+            for file in entry.shards():
                 parts.append(_read_part(source, file, entry, rows, ties))
                 rows += parts[-1].rows
     for source in SOURCES:
         mine = [p for p in parts if p.source == source and p.reading.annotators == "merge"]
         _merge_annotators(mine, ties)
+    _drop_known(parts)
     _refuse_duplicates(parts)
     train = [part for part in parts if part.source == "train"]
     if train and not any(part.good().any() for part in train):
@@ -386,6 +401,35 @@ def _merge_annotators(parts: Sequence[Part], ties: Ties) -> None:
         for name, column in vote_columns(part.votes.among(ties)).items():
             at = part.battles.column_names.index(name)
             part.battles = part.battles.set_column(at, name, column)
+
+
+def _drop_known(parts: Sequence[Part]) -> None:
+    """Drop battles whose prompt is in a source that `without` names, and battles that come again.
+
+    Parts are taken in their order: of two sources without each other the first keeps what both have.
+    """
+    if not any(part.reading.without or part.reading.repeated == "drop" for part in parts):
+        return
+    texts = [chunk for part in parts for chunk in part.battles["prompt"].chunks]
+    ends = np.cumsum([len(part.battles) for part in parts])
+    prompts = np.split(prompt_groups(pa.chunked_array(texts, _TURNS)), ends[:-1])
+    for part, prompt in zip(parts, prompts, strict=True):
+        for name in part.reading.without:
+            known = [p[other.good()] for other, p in zip(parts, prompts, strict=True)
+                     if other.source == name]  # fmt: skip
+            there = np.isin(prompt, np.concatenate([prompt[:0], *known]))
+            part.drop(there, "prompt", f"it is in {name} too")
+    for source in {part.source for part in parts if part.reading.repeated == "drop"}:
+        mine = [(part, p) for part, p in zip(parts, prompts, strict=True) if part.source == source]
+        good = np.concatenate([part.good() for part, _ in mine])
+        texts_of = np.concatenate([np.column_stack([p, part.answers()]) for part, p in mine])
+        _, first = np.unique(texts_of[good], axis=0, return_index=True)
+        again = good.copy()
+        again[np.flatnonzero(good)[first]] = False
+        for part, prompt in mine:
+            here, again = np.split(again, [len(prompt)])
+            if part.reading.repeated == "drop":
+                part.drop(here, "prompt", "the same prompt and answers came before")
 
 
 def _refuse_duplicates(parts: Sequence[Part]) -> None:

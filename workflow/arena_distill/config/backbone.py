@@ -20,7 +20,7 @@ class Backbone(Section):
     path: FilePath | None = None
     """A local Hugging Face folder."""
     hub: Word | None = None
-    """A Hugging Face hub id; needs `revision`. Only this, data.fetch and endpoints use the network."""
+    """A Hugging Face hub id; needs `revision`. Only `hub`, `kaggle` and endpoints use the network."""
     revision: Word | None = None
     """A commit on the hub, or a tag or branch; provenance.json records the commit."""
     gguf: FilePath | None = None

@@ -105,16 +105,13 @@ def backbone_files(backbone: Backbone) -> Iterator[tuple[str, str]]:
 
 def named_files(config: Config) -> Iterator[Named]:
     """The files and folders that the configuration names and that must exist."""
-    battles = "put the file there, correct the path, or say in data.fetch where it comes from"
-    for name in SOURCES:
-        for source in getattr(config.data, name):
-            for file in source.files():
-                yield Named(f"data.{name}", str(file), battles)
+    battles = "put the file there, correct the path, or say with hub or kaggle where it comes from"
+    for kind in SOURCES:
+        for source in getattr(config.data, kind):
+            for file in source.inputs():
+                yield Named(f"data.{kind}", str(file), battles)
     if config.data.solution:
         yield Named("data.solution", config.data.solution, battles)
-    for fetched, origin in config.data.fetch.items():
-        for path in origin.without:
-            yield Named(f"data.fetch.{fetched}.without", path, battles)
     correct = "put it there or correct the path"
     for name, judge in config.judges.items():
         if judge.external and judge.external.file:

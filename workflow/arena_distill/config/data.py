@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from arena_distill.config.section import FilePath, Section, Seed, Share, Word
+from arena_distill.config.section import FilePath, Section, Seed, Share
 from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import FoldMethod
 
@@ -35,47 +27,6 @@ class Arena(Section):
     """Battles to predict."""
     unlabelled: NonNegativeInt = 0
     """Battles without votes, for students."""
-
-
-class Fetch(Section):
-    """The source of a file of battles: exactly one of `kaggle`, `hub`."""
-
-    kaggle: Word | None = None
-    """A Kaggle competition. You need a token and have to accept its rules first."""
-    hub: Word | None = None
-    """A data set on the Hugging Face hub; needs `revision`."""
-    revision: Word | None = None
-    """A commit on the hub, or a tag or branch; the file's provenance records the commit."""
-    files: tuple[str, ...] = ()
-    """The file's name on Kaggle (default: the name here), or glob patterns on the hub."""
-    format: Literal["battles", "ultrafeedback", "arena"] = "battles"
-    """`battles`: as it is; `ultrafeedback`: rated answers; `arena`: conversations that were voted on."""
-    without: tuple[FilePath, ...] = ()
-    """Files of battles whose prompts are left out (`arena`)."""
-    seed: Seed = 2025
-    """Selects the two answers of each battle (`ultrafeedback`)."""
-
-    @model_validator(mode="after")
-    def _known_place(self) -> Fetch:
-        if (self.kaggle is None) == (self.hub is None):
-            raise ValueError("needs exactly one of kaggle, hub")
-        if (self.hub is None) != (self.revision is None):
-            raise ValueError("`hub` and `revision` go together")
-        if self.hub and not self.files:
-            raise ValueError(
-                "files: say which of the data set's files, such as data/train-*.parquet"
-            )
-        if self.kaggle and (self.format != "battles" or len(self.files) > 1):
-            raise ValueError(
-                "a file of Kaggle is taken as it is: format: battles, one name in files"
-            )
-        if self.without and self.format != "arena":
-            raise ValueError("without: only of format arena battles are left out")
-        return self
-
-    def source(self) -> str:
-        """What to call it in messages."""
-        return f"kaggle {self.kaggle}" if self.kaggle else f"{self.hub}@{self.revision}"
 
 
 def _sources(value: Any) -> Any:
@@ -113,18 +64,6 @@ class Data(Section):
     """The largest share of a source's rows that may be rejected; a larger share is an error."""
     ties: Literal["refuse", "drop", "half"] = "refuse"
     """With `classes: 2`: ties, and shares of one, are refused, left out, or half a vote for each answer."""
-    fetch: dict[FilePath, Fetch] = {}
-    """By file: the source of files that do not exist yet. Files not listed are never fetched."""
-
-    @field_validator("fetch")
-    @classmethod
-    def _named_on_kaggle(cls, value: dict[str, Fetch]) -> dict[str, Fetch]:
-        return {
-            path: origin
-            if origin.files
-            else origin.model_copy(update={"files": (PurePath(path).name,)})
-            for path, origin in value.items()
-        }
 
     @model_validator(mode="after")
     def _arena_or_files(self) -> Data:
@@ -135,20 +74,28 @@ class Data(Section):
             raise ValueError(
                 "give files or `arena`, not both (set `arena: null` to use your files)"
             )
-        if any(source.annotators == "merge" for source in self.test):
-            raise ValueError(
-                "test: annotators: merge, but every test battle needs a prediction: remove it"
-            )
-        named = {self.solution, *(source.path for source in self.files())}
-        for path, origin in self.fetch.items():
-            if path not in named:
-                raise ValueError(f"fetch.{path}: no source reads this file; known: {self._known()}")
-            if not path.endswith(".parquet") and origin.format != "battles":
-                raise ValueError(f"fetch.{path}: what is converted is parquet: name it so")
+        origins: dict[str, tuple[object, ...]] = {}
+        for name in SOURCES:
+            for source in getattr(self, name):
+                where = f"{name}: {source.path}"
+                fewer = {
+                    "annotators: merge": source.annotators == "merge",
+                    "repeated: drop": source.repeated == "drop",
+                    "without": bool(source.without),
+                }
+                if name == "test" and any(fewer.values()):
+                    key = next(key for key, asked in fewer.items() if asked)
+                    raise ValueError(
+                        f"{where}: {key}, but every test battle needs a prediction: remove it"
+                    )
+                if name in source.without:
+                    raise ValueError(f"{where}: without: all its prompts are in {name} itself")
+                if lacking := [other for other in source.without if not getattr(self, other)]:
+                    raise ValueError(f"{where}: without: there are no {lacking[0]} battles")
+                origin = (source.kaggle, source.hub, source.revision, source.files)
+                if origins.setdefault(source.path, origin) != origin:
+                    raise ValueError(f"{where}: two sources have this path, but another origin")
         return self
-
-    def _known(self) -> str:
-        return ", ".join(source.path for source in self.files()) or "none"
 
     def files(self) -> tuple[Source, ...]:
         """The files of all sources."""

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ValidationError
 from arena_distill.errors import shown
 
 RENAMED: dict[tuple[str, ...], str] = {
-    ("lora", "targets"): "target_modules",
-    ("merge", "head"): "heads",
-    ("studies", "drift_epochs"): "averaging_epochs",
+    ("lora", "targets"): "this key is now called 'target_modules'",
+    ("merge", "head"): "this key is now called 'heads'",
+    ("studies", "drift_epochs"): "this key is now called 'averaging_epochs'",
+    ("data", "fetch"): "each source now says itself where it comes from: {path: …, kaggle: …} or "
+    "{path: …, hub: …, revision: …, files: […]}",
 }
-"""Section and key of earlier configurations → the key's name today."""
+"""Section and key of earlier configurations → what to write today."""
 
 
 def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
@@ -43,7 +45,7 @@ def explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
         name = ".".join(map(shown, path))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden" and path[-2:] in RENAMED:
-            message = f"this key is now called {RENAMED[path[-2:]]!r}"
+            message = RENAMED[path[-2:]]
         elif item["type"] == "extra_forbidden":
             allowed = _keys_at(of, path[:-1])
             close = difflib.get_close_matches(path[-1], allowed, n=1)

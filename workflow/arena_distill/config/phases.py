@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.data import Arena, Audit, Fetch, Folds
+from arena_distill.config.data import Arena, Audit, Folds
 from arena_distill.config.derived import DerivedStudies
 from arena_distill.config.external import Query
 from arena_distill.config.judge import (
@@ -37,19 +37,19 @@ from arena_distill.config.judge import (
 from arena_distill.config.mistakes import explain
 from arena_distill.config.run import Card, Cascade, Config, Prediction
 from arena_distill.config.section import Name, Section, Share
-from arena_distill.config.source import SOURCES, Source
+from arena_distill.config.source import SOURCES, Origin, Source
 from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Classes, Order, Ties
 
 VERSIONS = {
     "simulate": 1,
-    "fetch": 2,
+    "fetch": 3,
     "battles": 3,
     "solution": 1,
     "folds": 2,
     "counts": 1,
-    "audit": 1,
+    "audit": 2,
     "backbone": 1,
     "tokens": 4,
     "pretraining": 5,
@@ -71,7 +71,7 @@ VERSIONS = {
     "comparison": 4,
     "curves": 2,
     "averaging": 1,
-    "report": 5,
+    "report": 6,
 }
 
 
@@ -97,12 +97,12 @@ class ArenaSettings(Settings, Arena):
         return cls(version=VERSIONS["simulate"], classes=config.classes, **arena)
 
 
-class FetchSettings(Settings, Fetch):
+class FetchSettings(Settings, Origin):
     """What is fetched."""
 
     @classmethod
-    def of(cls, origin: Fetch) -> FetchSettings:
-        return cls(version=VERSIONS["fetch"], **origin.model_dump())
+    def of(cls, source: Source) -> FetchSettings:
+        return cls(version=VERSIONS["fetch"], **source.model_dump(include=set(Origin.model_fields)))
 
 
 class BackboneSettings(Settings):
@@ -140,7 +140,7 @@ class BattlesSettings(Settings):
     def files_of(self, name: str, files: Sequence[Path]) -> list[Source]:
         """The files of a source, each as its entry in the configuration interprets it."""
         entries = reversed(self.sources.get(name, ()))  # of two entries the first counts
-        known = {file: entry for entry in entries for file in entry.files()}
+        known = {file: entry for entry in entries for file in entry.inputs()}
         return [
             known[file].model_copy(update={"path": str(file)})
             if file in known

@@ -1,18 +1,17 @@
-"""A file of battles in the configuration: its path, and how to interpret it."""
+"""A file of battles in the configuration: its path, where it comes from, and how to interpret it."""
 
 from __future__ import annotations
 
 import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
-from arena_distill.config.section import FilePath, Section
-from arena_distill.config.vocabulary import BattleFormat, Escape
+from arena_distill.config.section import Distinct, FilePath, Section, Word
+from arena_distill.config.vocabulary import BattleFormat, Escape, SourceName
 
-SOURCES = ("train", "extra", "ut", "test", "unlabelled")
-"""The sources of battles: the keys of `data` with files, in the order of the canonical file."""
+SOURCES: tuple[SourceName, ...] = get_args(SourceName)
 
 KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
 PACKED = {"gz": "gzip", "zst": "zstd"}
@@ -54,6 +53,12 @@ class Reading(Section):
     """A system prompt is the first turn of the prompt, or is left out."""
     escape: Escape = "none"
     """How a CSV file writes quotes in cells. `backslash`: with one before them; `none`: doubled."""
+    pairs: Literal["all", "one"] = "all"
+    """Of a row with several answers: all pairs, or one pair, chosen by a hash of the texts."""
+    without: Distinct[tuple[SourceName, ...]] = ()
+    """Sources whose prompts are left out here."""
+    repeated: Literal["keep", "drop"] = "keep"
+    """`drop`: of rows of a source with the same prompt and answers only the first is kept."""
 
     @field_validator("columns")
     @classmethod
@@ -68,20 +73,67 @@ class Reading(Section):
         return {word.strip().lower(): meaning for word, meaning in value.items()}
 
 
-class Source(Reading):
+class Origin(Section):
+    """Where a file that does not exist yet is fetched from: at most one of `kaggle`, `hub`."""
+
+    kaggle: Word | None = None
+    """A Kaggle competition with this file. You need a token and have to accept its rules first."""
+    hub: Word | None = None
+    """A data set on the Hugging Face hub; its files go into the folder `path`. Needs `revision`."""
+    revision: Word | None = None
+    """A commit on the hub, or a tag or branch, whose commit is recorded in the folder."""
+    files: tuple[str, ...] = ()
+    """Glob patterns of files on the hub, or the file's name on Kaggle (default: the name here)."""
+
+    @model_validator(mode="after")
+    def _known_place(self) -> Origin:
+        if self.kaggle and self.hub:
+            raise ValueError("give one of kaggle, hub, not both")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together")
+        if self.hub and not self.files:
+            raise ValueError("files: say which of the data set's files: data/train-*.parquet")
+        if self.kaggle and len(self.files) > 1:
+            raise ValueError("files: from Kaggle comes one file, so give one name")
+        if self.files and not self.is_remote:
+            raise ValueError("files: only with hub or kaggle, of whose files these are the names")
+        return self
+
+    @property
+    def is_remote(self) -> bool:
+        return bool(self.kaggle or self.hub)
+
+    def origin(self) -> str:
+        """What to call it in messages."""
+        return f"kaggle {self.kaggle}" if self.kaggle else f"{self.hub}@{self.revision}"
+
+
+class Source(Reading, Origin):
     """A file of battles. A path alone means `{path: …}`."""
 
     path: FilePath
     """A file, a folder of shards, or a pattern such as `data/train-*.parquet`."""
 
-    def files(self) -> list[Path]:
+    @model_validator(mode="after")
+    def _one_path_to_fetch(self) -> Source:
+        if self.is_remote and glob.has_magic(self.path):
+            raise ValueError("path: what is fetched needs a name, not a pattern")
+        return self
+
+    def inputs(self) -> list[Path]:
+        """What a job that reads this source depends on: its shards, or the folder they are fetched into."""
+        return [Path(self.path)] if self.hub else self.shards()
+
+    def shards(self) -> list[Path]:
         """The file, or the shards in the order of their names; of a folder those with one of `SUFFIXES`.
 
-        A pattern or folder without shards stands for itself: whoever reads it finds nothing there.
+        A folder that was fetched from the hub has folders of its own. A pattern or folder without shards
+        stands for itself: whoever reads it finds nothing there.
         """
         path = Path(self.path)
         if path.is_dir():
-            shards = [file for file in path.iterdir() if file.name.lower().endswith(SUFFIXES)]
+            inside = path.rglob("*") if self.hub else path.iterdir()
+            shards = [file for file in inside if file.name.lower().endswith(SUFFIXES)]
         elif glob.has_magic(self.path) and not path.exists():
             # Not by Path.glob, which takes no absolute pattern.
             shards = [Path(file) for file in glob.glob(self.path, recursive=True)]

@@ -31,6 +31,9 @@ CalibrationMethod = Literal["temperature", "vector", "style"]
 Calibration = Literal["none"] | CalibrationMethod
 """A calibration, or none."""
 
+SourceName = Literal["train", "extra", "ut", "test", "unlabelled"]
+"""The sources of battles: the keys of `data` with files, in the order of the canonical file."""
+
 BattleFormat = Literal[
     "battles", "conversations", "chosen_rejected", "graded", "ratings", "ranking"
 ]

@@ -43,6 +43,7 @@ from arena_distill.files.artifacts import (
 )
 from arena_distill.files.keys import locate
 from arena_distill.files.logits import ids_path
+from arena_distill.files.tables import table_csv
 from arena_distill.metrics import (
     Figures,
     calibration_scores,
@@ -181,10 +182,10 @@ def evaluate(
         },
     }
     write_json(metrics, output)
-    write_text(_csv(judge_records(metrics), JUDGE_COLUMNS), tables / "judges.csv")
-    write_text(_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
-    write_text(_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
-    write_text(_csv(slice_records(metrics), SLICE_COLUMNS), tables / "slices.csv")
+    write_text(table_csv(judge_records(metrics), JUDGE_COLUMNS), tables / "judges.csv")
+    write_text(table_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
+    write_text(table_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
+    write_text(table_csv(slice_records(metrics), SLICE_COLUMNS), tables / "slices.csv")
     log_loss = judges[settings.final]["oof"]["log_loss"]
     print(f"{output}: {settings.final} {log_loss:.4f} on {len(votes):,} battles out of fold")
 
@@ -364,9 +365,3 @@ def variant_records(metrics: Figures) -> list[Figures]:
         for model, variants in test["models"].items()
         for variant, figures in variants.items()
     ]
-
-
-def _csv(records: Sequence[Figures], columns: Sequence[str]) -> str:
-    import pandas as pd
-
-    return pd.DataFrame(records, columns=list(columns)).to_csv(index=False, lineterminator="\n")

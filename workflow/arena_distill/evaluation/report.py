@@ -7,7 +7,6 @@ colours, so drawings follow its light or dark theme.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
@@ -23,6 +22,7 @@ from arena_distill.errors import refusing
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
+from arena_distill.files.tables import guarded, table_csv
 from arena_distill.metrics import Figures
 from arena_distill.prediction.calibration import METHODS, methods
 
@@ -119,7 +119,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "signed": signed}
+    environment.filters |= {"percent": percent, "signed": signed, "guarded": guarded}
     return environment.get_template(name)
 
 
@@ -225,29 +225,21 @@ def _tables(metrics: Figures) -> dict[str, str]:
         for name, judge in metrics["judges"].items()
     ]
     return {
-        "judges": write_csv(judges),
-        "calibration": write_csv([_rounded(record) for record in calibration]),
-        "position": write_csv([_rounded(record) for record in position]),
-        "variants": write_csv(
+        "judges": table_csv(judges),
+        "calibration": table_csv([_rounded(record) for record in calibration]),
+        "position": table_csv([_rounded(record) for record in position]),
+        "variants": table_csv(
             variants, ["model", "variant", "rows", "log_loss", "accuracy", "submitted"]
         ),
-        "slices": write_csv([_rounded(r) for r in slice_records(metrics)], SLICE_COLUMNS),
-        "folds": write_csv(metrics["folds"]),
-        "audit": write_csv(metrics["audit"]["relations"] if metrics.get("audit") else [], COUNTS),
-        "rejected": write_csv(metrics["rejected"], ["source", "column", "reason", "rows"]),
+        "slices": table_csv([_rounded(r) for r in slice_records(metrics)], SLICE_COLUMNS),
+        "folds": table_csv(metrics["folds"]),
+        "audit": table_csv(metrics["audit"]["relations"] if metrics.get("audit") else [], COUNTS),
+        "rejected": table_csv(metrics["rejected"], ["source", "column", "reason", "rows"]),
     }
 
 
 def _rounded(record: Figures) -> Figures:
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
-
-
-def write_csv(records: Sequence[Figures], columns: Sequence[str] | None = None) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns or list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def _alt(name: str, metrics: Figures) -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from arena_distill.errors import InputError, brief
 
@@ -72,10 +79,36 @@ def download(
         )
     except Exception as error:  # the client raises many types; the advice is the same
         raise InputError(
-            f"{repo}@{revision}: cannot be downloaded: {brief(error)}; check the network and HF_TOKEN, "
+            f"{repo}@{revision}: cannot be downloaded: {_refusal(error)}; check the network and HF_TOKEN, "
             f"or {advice}"
         ) from error
     return commit
+
+
+def check_sums(repo: str, commit: str, sums: Mapping[str, str], *, repo_type: Kind) -> None:
+    """Compare files with the sums that the hub publishes, which it does for large files.
+
+    Args:
+        sums: SHA-256 by the file's name in the repository.
+
+    Raises:
+        InputError: a file is another one, or the hub does not answer.
+    """
+    try:
+        found = huggingface_hub.HfApi().get_paths_info(
+            repo, list(sums), revision=commit, repo_type=repo_type
+        )
+    except Exception as error:
+        raise InputError(
+            f"{repo}@{commit}: no sums to compare with: {_refusal(error)}; try again"
+        ) from error
+    for file in found:
+        published = getattr(file, "lfs", None)
+        if published and published.sha256 != sums[file.path]:
+            raise InputError(
+                f"{repo}@{commit}: {file.path} did not arrive as it is published: its SHA-256 is "
+                f"{sums[file.path]}, not {published.sha256}; try again"
+            )
 
 
 def access_problem(repo: str, kind: Kind) -> str | None:
@@ -85,7 +118,22 @@ def access_problem(repo: str, kind: Kind) -> str | None:
     except Exception as error:
         page = f"huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
         return (
-            f"{repo}: no access on the hub: {brief(error)}; check the network, accept the terms at "
+            f"{repo}: no access on the hub: {_refusal(error)}; check the network, accept the terms at "
             f"{page} if there are any, and export HF_TOKEN"
         )
     return None
+
+
+_REFUSALS: dict[type[Exception], str] = {
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+    GatedRepoError: "it is gated, and HF_TOKEN is missing or its owner has not accepted the terms",
+    RepositoryNotFoundError: "it is not there, or private and HF_TOKEN may not read it",
+    RevisionNotFoundError: "it has no such revision",
+    LocalEntryNotFoundError: "the hub does not answer",
+}
+"""What the client's errors mean; a gated repository is one kind of those not found."""
+
+
+def _refusal(error: BaseException) -> str:
+    """What the hub said, in a few words."""
+    return next((text for kind, text in _REFUSALS.items() if isinstance(error, kind)), brief(error))

@@ -26,8 +26,7 @@ from arena_distill.deployment.gptq import load_quantized
 from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens, tokens_of
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize
 from arena_distill.encoding.views import encode, tokens_cut, views
-from arena_distill.errors import InputError
-from arena_distill.files.hub import brief
+from arena_distill.errors import InputError, brief
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, read_contract
 from arena_distill.models.loading import load_classifier

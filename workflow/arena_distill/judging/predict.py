@@ -146,7 +146,7 @@ def _read(file: Path, reading: Reading, before: int) -> tuple[pa.Table, Faults, 
 def _input(path: str) -> Iterator[list[Path]]:
     """The files to read; stdin becomes one whose suffix its first character gives."""
     if path != STREAM:
-        yield Source(path=path).files()
+        yield Source(path=path).shards()
         return
     content = sys.stdin.buffer.read()
     start = content.lstrip()[:1]

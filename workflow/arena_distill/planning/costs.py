@@ -70,7 +70,7 @@ class Cost:
 
 ON_THE_HOST = frozenset(
     {
-        *("fetch_battles", "simulate_arena", "read_battles", "read_solution"),
+        *("fetch_battles", "fetch_data_set", "simulate_arena", "read_battles", "read_solution"),
         *("assign_folds", "check_counts", "audit_leaks"),
         *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
         *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),

@@ -21,6 +21,7 @@ from arena_distill.encoding.sequences import read_tokens
 from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
 from arena_distill.files.keys import locate
+from arena_distill.files.tables import table_csv
 from arena_distill.metrics import losses, mean_over_views, paired_difference, scores
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSe
     Args:
         soups: one file per judge, in the order of `settings.averaging`.
     """
-    import pandas as pd
-
     named = [
         {"start": start, "epochs": float(epochs), "judge": judge}
         for start, judges in settings.averaging.items()
@@ -54,9 +53,7 @@ def draw_averaging(soups: Sequence[Path], output: Path, *, settings: AveragingSe
         "provenance": provenance("averaging", settings.model_dump(mode="json")),
     }
     write_json(figures, output / "averaging.json")
-    write_text(
-        pd.DataFrame(points).to_csv(index=False, lineterminator="\n"), output / "averaging.csv"
-    )
+    write_text(table_csv(points), output / "averaging.csv")
     write_text(draw("averaging", _drawing, figures), output / "averaging.svg")
     print(f"{output}: {len(points)} points")
 

@@ -15,9 +15,9 @@ from arena_distill.evaluation.report import (
     inline,
     rows_axis,
     template,
-    write_csv,
 )
 from arena_distill.files.artifacts import read_json, write_text
+from arena_distill.files.tables import table_csv
 from arena_distill.metrics import Figures
 from arena_distill.studies.comparison import calibrated_label
 
@@ -43,8 +43,8 @@ def render_comparison(path: Path, output: Path) -> None:
         difference=difference,
     )
     write_text(drawing, output / "compare.svg")
-    write_text(write_csv(judge_records(figures)), output / "judges.csv")
-    write_text(write_csv(difference_records(figures)), output / "differences.csv")
+    write_text(table_csv(judge_records(figures)), output / "judges.csv")
+    write_text(table_csv(difference_records(figures)), output / "differences.csv")
     write_text(page, output / "report.html")
 
 

@@ -17,6 +17,7 @@ from arena_distill.evaluation.baselines import class_prior, length_regression, t
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
+from arena_distill.files.tables import table_csv
 from arena_distill.layout import Layout
 from arena_distill.metrics import (
     Figures,
@@ -39,8 +40,6 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
         run: the run's folder: the adapters and logits of every point's folds are read.
         truth: the synthetic arena's true vote probabilities.
     """
-    import pandas as pd
-
     layout = Layout(str(run))
     data = Run.read(Path(layout.folds), Path(layout.battles)).of_folds(settings.folds)
     folds = data.fold_numbers()
@@ -76,7 +75,7 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
     }
     write_json(figures, output / "curves.json")
     flat = [{k: v for k, v in p.items() if not isinstance(v, list | dict)} for p in points]
-    write_text(pd.DataFrame(flat).to_csv(index=False, lineterminator="\n"), output / "curves.csv")
+    write_text(table_csv(flat), output / "curves.csv")
     write_text(draw("curves", _drawing, figures), output / "curves.svg")
     print(f"{output}: {len(points)} points on {len(votes):,} battles")
 

@@ -9,7 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.formats.canonical import Battles, battles_of_pairs, better, split_prompt
+from arena_distill.battles.formats.canonical import (
+    Battles,
+    battles_of_pairs,
+    better,
+    hash_texts,
+    split_prompt,
+)
 from arena_distill.battles.formats.columns import Rows
 from arena_distill.battles.formats.texts import ASSISTANT, USER, Messages, joined, strings
 from arena_distill.battles.formats.votes import NONE
@@ -78,37 +84,42 @@ def _pairs(
 
 
 def battles_of_answers(
-    rows: Rows,
-    answers: Answers,
-    pairs: tuple[np.ndarray, np.ndarray],
-    votes: np.ndarray | None = None,
+    rows: Rows, answers: Answers, pairs: tuple[np.ndarray, np.ndarray]
 ) -> Battles:
-    """Make a battle of each pair; those of a row weigh as many votes as it has answers, less one.
+    """Make a battle of each pair, or of one pair of each row, as `pairs` of the configuration says.
+
+    All pairs of a row weigh as many votes as it has answers, less one.
 
     Args:
         pairs: positions in `answers`.
-        votes: as if the first answer were A; None: by score.
     """
     first, second = pairs
-    row = answers.row[first]
     asked, earlier = split_prompt(rows, [rows.messages("prompt", USER)])
-    prompt = asked.turns().take(pa.array(row))
-    sides = [pa.array(x) for x in pairs]
-    turns = _turns(answers, earlier)
+    prompt, turns = asked.turns(), _turns(answers, earlier)
+    of_row = np.bincount(answers.row, minlength=rows.count)
+    if rows.reading.pairs == "one":
+        hashes = hash_texts(prompt.take(pa.array(answers.row)), turns)
+        order = np.lexsort((hashes[first] + hashes[second], answers.row[first]))
+        _, starts = np.unique(answers.row[first][order], return_index=True)
+        first, second = first[order[starts]], second[order[starts]]
+        weight = np.ones(rows.count)
+    else:
+        met = np.bincount(answers.row[first], minlength=rows.count)
+        weight = (of_row - 1) / np.maximum(met, 1)
+    row = answers.row[first]
+    sides = [pa.array(x) for x in (first, second)]
     texts = [turns.take(side) for side in sides]
     models = [answers.model.take(side) for side in sides]
+    votes = better((answers.score[first], answers.score[second]))
     if not rows.table.votes:
         votes = np.tile(NONE, (len(first), 1))
-    elif votes is None:
-        votes = better((answers.score[first], answers.score[second]))
-    of_row = np.bincount(answers.row, minlength=rows.count)
     start = np.cumsum(of_row) - of_row
-    weight = (of_row - 1) / np.maximum(np.bincount(row, minlength=rows.count), 1)
-    numbers = [pa.array(x - start[row] + 1).cast(pa.string()) for x in pairs]
+    numbers = [pa.array(x - start[row] + 1).cast(pa.string()) for x in (first, second)]
     pair = pc.binary_join_element_wise(*numbers, "-")
     return battles_of_pairs(
-        prompt, (texts[0], texts[1]), (models[0], models[1]), votes, row, pair, weight[row]
-    )
+        prompt.take(pa.array(row)), (texts[0], texts[1]), (models[0], models[1]), votes, row, pair,
+        weight[row],
+    )  # fmt: skip
 
 
 def _turns(answers: Answers, earlier: Messages) -> pa.ListArray:
