@@ -361,7 +361,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"train": ["mine/train.csv", ""]}}, "data.train.1.path: a path expected"),
     ({"data": {"solution": "~/x.csv"}}, "data.solution: ~ is not expanded"),
     ({"data": {"extra": {"path": "x", "without": ["all"]}}}, "without.0: Input should be 'train', "),
-    ({"data": {"fetch": {"mine/fetched.parquet": {"without": [""]}}}}, "without.0: a path expected"),
     ({"environments": {"gptq": "~/gptq"}}, "environments.gptq: ~ is not expanded"),
     ({"compare": {"runs": ["{x}"]}}, "compare.runs.0: { and } are wildcards"),
     ({"judges": {"path": {"backbone": {"path": ""}}}}, "path.backbone.path: a path expected"),
