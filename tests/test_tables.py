@@ -15,10 +15,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arena_distill.battles.votes import vote_columns
 from arena_distill.files.artifacts import write_parquet
 from arena_distill.files.tables import FORMULA, guarded, table_csv
 from arena_distill.prediction.submission import write_submission
-from arena_distill.verdicts import WINNERS
+from arena_distill.verdicts import WINNERS, Votes
 
 FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", " =1", "＝1", "\r=1"]
 
@@ -66,7 +67,8 @@ def test_the_submission_has_the_ids_as_they_are(tmp_path: Path) -> None:
     predictions = pa.table({"id": ids, **dict.fromkeys(WINNERS, third), "submitted": submitted})
     write_parquet(predictions, tmp_path / "p.parquet", {})
     source = pa.repeat("test", len(formulas))
-    write_parquet(pa.table({"id": ids, "source": source}), tmp_path / "b.parquet", {})
+    votes = vote_columns(Votes(np.zeros((len(formulas), 3)), np.ones(len(formulas))))
+    write_parquet(pa.table({"id": ids, "source": source, **votes}), tmp_path / "b.parquet", {})
     write_submission(*(tmp_path / name for name in ("p.parquet", "b.parquet", "s.csv")))
     written = rows((tmp_path / "s.csv").read_bytes().decode())
     assert [row["id"] for row in written] == formulas
