@@ -20,13 +20,8 @@ from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
 from arena_distill.battles.audit import write_audit
 from arena_distill.config.phases import AuditSettings
 from arena_distill.errors import InputError
-from arena_distill.evaluation.report import (
-    FIGURES,
-    TABLES,
-    percent,
-    render_report,
-    signed,
-)
+from arena_distill.evaluation.drawings import FIGURES, percent
+from arena_distill.evaluation.report import TABLES, render_report, signed
 from arena_distill.files.artifacts import write_json
 from arena_distill.prediction.calibration import METHODS
 

@@ -18,7 +18,7 @@ from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import AveragingSettings, SoupSettings
 from arena_distill.deployment.fold_weights import FoldMerger, validation_weights
 from arena_distill.encoding.sequences import read_tokens
-from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
+from arena_distill.evaluation.drawings import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
 from arena_distill.files.keys import locate
 from arena_distill.files.tables import table_csv

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arena_distill.evaluation.report import (
+from arena_distill.evaluation.drawings import (
     ACCENT,
     INK,
     MUTED,
@@ -14,8 +14,8 @@ from arena_distill.evaluation.report import (
     draw,
     inline,
     rows_axis,
-    template,
 )
+from arena_distill.evaluation.report import template
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.files.tables import table_csv
 from arena_distill.metrics import Figures

@@ -14,8 +14,8 @@ import numpy as np
 
 from arena_distill.config.phases import CurveSettings
 from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
+from arena_distill.evaluation.drawings import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.evaluation.out_of_fold import Run
-from arena_distill.evaluation.report import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
 from arena_distill.files.tables import table_csv
 from arena_distill.layout import Layout
