@@ -1209,16 +1209,14 @@ def test_a_failed_evaluation_costs_no_earlier_figure(finished: Checkout, tmp_pat
     before = [path.read_bytes() for path in kept]
     (logits,) = (checkout.results / "logits/gemma2-student").glob("fold_0.ids.parquet")
     whole = logits.read_bytes()
-    reversed_("validation")(logits)
-    os.utime(logits.with_name("fold_0.npy"))
-    again = ("results/mini/metrics.json", "--allowed-rules", "evaluate")
+    reversed_("id")(logits)
+    again = ("results/mini/metrics.json", "--allowed-rules", "evaluate", "--forcerun", "evaluate")
     done = checkout.snakemake(*again, "--cores", "1")
     assert done.returncode
     log = (checkout.results / "logs/evaluate.log").read_text()
     assert re.search(
-        r"^error: .*fold_0\.ids\.parquet: column validation is not what was", log, re.M
+        r"^error: .*fold_0\.ids\.parquet: column id is not what was", log, re.M
     )
     assert [path.read_bytes() for path in kept] == before
     logits.write_bytes(whole)
-    os.utime(logits.with_name("fold_0.npy"))
     checkout.run(*again)
