@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from itertools import chain
@@ -258,25 +259,35 @@ class Spill:
         self._writer = pa.ipc.new_file(self._file, schema, options=options)
         self._batches = 0
 
-    def add(self, table: pa.Table) -> range:
-        """Set a table aside, and return the numbers by which `read` finds it."""
+    def add(self, table: pa.Table) -> Spilled:
+        """Set a table aside; when it is read, no more can be added."""
         batches = table.cast(self._schema).to_batches()
         with report_full_disk(self._folder):
             for batch in batches:
                 self._writer.write_batch(batch)
         self._batches += len(batches)
-        return range(self._batches - len(batches), self._batches)
+        return Spilled(self, range(self._batches - len(batches), self._batches))
 
-    def read(self, batches: range) -> Iterator[pa.Table]:
-        """Read a table again, a batch at a time; after that none can be added."""
-        for number in batches:
-            yield pa.Table.from_batches([self._reader.get_batch(number)])
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Read a batch again."""
+        return self._reader.get_batch(number)
 
     @cached_property
     def _reader(self) -> pa.ipc.RecordBatchFileReader:
         with report_full_disk(self._folder):
             self._writer.close()
         return pa.ipc.open_file(self._file)
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """A table that is set aside; its parts can be read again and again."""
+
+    spill: Spill
+    batches: range
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return (pa.Table.from_batches([self.spill.batch(number)]) for number in self.batches)
 
 
 def file_sha256(path: StrPath) -> str:
