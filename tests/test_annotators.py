@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena_distill.battles.annotators import merge_annotators
+from arena_distill.battles.annotators import hash_sides, merge_annotators
 from arena_distill.battles.reading import (
     SCHEMA,
     count_rows,
@@ -66,7 +66,7 @@ def battles_of(rows: list[tuple[int, bool, int, float]]) -> tuple[pa.Table, Vote
 def by_battle(rows: list[tuple[int, bool, int, float]]) -> dict[Any, Any]:
     """What is merged, by its texts and models as they stand."""
     table, votes = battles_of(rows)
-    kept, merged = merge_annotators(table, votes)
+    kept, merged = merge_annotators(hash_sides(table), votes)
     names = [json.dumps(row) for row in table.take(pa.array(kept)).to_pylist()]
     assert len(set(names)) == len(names)
     shares = zip(merged.probabilities.tolist(), merged.weights.tolist(), strict=True)
@@ -86,7 +86,7 @@ def test_the_order_of_rows_changes_nothing(rows: list[Any], random: Any) -> None
 @given(ROWS)
 def test_merged_votes_are_the_means_of_one_hot_votes(rows: list[Any]) -> None:
     table, votes = battles_of(rows)
-    kept, merged = merge_annotators(table, votes)
+    kept, merged = merge_annotators(hash_sides(table), votes)
     assert sorted({rows[row][0] for row in kept}) == sorted({row[0] for row in rows})
     for row, shares, weight in zip(kept, merged.probabilities, merged.weights, strict=True):
         battle, exchanged, *_ = rows[row]
@@ -105,7 +105,7 @@ def test_merged_votes_are_the_means_of_one_hot_votes(rows: list[Any]) -> None:
 def test_merging_changes_no_loss(rows: list[Any]) -> None:
     """A judge that is the same in both orders has the same loss on all votes and on merged ones."""
     table, votes = battles_of(rows)
-    kept, merged = merge_annotators(table, votes)
+    kept, merged = merge_annotators(hash_sides(table), votes)
     said = np.random.default_rng(0).dirichlet(np.ones(3), 4)[[row[0] for row in rows]]
     exchanged = np.array([row[1] for row in rows])[:, None]
     loss = np.log(np.where(exchanged, swap_classes(said), said))
@@ -245,7 +245,7 @@ def test_test_battles_are_not_merged() -> None:
 
 def test_votes_are_written_as_shares_that_sum_to_one() -> None:
     table, votes = battles_of([(0, False, 0, 1.0)] * 2 + [(0, True, 1, 1.0)])
-    _, merged = merge_annotators(table, votes)
+    _, merged = merge_annotators(hash_sides(table), votes)
     written = votes_of(pa.table(vote_columns(merged)))
     assert written.probabilities.sum() == pytest.approx(1)
     assert written.weights.tolist() == [3]

@@ -19,8 +19,9 @@ from conftest import DATA, ROOT, battles_table, made_up_battles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arena_distill.battles import audit as module
 from arena_distill.battles import reading as raw
-from arena_distill.battles.audit import COLUMNS, EXAMPLES, EXCERPT, audit, write_audit
+from arena_distill.battles.audit import COLUMNS, EXAMPLES, EXCERPT, number_answers, write_audit
 from arena_distill.battles.folds import (
     assign_folds,
     dropped_extra,
@@ -50,6 +51,10 @@ from arena_distill.files.artifacts import write_parquet
 HOW: dict[str, Any] = {"threshold": 0.8, "permutations": 128, "seed": 2025}
 
 LONG = "Explain to a child of nine, in no more than forty words, why the sea is salt"
+
+
+def audit(battles: pa.Table, folds: pa.Table, **how: Any) -> Any:
+    return module.audit(battles, number_answers([battles]), folds, **how)
 
 
 # --- by comparing all pairs -------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from arena_distill.encoding.tokenization import (
     safe_pad_id,
     tokenize,
     tokenize_battles,
+    vocabulary_of,
 )
 from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
@@ -313,8 +314,8 @@ def tokenizers(backbones: Callable[[str], Path]) -> dict[str, Any]:
 
 def through_file(table: pa.Table, tokenizer: Any, tmp_path: Path) -> Tokens:
     """Tokenise and read back, as two phases do."""
-    tokens, vocabulary = tokenize(table, tokenizer)
-    write_parquet(tokens, tmp_path / "tokens.parquet", {"vocabulary": vocabulary})
+    about = {"vocabulary": vocabulary_of(tokenizer)}
+    write_parquet(tokenize(table, tokenizer), tmp_path / "tokens.parquet", about)
     return read_tokens(tmp_path / "tokens.parquet")
 
 
@@ -532,7 +533,7 @@ def test_word_cap_is_the_first_words_of_all_turns(
     before = dict(tokenization.WORD_CAPS)
     tokenization.WORD_CAPS.update(dict.fromkeys(FIELDS, cap))
     try:
-        table, _ = tokenize(battles_table([{"prompt": turns}]), tokenizer)
+        table = tokenize(battles_table([{"prompt": turns}]), tokenizer)
     finally:
         tokenization.WORD_CAPS.update(before)
     ids = table["prompt"][0].as_py()

@@ -20,7 +20,12 @@ from arena_distill.config.phases import VERSIONS, TokensSettings
 from arena_distill.config.run import load
 from arena_distill.encoding.sequences import FIELDS, Tokens, read_tokens
 from arena_distill.encoding.templates import LONGEST_NAME, NAME, SHOWN, UNKNOWN_MODEL, View
-from arena_distill.encoding.tokenization import load_tokenizer, tokenize, tokenize_battles
+from arena_distill.encoding.tokenization import (
+    load_tokenizer,
+    tokenize,
+    tokenize_battles,
+    vocabulary_of,
+)
 from arena_distill.encoding.truncation import length_budget
 from arena_distill.encoding.views import encode, encode_views
 from arena_distill.errors import InputError
@@ -149,9 +154,7 @@ def test_names_are_text_and_a_missing_one_is_unknown(
 
 def test_without_names_the_file_is_as_before(backbones: Callable[[str], Path]) -> None:
     tokenizer, table = load_tokenizer(backbones("llama")), battles_table([{}, {"model_a": None}])
-    plain, vocabulary = tokenize(table, tokenizer)
-    told, same = tokenize(table, tokenizer, names=True)
-    assert vocabulary == same
+    plain, told = (tokenize(table, tokenizer, names=names) for names in (False, True))
     assert set(told.column_names) - set(plain.column_names) == {
         "response_a_name",
         "response_b_name",
@@ -161,8 +164,9 @@ def test_without_names_the_file_is_as_before(backbones: Callable[[str], Path]) -
 
 def test_no_battles_have_no_names(backbones: Callable[[str], Path], tmp_path: Path) -> None:
     empty = battles_table([{}]).slice(0, 0)
-    tokens, vocabulary = tokenize(empty, load_tokenizer(backbones("llama")), names=True)
-    write_parquet(tokens, tmp_path / "t.parquet", {"vocabulary": vocabulary})
+    tokenizer = load_tokenizer(backbones("llama"))
+    about = {"vocabulary": vocabulary_of(tokenizer)}
+    write_parquet(tokenize(empty, tokenizer, names=True), tmp_path / "t.parquet", about)
     assert len(encode(read_tokens(tmp_path / "t.parquet"), Encoding(privileged=BOTH), "AB")) == 0
 
 

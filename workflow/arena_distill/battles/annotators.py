@@ -9,15 +9,14 @@ from arena_distill.battles.formats.canonical import hash_texts
 from arena_distill.verdicts import Votes, swap_classes
 
 
-def merge_annotators(battles: pa.Table, votes: Votes) -> tuple[np.ndarray, Votes]:
+def merge_annotators(sides: np.ndarray, votes: Votes) -> tuple[np.ndarray, Votes]:
     """Find the rows that are one battle, and take the mean of their votes.
 
     Rows are one battle if they have the same prompt, answers and models, also with the sides exchanged:
     then the votes are exchanged with them. Rows without a vote count for nothing beside a vote.
 
     Args:
-        battles: columns ``prompt``, ``response_a``, ``response_b`` (list<string>), ``model_a`` and
-            ``model_b`` (string).
+        sides: uint64 (rows, 2), the battles' :func:`hash_sides`.
         votes: of these battles; a vote counts by its weight.
 
     Returns:
@@ -25,9 +24,8 @@ def merge_annotators(battles: pa.Table, votes: Votes) -> tuple[np.ndarray, Votes
             vote, of those whose sides the texts decide where rows have both.
         votes: their mean votes; the weight is the sum of the weights, so no mean over votes changes.
     """
-    sides = [_hashes(battles, side) for side in "ab"]
-    exchanged = sides[0] > sides[1]
-    pairs = np.sort(np.stack(sides, axis=1), axis=1)
+    exchanged = sides[:, 0] > sides[:, 1]
+    pairs = np.ascontiguousarray(np.sort(sides, axis=1))
     buffers = [None, pa.py_buffer(pairs)]
     keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(pairs), buffers)
     battle = keys.dictionary_encode().indices.to_numpy()
@@ -42,8 +40,14 @@ def merge_annotators(battles: pa.Table, votes: Votes) -> tuple[np.ndarray, Votes
     return rows, Votes(sums / total[:, None], total)
 
 
-def _hashes(battles: pa.Table, side: str) -> np.ndarray:
-    """Hashes of each battle's prompt, and of one side's answer and model: uint64 (rows,)."""
-    names = ["prompt", f"response_{side}", f"model_{side}"]
-    batches = battles.select(names).to_batches()  # the texts of all may be too long for one array
-    return np.concatenate([np.zeros(0, np.uint64), *(hash_texts(*b.columns) for b in batches)])
+def hash_sides(battles: pa.Table) -> np.ndarray:
+    """Hash each battle's prompt with the answer and the model of each side: uint64 (rows, 2).
+
+    Args:
+        battles: columns ``prompt``, ``response_a``, ``response_b`` (list<string>), ``model_a`` and
+            ``model_b`` (string).
+    """
+    batches = battles.to_batches()  # the texts of all may be too long for one array
+    sides = [["prompt", f"response_{side}", f"model_{side}"] for side in "ab"]
+    hashes = [[hash_texts(*batch.select(side).columns) for side in sides] for batch in batches]
+    return np.concatenate([np.zeros((2, 0), np.uint64), *hashes], axis=1).T

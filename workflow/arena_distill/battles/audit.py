@@ -13,7 +13,7 @@ Each distinct prompt is compared once, and only for relations that need it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
@@ -31,7 +31,13 @@ from arena_distill.battles.folds import (
 from arena_distill.battles.prompts import distinct_prompts, normalised
 from arena_distill.battles.similarity import banding, near_pairs, recall, within
 from arena_distill.config.phases import AuditSettings
-from arena_distill.files.artifacts import provenance, read_parquet, write_json, write_text
+from arena_distill.files.artifacts import (
+    provenance,
+    read_parquet,
+    read_parquet_parts,
+    write_json,
+    write_text,
+)
 from arena_distill.files.keys import key, locate
 from arena_distill.files.tables import table_csv
 from arena_distill.metrics import Figures
@@ -42,7 +48,7 @@ EXAMPLES = 5
 EXCERPT = 160
 """The number of characters of a prompt to report."""
 
-SLICE = 20_000  # answers that are read together
+SLICE = 2_048  # battles whose answers are read together
 
 KINDS = SAME, NEAR = "same", "near"
 
@@ -81,11 +87,12 @@ def write_audit(
     Raises:
         InputError: a file is missing or damaged, or a row of `folds` has no battle.
     """
-    columns = ["id", "source", "prompt", "group", "response_a", "response_b"]
     chosen = settings.model_dump()
     about = provenance("audit", chosen)
     del chosen["version"]
-    figures = audit(read_parquet(battles, columns), read_parquet(folds), **chosen)
+    answers = number_answers(read_parquet_parts(battles, ["response_a", "response_b"]))
+    prompts = read_parquet(battles, ["id", "source", "prompt", "group"])
+    figures = audit(prompts, answers, read_parquet(folds), **chosen)
     write_json(figures | {"provenance": about}, output)
     write_text(table_csv(figures["examples"], COLUMNS), table)
     for counts in figures["relations"]:
@@ -96,12 +103,19 @@ def write_audit(
 
 
 def audit(
-    battles: pa.Table, folds: pa.Table, *, threshold: float, permutations: int, seed: int
+    battles: pa.Table,
+    given: np.ndarray,
+    folds: pa.Table,
+    *,
+    threshold: float,
+    permutations: int,
+    seed: int,
 ) -> Figures:
     """Count the leaking battles of each relation, and list the worst.
 
     Args:
-        battles: columns `id`, `source`, `prompt`, `group`, `response_a` and `response_b`.
+        battles: columns `id`, `source`, `prompt` and `group`.
+        given: int64 (rows, 2), the numbers of their answers.
         folds: table of `assign_folds`.
         threshold, permutations, seed: of :func:`arena_distill.similarity.near_pairs`.
 
@@ -113,7 +127,6 @@ def audit(
     groups, texts = distinct_prompts(battles)
     texts, groups = _sorted(texts, groups)
     related = relations(battles, folds)
-    given = _answers(battles)
     several = int(given.max(initial=0)) + 1
     nodes, of_row = np.unique(groups[:, None] * several + given, return_inverse=True)
     prompts = _Items.of(groups[:, None], np.arange(len(texts)), related)
@@ -164,6 +177,29 @@ def relations(battles: pa.Table, folds: pa.Table) -> list[Relation]:
         if left.any() and right.any():
             found.append(Relation(of, among, left, right))
     return found
+
+
+def number_answers(parts: Iterable[pa.Table]) -> np.ndarray:
+    """Number the distinct answers of battles, compared by a 64-bit hash of their normalised text.
+
+    Args:
+        parts: tables with the columns `response_a` and `response_b`.
+
+    Returns:
+        int64 (rows of all parts, 2).
+    """
+    from pandas.util import hash_array
+
+    hashes = [np.zeros((0, 2), np.uint64)]
+    for part in parts:
+        for start in range(0, len(part), SLICE):
+            some = part.slice(start, SLICE)
+            both = (pc.binary_join(some[name], " ") for name in ("response_a", "response_b"))
+            forms = [np.array([normalised(t) for t in side.to_pylist()], object) for side in both]
+            hashes.append(np.stack([hash_array(side, categorize=False) for side in forms], axis=1))
+    every = np.concatenate(hashes)
+    numbers: np.ndarray = np.unique(every, return_inverse=True)[1]
+    return numbers.reshape(every.shape).astype(np.int64)
 
 
 # --- prompts, and answers to them -------------------------------------------------------------------
@@ -243,26 +279,14 @@ def _counts(relation: Relation, i: int, prompts: _Items, answers: _Items) -> Fig
     }
 
 
-def _sorted(texts: pa.StringArray, groups: np.ndarray) -> tuple[pa.StringArray, np.ndarray]:
+def _sorted(
+    texts: pa.LargeStringArray, groups: np.ndarray
+) -> tuple[pa.LargeStringArray, np.ndarray]:
     """Number prompts by their text, so that the numbers do not depend on the battles' order."""
     order = pc.sort_indices(texts)
     place = np.empty(len(texts), np.int64)
     place[order.to_numpy()] = np.arange(len(texts))
     return texts.take(order), place[groups]
-
-
-def _answers(battles: pa.Table) -> np.ndarray:
-    """Number the distinct answers, compared by a 64-bit hash: int64 (rows, 2)."""
-    from pandas.util import hash_array
-
-    hashes = np.empty((len(battles), 2), np.uint64)
-    for column, name in enumerate(("response_a", "response_b")):
-        for start in range(0, len(battles), SLICE):
-            texts = pc.binary_join(battles[name].slice(start, SLICE), " ").to_pylist()
-            forms = np.array([normalised(text) for text in texts], object)
-            hashes[start : start + SLICE, column] = hash_array(forms, categorize=False)
-    numbers: np.ndarray = np.unique(hashes, return_inverse=True)[1]
-    return numbers.reshape(hashes.shape).astype(np.int64)
 
 
 def _common(
@@ -328,7 +352,8 @@ def _first(of_row: np.ndarray, item: int, side: np.ndarray, place: np.ndarray) -
 
 
 def _pair(battles: pa.Table, row: int, other: int) -> Figures:
-    pair = battles.select(["source", "id", "prompt"]).take([row, other]).to_pylist()
+    columns = battles.select(["source", "id", "prompt"])
+    pair = [columns.slice(at, 1).to_pylist()[0] for at in (row, other)]
     one, two = (_printable(" ".join(battle["prompt"])) for battle in pair)
     # If prompts have a common start, the excerpts begin where they differ.
     alike = len(commonprefix([one, two]))

@@ -63,7 +63,9 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSe
         battles_path: file of `arena_distill.battles.write_battles`.
         folds_path: file to write, the table of `assign_folds`.
     """
-    battles = read_parquet(battles_path, ["id", "source", "prompt", "vote", "weight", "group"])
+    # Texts only where they are compared: they may be much more than all the rest.
+    columns = ["id", "source", "vote", "weight", "group", *(["prompt"] if settings.audit else [])]
+    battles = read_parquet(battles_path, columns)
     method, n, seed = settings.method, settings.n, settings.seed
     folds = assign_folds(
         battles,
@@ -103,8 +105,8 @@ def assign_folds(
     """Assign the battles of ``train`` to `n` folds, shuffled by `seed`.
 
     Args:
-        battles: columns ``id``, ``source``, ``prompt``, ``vote``, ``weight`` and ``group``, as of
-            `arena_distill.battles.reading.SCHEMA`.
+        battles: columns ``id``, ``source``, ``vote``, ``weight`` and ``group``, as of
+            `arena_distill.battles.reading.SCHEMA`, and with `near` also ``prompt``.
         method: scikit-learn's ``kfold`` (rows at random), ``stratified`` (equal shares of each
             vote) or ``stratified_group`` (as equal as possible, prompts kept whole).
         n: number of folds, 2 to 127.
@@ -129,9 +131,11 @@ def assign_folds(
     if not 2 <= n <= MOST_FOLDS:
         raise InputError(f"folds: n is {n}, 2 to {MOST_FOLDS} expected")
     source = battles["source"].cast(pa.string()).to_numpy()
-    rows = np.flatnonzero(np.isin(source, ["train", "extra", "unlabelled"]))
+    in_table = np.isin(source, ["train", "extra", "unlabelled"])
+    rows = np.flatnonzero(in_table)
     is_train, is_unlabelled = source[rows] == "train", source[rows] == "unlabelled"
-    selected = battles.take(pa.array(rows))
+    # By a filter, chunk by chunk: the prompts of all may be too long for one Arrow array.
+    selected = battles.filter(pa.array(in_table))
     votes = votes_of(selected)
     votes.probabilities[is_unlabelled] = 0  # their votes, if any, are not learned
     groups = selected["group"].to_numpy()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,14 +28,12 @@ def print_preview(source: Source, *, votes: bool) -> None:
     names = parts[0].names.items()
     columns = (ours if ours == theirs else f"{ours} ← {theirs}" for ours, theirs in names)
     print(f"columns: {', '.join(columns)}")
-    some = pa.concat_tables(
-        [part.battles.filter(pa.array(part.good())).slice(0, SHOWN) for part in parts]
-    )
-    battles = some.slice(0, SHOWN).to_pylist()
+    tables = (table.slice(0, SHOWN) for part in parts for table in part.kept("class"))
+    battles = list(islice((battle for table in tables for battle in table.to_pylist()), SHOWN))
     table = Table(show_lines=True)
     for title in ("", *(battle["id"] for battle in battles)):
         table.add_column(Text(title), overflow="fold")
-    for field in some.column_names[2:]:
+    for field in [*battles[0]][2:] if battles else ():
         cells = [_shown(battle[field]) for battle in battles]
         if any(cells):
             table.add_row(field, *map(Text, cells))

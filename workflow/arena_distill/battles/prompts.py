@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
+from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+_DIGEST = pa.binary(16)
 
 
 def prompt_groups(prompts: pa.ChunkedArray) -> np.ndarray:
@@ -18,15 +23,30 @@ def prompt_groups(prompts: pa.ChunkedArray) -> np.ndarray:
     Returns:
         int64 (rows,), in the order of first appearance.
     """
-    texts = pc.binary_join(prompts, " ").combine_chunks().dictionary_encode()
-    # Once per distinct text; what differs may still become the same.
-    same = pa.array([normalised(text) for text in texts.dictionary.to_pylist()], pa.string())
-    numbers = same.dictionary_encode().indices.to_numpy()
-    groups: np.ndarray = numbers[texts.indices.to_numpy()].astype(np.int64)
-    return groups
+    return number_digests([prompt_digests(prompts)])
 
 
-def distinct_prompts(battles: pa.Table) -> tuple[np.ndarray, pa.StringArray]:
+def prompt_digests(prompts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What stands for prompts (list<string>) where they are compared: 16 bytes (rows,).
+
+    The same prompts have the same bytes. That any two of a billion others have is as likely as 1 in 10²⁰.
+    """
+
+    def digest(text: str) -> bytes:
+        return blake2b(normalised(text).encode(), digest_size=_DIGEST.byte_width).digest()
+
+    texts = (pc.binary_join(chunk, " ").to_pylist() for chunk in prompts.chunks)
+    return pa.chunked_array([pa.array(map(digest, some), _DIGEST) for some in texts], _DIGEST)
+
+
+def number_digests(digests: Iterable[pa.ChunkedArray]) -> np.ndarray:
+    """The groups of prompts by their digests, as of :func:`prompt_groups`: int64 (rows,)."""
+    whole = pa.chunked_array([chunk for part in digests for chunk in part.chunks], _DIGEST)
+    numbers: np.ndarray = whole.combine_chunks().dictionary_encode().indices.to_numpy()
+    return numbers.astype(np.int64)
+
+
+def distinct_prompts(battles: pa.Table) -> tuple[np.ndarray, pa.LargeStringArray]:
     """The prompts of some battles, each once, as they are compared.
 
     Args:
@@ -38,12 +58,19 @@ def distinct_prompts(battles: pa.Table) -> tuple[np.ndarray, pa.StringArray]:
     """
     groups = battles["group"].to_numpy()
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
-    texts = pc.binary_join(battles["prompt"].take(pa.array(first)), " ").to_pylist()
-    return numbers, pa.array([normalised(text) for text in texts], pa.string())
+    once = np.zeros(len(groups), np.bool_)
+    once[first] = True
+    # Filtered chunk by chunk: all texts may be too long for one Arrow array of strings.
+    chunks = battles["prompt"].filter(pa.array(once)).chunks
+    texts = chain.from_iterable(pc.binary_join(chunk, " ").to_pylist() for chunk in chunks)
+    prompts = pa.array(map(normalised, texts), pa.large_string())
+    return numbers, prompts.take(pa.array(first.argsort().argsort()))
 
 
 def normalised(text: str) -> str:
     """The form in which texts are the same: NFKC, case folded, each run of white space one space."""
+    if text.isascii():
+        return " ".join(text.lower().split())
     # Folding case can undo the normal form, so it is restored.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())

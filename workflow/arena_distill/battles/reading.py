@@ -7,7 +7,7 @@ in it and prompt groups, and all rows are counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,23 +16,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.annotators import merge_annotators
+from arena_distill.battles.annotators import hash_sides, merge_annotators
 from arena_distill.battles.formats.canonical import hash_texts
 from arena_distill.battles.formats.columns import Table, columns_found, resolve
 from arena_distill.battles.formats.conversion import convert
 from arena_distill.battles.formats.votes import read_votes
-from arena_distill.battles.prompts import prompt_groups
-from arena_distill.battles.votes import VOTE_FIELDS, classes_of, vote_columns, with_classes
+from arena_distill.battles.prompts import number_digests, prompt_digests
+from arena_distill.battles.votes import VOTE_FIELDS, vote_columns, with_classes
 from arena_distill.config.phases import BattlesSettings, SolutionSettings
 from arena_distill.config.source import SOURCES, Reading, Source
 from arena_distill.config.vocabulary import BattleFormat
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
+    Spill,
     StrPath,
     provenance,
     read_parquet,
     write_json,
     write_parquet,
+    write_parquet_parts,
 )
 from arena_distill.files.keys import key, locate
 from arena_distill.files.raw_tables import DROPPED, KEPT_AS_RAW_TEXT, Faults, column_texts
@@ -57,6 +59,8 @@ SCHEMA = pa.schema(
         pa.field("group", pa.int64(), nullable=False),  # of the prompt, over all sources
     ]
 )
+_TEXTS = pa.schema([field.with_nullable(True) for field in list(SCHEMA)[:-3]])
+"""What waits on disk, faulty rows among it."""
 REJECTED_SCHEMA = pa.schema(
     [
         ("source", pa.string()),
@@ -103,7 +107,7 @@ def read_battles(files: Files, ties: Ties = "class") -> tuple[pa.Table, pa.Table
         ValueError: an unknown source.
     """
     parts = read_parts(files, ties)
-    return _battles(parts), _rejected(parts)
+    return pa.concat_tables(_battles(parts, ties)), _rejected(parts)
 
 
 def write_battles(
@@ -114,6 +118,8 @@ def write_battles(
     settings: BattlesSettings,
 ) -> None:
     """Read `files`, write both tables of `read_battles` and their counts, and print the counts.
+
+    Memory depends on the longest file; texts wait on the disk of `battles_path`.
 
     Args:
         files: ``train`` must be among them.
@@ -128,7 +134,9 @@ def write_battles(
     """
     if not files.get("train"):
         raise InputError("no train files: give at least one file of labelled battles")
-    parts = read_parts(files, settings.ties)
+    folder = Path(battles_path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = read_parts(files, settings.ties, folder)
     counts = {
         source: count_rows([part for part in parts if part.source == source])
         for source in SOURCES
@@ -143,7 +151,7 @@ def write_battles(
     rejected = _rejected(parts)
     write_json({"provenance": origin, "sources": counts}, reading_path)
     write_parquet(rejected, rejected_path, origin)
-    write_parquet(_battles(parts), battles_path, origin)
+    write_parquet_parts(_battles(parts, settings.ties), battles_path, origin)
     if rejected.num_rows:
         print(f"each row and its reason: {rejected_path}")
 
@@ -231,7 +239,10 @@ class Part:
     names: dict[str, str]  # our names of columns → the file's
     rows: int  # in the file, those lost in reading included
     faults: Faults
-    battles: pa.Table  # SCHEMA without `group`
+    keys: pa.Table  # `id`, `source`, and `prompt`, of `prompt_digests`
+    sides: np.ndarray  # of `hash_sides`, if annotators are merged
+    answers: np.ndarray  # int64, a hash of both answers, where repeated battles are dropped
+    texts: Iterable[pa.Table]  # its battles as SCHEMA has them, but for the last three columns
     votes: Votes  # as read: of three classes
     row: np.ndarray  # int64, the position of each battle's row among those that could be read
     dropped: np.ndarray  # bool (battles,): those that are left out on purpose
@@ -242,17 +253,26 @@ class Part:
     def path(self) -> Path:
         return self.faults.path
 
-    def good(self) -> np.ndarray:
-        """Which battles are kept: bool (battles,)."""
+    def good(self, source: str | None = None) -> np.ndarray:
+        """Which battles are kept, of all sources or of one: bool (battles,)."""
         keep = np.ones(len(self.faults.numbers), bool)
         keep[self.faults.fatal()] = False
-        return np.asarray(keep[self.row] & ~self.dropped & ~self.merged)
+        good = keep[self.row] & ~self.dropped & ~self.merged
+        if source is not None:
+            good &= pc.equal(self.keys["source"], source).to_numpy()
+        return np.asarray(good)
 
-    def answers(self) -> np.ndarray:
-        """What tells the two answers of each battle from others: int64 (battles,)."""
-        batches = self.battles.to_batches()
-        hashes = [hash_texts(batch["response_a"], batch["response_b"]) for batch in batches]
-        return np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
+    def kept(self, ties: Ties, source: str | None = None) -> Iterator[pa.Table]:
+        """The battles that are `good`, a few at a time: tables of SCHEMA without `group`."""
+        good, votes, start = self.good(source), self.votes.among(ties), 0
+        if not good.any():
+            return
+        for texts in self.texts:
+            mine = good[start : start + len(texts)]
+            cast = vote_columns(votes[start + np.flatnonzero(mine)])
+            kept = texts.filter(pa.array(mine))
+            yield pa.table({name: kept[name] for name in kept.column_names} | cast)
+            start += len(texts)
 
     def drop(self, battles: np.ndarray, column: str, reason: str) -> None:
         """Drop battles: bool (battles,). A row of which no battle is left gets its line."""
@@ -262,22 +282,31 @@ class Part:
             self.faults.add(int(row), self.names.get(column, column), DROPPED + reason)
 
 
-def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
-    """Read the files of each source; the arguments and errors are those of `read_battles`."""
+def read_parts(files: Files, ties: Ties = "class", folder: Path | None = None) -> list[Part]:
+    """Read the files of each source; other arguments and errors are those of `read_battles`.
+
+    Args:
+        folder: where the texts wait; None: where temporary files are.
+    """
     unknown = [source for source in files if source not in SOURCES]
     if unknown:
         raise ValueError(f"unknown source {unknown[0]!r}: one of {', '.join(SOURCES)} expected")
     parts: list[Part] = []
+    spill = Spill(_TEXTS, folder)
     for source in SOURCES:
         rows = 0
-        for given in files.get(source, ()):
-            entry = given if isinstance(given, Source) else Source(path=str(given))
+        entries = [
+            given if isinstance(given, Source) else Source(path=str(given))
+            for given in files.get(source, ())
+        ]
+        compare = any(entry.repeated == "drop" for entry in entries)
+        for entry in entries:
             for file in entry.shards():
-                parts.append(_read_part(source, file, entry, rows, ties))
+                parts.append(_read_part(source, file, entry, rows, ties, spill, compare))
                 rows += parts[-1].rows
     for source in SOURCES:
         mine = [p for p in parts if p.source == source and p.reading.annotators == "merge"]
-        _merge_annotators(mine, ties)
+        _merge_annotators(mine)
     _drop_known(parts)
     _refuse_duplicates(parts)
     train = [part for part in parts if part.source == "train"]
@@ -290,7 +319,15 @@ def read_parts(files: Files, ties: Ties = "class") -> list[Part]:
     return parts
 
 
-def _read_part(source: str, file: Path, reading: Reading, rows_before: int, ties: Ties) -> Part:
+def _read_part(
+    source: str,
+    file: Path,
+    reading: Reading,
+    rows_before: int,
+    ties: Ties,
+    spill: Spill,
+    compare: bool,
+) -> Part:
     is_test = source == "test"
     raw = read_table(file, escape=reading.escape)
     read = convert(
@@ -321,11 +358,28 @@ def _read_part(source: str, file: Path, reading: Reading, rows_before: int, ties
         battles = battles.set_column(0, "id", pc.if_else(known, battles["id"], named))
         sources = pc.if_else(known, source, "unlabelled")
     columns = {"id": battles["id"], "source": sources}
-    columns |= {name: battles[name] for name in battles.column_names[1:]} | vote_columns(votes)
-    table = pa.table(columns)
-    about = source, read.format, read.names, raw.rows, raw.faults
-    merged = np.zeros(len(table), bool)
-    return Part(*about, table, as_read, read.row, dropped, merged, reading)
+    columns |= {name: battles[name] for name in battles.column_names[1:]}
+    keys = {"id": columns["id"], "source": sources, "prompt": prompt_digests(battles["prompt"])}
+    merge = reading.annotators == "merge"
+    about = source, read.format, read.names, raw.rows, raw.faults, pa.table(keys)
+    return Part(
+        *about,
+        hash_sides(battles) if merge else np.zeros((0, 2), np.uint64),
+        _hash_answers(battles) if compare else np.zeros(0, np.int64),
+        spill.add(pa.table(columns)),
+        as_read,
+        read.row,
+        dropped,
+        np.zeros(len(battles), bool),
+        reading,
+    )
+
+
+def _hash_answers(battles: pa.Table) -> np.ndarray:
+    """What tells the two answers of each battle from others: int64 (battles,)."""
+    batches = battles.to_batches()  # the texts of all may be too long for one array
+    hashes = [hash_texts(batch["response_a"], batch["response_b"]) for batch in batches]
+    return np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
 
 
 def _refuse_ties(faults: Faults, votes: Votes, row: np.ndarray) -> None:
@@ -359,19 +413,20 @@ def _votes(shares: np.ndarray, weights: np.ndarray | None = None) -> Votes:
     return Votes(np.nan_to_num(shares), np.ones(len(shares)) if weights is None else weights)
 
 
-def _battles(parts: Sequence[Part]) -> pa.Table:
-    """The battles that are kept, in the order of `SOURCES`."""
-    classes = classes_of(parts[0].battles) if parts else len(CLASSES)
-    schema = pa.schema([field for field in with_classes(SCHEMA, classes) if field.name != "group"])
-    kept = [schema.empty_table()]
-    for source in SOURCES:
-        for part in parts:
-            mine = part.good() & pc.equal(part.battles["source"], source).to_numpy()
-            # By filters, chunk by chunk: the texts of all may be too long for one Arrow array.
-            some = part.battles if mine.all() else part.battles.filter(pa.array(mine))
-            kept.append(some.cast(schema))
-    battles = pa.concat_tables(kept)
-    return battles.append_column(SCHEMA.field("group"), [prompt_groups(battles["prompt"])])
+def _battles(parts: Sequence[Part], ties: Ties) -> Iterator[pa.Table]:
+    """The battles that are kept, in the order of `SOURCES`: tables of `SCHEMA`, the first one empty."""
+    schema = with_classes(SCHEMA, len(CLASSES) if ties == "class" else 2)
+    yield schema.empty_table()
+    ordered = [(source, part) for source in SOURCES for part in parts]
+    groups = number_digests(
+        part.keys["prompt"].filter(pa.array(part.good(source))) for source, part in ordered
+    )
+    done = 0
+    for source, part in ordered:
+        for battles in part.kept(ties, source):
+            group = groups[done : done + len(battles)]
+            yield battles.append_column("group", [group]).cast(schema)
+            done += len(battles)
 
 
 def _rejected(parts: Sequence[Part]) -> pa.Table:
@@ -379,17 +434,17 @@ def _rejected(parts: Sequence[Part]) -> pa.Table:
     return pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
 
 
-def _merge_annotators(parts: Sequence[Part], ties: Ties) -> None:
+def _merge_annotators(parts: Sequence[Part]) -> None:
     """Keep one row of each battle of some files, with the mean of all its rows' votes."""
     if not parts:
         return
     good = [part.good() for part in parts]
-    tables = [p.battles.filter(pa.array(mine)) for p, mine in zip(parts, good, strict=True)]
+    sides = [part.sides[mine] for part, mine in zip(parts, good, strict=True)]
     given = [part.votes[mine] for part, mine in zip(parts, good, strict=True)]
     shares = np.concatenate([votes.probabilities for votes in given])
     weights = np.concatenate([votes.weights for votes in given])
-    rows, votes = merge_annotators(pa.concat_tables(tables), Votes(shares, weights))
-    part_of = np.repeat(np.arange(len(parts)), [len(battles) for battles in tables])[rows]
+    rows, votes = merge_annotators(np.concatenate(sides), Votes(shares, weights))
+    part_of = np.repeat(np.arange(len(parts)), list(map(len, sides)))[rows]
     battle_of = np.concatenate([np.flatnonzero(mine) for mine in good])[rows]
     for number, (part, mine) in enumerate(zip(parts, good, strict=True)):
         here = part_of == number
@@ -398,9 +453,6 @@ def _merge_annotators(parts: Sequence[Part], ties: Ties) -> None:
         part.merged[kept] = False
         part.votes.probabilities[kept] = votes.probabilities[here]
         part.votes.weights[kept] = votes.weights[here]
-        for name, column in vote_columns(part.votes.among(ties)).items():
-            at = part.battles.column_names.index(name)
-            part.battles = part.battles.set_column(at, name, column)
 
 
 def _drop_known(parts: Sequence[Part]) -> None:
@@ -410,9 +462,8 @@ def _drop_known(parts: Sequence[Part]) -> None:
     """
     if not any(part.reading.without or part.reading.repeated == "drop" for part in parts):
         return
-    texts = [chunk for part in parts for chunk in part.battles["prompt"].chunks]
-    ends = np.cumsum([len(part.battles) for part in parts])
-    prompts = np.split(prompt_groups(pa.chunked_array(texts, _TURNS)), ends[:-1])
+    ends = np.cumsum([len(part.keys) for part in parts])
+    prompts = np.split(number_digests(part.keys["prompt"] for part in parts), ends[:-1])
     for part, prompt in zip(parts, prompts, strict=True):
         for name in part.reading.without:
             known = [p[other.good()] for other, p in zip(parts, prompts, strict=True)
@@ -422,7 +473,7 @@ def _drop_known(parts: Sequence[Part]) -> None:
     for source in {part.source for part in parts if part.reading.repeated == "drop"}:
         mine = [(part, p) for part, p in zip(parts, prompts, strict=True) if part.source == source]
         good = np.concatenate([part.good() for part, _ in mine])
-        texts_of = np.concatenate([np.column_stack([p, part.answers()]) for part, p in mine])
+        texts_of = np.concatenate([np.column_stack([p, part.answers]) for part, p in mine])
         _, first = np.unique(texts_of[good], axis=0, return_index=True)
         again = good.copy()
         again[np.flatnonzero(good)[first]] = False
@@ -437,7 +488,7 @@ def _refuse_duplicates(parts: Sequence[Part]) -> None:
     good = [np.flatnonzero(part.good()) for part in parts]
     part_of = np.repeat(np.arange(len(parts)), [len(battles) for battles in good])
     battle_of = np.concatenate([np.zeros(0, np.int64), *good])
-    named = [part.battles.select(["id", "source"]).take(pa.array(battles))
+    named = [part.keys.select(["id", "source"]).take(pa.array(battles))
              for part, battles in zip(parts, good, strict=True)]  # fmt: skip
     if not named:
         return

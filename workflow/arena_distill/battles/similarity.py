@@ -44,7 +44,7 @@ _COLUMNS = (
 
 
 def near_pairs(
-    texts: pa.StringArray,
+    texts: pa.LargeStringArray,
     *,
     threshold: float,
     permutations: int,
@@ -77,14 +77,14 @@ def near_pairs(
             keep = wanted(first, second)
             first, second = first[keep], second[keep]
         ends = np.cumsum(sizes[first] + sizes[second])
-        for part in _slices(ends, SHINGLES):
+        for part in slices(ends, SHINGLES):
             similarity = jaccard(texts, first[part], second[part])
             near = similarity >= threshold
             yield first[part][near], second[part][near], similarity[near]
 
 
 def near_groups(
-    texts: pa.StringArray, *, threshold: float, permutations: int, seed: int
+    texts: pa.LargeStringArray, *, threshold: float, permutations: int, seed: int
 ) -> np.ndarray:
     """Number the groups of texts that chains of :func:`near_pairs` connect: int64 (texts,), from 0.
 
@@ -107,7 +107,7 @@ def near_groups(
     return np.unique(group, return_inverse=True)[1].astype(np.int64)
 
 
-def jaccard(texts: pa.StringArray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def jaccard(texts: pa.LargeStringArray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Compute the similarity of the pairs of texts at the given positions: float64 (pairs,)."""
     involved, position = np.unique((first, second), return_inverse=True)
     sets = _sets(texts.take(pa.array(involved)))
@@ -137,7 +137,7 @@ def recall(similarity: float, bands: Any, rows: Any) -> Any:
 
 
 def _sign(
-    texts: pa.StringArray, permutations: int, seed: int, bands: int, rows: int
+    texts: pa.LargeStringArray, permutations: int, seed: int, bands: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A key per band of each text's signature, uint64 (bands, texts), and its shingles: int64 (texts,)."""
     from rensa import RMinHash
@@ -145,7 +145,7 @@ def _sign(
     keys = np.empty((bands, len(texts)), np.uint64)
     sizes = np.empty(len(texts), np.int64)
     lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(np.int64)
-    for part in _slices(np.cumsum(lengths + permutations), SHINGLES):
+    for part in slices(np.cumsum(lengths + permutations), SHINGLES):
         sets = _sets(texts[part.start : part.stop])
         sizes[part] = np.diff(sets.indptr)
         shingles, offsets = sets.indices.view(np.uint64), sets.indptr.astype(np.uint64)
@@ -166,7 +166,7 @@ def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         # Each text meets those after it in its run of equal keys.
         ends = np.searchsorted(ordered, ordered, side="right")
         others = ends - np.arange(1, len(order) + 1)
-        for part in _slices(np.cumsum(others), PAIRS):
+        for part in slices(np.cumsum(others), PAIRS):
             place = np.repeat(np.arange(part.start, part.stop), others[part])
             first, second = order[place], order[place + 1 + within(others[part])]
             # An earlier band may have found the pair already.
@@ -174,7 +174,7 @@ def _candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield first[new], second[new]
 
 
-def _slices(ends: np.ndarray, most: int) -> Iterator[slice]:
+def slices(ends: np.ndarray, most: int) -> Iterator[slice]:
     """Cut items into runs of no more than `most`, or of one item; `ends` is their running total."""
     start, done = 0, 0
     while start < len(ends) and done < ends[-1]:
@@ -191,7 +191,7 @@ def within(counts: np.ndarray) -> np.ndarray:
 # --- shingles -------------------------------------------------------------------------------------
 
 
-def _sets(texts: pa.StringArray) -> Any:
+def _sets(texts: pa.LargeStringArray) -> Any:
     """The texts' sets of shingles, as a sparse matrix: bool (texts, `_COLUMNS`), its indices the hashes."""
     from scipy.sparse import csr_array
 

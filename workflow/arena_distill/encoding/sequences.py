@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from arena_distill.battles.similarity import slices
 from arena_distill.battles.votes import votes_of
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.artifacts import read_parquet, read_provenance
 from arena_distill.files.keys import key
 from arena_distill.verdicts import Votes
 
 FIELDS = ("prompt", "response_a", "response_b")
+
+TOKENS = 1 << 22
+"""The most tokens (or those of one row) whose positions are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -138,29 +143,38 @@ def read_tokens(path: Path) -> Tokens:
     Raises:
         InputError: the file is missing, damaged or not written by :func:`tokenize_battles`.
     """
-    table = read_parquet(path)
-    about = json.loads((table.schema.metadata or {}).get(b"arena_distill", b"{}"))
-    if "vocabulary" not in about or "vote" not in table.column_names:
+    stored, names = read_provenance(path).get("vocabulary"), pq.read_schema(path).names
+    if stored is None or "vote" not in names:
         raise InputError(f"{path}: not a file of tokens; delete it and the workflow rebuilds it")
-    return tokens_of(table, Vocabulary.of(about["vocabulary"]))
+    return _tokens(partial(read_parquet, path), names, Vocabulary.of(stored))
 
 
 def tokens_of(table: pa.Table, vocabulary: Vocabulary) -> Tokens:
     """A table of tokens (:func:`arena_distill.encoding.tokenization.tokenize`) in flat arrays."""
-    table = table.combine_chunks()
+    return _tokens(table.select, table.column_names, vocabulary)
+
+
+def _tokens(
+    select: Callable[[list[str]], pa.Table], names: list[str], vocabulary: Vocabulary
+) -> Tokens:
+    """Tokens of the table of which `select` gives columns: long ones singly, as each is copied."""
+
+    def sequences(name: str) -> Sequences:
+        return _sequences(select([name])[name])
+
+    caps = {name: f"{name}_cap" for name in FIELDS}
+    table = select(["id", "source", "vote", "weight", *caps.values()])
     fields = {
         name: Field(
-            _sequences(table[name]),
-            _sequences(table[f"{name}_turns"]),
-            table[f"{name}_cap"].to_numpy().astype(np.int64),
+            sequences(name),
+            sequences(f"{name}_turns"),
+            table[cap].to_numpy().astype(np.int64),
             *(
-                _sequences(table[f"{name}_{part}"])
-                if f"{name}_{part}" in table.column_names
-                else None
+                sequences(f"{name}_{part}") if f"{name}_{part}" in names else None
                 for part in ("size", "name")
             ),
         )
-        for name in FIELDS
+        for name, cap in caps.items()
     }
     sources = table["source"].combine_chunks().cast(pa.string())
     rows = np.flatnonzero(pc.equal(sources, "train").to_numpy(zero_copy_only=False))
@@ -177,8 +191,12 @@ def tokens_of(table: pa.Table, vocabulary: Vocabulary) -> Tokens:
 def gather(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
     """Concatenate slices of a pool."""
     offsets = offsets_of(lengths)
-    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return Sequences(pool[index], offsets)
+    ids = np.empty(offsets[-1], pool.dtype)
+    for part in slices(offsets[1:], TOKENS):
+        some = slice(offsets[part.start], offsets[part.stop])
+        shift = np.repeat(starts[part] - offsets[part], lengths[part])
+        ids[some] = pool[np.arange(some.start, some.stop) + shift]
+    return Sequences(ids, offsets)
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

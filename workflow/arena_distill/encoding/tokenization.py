@@ -7,7 +7,7 @@ so no later job loads a tokenizer. Token ids are never decoded and encoded again
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.similarity import slices
 from arena_distill.battles.style_features import WORD
 from arena_distill.battles.votes import VOTE_FIELDS
 from arena_distill.config.phases import TokensSettings
@@ -29,7 +30,7 @@ from arena_distill.encoding.templates import (
     UNKNOWN_MODEL,
 )
 from arena_distill.errors import InputError, refusing
-from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.files.artifacts import provenance, read_parquet_parts, write_parquet_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The number of words to which the winners cut each field before tokenisation."""
 
+ROWS, CHARACTERS = 2_048, 1 << 21
+"""The most battles, and characters (or one text), that are tokenised together."""
+
 _VOTE = tuple(field.name for field in VOTE_FIELDS)
 
 
@@ -57,20 +61,30 @@ def tokenize_battles(
     battles: Path, tokenizer: Path, output: Path, *, settings: TokensSettings
 ) -> None:
     """Tokenise every field of `battles.parquet` with the tokenizer in a folder → `tokens.parquet`."""
-    models = ["model_a", "model_b"] if settings.names else []
-    table = read_parquet(battles, ["id", "source", *_VOTE, *FIELDS, *models])
     loaded = load_tokenizer(tokenizer)
+    models = ["model_a", "model_b"] if settings.names else []
+    rows = prompts = 0
+
+    def parts() -> Iterator[pa.Table]:
+        nonlocal rows, prompts
+        for group in read_parquet_parts(battles, ["id", "source", *_VOTE, *FIELDS, *models]):
+            for start in range(0, max(len(group), 1), ROWS):
+                with refusing(f"{tokenizer}: its tokenizer fails"):
+                    tokens = tokenize(group.slice(start, ROWS), loaded, names=settings.names)
+                rows += len(tokens)
+                prompts += pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0
+                yield tokens
+
     with refusing(f"{tokenizer}: its tokenizer fails"):
-        tokens, vocabulary = tokenize(table, loaded, names=settings.names)
+        vocabulary = vocabulary_of(loaded)
     about = provenance("tokens", settings.model_dump() | {"tokenizer": tokenizer.name})
-    write_parquet(tokens, output, about | {"vocabulary": vocabulary})
-    counts = pc.sum(pc.list_value_length(tokens["prompt"])).as_py() or 0
-    print(f"{len(tokens):,} battles tokenised by {tokenizer.name}; prompts: {counts:,} tokens")
+    write_parquet_parts(parts(), output, about | {"vocabulary": vocabulary})
+    print(f"{rows:,} battles tokenised by {tokenizer.name}; prompts: {prompts:,} tokens")
 
 
 def tokenize(
     battles: pa.Table, tokenizer: PreTrainedTokenizerBase, *, names: bool = False
-) -> tuple[pa.Table, dict[str, Any]]:
+) -> pa.Table:
     """Compute token ids of every field of every battle.
 
     Text is data: a special token written in it is encoded as ordinary text.
@@ -81,14 +95,12 @@ def tokenize(
     Returns:
         A table with `id`, `source`, the vote, and per field `f` (list<int32>: turns joined by a newline),
         `f_turns` (list<int32>: where each turn starts), `f_cap` (int32: tokens within the word cap) and,
-        for answers, `f_size` and with `names` `f_name` (list<int32>: its :data:`SIZE` and :data:`NAME`);
-        and the vocabulary of the templates as
-        JSON values.
+        for answers, `f_size` and with `names` `f_name` (list<int32>: its :data:`SIZE` and :data:`NAME`).
 
     Raises:
-        InputError: the tokenizer has no token that is safe for padding.
+        InputError: the tokenizer has no token that is safe for padding, or encodes text as a special one.
     """
-    vocabulary = _vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     newline = np.array(vocabulary["newline"], np.int32)
     columns: dict[str, Any] = {name: battles[name] for name in ("id", "source", *_VOTE)}
     for name in FIELDS:
@@ -108,7 +120,7 @@ def tokenize(
                 model = battles[name.replace("response", "model")].combine_chunks()
                 columns[f"{name}_name"] = list_array(_tokenize_names(tokenizer, model))
     _forbid_special(columns, vocabulary, tokenizer)
-    return pa.table(columns), vocabulary
+    return pa.table(columns)
 
 
 def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -138,7 +150,12 @@ def safe_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return min(telling or spare)
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The token ids that the templates need, as JSON values.
+
+    Raises:
+        InputError: the tokenizer has no token that is safe for padding.
+    """
     begin = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
     end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
 
@@ -164,8 +181,9 @@ def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Seq
     """Ids of each text; batches limit the memory of the tokenizer's own objects."""
     parts: list[np.ndarray] = []
     lengths: list[int] = []
-    for start in range(0, len(texts), 8192):
-        rows = _ids(tokenizer, texts[start : start + 8192])
+    sizes = np.fromiter(map(len, texts), np.int64) + 1
+    for batch in slices(np.cumsum(sizes), CHARACTERS):
+        rows = _ids(tokenizer, texts[batch])
         lengths += map(len, rows)
         parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
     return Sequences(np.concatenate([np.zeros(0, np.int32), *parts]), offsets_of(np.array(lengths)))

@@ -13,9 +13,13 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +68,47 @@ def write_parquet(table: pa.Table, path: StrPath, provenance: Mapping[str, Any])
     Other metadata of the table is kept. Pages carry checksums, columns without lists (ids, folds, votes,
     probabilities) and the metadata also digests; `read_parquet` verifies both.
     """
-    metadata = {**(table.schema.metadata or {}), _PROVENANCE: dumps(provenance).encode()}
-    digests = {name: _column_sha256(table[name]) for name in table.column_names}
-    digests = {_METADATA: _metadata_sha256(metadata), **{n: d for n, d in digests.items() if d}}
-    table = table.replace_schema_metadata({**metadata, _COLUMNS: dumps(digests).encode()})
-    with replacing(path) as temporary:
-        pq.write_table(
-            table,
+    write_parquet_parts([table], path, provenance)
+
+
+def write_parquet_parts(
+    parts: Iterable[pa.Table], path: StrPath, provenance: Mapping[str, Any]
+) -> None:
+    """Write tables of one schema below one another, as `write_parquet` would write them together.
+
+    Memory depends on a row group and on the longest part. There must be a part, which may be empty.
+    """
+    groups = _row_groups(parts)
+    first = next(groups)
+    metadata = {**(first.schema.metadata or {}), _PROVENANCE: dumps(provenance).encode()}
+    metadata.pop(_COLUMNS, None)  # of the file that the table was read from
+    digests = _Digests()
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(
             temporary,
-            row_group_size=ROW_GROUP,
+            first.schema.with_metadata(metadata),
             compression="zstd",
             write_page_checksum=True,
-        )
+        ) as writer,
+    ):
+        for group in chain([first], groups):
+            digests.update(group)
+            writer.write_table(group.replace_schema_metadata(metadata), ROW_GROUP)
+        written = {_METADATA: _metadata_sha256(metadata), **digests.columns()}
+        writer.add_key_value_metadata({_COLUMNS: dumps(written).encode()})
+
+
+def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of all parts, `ROW_GROUP` at a time; the last table has fewer, or none if there are none."""
+    waiting: pa.Table | None = None
+    for part in parts:
+        waiting = part if waiting is None else pa.concat_tables([waiting, part])
+        while len(waiting) > ROW_GROUP:
+            yield waiting.slice(0, ROW_GROUP)
+            waiting = waiting.slice(ROW_GROUP)
+    assert waiting is not None
+    yield waiting
 
 
 def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
@@ -84,7 +117,16 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
     Raises:
         InputError: the file is missing, damaged, edited, not of `write_parquet`, or lacks a column.
     """
-    path = Path(path)
+    return pa.concat_tables(read_parquet_parts(path, columns))
+
+
+def read_parquet_parts(path: StrPath, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Read a file as `read_parquet` does, one row group at a time; there is at least one part.
+
+    Memory depends on a row group. Raises as `read_parquet`, at any part: digests are
+    verified after the last one.
+    """
+    path, digests = Path(path), _Digests()
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             present = file.schema_arrow.names
@@ -94,14 +136,19 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
                     f"{path}: no column {', '.join(absent)}; the file has {', '.join(present)}; "
                     f"{REBUILD}"
                 )
-            wanted = None if columns is None else list(columns)
+            wanted = present if columns is None else list(columns)
             # Group by group: Arrow reads no nested texts of more than 2 GB at once.
-            groups = [file.read_row_group(i, wanted) for i in range(file.num_row_groups)]
-            table = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
-            table = table if wanted is None else table.select(wanted)
-            table.validate()
-            metadata = dict(table.schema.metadata or {})
+            # The schema has not what was added when its rows had been written.
+            metadata = dict(file.metadata.metadata or {})
+            metadata.pop(b"ARROW:schema", None)
             written = json.loads(metadata.get(_COLUMNS, b"{}"))
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, wanted).select(wanted)
+                table.validate()
+                digests.update(table)
+                yield table.replace_schema_metadata(metadata)
+            if not file.num_row_groups:
+                yield file.schema_arrow.empty_table().select(wanted)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -110,11 +157,10 @@ def read_parquet(path: StrPath, columns: Sequence[str] | None = None) -> pa.Tabl
         raise InputError(f"{path}: was not written by Arena Distill; {REBUILD}")
     if written.pop(_METADATA, None) not in (None, _metadata_sha256(metadata)):
         raise InputError(f"{path}: its metadata are not what was written; {REBUILD}")
-    for name in dict.fromkeys(table.column_names if columns else [*table.column_names, *written]):
-        digest = _column_sha256(table[name]) if name in table.column_names else None
-        if written.get(name, digest) != digest:
+    found = digests.columns()
+    for name in dict.fromkeys(wanted if columns else [*wanted, *written]):
+        if written.get(name, found.get(name)) != found.get(name):
             raise InputError(f"{path}: column {name} is not what was written; {REBUILD}")
-    return table
 
 
 def fingerprint(table: pa.Table) -> str:
@@ -143,15 +189,29 @@ def check_made_from(origin: Mapping[str, Any], where: StrPath, **now: Any) -> No
             )
 
 
-def _column_sha256(column: pa.ChunkedArray) -> str | None:
-    """The digest of a column, however it is cut into chunks; None of a column with lists."""
-    if pa.types.is_nested(column.type) and not pa.types.is_fixed_size_list(column.type):
-        return None
-    parts: dict[int, Any] = {}
-    for chunk in column.chunks:
-        for number, values in enumerate(_parts(chunk) if len(chunk) else ()):
-            parts.setdefault(number, hashlib.sha256()).update(np.ascontiguousarray(values).data)
-    return hashlib.sha256(b"".join(part.digest() for part in parts.values())).hexdigest()
+class _Digests:
+    """Digests of columns, however they are cut into chunks; a column with lists has none."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[int, Any]] = {}
+
+    def update(self, table: pa.Table) -> None:
+        """Take in the next rows."""
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if pa.types.is_nested(column.type) and not pa.types.is_fixed_size_list(column.type):
+                continue
+            parts = self._parts.setdefault(name, {})
+            for chunk in column.chunks:
+                for number, values in enumerate(_parts(chunk) if len(chunk) else ()):
+                    part = parts.setdefault(number, hashlib.sha256())
+                    part.update(np.ascontiguousarray(values).data)
+
+    def columns(self) -> dict[str, str]:
+        """The digest of each column."""
+        return {
+            name: hashlib.sha256(b"".join(part.digest() for part in parts.values())).hexdigest()
+            for name, parts in self._parts.items()
+        }
 
 
 def _metadata_sha256(metadata: Mapping[bytes, bytes]) -> str:
@@ -186,6 +246,48 @@ def read_provenance(path: StrPath) -> dict[str, Any]:
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         why = brief(error)
         raise InputError(f"{path}: not written by Arena Distill ({why}); {REBUILD}") from error
+
+
+class Spill:
+    """Tables of one schema, set aside on disk while a process works, in a file that has no name."""
+
+    def __init__(self, schema: pa.Schema, folder: Path | None = None) -> None:
+        """Args: folder: where the file goes, which must be there; None: that of temporary files."""
+        self._schema, self._folder = schema, folder or Path(tempfile.gettempdir())
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it goes with the object)
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        self._writer = pa.ipc.new_file(self._file, schema, options=options)
+        self._batches = 0
+
+    def add(self, table: pa.Table) -> Spilled:
+        """Set a table aside; when it is read, no more can be added."""
+        batches = table.cast(self._schema).to_batches()
+        with report_full_disk(self._folder):
+            for batch in batches:
+                self._writer.write_batch(batch)
+        self._batches += len(batches)
+        return Spilled(self, range(self._batches - len(batches), self._batches))
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Read a batch again."""
+        return self._reader.get_batch(number)
+
+    @cached_property
+    def _reader(self) -> pa.ipc.RecordBatchFileReader:
+        with report_full_disk(self._folder):
+            self._writer.close()
+        return pa.ipc.open_file(self._file)
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """A table that is set aside; its parts can be read again and again."""
+
+    spill: Spill
+    batches: range
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return (pa.Table.from_batches([self.spill.batch(number)]) for number in self.batches)
 
 
 def file_sha256(path: StrPath) -> str:

@@ -174,7 +174,7 @@ class Judge:
 
     def encode(self, battles: Battles) -> Tokens:
         """The token ids of battles, before truncation."""
-        table, _ = tokenize(battles_table(battles), self._tokenizer)
+        table = tokenize(battles_table(battles), self._tokenizer)
         return tokens_of(table, self.contract.vocabulary)
 
     def predict(self, battles: Battles) -> Verdicts:
@@ -190,7 +190,7 @@ class Judge:
             InputError: a field is missing or not text.
         """
         table = battles_table(battles)
-        tokens, _ = tokenize(table, self._tokenizer)
+        tokens = tokenize(table, self._tokenizer)
         return judged(
             self.contract, table, tokens_of(tokens, self.contract.vocabulary), self.forward
         )
