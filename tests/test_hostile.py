@@ -1214,9 +1214,7 @@ def test_a_failed_evaluation_costs_no_earlier_figure(finished: Checkout, tmp_pat
     done = checkout.snakemake(*again, "--cores", "1")
     assert done.returncode
     log = (checkout.results / "logs/evaluate.log").read_text()
-    assert re.search(
-        r"^error: .*fold_0\.ids\.parquet: column id is not what was", log, re.M
-    )
+    assert re.search(r"^error: .*fold_0\.ids\.parquet: column id is not what was", log, re.M)
     assert [path.read_bytes() for path in kept] == before
     logits.write_bytes(whole)
     checkout.run(*again)
