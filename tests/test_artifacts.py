@@ -190,7 +190,7 @@ def test_logits_come_back_bit_for_bit(
     [
         (some_logits().astype(np.float64), "float64, float32 expected"),
         (some_logits()[:, 0], "shape"),
-        (some_logits()[..., :2], "shape"),
+        (some_logits()[..., :1], "shape"),
         (some_logits(3), "3 rows of logits for 2 ids"),
         (some_logits() * np.float32("nan"), "2 rows of logits are not finite"),
     ],
