@@ -101,8 +101,8 @@ def test_another_repository_uses_it_as_a_module(
         "metrics.json",
         "report/log_loss.svg",
         "adapters/student/fold_1/adapter_model.safetensors",
-        "merged/student/model.safetensors",
-        "gptq/student/drift.json",
+        "weights/student/merged/model.safetensors",
+        "weights/student/gptq/drift.json",
         "logs/evaluate.log",
         "benchmarks/evaluate.tsv",
     ):
