@@ -240,8 +240,6 @@ class Part:
     rows: int  # in the file, those lost in reading included
     faults: Faults
     keys: pa.Table  # `id`, `source`, and `prompt`, of `prompt_digests`
-    sides: np.ndarray  # of `hash_sides`, if annotators are merged
-    answers: np.ndarray  # int64, a hash of both answers, where repeated battles are dropped
     texts: Iterable[pa.Table]  # its battles as SCHEMA has them, but for the last three columns
     votes: Votes  # as read: of three classes
     row: np.ndarray  # int64, the position of each battle's row among those that could be read
@@ -274,6 +272,12 @@ class Part:
             yield pa.table({name: kept[name] for name in kept.column_names} | cast)
             start += len(texts)
 
+    def answers(self) -> np.ndarray:
+        """What tells the two answers of each battle from others: int64 (battles,)."""
+        batches = (batch for texts in self.texts for batch in texts.to_batches())
+        hashes = [hash_texts(batch["response_a"], batch["response_b"]) for batch in batches]
+        return np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
+
     def drop(self, battles: np.ndarray, column: str, reason: str) -> None:
         """Drop battles: bool (battles,). A row of which no battle is left gets its line."""
         battles = battles & self.good()
@@ -295,14 +299,10 @@ def read_parts(files: Files, ties: Ties = "class", folder: Path | None = None) -
     spill = Spill(_TEXTS, folder)
     for source in SOURCES:
         rows = 0
-        entries = [
-            given if isinstance(given, Source) else Source(path=str(given))
-            for given in files.get(source, ())
-        ]
-        compare = any(entry.repeated == "drop" for entry in entries)
-        for entry in entries:
+        for given in files.get(source, ()):
+            entry = given if isinstance(given, Source) else Source(path=str(given))
             for file in entry.shards():
-                parts.append(_read_part(source, file, entry, rows, ties, spill, compare))
+                parts.append(_read_part(source, file, entry, rows, ties, spill))
                 rows += parts[-1].rows
     for source in SOURCES:
         mine = [p for p in parts if p.source == source and p.reading.annotators == "merge"]
@@ -320,13 +320,7 @@ def read_parts(files: Files, ties: Ties = "class", folder: Path | None = None) -
 
 
 def _read_part(
-    source: str,
-    file: Path,
-    reading: Reading,
-    rows_before: int,
-    ties: Ties,
-    spill: Spill,
-    compare: bool,
+    source: str, file: Path, reading: Reading, rows_before: int, ties: Ties, spill: Spill
 ) -> Part:
     is_test = source == "test"
     raw = read_table(file, escape=reading.escape)
@@ -360,26 +354,9 @@ def _read_part(
     columns = {"id": battles["id"], "source": sources}
     columns |= {name: battles[name] for name in battles.column_names[1:]}
     keys = {"id": columns["id"], "source": sources, "prompt": prompt_digests(battles["prompt"])}
-    merge = reading.annotators == "merge"
     about = source, read.format, read.names, raw.rows, raw.faults, pa.table(keys)
-    return Part(
-        *about,
-        hash_sides(battles) if merge else np.zeros((0, 2), np.uint64),
-        _hash_answers(battles) if compare else np.zeros(0, np.int64),
-        spill.add(pa.table(columns)),
-        as_read,
-        read.row,
-        dropped,
-        np.zeros(len(battles), bool),
-        reading,
-    )
-
-
-def _hash_answers(battles: pa.Table) -> np.ndarray:
-    """What tells the two answers of each battle from others: int64 (battles,)."""
-    batches = battles.to_batches()  # the texts of all may be too long for one array
-    hashes = [hash_texts(batch["response_a"], batch["response_b"]) for batch in batches]
-    return np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
+    texts, merged = spill.add(pa.table(columns)), np.zeros(len(battles), bool)
+    return Part(*about, texts, as_read, read.row, dropped, merged, reading)
 
 
 def _refuse_ties(faults: Faults, votes: Votes, row: np.ndarray) -> None:
@@ -439,7 +416,10 @@ def _merge_annotators(parts: Sequence[Part]) -> None:
     if not parts:
         return
     good = [part.good() for part in parts]
-    sides = [part.sides[mine] for part, mine in zip(parts, good, strict=True)]
+    sides = [
+        np.concatenate([np.zeros((0, 2), np.uint64), *map(hash_sides, part.texts)])[mine]
+        for part, mine in zip(parts, good, strict=True)
+    ]
     given = [part.votes[mine] for part, mine in zip(parts, good, strict=True)]
     shares = np.concatenate([votes.probabilities for votes in given])
     weights = np.concatenate([votes.weights for votes in given])
@@ -473,7 +453,7 @@ def _drop_known(parts: Sequence[Part]) -> None:
     for source in {part.source for part in parts if part.reading.repeated == "drop"}:
         mine = [(part, p) for part, p in zip(parts, prompts, strict=True) if part.source == source]
         good = np.concatenate([part.good() for part, _ in mine])
-        texts_of = np.concatenate([np.column_stack([p, part.answers]) for part, p in mine])
+        texts_of = np.concatenate([np.column_stack([p, part.answers()]) for part, p in mine])
         _, first = np.unique(texts_of[good], axis=0, return_index=True)
         again = good.copy()
         again[np.flatnonzero(good)[first]] = False
