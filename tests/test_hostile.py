@@ -553,9 +553,21 @@ def edited(column: str, change: Callable[[pa.Table], Any]) -> Damage:
         table = pq.read_table(path)
         number = table.column_names.index(column)
         values = pa.array(change(table), table.schema.field(column).type)
-        pq.write_table(table.set_column(number, table.schema.field(column), values), path)
+        written_with_digests(table.set_column(number, table.schema.field(column), values), path)
 
     return edit
+
+
+def written_with_digests(table: pa.Table, path: Path) -> None:
+    """Write a table over a file, and take over the digests at its end."""
+    digests = pq.read_metadata(path).metadata
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({k: v for k, v in digests.items() if b"sha256" in k})
+
+
+def by_arrow(path: Path) -> None:
+    pq.write_table(pq.read_table(path), path)
 
 
 def reversed_(name: str) -> Damage:
@@ -568,7 +580,7 @@ def by_pandas(path: Path) -> None:
 
 def without(column: str) -> Damage:
     def drop(path: Path) -> None:
-        pq.write_table(pq.read_table(path).drop_columns(column), path)
+        written_with_digests(pq.read_table(path).drop_columns(column), path)
 
     return drop
 
@@ -585,6 +597,7 @@ PARQUET: dict[str, tuple[Damage, str]] = {
     "a pickle": (replaced(pickle.dumps([1])), "not a whole parquet file"),
     "cut": (cut, "not a whole parquet file"),
     "a folder": (a_folder, "not a whole parquet file"),
+    "written by Arrow": (by_arrow, "was written again by another program"),
     "written by pandas": (by_pandas, "not written by Arena Distill|not the logits of"),
 }
 TABLES = ("folds", "battles", "truth", "rejected", "test_votes", "merged", "logits/big/fold_1.ids")

@@ -202,6 +202,7 @@ def test_loading_needs_no_compiler(
 ) -> None:
     """On a GPU, GPTQModel by default chooses a kernel that needs CUDA's compiler."""
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForSequenceClassification
 
     asked: list[Any] = []
@@ -220,6 +221,7 @@ def test_loading_needs_no_compiler(
     about = {"quant_method": "gptq", "bits": 8, "group_size": 32}
     config = {"model_type": "llama", "dtype": dtype, "quantization_config": about}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"score.weight": torch.zeros(3, 1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="that was all"):
         gptq.load_quantized(tmp_path)
     assert asked == [("gptq_torch", {"": "cuda:0" if gpu else "cpu"})]

@@ -42,6 +42,7 @@ ROW_GROUP = 16_384
 _PROVENANCE = b"arena_distill"
 _COLUMNS = b"arena_distill.columns_sha256"
 _METADATA = ""
+_SEALED = b"arena_distill.sealed"  # digests are at the file's end, where other programs drop them
 """In place of a column's name, in the digests."""
 DIGEST = b"arena_distill.npy_sha256"
 REBUILD = "delete it and run the workflow again: it will be rebuilt"
@@ -81,6 +82,7 @@ def write_parquet_parts(
     groups = _row_groups(parts)
     first = next(groups)
     metadata = {**(first.schema.metadata or {}), _PROVENANCE: dumps(provenance).encode()}
+    metadata |= {_SEALED: b"1"}
     metadata.pop(_COLUMNS, None)  # of the file that the table was read from
     digests = _Digests()
     with (
@@ -155,6 +157,8 @@ def read_parquet_parts(path: StrPath, columns: Sequence[str] | None = None) -> I
         raise InputError(f"{path}: not a whole parquet file ({brief(error)}); {REBUILD}") from error
     if _PROVENANCE not in metadata:
         raise InputError(f"{path}: was not written by Arena Distill; {REBUILD}")
+    if _SEALED in metadata and not written:
+        raise InputError(f"{path}: was written again by another program; {REBUILD}")
     if written.pop(_METADATA, None) not in (None, _metadata_sha256(metadata)):
         raise InputError(f"{path}: its metadata are not what was written; {REBUILD}")
     found = digests.columns()
