@@ -197,7 +197,7 @@ def assert_same_training(two: Path, one: Path, *, most: float, loss: float = 1e-
     metrics, expected = (read_json(adapter / "metrics.json") for adapter in (two, one))
     assert metrics.pop("train_loss") == pytest.approx(expected.pop("train_loss"), abs=loss)
     for made in (metrics, expected):
-        del made["seconds"]
+        del made["seconds"], made["sha256"]  # of weights that differ by rounding
     assert metrics == expected
 
 

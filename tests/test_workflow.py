@@ -119,11 +119,12 @@ def test_the_figures_have_the_shape_others_read(finished: Checkout) -> None:
 # --- what a change rebuilds -------------------------------------------------------------------------
 
 FINAL = {"predict_test": 1, "write_submission": 1, "evaluate": 1, "render_report": 1}
-DEPLOYED = {"quantize_model": 1, "check_drift": 1, "score_test_gptq": 1, **FINAL}
+DEPLOYED = {"quantize_model": 1, "check_drift": 1, "score_test_gptq": 1, "finish_gptq": 1, **FINAL}
 STUDENT = {
     "distill_student": 2,
     "merge_folds": 1,
     "score_test_merged": 1,
+    "finish_merged": 1,
     **DEPLOYED,
     "predict_test": 2,  # of the merged and of the quantised model
 }
