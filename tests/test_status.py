@@ -693,6 +693,7 @@ def test_a_run_from_its_start_over_its_death_to_its_end(tmp_path: Path) -> None:
         ):
             assert time.monotonic() < deadline, (tmp_path / "snakemake.log").read_text()
             time.sleep(0.2)
+        failed = time.time()
         expected = {
             "last": "waiting",
             "good_9": "done",
@@ -720,6 +721,8 @@ def test_a_run_from_its_start_over_its_death_to_its_end(tmp_path: Path) -> None:
 
     (tmp_path / "fixed").touch()
     flow.snakemake("--unlock")
+    # Later than the slack that the times of files have: else the failure may be the new run's.
+    time.sleep(max(0.0, failed + status._SLACK + 1 - time.time()))
     flow.snakemake("--rerun-incomplete")
     states, found, code = flow.states()
     assert (set(states.values()), code) == ({"done"}, 0)

@@ -205,7 +205,7 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
     assert not (checkout.results / "adapters" / entries["soup"]["judge"]).exists(), "trained once"
     position = compared["out_of_fold"]["judges"]["fitted"]["position"]
     assert position["flip_rate"] == position["total_variation"] == 0, "a pointwise judge has none"
-    soup = checkout.results / "merged" / entries["soup"]["judge"]
+    soup = checkout.results / "weights" / entries["soup"]["judge"] / "merged"
     merged = json.loads((soup / "merge.json").read_text())
     assert sum(merged["weights"]) == pytest.approx(1)
     page = (checkout.results / "compare/report.html").read_text()
