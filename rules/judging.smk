@@ -52,7 +52,5 @@ use rule finish_merged as finish_gptq with:
         **job_of(quantizing_gpus, "batch_tokens", "attention"),
     params:
         run="arena_gptq finish-judge --kind gptq",
-        settings=settings_of(phase.JudgeSettings),
-        optional=as_options("calibration", "test_votes"),
     message:
         f"Finishing {{wildcards.judge}}, quantised{ASKS}"

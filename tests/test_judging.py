@@ -441,7 +441,9 @@ def test_a_killed_prediction_goes_on_where_it_was(make: Make, csv: Path, tmp_pat
     assert (done.battles, done.refused) == (10, 1)
     assert [len(ids) for ids in asked] == [3, 3, 3, 1], "each battle once"
     found = pq.read_table(output)
-    whole = pq.read_table(output)
+    at_once = str(tmp_path / "at_once.parquet")
+    predict_files(judge.contract, judge.predict, *where, at_once, part=3)
+    whole = pq.read_table(at_once)
     assert found["id"].to_pylist() == [i for ids in asked for i in ids]
     assert whole.equals(found)
     assert not list(tmp_path.glob("*.parts"))

@@ -253,9 +253,7 @@ class Part:
 
     def good(self, source: str | None = None) -> np.ndarray:
         """Which battles are kept, of all sources or of one: bool (battles,)."""
-        keep = np.ones(len(self.faults.numbers), bool)
-        keep[self.faults.fatal()] = False
-        good = keep[self.row] & ~self.dropped & ~self.merged
+        good = self.faults.kept()[self.row] & ~self.dropped & ~self.merged
         if source is not None:
             good &= pc.equal(self.keys["source"], source).to_numpy()
         return np.asarray(good)

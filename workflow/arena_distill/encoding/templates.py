@@ -53,12 +53,6 @@ ROOM = 16
 """The fewest tokens that a sequence must have for its battle."""
 
 
-# --- text → ids -------------------------------------------------------------------------------------
-
-
-# --- ids → sequences --------------------------------------------------------------------------------
-
-
 def _shown(fields: Mapping[str, Field], encoding: Encoding, view: View) -> list[Field]:
     """The fields of a view; without sizes and names if the encoding has none.
 

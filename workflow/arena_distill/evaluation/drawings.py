@@ -1,4 +1,8 @@
-"""Draw a run's figures as SVG, in a few colours that a page replaces by its own."""
+"""Draw a run's figures as SVG.
+
+matplotlib draws with a few colours for roles (ink, accent, paper); on the page they are replaced by the
+page's own colours, so drawings follow its light or dark theme.
+"""
 
 from __future__ import annotations
 

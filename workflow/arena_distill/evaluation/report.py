@@ -1,8 +1,6 @@
 """Render `metrics.json` as one HTML file, and its figures and tables as separate files.
 
-The page is self-contained: it includes style and drawings, loads nothing and has no scripts. matplotlib
-draws with a few colours for roles (ink, accent, paper); on the page they are replaced by the page's own
-colours, so drawings follow its light or dark theme.
+The page is self-contained: it includes style and drawings, loads nothing and has no scripts.
 """
 
 from __future__ import annotations
@@ -192,6 +190,3 @@ def _tables(metrics: Figures) -> dict[str, str]:
 
 def _rounded(record: Figures) -> Figures:
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
-
-
-# --- drawings -------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ ROW_GROUP = 16_384
 
 _PROVENANCE = b"arena_distill"
 _COLUMNS = b"arena_distill.columns_sha256"
-_METADATA = ""
 _SEALED = b"arena_distill.sealed"  # digests are at the file's end, where other programs drop them
+_METADATA = ""
 """In place of a column's name, in the digests."""
 DIGEST = b"arena_distill.npy_sha256"
 REBUILD = "delete it and run the workflow again: it will be rebuilt"

@@ -65,6 +65,12 @@ class Faults:
             p for p, (_, reason) in self.found.items() if not reason.startswith(KEPT_AS_RAW_TEXT)
         ]
 
+    def kept(self) -> np.ndarray:
+        """Which rows can be kept: bool (rows that could be read,)."""
+        keep = np.ones(len(self.numbers), bool)
+        keep[self.fatal()] = False
+        return keep
+
     def line(self, source: str, position: int) -> dict[str, Any]:
         """Return the line of the row at `position` in the table of rejected rows."""
         column, reason = self.found[position]

@@ -115,7 +115,7 @@ def _scores(contract: Contract) -> str:
     after = (
         f"calibrated ({calibrated.method}, fitted on {calibrated.fitted_on})"
         if calibrated
-        else ("not calibrated")
+        else "not calibrated"
     )
     return f"""\
 This very model, as `judge.json` says that it is asked, on {found.battles:,} test battles that nobody

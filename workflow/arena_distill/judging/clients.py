@@ -21,6 +21,7 @@ from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.judging.contract import read_contract
 from arena_distill.judging.judge import Judge, local_folder
+from arena_distill.scoring.endpoint import NO_PROXY
 
 REQUEST_TOKENS = 16384
 """Tokens per request."""
@@ -66,10 +67,9 @@ class Client:
     def __init__(self, server: str, outputs: int) -> None:
         self._url = f"{server.rstrip('/')}/classify"
         self._outputs = outputs
-        loopback = ("all://localhost", "all://127.0.0.1", "all://[::1]")
         self._http = httpx2.Client(
             timeout=httpx2.Timeout(SECONDS, connect=10),
-            mounts={address: httpx2.HTTPTransport() for address in loopback},  # without a proxy
+            mounts=NO_PROXY,
         )
 
     def forward(self, sequences: Sequences) -> np.ndarray:

@@ -37,14 +37,18 @@ from arena_distill.judging.card import write_card
 from arena_distill.judging.contract import FILE, Calibrated, Contract, Score, Scores, Template
 from arena_distill.judging.judge import Judge
 from arena_distill.judging.vectors import make_vectors
-from arena_distill.metrics import bootstrap, calibration_scores, losses
+from arena_distill.metrics import (
+    calibration_error,
+    losses,
+    mean_interval,
+    reliability,
+    right_verdicts,
+)
 from arena_distill.prediction.calibration import read_calibration
 from arena_distill.verdicts import CLASSES, WINNERS
 
 FINGERPRINTED = ("*.safetensors", "tokenizer*.json", "*.model", "special_tokens_map.json")
 """The files of weights and tokenizer."""
-
-RESAMPLES = 2_000
 
 
 def finish_judge(
@@ -96,22 +100,19 @@ def finish_judge(
 
 def score_predictions(predictions: Path, solution: Solution) -> Scores:
     """Score the submitted predictions of one model on the test battles."""
-    table = read_parquet(predictions, ["id", "submitted", *WINNERS[: solution.votes.classes]])
-    submitted = table.filter(table["submitted"])
-    rows = locate(solution.ids, submitted["id"].combine_chunks(), str(predictions))
     votes, groups = solution.votes, solution.groups
     names = WINNERS[: votes.classes]
+    table = read_parquet(predictions, ["id", "submitted", *names])
+    submitted = table.filter(table["submitted"])
+    rows = locate(solution.ids, submitted["id"].combine_chunks(), str(predictions))
     probabilities = np.column_stack([submitted[name].to_numpy() for name in names])[rows]
-    loss = losses(probabilities, votes)
-    right = np.take_along_axis(votes.probabilities, probabilities.argmax(axis=1)[:, None], 1)[:, 0]
-    means = bootstrap(np.stack([loss, right]), votes, groups, resamples=RESAMPLES)
-    low, high = np.quantile(means, (0.025, 0.975), axis=0)
-    found = [
-        Score(value=float(votes.mean(x)), low=float(low[i]), high=float(high[i]))
-        for i, x in enumerate((loss, right))
-    ]
-    ece = float(calibration_scores(probabilities, votes)["ece"])
-    return Scores(battles=len(votes), log_loss=found[0], accuracy=found[1], ece=ece)
+    each = losses(probabilities, votes), right_verdicts(probabilities, votes)
+    log_loss, accuracy = (
+        Score(value=value, low=low, high=high)
+        for value, low, high in (mean_interval(values, votes, groups) for values in each)
+    )
+    ece = calibration_error(reliability(probabilities, votes))
+    return Scores(battles=len(votes), log_loss=log_loss, accuracy=accuracy, ece=ece)
 
 
 def for_other_programs(config: Mapping[str, Any], *, pointwise: bool) -> dict[str, Any]:

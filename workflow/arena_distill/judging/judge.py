@@ -174,8 +174,9 @@ class Judge:
 
     def encode(self, battles: Battles) -> Tokens:
         """The token ids of battles, before truncation."""
-        table = tokenize(battles_table(battles), self._tokenizer)
-        return tokens_of(table, self.contract.vocabulary)
+        return tokens_of(
+            tokenize(battles_table(battles), self._tokenizer), self.contract.vocabulary
+        )
 
     def predict(self, battles: Battles) -> Verdicts:
         """Judge battles: at every length, in every order, averaged and calibrated.
@@ -190,10 +191,7 @@ class Judge:
             InputError: a field is missing or not text.
         """
         table = battles_table(battles)
-        tokens = tokenize(table, self._tokenizer)
-        return judged(
-            self.contract, table, tokens_of(tokens, self.contract.vocabulary), self.forward
-        )
+        return judged(self.contract, table, self.encode(table), self.forward)
 
     def compare(self, prompt: str | list[str], a: str | list[str], b: str | list[str]) -> Verdict:
         """Judge one battle."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -136,10 +135,8 @@ def _read(file: Path, reading: Reading, before: int) -> tuple[pa.Table, Faults, 
     """The battles of one file that could be read, its faults, and its number of rows."""
     raw = read_table(file, escape=reading.escape)
     found = convert(raw, reading, votes=False, rows_before=before)
-    keep = np.ones(len(raw.faults.numbers), bool)
-    keep[raw.faults.fatal()] = False
     battles = found.battles.select(["id", "prompt", "response_a", "response_b"])
-    return battles.filter(pa.array(keep[found.row])), raw.faults, raw.rows
+    return battles.filter(pa.array(raw.faults.kept()[found.row])), raw.faults, raw.rows
 
 
 @contextmanager

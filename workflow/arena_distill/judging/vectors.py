@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens
+from arena_distill.encoding.sequences import FIELDS, Sequences
 from arena_distill.encoding.views import encode, views
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, Vector
-from arena_distill.judging.judge import Judge, judged
+from arena_distill.judging.judge import Judge, Verdicts, judged
+
+if TYPE_CHECKING:
+    from arena_distill.judging.battles import Battles
 
 TOLERANCE = {"float32": 1e-4}
 """By dtype, how far probabilities may be from the vectors' on another machine or server."""
@@ -84,13 +88,12 @@ def battles_of(contract: Contract) -> list[dict[str, str | list[str]]]:
 def make_vectors(judge: Judge) -> tuple[Vector, ...]:
     """The test vectors of a judge, computed by itself."""
     battles = battles_of(judge.contract)
-    tokens = judge.encode(battles)
-    found = judge.predict(battles)
+    sequences, found = _ask(judge, battles)
     return tuple(
         Vector(
             about=str(battle["about"]),
             **{name: _turns(battle[name]) for name in FIELDS},
-            ids={name: tuple(ids[row].tolist()) for name, ids in _encoded(judge.contract, tokens)},
+            ids={name: tuple(ids[row].tolist()) for name, ids in sequences.items()},
             logits=found.logits[row].tolist(),
             probabilities=tuple(found.probabilities[row].tolist()),
         )
@@ -119,14 +122,13 @@ def compare_with_vectors(judge: Judge) -> Differences:
     """Ask a judge its test vectors, with weights here or on a server."""
     contract = judge.contract
     battles = [vector.model_dump(include={*FIELDS}) for vector in contract.vectors]
-    tokens = judge.encode(battles)
+    sequences, found = _ask(judge, battles)
     different = [
         f"{vector.about}, {name}"
-        for name, ids in _encoded(contract, tokens)
+        for name, ids in sequences.items()
         for row, vector in enumerate(contract.vectors)
         if tuple(ids[row].tolist()) != vector.ids.get(name)
     ]
-    found = judged(contract, battles_table(battles), tokens, judge.forward)
     return Differences(
         different,
         _distance(found.logits, [vector.logits for vector in contract.vectors]),
@@ -154,12 +156,15 @@ def print_verification(judge: Judge, tolerance: float | None = None) -> bool:
     return passed
 
 
-def _encoded(contract: Contract, tokens: Tokens) -> list[tuple[str, Sequences]]:
-    """The sequences of each length and view, by their name in a vector."""
-    return [
-        (f"{length}/{view}", encode(tokens, contract.encoding, view, length))
+def _ask(judge: Judge, battles: Battles) -> tuple[dict[str, Sequences], Verdicts]:
+    """The sequences of each length and view, by their name in a vector, and the verdicts."""
+    contract, table = judge.contract, battles_table(battles)
+    tokens = judge.encode(table)
+    sequences = {
+        f"{length}/{view}": encode(tokens, contract.encoding, view, length)
         for length, view in product(contract.lengths, views(contract.head, contract.orders))
-    ]
+    }
+    return sequences, judged(contract, table, tokens, judge.forward)
 
 
 def _turns(text: str | list[str]) -> tuple[str, ...]:

@@ -40,9 +40,6 @@ from arena_distill.models.scoring import score
 from arena_distill.prediction.calibration import read_calibration
 from arena_distill.verdicts import WINNERS, Order
 
-"""The deployed forms of a judge that are scored."""
-
-
 # --- forward passes -------------------------------------------------------------------------------
 
 
@@ -339,6 +336,3 @@ def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndar
 
 def _joined(values: object) -> str:
     return "+".join(map(str, values))  # type: ignore[call-overload]
-
-
-# --- submission -----------------------------------------------------------------------------------

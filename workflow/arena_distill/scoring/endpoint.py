@@ -57,7 +57,9 @@ MOST_BYTES = 4 << 20
 LONGEST_PAUSE = 600.0
 """Seconds. A server that asks to wait for longer (``Retry-After``) is asked again after these."""
 
-_LOOPBACK = ("all://localhost", "all://127.0.0.1", "all://[::1]")
+NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+"""For a client's `mounts`: no proxy of the environment leads to this machine."""
+
 _BACKOFF = wait_exponential_jitter(initial=0.5, max=60, jitter=0.5)  # seconds: 0.5, 1, 2, … 60
 
 
@@ -178,7 +180,7 @@ class _Client:
             timeout=limits.timeout,
             limits=connections,
             follow_redirects=False,  # the key is for this host alone
-            mounts=dict.fromkeys(_LOOPBACK),  # no proxy of the environment leads to this machine
+            mounts=NO_PROXY,
         )
         self._pace = _Pace(limits.requests_per_minute, stop)
 
