@@ -179,7 +179,7 @@ def backbone(family: str, backbones: Callable[[str], Path]) -> Path:
 
 def battles_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Canonical battles; a text stands for one turn, a label for a hard vote, the rest is filled in."""
-    from arena_distill.battles.reading import SCHEMA
+    from arena_distill.battles.parts import SCHEMA
 
     filled = []
     for number, row in enumerate(rows):
@@ -202,8 +202,8 @@ def battles_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 def grouped(battles: pa.Table) -> pa.Table:
     """The same battles, their prompts numbered: tables of several calls know nothing of each other."""
+    from arena_distill.battles.parts import SCHEMA
     from arena_distill.battles.prompts import prompt_groups
-    from arena_distill.battles.reading import SCHEMA
 
     groups = pa.array(prompt_groups(battles["prompt"]))
     return battles.set_column(SCHEMA.get_field_index("group"), SCHEMA.field("group"), groups)

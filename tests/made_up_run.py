@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from arena_distill.battles import reading as raw
 from arena_distill.battles.folds import assign_folds
+from arena_distill.battles.parts import SCHEMA
 from arena_distill.battles.prompts import prompt_groups
+from arena_distill.battles.reading import REJECTED_SCHEMA
+from arena_distill.battles.solution import write_test_votes
 from arena_distill.battles.votes import vote_columns, with_classes
 from arena_distill.config.phases import EvaluationSettings, PredictionSettings, SolutionSettings
 from arena_distill.config.vocabulary import ModelKind
@@ -132,7 +134,7 @@ def _battles(rng: np.random.Generator, classes: int) -> tuple[pa.Table, np.ndarr
         **vote_columns(Votes.hard(np.where(source == "test", NO_VOTE, label), classes)),
     }
     table["group"] = prompt_groups(pa.table(table)["prompt"])
-    whole = pa.table(table).cast(with_classes(raw.SCHEMA, classes))
+    whole = pa.table(table).cast(with_classes(SCHEMA, classes))
     return whole.replace_schema_metadata(_votes(label)), truth
 
 
@@ -194,7 +196,7 @@ def _write_beside(run: MadeUpRun) -> None:
     frame = pd.DataFrame(np.eye(classes, dtype=int)[votes[test]], columns=list(WINNERS[:classes]))
     frame.insert(0, "id", battles["id"].take(pa.array(test)).to_pylist())
     write_text(frame.to_csv(index=False), folder / "solution.csv")
-    raw.write_test_votes(
+    write_test_votes(
         folder / "solution.csv",
         folder / "battles.parquet",
         folder / "test_votes.parquet",
@@ -214,7 +216,7 @@ def _write_beside(run: MadeUpRun) -> None:
         {"source": s, "file": f"{s}.csv", "row": i, "column": c, "reason": r}
         for i, (s, c, r) in enumerate(refused, start=1)
     ]
-    rejected = pa.Table.from_pylist(lines, schema=raw.REJECTED_SCHEMA)
+    rejected = pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
     write_parquet(rejected, folder / "rejected.parquet", origin("made up", {}))
     drift = {"kl": 2.5e-6, "max_kl": 4e-5, "flip_rate": 0.0, "rows": 512}
     write_json(drift | {"bytes_before": 4_300_000, "bytes": 1_900_000}, folder / "drift.json")

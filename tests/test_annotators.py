@@ -13,13 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arena_distill.battles.annotators import hash_sides, merge_annotators
-from arena_distill.battles.reading import (
-    SCHEMA,
-    count_rows,
-    read_battles,
-    read_parts,
-    write_battles,
-)
+from arena_distill.battles.parts import SCHEMA, read_parts
+from arena_distill.battles.reading import read_battles, write_battles
+from arena_distill.battles.row_counts import count_rows
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.data import Data
 from arena_distill.config.phases import VERSIONS, BattlesSettings

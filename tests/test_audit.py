@@ -45,6 +45,7 @@ from arena_distill.battles.similarity import (
 from arena_distill.config.data import Audit
 from arena_distill.config.phases import VERSIONS, AuditSettings, FoldsSettings, parse
 from arena_distill.config.run import Config, load
+from arena_distill.config.source import SOURCES
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_parquet
 
@@ -338,7 +339,7 @@ def test_counts_are_those_of_looking_at_every_two_battles(
     folds = assign_folds(battles, method="kfold", n=2, seed=0)
     figures = audit(battles, folds, **HOW)
     keys = [(row["source"], row["id"]) for row in folds.select(["source", "id"]).to_pylist()]
-    sides = {source: [r for r in rows if r["source"] == source] for source in raw.SOURCES}
+    sides = {source: [r for r in rows if r["source"] == source] for source in SOURCES}
     for fold in (0, 1):
         for name, chosen in (("fold", validation_rows), ("training", training_rows)):
             mine = {keys[position] for position in chosen(folds, fold)}

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arena_distill.battles import style_features
-from arena_distill.battles.reading import SCHEMA
+from arena_distill.battles.parts import SCHEMA
 from arena_distill.config.judge import Encoding
 from arena_distill.config.phases import TokensSettings
 from arena_distill.encoding import templates as module

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from checkouts import ROOT, warm_python
 
-from arena_distill.battles.reading import read_battles, read_solution
+from arena_distill.battles.reading import read_battles
 from arena_distill.battles.simulation import write_arena
+from arena_distill.battles.solution import read_solution
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.backbone import TINY
 from arena_distill.config.checks import findings

@@ -393,7 +393,7 @@ def test_files_are_judged_as_battles_in_memory_are(
     output = tmp_path / f"out{suffix}"
     predict(make(), csv, output)
     told = capsys.readouterr().err
-    assert f"{csv}: row 5, column response_a" in told and "1 rows refused" in told
+    assert f"{csv}, row 5, column response_a: " in told and "1 rows refused" in told
     rejected = pq.read_table(f"{output}.rejected.parquet").to_pylist()
     assert [(line["row"], line["column"]) for line in rejected] == [(5, "response_a")]
     read: dict[str, Callable[[Path], pa.Table]] = {

@@ -24,8 +24,9 @@ from test_comparison import settings_of
 from test_config import changed, judged, lines, raw
 
 from arena_distill.battles.formats.votes import A, B
-from arena_distill.battles.reading import read_battles, write_battles, write_test_votes
+from arena_distill.battles.reading import read_battles, write_battles
 from arena_distill.battles.simulation import simulate
+from arena_distill.battles.solution import write_test_votes
 from arena_distill.battles.votes import Solution, classes_of, votes_of
 from arena_distill.config.backbone import TINY
 from arena_distill.config.checks import findings

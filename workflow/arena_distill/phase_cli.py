@@ -108,7 +108,7 @@ def read_solution(
     settings: Settings,
 ) -> None:
     """Read the votes of the test battles, which nothing is trained on."""
-    from arena_distill.battles.reading import write_test_votes
+    from arena_distill.battles.solution import write_test_votes
 
     write_test_votes(solution, battles, output, parse(phase.SolutionSettings, settings))
 

@@ -106,7 +106,7 @@ def assign_folds(
 
     Args:
         battles: columns ``id``, ``source``, ``vote``, ``weight`` and ``group``, as of
-            `arena_distill.battles.reading.SCHEMA`, and with `near` also ``prompt``.
+            `arena_distill.battles.parts.SCHEMA`, and with `near` also ``prompt``.
         method: scikit-learn's ``kfold`` (rows at random), ``stratified`` (equal shares of each
             vote) or ``stratified_group`` (as equal as possible, prompts kept whole).
         n: number of folds, 2 to 127.

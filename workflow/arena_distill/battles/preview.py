@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from arena_distill.battles.reading import VOTE_KINDS, count_rows, print_counts, read_parts
+from arena_distill.battles.parts import read_parts
+from arena_distill.battles.row_counts import VOTE_KINDS, count_rows, print_counts
 from arena_distill.config.source import Source
 
 SHOWN = 3

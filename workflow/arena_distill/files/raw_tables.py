@@ -87,6 +87,12 @@ class Faults:
         return {"source": source, "file": file, "row": row, "column": column, "reason": reason}
 
 
+def described(line: dict[str, Any]) -> str:
+    """A line of the table of rejected rows, as people read it."""
+    column = f", column {line['column']}" if line["column"] else ""
+    return f"{line['file']}, row {line['row']}{column}: {line['reason']}"
+
+
 def column_texts(raw: RawTable, name: str) -> pa.ChunkedArray:
     """Turn a column into texts: whole numbers without ".0", nulls and NaN stay null.
 

@@ -34,7 +34,7 @@ from arena_distill.files.artifacts import (
     write_json,
     write_parquet,
 )
-from arena_distill.files.raw_tables import Faults
+from arena_distill.files.raw_tables import Faults, described
 from arena_distill.files.readers import read_table
 from arena_distill.judging.contract import Contract
 from arena_distill.judging.judge import Verdicts
@@ -101,7 +101,7 @@ def predict_files(
     if rejected:
         write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), told, {"phase": "predict"})
         for line in rejected[:SHOWN]:
-            print(f"refused: {_described(line)}", file=sys.stderr)
+            print(f"refused: {described(line)}", file=sys.stderr)
         print(f"{len(rejected):,} rows refused: {told}", file=sys.stderr)
     else:
         told.unlink(missing_ok=True)
@@ -206,9 +206,4 @@ _WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jso
 
 
 def _first(rejected: Sequence[dict[str, Any]]) -> str:
-    return _described(rejected[0]) if rejected else "it has no row"
-
-
-def _described(line: dict[str, Any]) -> str:
-    column = f", column {line['column']}" if line["column"] else ""
-    return f"{line['file']}: row {line['row']}{column}: {line['reason']}"
+    return described(rejected[0]) if rejected else "it has no row"
