@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +19,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from checkouts import GPTQ, Checkout
+from checkouts import GPTQ, ROOT, Checkout
 
 from arena_distill.config.phases import VERSIONS
+from arena_distill.verdicts import WINNERS
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,6 +101,30 @@ def test_folds_logits_and_submission_fit_each_other(finished: Checkout) -> None:
         assert [row["id"] for row in submitted] == [row["id"] for row in csv.DictReader(file)]
     shares = np.array([[float(v) for k, v in row.items() if k != "id"] for row in submitted])
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["merged", "gptq"])
+def test_the_finished_judge_says_what_was_submitted(
+    model: str, finished: Checkout, tmp_path: Path
+) -> None:
+    """On the command line of its environment: its vectors, and the test battles."""
+    python = str(GPTQ) if model == "gptq" else sys.executable
+    judge = finished.results / model / "gemma2-student"
+    battles = finished.results / "arena/test.csv"
+    for words in (["verify", judge], ["predict", judge, battles, "-o", tmp_path / "out.parquet"]):
+        done = subprocess.run(
+            [python, "-m", "arena_distill", *map(str, words)],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    table = pq.read_table(finished.results / f"predictions/gemma2-student/{model}.parquet")
+    expected = table.filter(table["submitted"])
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found["id"].to_pylist() == expected["id"].to_pylist()
+    for name in WINNERS:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
 
 
 def test_the_figures_have_the_shape_others_read(finished: Checkout) -> None:

@@ -230,10 +230,13 @@ def verify(
 
 
 def _judge(folder: str, server: str | None, **options: Any) -> Judge:
-    from arena_distill.judging.clients import judge_on
+    if server:  # the environment of quantised judges lacks what a client needs
+        from arena_distill.judging.clients import judge_on
+
+        return judge_on(folder, server)
     from arena_distill.judging.judge import Judge
 
-    return judge_on(folder, server) if server else Judge.from_pretrained(folder, **options)
+    return Judge.from_pretrained(folder, **options)
 
 
 # --- the package ---------------------------------------------------------------------------------------
