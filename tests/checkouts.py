@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import yaml
@@ -69,7 +70,17 @@ class Checkout:
         file = self.folder / path
         text = file.read_text()
         assert old in text
-        file.write_text(text.replace(old, new, 1))
+        write(file, text.replace(old, new, 1).encode())
+
+
+def write(file: Path, content: bytes) -> None:
+    """Change a file of a checkout.
+
+    Python takes a compiled module for current if the size and the second of its source are those that it
+    knows: of a digit changed twice within a second it would see the first change alone.
+    """
+    file.write_bytes(content)
+    Path(cache_from_source(str(file))).unlink(missing_ok=True)
 
 
 def make_checkout(folder: Path) -> Checkout:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from checkouts import GPTQ, ROOT, Checkout
+from checkouts import GPTQ, ROOT, Checkout, write
 
 from arena_distill.config.phases import VERSIONS
 from arena_distill.verdicts import WINNERS
@@ -44,7 +44,7 @@ def checkout(finished: Checkout) -> Iterator[Checkout]:
     yield finished
     for path, content in texts.items():
         if path.read_bytes() != content:
-            path.write_bytes(content)
+            write(path, content)
 
 
 # --- what a run leaves ------------------------------------------------------------------------------
