@@ -36,11 +36,33 @@ rule write_config:
         "arena write-config --output {output.config:q} --settings {params.settings:q} > {log:q} 2>&1"
 
 
+rule predict_surface:
+    input:
+        folds=RUN.folds,
+        battles=RUN.battles,
+    output:
+        surface=RUN.surface,
+    log:
+        RUN.log("predict_surface"),
+    benchmark:
+        RUN.benchmark("predict_surface")
+    conda:
+        "../envs/arena.yaml"
+    params:
+        settings=version_of("surface"),
+    message:
+        "Predicting battles by trees over their surface"
+    shell:
+        "arena predict-surface --folds {input.folds:q} --battles {input.battles:q}"
+        " --output {output.surface:q} --settings {params.settings:q} > {log:q} 2>&1"
+
+
 rule evaluate:
     input:
         counts=RUN.counts,
         folds=RUN.folds,
         battles=RUN.battles,
+        surface=RUN.surface,
         rejected=RUN.rejected,
         logits=[RUN.logits(judge, fold) for judge, fold in SCORED],
         predictions=[RUN.predictions(CONFIG.final, model) for model in MODELS],
@@ -70,7 +92,8 @@ rule evaluate:
     message:
         "Evaluating judges, variants and quantisation"
     shell:
-        "arena evaluate --folds {input.folds:q} --battles {input.battles:q} --rejected {input.rejected:q}"
+        "arena evaluate --folds {input.folds:q} --battles {input.battles:q} --surface {input.surface:q}"
+        " --rejected {input.rejected:q}"
         " --test-logits {input.test_logits:q} --output {output.metrics:q} --tables {params.tables:q}"
         " --settings {params.settings:q} {params.files:q} {params.logits:q} > {log:q} 2>&1"
 

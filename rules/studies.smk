@@ -64,6 +64,7 @@ rule draw_curves:
         curve_files,
         folds=RUN.folds,
         battles=RUN.battles,
+        surface=RUN.surface,
         truth=TRUTH,
     output:
         figures=RUN.study("curves", "curves.json"),
@@ -93,6 +94,7 @@ rule compare_judges:
         compared_files,
         folds=RUN.folds,
         battles=RUN.battles,
+        surface=RUN.surface,
         test_votes=TEST_VOTES,
         truth=TRUTH,
     output:

@@ -73,6 +73,7 @@ class MadeUpRun:
             self.folder / "tables",
             **{
                 "settings": self.settings,
+                "surface": self.folder / "surface.parquet",
                 "rejected": self.folder / "rejected.parquet",
                 **options,
                 **changes,
@@ -206,6 +207,9 @@ def _write_beside(run: MadeUpRun) -> None:
     truth = {"source": battles["source"], "id": battles["id"]}
     truth |= {f"p_{name}": p[:, i] for i, name in enumerate(CLASSES[:classes])}
     write_parquet(pa.table(truth), folder / "truth.parquet", origin("made up", {}))
+    # In place of trees: the truth, halfway to equal shares.
+    truth |= {f"p_{name}": (p[:, i] + 1 / classes) / 2 for i, name in enumerate(CLASSES[:classes])}
+    write_parquet(pa.table(truth), folder / "surface.parquet", origin("made up", {}))
     refused = [
         ("train", "prompt", "starts with [ but is not a JSON list: Expecting value: line 1"),
         ("train", "prompt", "starts with [ but is not a JSON list: Extra data: line 9"),

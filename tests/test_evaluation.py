@@ -104,7 +104,7 @@ def test_every_promised_figure_is_there(metrics: dict[str, Any]) -> None:
     assert metrics["run"] == "made-up"
     assert metrics["rows"] == SIZES["train"]
     assert metrics["battles"] == SIZES
-    assert set(metrics["baselines"]) == {"class_prior", "length", "bayes"}
+    assert set(metrics["baselines"]) == {"class_prior", "length", "surface", "bayes"}
     assert list(metrics["judges"]) == list(JUDGES)
     for name, judge in metrics["judges"].items():
         assert judge["teachers"] == list(JUDGES[name])
@@ -303,7 +303,7 @@ def test_the_flat_tables_hold_the_same_figures(
     whole_run: MadeUpRun, metrics: dict[str, Any]
 ) -> None:
     judges = pd.read_csv(whole_run.folder / "tables" / "judges.csv", dtype={"fold": str})
-    assert len(judges) == (len(JUDGES) + 3) * (FOLDS + 1)
+    assert len(judges) == (len(JUDGES) + 4) * (FOLDS + 1)
     small = judges[(judges["name"] == "small") & (judges["fold"] == "all")]
     assert small["log_loss"].item() == metrics["judges"]["small"]["oof"]["log_loss"]
     variants = pd.read_csv(whole_run.folder / "tables" / "variants.csv")
@@ -315,7 +315,15 @@ def test_the_printed_table_fits_a_terminal_and_names_everyone(metrics: dict[str,
     console = Console(width=80, record=True, file=io.StringIO())
     print_table(metrics, console)
     text = console.export_text()
-    for name in (*JUDGES, "class_prior", "length", "bayes", "256+512/AB+BA", "GPTQ of small"):
+    for name in (
+        *JUDGES,
+        "class_prior",
+        "length",
+        "surface",
+        "bayes",
+        "256+512/AB+BA",
+        "GPTQ of small",
+    ):
         assert name in text
     assert f"{metrics['judges']['small']['oof']['log_loss']:.4f}" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -100,7 +100,7 @@ def table(page: str, caption: str) -> list[list[str]]:
 def test_the_table_of_judges_has_the_figures(page: str, metrics: dict[str, Any]) -> None:
     header, *rows = table(page, "Log loss by fold")
     assert len(header) == 2 + FOLDS + 4
-    names = ["class prior", "length regression", *JUDGES, "Bayes limit"]
+    names = ["class prior", "length regression", "surface trees", *JUDGES, "Bayes limit"]
     assert [row[0] for row in rows] == names
     small = metrics["judges"]["small"]
     row = rows[names.index("small")]
@@ -181,12 +181,13 @@ def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:
 
 def test_slices_are_shown_with_their_baselines(page: str, metrics: dict[str, Any]) -> None:
     header, *rows = table(page, "Battles out of fold by slice")
-    assert header[-2:] == ["length", "Bayes limit"]
+    assert header[-3:] == ["length", "surface", "Bayes limit"]
     assert [row[:3] for row in rows] == [["x", "model", "120"], ["y", "model", "120"]]
     (first, _) = metrics["slices"]
     assert rows[0][3] == f"{first['log_loss']:.4f}"
     assert rows[0][4] == f"{first['low']:.3f} to {first['high']:.3f}"
-    assert rows[0][-3:] == [f"{first[name]:.4f}" for name in ("class_prior", "length", "bayes")]
+    shown = ("class_prior", "length", "surface", "bayes")
+    assert rows[0][-4:] == [f"{first[name]:.4f}" for name in shown]
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
@@ -350,7 +351,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
         check=True,
     )
     assert "CONSOLE" not in shown.stderr
-    assert [row[0] for row in table(shown.stdout, "Log loss by fold")[3:6]] == list(JUDGES)
+    assert [row[0] for row in table(shown.stdout, "Log loss by fold")[4:7]] == list(JUDGES)
     assert len(Page(shown.stdout).tables) == 12
     width = re.search(r"<title>(\d+)</title>", shown.stdout)
     assert width is not None

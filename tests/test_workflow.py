@@ -131,7 +131,7 @@ def test_the_figures_have_the_shape_others_read(finished: Checkout) -> None:
     metrics = json.loads((finished.results / "metrics.json").read_text())
     assert metrics["run"] == "mini"
     assert metrics["rows"] == 160
-    for name in ("class_prior", "length", "bayes"):
+    for name in ("class_prior", "length", "surface", "bayes"):
         assert metrics["baselines"][name]["log_loss"] > 0
     student = metrics["judges"]["gemma2-student"]
     assert student["teachers"] == ["llama-teacher", "qwen2-teacher"]

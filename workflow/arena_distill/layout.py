@@ -59,6 +59,11 @@ class Layout:
         return f"{self.root}/folds.parquet"
 
     @property
+    def surface(self) -> str:
+        """Probabilities of every labelled and test battle by trees over its surface, a baseline."""
+        return f"{self.root}/surface.parquet"
+
+    @property
     def counts(self) -> str:
         """How many battles each training learns from, in how many steps: there are enough."""
         return f"{self.root}/counts.json"

@@ -519,9 +519,18 @@ def write_submission(
 
 
 @app.command()
+def predict_surface(folds: Folds, battles: Battles, output: Output, settings: Settings) -> None:
+    """Predict battles by trees over what shows on their surface."""
+    from arena_distill.evaluation.surface_trees import write_surface
+
+    write_surface(folds, battles, output, settings=parse(phase.Settings, settings))
+
+
+@app.command()
 def evaluate(
     folds: Folds,
     battles: Battles,
+    surface: Annotated[Path, typer.Option(help="surface.parquet")],
     rejected: Annotated[Path, typer.Option(help="rejected.parquet")],
     predictions: Annotated[
         list[Path], typer.Option(help="predictions/<judge>/<model>.parquet (repeatable).")
@@ -552,6 +561,7 @@ def evaluate(
         output,
         tables,
         settings=parsed,
+        surface=surface,
         rejected=rejected,
         predictions=predictions,
         test_votes=test_votes,

@@ -67,11 +67,12 @@ VERSIONS = {
     "prediction": 1,
     "submission": 1,
     "judge": 1,
-    "evaluation": 5,
-    "comparison": 4,
-    "curves": 2,
+    "surface": 1,
+    "evaluation": 6,
+    "comparison": 5,
+    "curves": 3,
     "averaging": 1,
-    "report": 6,
+    "report": 7,
 }
 
 

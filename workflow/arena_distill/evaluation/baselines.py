@@ -2,7 +2,7 @@
 
 `class_prior` predicts the shares of the votes, `length_regression` uses the lengths of the answers, and the
 true probabilities, if known, give the Bayes limit. The first two are fitted to training rows and predict
-others.
+others. The trees over surface features are in ``evaluation.surface_trees``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from arena_distill.verdicts import CLASSES, Votes
 
 Baseline = Callable[[np.ndarray, Votes, np.ndarray], np.ndarray]
 """(features of the training rows, their votes, features of the rows to predict) → probabilities."""
+
+PROBABILITIES = tuple(f"p_{name}" for name in CLASSES)
+"""Columns of files with probabilities."""
 
 
 def class_prior(training: np.ndarray, votes: Votes, rows: np.ndarray) -> np.ndarray:
@@ -44,9 +47,9 @@ def length_regression(training: np.ndarray, votes: Votes, rows: np.ndarray) -> n
     return probabilities
 
 
-def true_probabilities(truth: Path, keys: pa.Array) -> np.ndarray:
-    """The true vote probabilities of the given rows, from `truth.parquet`: float64 (rows, classes)."""
-    table = read_parquet(truth)
-    names = [name for name in (f"p_{name}" for name in CLASSES) if name in table.column_names]
+def read_probabilities(path: Path, keys: pa.Array) -> np.ndarray:
+    """Probabilities of the given rows in `truth.parquet` or `surface.parquet`: float64 (rows, classes)."""
+    table = read_parquet(path)
+    names = [name for name in PROBABILITIES if name in table.column_names]
     probabilities = np.column_stack([table[name].to_numpy() for name in names]).astype(np.float64)
-    return probabilities[locate(keys, key(table), str(truth))]
+    return probabilities[locate(keys, key(table), str(path))]

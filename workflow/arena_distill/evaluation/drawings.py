@@ -34,7 +34,12 @@ ROLES = {
 """The page's colours in place of the drawings'."""
 
 FONT = "system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
-NAMES = {"class_prior": "class prior", "length": "length regression", "bayes": "Bayes limit"}
+NAMES = {
+    "class_prior": "class prior",
+    "length": "length regression",
+    "surface": "surface trees",
+    "bayes": "Bayes limit",
+}
 MODELS = {"merged": "merged", "gptq": "GPTQ"}
 CALIBRATIONS: dict[str, str] = {"raw": "uncalibrated", **{method: method for method in METHODS}}
 CLASS_NAMES = {"model_a": "A wins", "model_b": "B wins", "tie": "tie"}

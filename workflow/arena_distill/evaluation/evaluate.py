@@ -1,10 +1,11 @@
 """Compute every figure of a run: judges, baselines on the same rows, test variants, quantisation.
 
 Log loss is in nats, the mean over battles of −Σ vote · log p; lower is better. A figure means little
-alone, so every judge stands between three baselines scored on the very rows it is scored on:
+alone, so every judge stands between four baselines scored on the very rows it is scored on:
 
 - `class_prior`: the shares of the votes among the rows that train a fold;
 - `length`: a logistic regression on how much longer one answer is than the other;
+- `surface`: boosted trees over what shows on the surface of a battle (``evaluation.surface_trees``);
 - `bayes`: the true vote probabilities, known for synthetic battles only: nobody does better, but
   for luck. There each judge is also compared with the truth itself.
 
@@ -30,7 +31,7 @@ from arena_distill.battles.style_features import LENGTHS
 from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import EvaluationSettings
 from arena_distill.errors import InputError
-from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
+from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
 from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
 from arena_distill.evaluation.out_of_fold import Run, _fold
 from arena_distill.evaluation.slices import SLICE_COLUMNS, slice_records, slice_scores
@@ -77,6 +78,7 @@ def evaluate(
     tables: Path,
     *,
     settings: EvaluationSettings,
+    surface: Path,
     rejected: Path | None = None,
     predictions: Sequence[Path] = (),
     test_votes: Path | None = None,
@@ -93,6 +95,7 @@ def evaluate(
         logits: judge → its files `fold_<k>.npy`, one per fold, in any order.
         output: where `metrics.json` goes.
         tables: folder of the flat tables.
+        surface: `surface.parquet`.
         rejected: `rejected.parquet`, to count the refused rows by reason.
         predictions: the final judge's, a file per model, scored where `test_votes` is given.
         test_votes: `test_votes.parquet`.
@@ -113,9 +116,10 @@ def evaluate(
     probabilities_of = {
         "class_prior": run.out_of_fold(class_prior),
         "length": run.out_of_fold(length_regression),
+        "surface": read_probabilities(surface, run.keys()),
     }
     if truth is not None:
-        probabilities_of["bayes"] = true_probabilities(truth, run.keys())
+        probabilities_of["bayes"] = read_probabilities(truth, run.keys())
     parts = run.parts()
     judges = {
         name: {
@@ -153,7 +157,7 @@ def evaluate(
     test = None
     if predictions and test_votes is not None:
         solved = Solution.read(test_votes)
-        test = _test(run, predictions, settings.model, solved, truth)
+        test = _test(run, predictions, settings.model, solved, surface, truth)
         test["cascade"] = None
         if test_logits is not None:
             average = _settings(predictions[0]).get("average", "logits")
@@ -270,7 +274,12 @@ def _calibrations(
 
 
 def _test(
-    run: Run, predictions: Sequence[Path], model: str, solved: Solution, truth: Path | None
+    run: Run,
+    predictions: Sequence[Path],
+    model: str,
+    solved: Solution,
+    surface: Path,
+    truth: Path | None,
 ) -> Figures:
     """Scores of every variant on the test battles, and of the baselines; what is submitted by slice."""
     votes, keys = solved.votes, solved.keys
@@ -293,8 +302,9 @@ def _test(
         raise InputError(f"{predictions[0].parent}: no variant of {model} is marked as submitted")
     seen = *run.voted(), run.styles_of(keys)[:, :LENGTHS]
     known = {"class_prior": class_prior(*seen), "length": length_regression(*seen)}
+    known["surface"] = read_probabilities(surface, keys)
     if truth is not None:
-        known["bayes"] = true_probabilities(truth, keys)
+        known["bayes"] = read_probabilities(truth, keys)
     baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
     baselines.setdefault("bayes", None)
     best = models[submitted["model"]][submitted["variant"]]

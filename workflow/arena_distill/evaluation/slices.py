@@ -35,7 +35,8 @@ OTHER, UNKNOWN = "other", "unknown"
 
 SLICE_COLUMNS = (
     *("battles", "by", "slice", "rows", "log_loss", "low", "high"),
-    *("accuracy", "accuracy_low", "accuracy_high", "ece", "class_prior", "length", "bayes"),
+    *("accuracy", "accuracy_low", "accuracy_high", "ece"),
+    *("class_prior", "length", "surface", "bayes"),
 )
 
 

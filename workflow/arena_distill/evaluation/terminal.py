@@ -118,7 +118,7 @@ def _variants_table(metrics: Figures) -> Table:
 
 def _slices_table(records: Sequence[Figures]) -> Table:
     """The largest slices of each kind."""
-    numbers = ["battles", "log loss", "95% interval", "acc.", "ECE", "prior"]
+    numbers = ["battles", "log loss", "95% interval", "acc.", "ECE", "prior", "trees"]
     table = _table(["", "slice"], numbers)
     for by in dict.fromkeys(record["by"] for record in records):
         for record in [record for record in records if record["by"] == by][:SLICES_SHOWN]:
@@ -131,6 +131,7 @@ def _slices_table(records: Sequence[Figures]) -> Table:
                 f"{record['accuracy']:.1%}",
                 f"{record['ece']:.3f}",
                 f"{record['class_prior']:.3f}",
+                f"{record['surface']:.3f}",
             )
     return table
 

@@ -23,7 +23,7 @@ from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import CompareSettings, Entry
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
-from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
+from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, write_json
 from arena_distill.files.keys import key, locate
@@ -95,8 +95,9 @@ def compare(
     probabilities |= {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
+        "surface trees": read_probabilities(Path(files.surface), data.keys()),
     }
-    true = None if truth is None else true_probabilities(truth, data.keys())
+    true = None if truth is None else read_probabilities(truth, data.keys())
     if true is not None:
         probabilities["Bayes limit"] = true
     held_out = _table(probabilities, data.votes(), data.groups(), settings, true)
@@ -216,7 +217,8 @@ def _test(
     voted, lengths = data.voted(), styles[:, :LENGTHS]
     for name, baseline in (("class prior", class_prior), ("length regression", length_regression)):
         probabilities[name] = baseline(*voted, lengths)
-    true = None if truth is None else true_probabilities(truth, keys)
+    probabilities["surface trees"] = read_probabilities(Path(files.surface), keys)
+    true = None if truth is None else read_probabilities(truth, keys)
     if true is not None:
         probabilities["Bayes limit"] = true
     return _table(probabilities, solved.votes, solved.groups, settings, true)

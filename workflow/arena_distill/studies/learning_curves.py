@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arena_distill.config.phases import CurveSettings
-from arena_distill.evaluation.baselines import class_prior, length_regression, true_probabilities
+from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
 from arena_distill.evaluation.drawings import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
@@ -44,7 +44,7 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
     data = Run.read(Path(layout.folds), Path(layout.battles)).of_folds(settings.folds)
     folds = data.fold_numbers()
     votes = data.votes()
-    true = None if truth is None else true_probabilities(truth, data.keys())
+    true = None if truth is None else read_probabilities(truth, data.keys())
     points: list[Figures] = []
     for label, judges in settings.curves.items():
         for share, judge in judges.items():
@@ -64,6 +64,7 @@ def draw_curves(run: Path, output: Path, *, settings: CurveSettings, truth: Path
     baselines = {
         "class prior": data.out_of_fold(class_prior),
         "length regression": data.out_of_fold(length_regression),
+        "surface trees": read_probabilities(Path(layout.surface), data.keys()),
     }
     if true is not None:
         baselines["Bayes limit"] = true
@@ -99,7 +100,9 @@ def _drawing(figures: dict[str, Any]) -> Figure:
         if known:
             panels[1].plot(battles, [p["kl"] for p in line], "o-", **style)
     for (name, baseline), dash in zip(
-        figures["baselines"].items(), [(0, (4, 3)), (0, (1, 1)), (0, (1, 3))], strict=False
+        figures["baselines"].items(),
+        [(0, (4, 3)), (0, (1, 1)), (0, (4, 1)), (0, (1, 3))],
+        strict=False,
     ):
         panels[0].axhline(baseline["log_loss"], color=MUTED, lw=0.9, ls=dash, label=name, zorder=0)
     panels[0].set_ylabel(f"log loss on {figures['rows']:,} battles, nats")

@@ -1,0 +1,113 @@
+"""The baseline to beat: gradient-boosted trees over what shows on the surface of a battle.
+
+The trees (Friedman 2001, Greedy function approximation, Ann. Statist. 29(5)) read the features of
+``battles.surface_features``, of each answer, their differences and those of the prompt. They learn every
+battle in both orders, and their prediction is the mean of both orders: exchanging the answers exchanges it
+exactly. Rows of a fold are predicted by trees that never saw its prompts, if the folds keep these whole;
+test and held-out battles by trees that learned all others.
+
+On one thread, so the same rows give the same trees.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from threadpoolctl import threadpool_limits
+
+from arena_distill.battles.folds import HELD_OUT, training_rows, validation_rows
+from arena_distill.battles.surface_features import read_surface
+from arena_distill.battles.votes import votes_of
+from arena_distill.config.phases import Settings
+from arena_distill.evaluation.baselines import PROBABILITIES, class_prior
+from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.verdicts import ORDERS, Order, Votes, exchange, swap_classes
+
+Surface = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Features of prompts, answers A and answers B: float32 (rows, features) each."""
+
+
+def write_surface(folds: Path, battles: Path, output: Path, *, settings: Settings) -> None:
+    """Predict every labelled and test battle from its surface → parquet (`source`, `id`, `p_…`).
+
+    Args:
+        folds: `folds.parquet`.
+        battles: `battles.parquet`.
+    """
+    table = read_parquet(folds)
+    votes, fold = votes_of(table), table["fold"].to_numpy()
+    keys, surface = read_surface(battles)
+    known = locate(key(table), keys, str(battles))
+    probabilities = np.full((len(keys), votes.classes), np.nan)
+    for number in np.unique(fold[fold >= 0]).tolist():
+        training, asked = training_rows(table, number), validation_rows(table, number)
+        probabilities[known[asked]] = surface_trees(
+            _of(surface, known[training]), votes[training], _of(surface, known[asked])
+        )
+    training = np.flatnonzero(votes.known & (fold != HELD_OUT))
+    columns = ["id", "source"]
+    named = read_parquet(battles, columns)
+    test = np.flatnonzero(pc.equal(named["source"], "test").to_numpy())
+    asked = np.concatenate([known[fold == HELD_OUT], test])
+    probabilities[asked] = surface_trees(
+        _of(surface, known[training]), votes[training], _of(surface, asked)
+    )
+    rows = np.flatnonzero(~np.isnan(probabilities[:, 0]))
+    found = {name: named[name].take(pa.array(rows)) for name in columns}
+    found |= dict(zip(PROBABILITIES, probabilities[rows].T, strict=False))
+    write_parquet(pa.table(found), output, provenance("surface", settings.model_dump()))
+    print(f"{output}: {len(rows):,} battles by trees over their surface")
+
+
+def surface_trees(training: Surface, votes: Votes, asked: Surface) -> np.ndarray:
+    """Predict battles by trees fitted to others: float64 (rows, classes).
+
+    Args:
+        training: features of the rows to learn; `votes`: of these rows.
+        asked: features of the rows to predict.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    swapped = Votes(swap_classes(votes.probabilities), votes.weights)
+    seen = [
+        (_inputs(training, order), v) for order, v in zip(ORDERS, (votes, swapped), strict=True)
+    ]
+    inputs = np.concatenate([x for x, _ in seen])
+    shares = np.concatenate([v.probabilities for _, v in seen])
+    # Trees know hard votes with weights only: a soft vote is one of each class.
+    battle, kind = np.nonzero(shares)
+    if len(np.unique(kind)) < 2:
+        return class_prior(inputs, votes, asked[0])
+    counts = np.tile(votes.weights, 2)[battle] * shares[battle, kind]
+    trees = HistGradientBoostingClassifier(
+        learning_rate=0.03,
+        max_iter=200,
+        max_leaf_nodes=6,
+        min_samples_leaf=40,
+        max_features=0.1,
+        l2_regularization=10.0,
+        early_stopping=False,
+        random_state=0,
+    )
+    with threadpool_limits(1):
+        trees.fit(inputs[battle], kind, counts)
+        views = np.zeros((len(asked[0]), len(ORDERS), votes.classes))
+        for i, order in enumerate(ORDERS):
+            views[:, i, trees.classes_] = trees.predict_proba(_inputs(asked, order))
+    return exchange(views).mean(axis=1)
+
+
+def _inputs(surface: Surface, order: Order) -> np.ndarray:
+    """What the trees read of battles in an order: float32 (rows, 63)."""
+    prompt, a, b = surface
+    first, second = (a, b) if order == "AB" else (b, a)
+    return np.concatenate([prompt, first, second, first - second], axis=1)
+
+
+def _of(surface: Surface, rows: np.ndarray) -> Surface:
+    prompt, a, b = surface
+    return prompt[rows], a[rows], b[rows]
