@@ -52,9 +52,10 @@ format: setup
 	.venv/bin/snakefmt Snakefile rules examples
 
 # Two environments, because the versions that GPTQModel and the Slurm plugin pin exclude each other. And
-# bitsandbytes in a folder of its own, for the tests that put it on their path: PEFT imports it
-# wherever it is found, which would cost every job 1.4 seconds. Locks are whole and have hashes.
-setup: .venv/.ready .venv/qlora/.ready .venv-gptq/.ready
+# bitsandbytes and Kaggle's clients in folders of their own, for the tests that put them on their path: PEFT
+# imports bitsandbytes wherever it is found, which would cost every job 1.4 seconds. Locks are whole and have
+# hashes.
+setup: .venv/.ready .venv/qlora/.ready .venv/publish/.ready .venv-gptq/.ready
 
 .venv/.ready: requirements.lock requirements-cpu.lock requirements-cuda.lock pyproject.toml
 .venv-gptq/.ready: requirements-gptq.lock requirements-cpu.lock requirements-cuda.lock pyproject.toml
@@ -63,7 +64,7 @@ setup: .venv/.ready .venv/qlora/.ready .venv-gptq/.ready
 	$(@D)/$(PIP) --no-build-isolation --editable .
 	touch $@
 
-.venv/qlora/.ready: requirements-qlora.lock .venv/.ready
+.venv/%/.ready: requirements-%.lock .venv/.ready
 	.venv/$(PIP) --require-hashes --upgrade --target $(@D) -r $<
 	touch $@
 

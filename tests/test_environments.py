@@ -64,12 +64,22 @@ def test_bitsandbytes_is_locked_by_itself() -> None:
     assert f"# - bitsandbytes=={locked['bitsandbytes']}" in offered
 
 
+def test_clients_of_kaggle_are_locked_by_themselves() -> None:
+    locked = pins((ROOT / "requirements-publish.lock").read_text().splitlines())
+    assert "kaggle" not in pins((ROOT / "requirements.lock").read_text().splitlines())
+    offered = (ROOT / "envs/arena.yaml").read_text()
+    for name in ("kaggle", "kagglehub", "six"):
+        assert f"# - {name}=={locked[name]}" in offered
+
+
 def test_locks_pin_every_requirement_of_the_package() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = project["dependencies"] + project["optional-dependencies"]["dev"]
-    locked = pins((ROOT / "requirements.lock").read_text().splitlines())
+    extras = project["optional-dependencies"]
+    required = project["dependencies"] + extras["dev"] + extras["publish"]
+    locks = [ROOT / f"requirements{which}.lock" for which in ("", "-publish")]
+    locked = pins([line for lock in locks for line in lock.read_text().splitlines()])
     for requirement in required:
         name = re.sub(r"[-_.]+", "-", re.split(r"[<>=\[]", requirement)[0]).lower()
         assert name in locked, name

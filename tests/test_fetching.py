@@ -21,7 +21,6 @@ import yaml
 from checkouts import make_checkout
 from huggingface_hub import constants
 
-from arena_distill.battles import fetching
 from arena_distill.battles.fetching import ORIGIN, check_access, fetch_battles
 from arena_distill.battles.reading import read_battles
 from arena_distill.config.phases import FetchSettings
@@ -29,6 +28,7 @@ from arena_distill.config.run import load
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.files import hub
+from arena_distill.files import kaggle as kaggle_client
 
 COMMIT = "a" * 40
 
@@ -305,7 +305,7 @@ def test_a_missing_token_is_reported_first(client: Path) -> None:
 
 
 def test_a_missing_client_is_reported_first(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kaggle_client.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'arena-distill\[fetch\]'"):
         check_access([kaggle()], [])
 

@@ -25,7 +25,7 @@ HEAVY = {
 }
 """Libraries that take a good part of a second to import, and what they load of them."""
 
-ELSEWHERE = {"gptqmodel", "snakemake", "rensa", "tenacity"}
+ELSEWHERE = {"gptqmodel", "kaggle", "kagglehub", "requests", "snakemake", "rensa", "tenacity"}
 """Libraries that one of the two environments, or a plain installation, lacks."""
 
 DISPATCHERS = {"arena_distill.cli", "arena_distill.phase_cli"}

@@ -355,6 +355,10 @@ def test_another_model_or_tokenizer_is_told_by_the_vectors(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert verify(folder) == 1
     assert "NOT the same judge" in capsys.readouterr().out
+    assert verify(folder, "--tolerance", "1") == 1
+    assert "not the file of its fingerprint: model.safetensors" in capsys.readouterr().out
+    weights = {"model.safetensors": file_sha256(folder / "model.safetensors")}
+    edit(folder, fingerprints=read_json(folder / FILE)["fingerprints"] | weights)
     assert verify(folder, "--tolerance", "1") == 0
     capsys.readouterr()
     folder = copied(make().folder, tmp_path / "tokenizer")

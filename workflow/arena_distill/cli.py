@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -223,10 +224,58 @@ def verify(
         float | None, typer.Option(help="Of probabilities; default: by the dtype of the weights.")
     ] = None,
 ) -> None:
-    """Compare a judge, or a server of it, with its test vectors; exits with 1 if they differ."""
+    """Compare a judge, or a server of it, with its test vectors; exits with 1 if they differ.
+
+    Without a server, the files of the judge are also compared with their fingerprints.
+    """
+    from arena_distill.judging.judge import local_folder
     from arena_distill.judging.vectors import print_verification
 
-    raise typer.Exit(int(not print_verification(_judge(judge, server), tolerance)))
+    folder = None if server else local_folder(judge)
+    passed = print_verification(_judge(judge, server), tolerance, folder)
+    raise typer.Exit(int(not passed))
+
+
+Yes = Annotated[bool, typer.Option("--yes", help="Send without a question, in scripts.")]
+
+
+@app.command()
+def push(
+    judge: Annotated[Path, typer.Argument(help="A finished judge: results/RUN/merged/JUDGE.")],
+    to: Annotated[str, typer.Option(help="hub:ORG/NAME or kaggle:OWNER/MODEL/VARIATION.")],
+    public: Annotated[bool, typer.Option("--public", help="Anybody may read it.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Publish a judge, private by default; shows what will be sent, and asks."""
+    from arena_distill.judging.publishing import Address
+    from arena_distill.judging.publishing import push as publish
+
+    publish(judge, Address.parse(to), public=public, agree=_agree(yes))
+
+
+@app.command()
+def submit(
+    run: Annotated[Path, typer.Argument(help="The folder of a run: results/RUN.")],
+    to: Annotated[str, typer.Option(help="kaggle:COMPETITION.")],
+    message: Annotated[str | None, typer.Option(help="What it is called there.")] = None,
+    yes: Yes = False,
+) -> None:
+    """Submit a run's submission.csv to a competition; shows what will be sent, and asks."""
+    from arena_distill.judging.publishing import submit as send
+
+    send(run, to, message=message, agree=_agree(yes))
+
+
+def _agree(yes: bool) -> Callable[[str], bool]:
+    """Ask on the terminal, no by default; nobody there is a no."""
+
+    def asked(question: str) -> bool:
+        try:
+            return typer.confirm(question)
+        except typer.Abort:
+            raise InputError("nobody answered, nothing was sent; in a script, give --yes") from None
+
+    return (lambda _: True) if yes else asked
 
 
 def _judge(folder: str, server: str | None, **options: Any) -> Judge:

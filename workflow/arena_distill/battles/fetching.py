@@ -8,7 +8,6 @@ are never written.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from arena_distill.config.source import Origin
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, file_sha256, provenance, write_json
 from arena_distill.files.hub import access_problem, check_sums, download
+from arena_distill.files.kaggle import client_problem, token_exported
 
 ORIGIN = "_origin.json"
 """In a folder from the hub: its settings, the commit, and the SHA-256 of each file. No file of battles."""
@@ -92,18 +92,10 @@ def _problem(origin: Origin) -> str | None:
     """Why this source cannot be fetched; None if it can."""
     if origin.hub:
         return access_problem(origin.hub, "dataset")
-    if importlib.util.find_spec("kaggle") is None:
-        return (
-            f"{origin.origin()} needs Kaggle's client, which is not installed for "
-            f"{sys.executable}: pip install 'arena-distill[fetch]'"
-        )
-    by_name = {"KAGGLE_USERNAME", "KAGGLE_KEY"} <= set(os.environ)
+    if problem := client_problem(origin.origin(), "fetch"):
+        return problem
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR", Path.home() / ".kaggle"))
-    if (
-        by_name
-        or "KAGGLE_API_TOKEN" in os.environ
-        or any((folder / n).exists() for n in KAGGLE_FILES)
-    ):
+    if token_exported() or any((folder / name).exists() for name in KAGGLE_FILES):
         return None
     return (
         f"{origin.origin()} needs a token of Kaggle (kaggle.com/settings): export "

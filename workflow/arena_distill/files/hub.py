@@ -1,9 +1,11 @@
-"""Download from the Hugging Face hub, and check access to its repositories."""
+"""Download from the Hugging Face hub, check access to its repositories, and publish models there."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -122,6 +124,81 @@ def access_problem(repo: str, kind: Kind) -> str | None:
             f"{page} if there are any, and export HF_TOKEN"
         )
     return None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a model repository holds: the names of its files, and whether it is private."""
+
+    private: bool
+    files: tuple[str, ...]
+
+
+def find_repository(repo: str) -> Repository | None:
+    """Look at a model repository before something is sent to it; None: there is none.
+
+    Raises:
+        InputError: HF_TOKEN is not set, or the hub refuses, or does not answer.
+    """
+    try:
+        found = _writer(repo).model_info(repo)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 404:
+            return None
+        raise _unpublished(repo, error) from error
+    except Exception as error:
+        raise _unpublished(repo, error) from error
+    names = tuple(file.rfilename for file in found.siblings or ())
+    return Repository(bool(found.private), names)
+
+
+def upload(
+    repo: str,
+    files: Sequence[Path],
+    *,
+    remove: Sequence[str],
+    create: Literal["private", "public"] | None,
+    message: str,
+) -> str:
+    """Send files to a model repository, as one commit.
+
+    Args:
+        files: what is sent, and nothing else, each by its own name.
+        remove: the names of files there that the commit removes.
+        create: make the repository first, which is not there; None: it is.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: HF_TOKEN is not set, or the hub refuses, or does not answer.
+    """
+    added = [huggingface_hub.CommitOperationAdd(file.name, file) for file in files]
+    removed = [huggingface_hub.CommitOperationDelete(name) for name in remove]
+    api = _writer(repo)
+    try:
+        if create:
+            api.create_repo(repo, private=create == "private")
+        done = api.create_commit(repo, [*added, *removed], commit_message=message)
+    except Exception as error:
+        raise _unpublished(repo, error) from error
+    return str(done.commit_url)
+
+
+def _writer(repo: str) -> huggingface_hub.HfApi:
+    """A client with the token of the environment, and no other."""
+    if not (token := os.environ.get("HF_TOKEN")):
+        raise InputError(
+            f"hub:{repo} needs a token that may write: export HF_TOKEN (huggingface.co/settings/tokens)"
+        )
+    return huggingface_hub.HfApi(token=token)
+
+
+def _unpublished(repo: str, error: Exception) -> InputError:
+    return InputError(
+        f"hub:{repo}: cannot be published: {_refusal(error)}; check the network, the name, and that "
+        "HF_TOKEN may write there"
+    )
 
 
 _REFUSALS: dict[type[Exception], str] = {

@@ -22,6 +22,7 @@ from arena_distill.config.section import Section
 from arena_distill.config.vocabulary import CalibrationMethod, ModelKind, ViewAverage
 from arena_distill.encoding.sequences import Vocabulary
 from arena_distill.errors import InputError
+from arena_distill.files.artifacts import file_sha256
 from arena_distill.prediction.calibration import CalibrationMap
 from arena_distill.verdicts import Order
 
@@ -174,3 +175,12 @@ def read_contract(folder: Path) -> Contract:
     except ValidationError as error:
         fault = explain(error, Contract)[0].removeprefix("config: ")
         raise InputError(f"{path}: damaged: {fault}") from None
+
+
+def changed_files(folder: Path, contract: Contract) -> list[str]:
+    """The names of weights and tokenizer files that are missing, or not those of the fingerprints."""
+    return [
+        name
+        for name, digest in contract.fingerprints.items()
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from arena_distill.encoding.sequences import FIELDS, Sequences
 from arena_distill.encoding.views import encode, views
 from arena_distill.judging.battles import battles_table
-from arena_distill.judging.contract import Contract, Vector
+from arena_distill.judging.contract import Contract, Vector, changed_files
 from arena_distill.judging.judge import Judge, Verdicts, judged
 
 if TYPE_CHECKING:
@@ -136,15 +137,21 @@ def compare_with_vectors(judge: Judge) -> Differences:
     )
 
 
-def print_verification(judge: Judge, tolerance: float | None = None) -> bool:
+def print_verification(
+    judge: Judge, tolerance: float | None = None, folder: Path | None = None
+) -> bool:
     """Print how far a judge is from its vectors; whether it is within `tolerance`.
 
     Args:
         tolerance: of probabilities; by default `TOLERANCE` of the dtype of its weights.
+        folder: the judge's, whose files are compared with the fingerprints.
     """
     allowed = TOLERANCE.get(judge.contract.dtype, 3e-2) if tolerance is None else tolerance
     found = compare_with_vectors(judge)
-    passed = found.within(allowed)
+    changed = changed_files(folder, judge.contract) if folder else []
+    passed = found.within(allowed) and not changed
+    for name in changed:
+        print(f"not the file of its fingerprint: {name}")
     for name in found.ids:
         print(f"other token ids: {name}")
     print(
