@@ -107,6 +107,16 @@ def make_tokenizer(special: dict[str, Any]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
+@pytest.fixture(scope="module", params=["llama3", "gemma2", "qwen2_5"])
+def real_tokenizer(request: pytest.FixtureRequest) -> Any:
+    folder = REAL_TOKENIZERS / request.param
+    if not folder.is_dir():
+        pytest.skip(f"no tokenizer in {folder}; scripts/fetch_tokenizers.sh fetches it")
+    from arena_distill.encoding.tokenization import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
 def make_config(family: str, vocab_size: int, *, layers: int = 2) -> Any:
     """A tiny configuration of a family; weights wide enough that every token moves the logits."""
     import transformers

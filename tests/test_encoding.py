@@ -15,7 +15,6 @@ import pytest
 from conftest import (
     CORPUS,
     FAMILIES,
-    REAL_TOKENIZERS,
     SPECIAL_TOKENS,
     battles_table,
     make_tokenizer,
@@ -597,14 +596,6 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(scope="module", params=["llama3", "gemma2", "qwen2_5"])
-def real_tokenizer(request: pytest.FixtureRequest) -> Any:
-    folder = REAL_TOKENIZERS / request.param
-    if not folder.is_dir():
-        pytest.skip(f"no tokenizer in {folder}; scripts/fetch_tokenizers.sh fetches it")
-    return load_tokenizer(folder)
-
-
 def test_special_tokens_written_in_the_text_are_inert(real_tokenizer: Any, tmp_path: Path) -> None:
     row = {"prompt": HOSTILE, "response_a": [HOSTILE, "é", HOSTILE], "response_b": "fine"}
     tokens = through_file(battles_table([row]), real_tokenizer, tmp_path)
@@ -632,15 +623,6 @@ def test_real_tokenizers_keep_every_text(
     whole = "\n".join(turns)
     normal = unicodedata.normalize("NFC", whole)  # Qwen2's tokenizer normalises
     assert decode(real_tokenizer, ids) in (whole, normal)
-
-
-def test_the_fast_way_gives_the_ids_of_the_plain_one(
-    real_tokenizer: Any,
-) -> None:
-    texts = [*ODD_TEXTS, *CORPUS, HOSTILE, HOSTILE * 9]
-    fast = tokenization._tokenize_texts(real_tokenizer, texts)
-    plain = real_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert [ids.tolist() for ids in fast] == plain
 
 
 @pytest.mark.parametrize("truncation", ["winners", "rounds"])

@@ -31,7 +31,7 @@ from arena_distill.config.phases import (
     FoldsSettings,
     TokensSettings,
 )
-from arena_distill.encoding import sequences, tokenization
+from arena_distill.encoding import sequences, text_encoder, tokenization
 from arena_distill.encoding.sequences import gather, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files import artifacts, parquet_files
@@ -50,7 +50,7 @@ LIMITS = (
     *(
         (audit, "SLICE"),
         (tokenization, "ROWS"),
-        (tokenization, "CHARACTERS"),
+        (text_encoder, "CHARACTERS"),
         (sequences, "TOKENS"),
     ),
 )

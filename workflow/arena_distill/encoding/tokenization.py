@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.similarity import slices
 from arena_distill.battles.style_features import WORD
 from arena_distill.battles.votes import VOTE_FIELDS
 from arena_distill.config.phases import TokensSettings
@@ -29,6 +27,7 @@ from arena_distill.encoding.templates import (
     TEMPLATES,
     UNKNOWN_MODEL,
 )
+from arena_distill.encoding.text_encoder import encode_texts
 from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import provenance, read_parquet_parts, write_parquet_parts
 
@@ -51,8 +50,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 WORD_CAPS = {"prompt": 256, "response_a": 700, "response_b": 700}
 """The number of words to which the winners cut each field before tokenisation."""
 
-ROWS, CHARACTERS = 2_048, 1 << 21
-"""The most battles, and characters (or one text), that are tokenised together."""
+ROWS = 2_048
+"""The most battles that are tokenised together."""
 
 _VOTE = tuple(field.name for field in VOTE_FIELDS)
 
@@ -106,7 +105,7 @@ def tokenize(
     for name in FIELDS:
         column = battles[name].combine_chunks()
         texts, rows = column.flatten(), offsets_of(pc.list_value_length(column).to_numpy())
-        turns = _tokenize_texts(tokenizer, texts.to_pylist())
+        turns = encode_texts(tokenizer, texts.to_pylist())
         tokens, starts = _join_turns(turns, rows, newline)
         columns[name] = list_array(tokens)
         columns[f"{name}_turns"] = list_array(starts)
@@ -114,7 +113,7 @@ def tokenize(
         columns[f"{name}_cap"] = pa.array(np.minimum(cap, tokens.lengths).astype(np.int32))
         if name != "prompt":
             counts, which = np.unique(tokens.lengths, return_inverse=True)
-            sizes = _tokenize_texts(tokenizer, [SIZE.format(n) for n in counts.tolist()])
+            sizes = encode_texts(tokenizer, [SIZE.format(n) for n in counts.tolist()])
             columns[f"{name}_size"] = list_array(sizes.take(which))
             if names:
                 model = battles[name.replace("response", "model")].combine_chunks()
@@ -160,10 +159,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
 
     def framed(literals: tuple[str, ...]) -> list[list[int]]:
-        frame = [ids.tolist() for ids in _tokenize_texts(tokenizer, list(literals))]
+        frame = [ids.tolist() for ids in encode_texts(tokenizer, list(literals))]
         return [begin + frame[0], *frame[1:-1], frame[-1] + end]
 
-    newline = _tokenize_texts(tokenizer, ["\n"])[0].tolist()
+    newline = encode_texts(tokenizer, ["\n"])[0].tolist()
     return {
         "pad": safe_pad_id(tokenizer),
         "special": sorted({*begin, *end, safe_pad_id(tokenizer)}),
@@ -175,36 +174,6 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _first(*ids: int | None) -> list[int]:
     return next(([i] for i in ids if i is not None), [])
-
-
-def _tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequences:
-    """Ids of each text; batches limit the memory of the tokenizer's own objects."""
-    parts: list[np.ndarray] = []
-    lengths: list[int] = []
-    sizes = np.fromiter(map(len, texts), np.int64) + 1
-    for batch in slices(np.cumsum(sizes), CHARACTERS):
-        rows = _ids(tokenizer, texts[batch])
-        lengths += map(len, rows)
-        parts.append(np.fromiter(chain.from_iterable(rows), np.int32))
-    return Sequences(np.concatenate([np.zeros(0, np.int32), *parts]), offsets_of(np.array(lengths)))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text; special tokens in it are encoded as text, and none is added."""
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        # Without offsets into the text: the same ids, two to three times as fast.
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
-        return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return tokenizer(  # a tokenizer without a fast backend
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
 
 
 def _join_turns(
@@ -251,7 +220,7 @@ def _word_cap(
             _first_words(text, int(n))
             for text, n in zip(texts.take(turn).to_pylist(), target - before[turn], strict=True)
         ]
-        kept[over] = starts.ids[turn] + _tokenize_texts(tokenizer, heads).lengths
+        kept[over] = starts.ids[turn] + encode_texts(tokenizer, heads).lengths
     return kept
 
 
@@ -265,7 +234,7 @@ def _tokenize_names(tokenizer: PreTrainedTokenizerBase, models: pa.Array) -> Seq
     """The :data:`NAME` of each row's model."""
     named = pc.fill_null(models, UNKNOWN_MODEL).dictionary_encode()
     texts = [NAME.format(name[:LONGEST_NAME]) for name in named.dictionary.to_pylist()]
-    return _tokenize_texts(tokenizer, texts).take(named.indices.to_numpy())
+    return encode_texts(tokenizer, texts).take(named.indices.to_numpy())
 
 
 def _forbid_special(
