@@ -1,25 +1,27 @@
-# The calibration of a judge's probabilities, if `prediction.calibration` is set.
+# The deployed models are calibrated and scored on held-out battles, if `folds.holdout` is set.
 
 
 rule fit_calibration:
     input:
         folds=RUN.folds,
         battles=RUN.battles,
-        logits=[RUN.logits("{judge}", fold) for fold in FOLDS],
+        logits=RUN.held_out_logits("{judge}", "{model}"),
     output:
-        calibration=RUN.calibration("{judge}"),
+        calibration=RUN.calibration("{judge}", "{model}"),
     log:
-        RUN.log("fit_calibration/{judge}"),
+        RUN.log("fit_calibration/{judge}_{model}"),
     benchmark:
-        RUN.benchmark("fit_calibration/{judge}")
+        RUN.benchmark("fit_calibration/{judge}_{model}")
+    wildcard_constraints:
+        model=one_of(MODELS),
     localrule: True
     conda:
         "../envs/arena.yaml"
     params:
-        settings=version_of("calibration"),
+        settings=settings_of(phase.CalibrationSettings),
     message:
-        "Fitting the calibration of {wildcards.judge}"
+        "Calibrating {wildcards.judge}, {wildcards.model}, on held-out battles"
     shell:
         "arena fit-calibration --folds {input.folds:q} --battles {input.battles:q}"
-        " --judge {wildcards.judge} --output {output.calibration:q} --settings {params.settings:q}"
-        " {input.logits:q} > {log:q} 2>&1"
+        " --judge {wildcards.judge} --model {wildcards.model} --logits {input.logits:q}"
+        " --output {output.calibration:q} --settings {params.settings:q} > {log:q} 2>&1"

@@ -71,6 +71,9 @@ rule evaluate:
         quantized=RUN.weights(CONFIG.final, "gptq") if "gptq" in MODELS else [],
         truth=TRUTH,
         audit=RUN.audit,
+        calibrations=[
+            RUN.calibration(CONFIG.final, model) for model in MODELS if CONFIG.folds.holdout
+        ],
     output:
         # Snakemake would delete the last figures before the job, and a failed job leave none.
         metrics=update(RUN.metrics),
@@ -87,7 +90,7 @@ rule evaluate:
     params:
         settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
-        files=as_options("predictions", "test_votes", "quantized", "truth", "audit"),
+        files=as_options("predictions", "test_votes", "quantized", "truth", "audit", "calibrations"),
         logits=judged_folds,
     message:
         "Evaluating judges, variants and quantisation"

@@ -3,9 +3,9 @@
 
 rule finish_merged:
     input:
-        unpack(calibration),
         weights=RUN.weights("{judge}", "merged"),
         tokens=tokens,
+        calibration=lambda wildcards: held_out_scores(wildcards.judge, "merged"),
         predictions=RUN.predictions("{judge}", "merged"),
         test_votes=TEST_VOTES,
     output:
@@ -34,10 +34,10 @@ rule finish_merged:
 
 use rule finish_merged as finish_gptq with:
     input:
-        unpack(calibration),
         weights=RUN.weights("{judge}", "gptq"),
         passed=RUN.drift_check("{judge}"),
         tokens=tokens,
+        calibration=lambda wildcards: held_out_scores(wildcards.judge, "gptq"),
         predictions=RUN.predictions("{judge}", "gptq"),
         test_votes=TEST_VOTES,
     output:

@@ -1,4 +1,5 @@
-# The test battles are scored at every length and in both orders; the scores are averaged and submitted.
+# Test battles and held-out ones are scored at every length and in both orders; test scores are averaged and
+# submitted.
 include: "inputs/prediction.smk"
 
 
@@ -21,10 +22,11 @@ rule score_test_merged:
     params:
         run="arena score-test",
         settings=settings_of(phase.ScoringSettings),
+        folds=as_options("folds"),
     message:
         f"Scoring test battles with the merged {{wildcards.judge}}{ASKS}"
     shell:
-        "{params.run} --model {input.model:q} --tokens {input.tokens:q}"
+        "{params.run} --model {input.model:q} --tokens {input.tokens:q} {params.folds:q}"
         " --output {output.logits:q} --settings {params.settings:q}"
         f" {SCORING_OPTIONS} > {{log:q}} 2>&1"
 
@@ -49,6 +51,39 @@ use rule score_test_merged as score_test_gptq with:
         run="arena_gptq score-test --quantized",
     message:
         f"Scoring test battles with the quantised {{wildcards.judge}}{ASKS}"
+
+
+use rule score_test_merged as score_held_out_merged with:
+    input:
+        model=RUN.weights("{judge}", "merged"),
+        tokens=tokens,
+        folds=RUN.folds,
+    output:
+        logits=RUN.held_out_logits("{judge}", "merged"),
+        ids=layout.ids(RUN.held_out_logits("{judge}", "merged")),
+    log:
+        RUN.log("score_held_out/{judge}_merged"),
+    benchmark:
+        RUN.benchmark("score_held_out/{judge}_merged")
+    message:
+        f"Scoring held-out battles with the merged {{wildcards.judge}}{ASKS}"
+
+
+use rule score_test_gptq as score_held_out_gptq with:
+    input:
+        model=RUN.weights("{judge}", "gptq"),
+        passed=RUN.drift_check("{judge}"),
+        tokens=tokens,
+        folds=RUN.folds,
+    output:
+        logits=RUN.held_out_logits("{judge}", "gptq"),
+        ids=layout.ids(RUN.held_out_logits("{judge}", "gptq")),
+    log:
+        RUN.log("score_held_out/{judge}_gptq"),
+    benchmark:
+        RUN.benchmark("score_held_out/{judge}_gptq")
+    message:
+        f"Scoring held-out battles with the quantised {{wildcards.judge}}{ASKS}"
 
 
 rule predict_test:

@@ -11,20 +11,27 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from arena_distill.battles.folds import assign_folds
+from arena_distill.battles.folds import assign_folds, held_out_rows
 from arena_distill.battles.parts import SCHEMA
 from arena_distill.battles.prompts import prompt_groups
 from arena_distill.battles.reading import REJECTED_SCHEMA
 from arena_distill.battles.solution import write_test_votes
 from arena_distill.battles.votes import vote_columns, with_classes
-from arena_distill.config.phases import EvaluationSettings, PredictionSettings, SolutionSettings
+from arena_distill.config.phases import (
+    CalibrationSettings,
+    EvaluationSettings,
+    PredictionSettings,
+    SolutionSettings,
+)
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.evaluation.evaluate import evaluate
 from arena_distill.files.artifacts import provenance as origin
 from arena_distill.files.artifacts import write_json, write_parquet, write_text
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
-from arena_distill.prediction.test_time import Passes, predict_test, softmax
+from arena_distill.metrics import softmax
+from arena_distill.prediction.calibration import fit_calibration
+from arena_distill.prediction.test_time import Passes, predict_test
 from arena_distill.verdicts import CLASSES, NO_VOTE, WINNERS, Votes
 
 SIZES = {"train": 120, "extra": 30, "test": 40}
@@ -32,6 +39,9 @@ FOLDS = 3
 JUDGES = {"big": (), "other-big": (), "small": ("big", "other-big")}
 NOISE = {"big": 0.4, "other-big": 0.6, "small": 0.5}
 LENGTHS = (256, 512)
+VIEWS = {"max_lengths": LENGTHS, "orders": ["AB", "BA"]}
+OVERCONFIDENT = 2.0
+"""What the deployed model multiplies the true logits by, on held-out battles."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,22 @@ class MadeUpRun:
     folds: pa.Table
     truth: np.ndarray
     settings: EvaluationSettings
+
+    def calibrate(self, model: ModelKind = "gptq", **changes: Any) -> Path:
+        """Write the calibration of a deployed model of a run with held-out battles."""
+        views = {"max_lengths": LENGTHS, "orders": ("AB", "BA"), "average": "logits"}
+        asked = {"calibration": "auto"} | changes
+        output = self.folder / "calibration" / f"{model}.json"
+        fit_calibration(
+            self.folder / "folds.parquet",
+            self.folder / "battles.parquet",
+            self.folder / "logits" / "small" / f"{model}_held_out.npy",
+            output,
+            judge="small",
+            model=model,
+            settings=CalibrationSettings(version=1, **(views | asked)),
+        )
+        return output
 
     @property
     def logits(self) -> dict[str, list[Path]]:
@@ -105,6 +131,14 @@ def made_up_run(
         for fold in range(FOLDS):
             _write_fold(run, judge, fold, error, rng)
     _write_test(run, noise["small"], rng)
+    if holdout:
+        held_out = folds.select(["id", "source"]).take(pa.array(held_out_rows(folds)))
+        true = run.true_logits(held_out)[:, None, None]
+        shape = (len(held_out), len(LENGTHS), 2, run.truth.shape[1])
+        for model in ("merged", "gptq"):
+            seen = OVERCONFIDENT * true + rng.normal(0, noise["small"], shape)
+            path = folder / "logits" / "small" / f"{model}_held_out.npy"
+            write_logits(path, seen.astype(np.float32), held_out, origin("scoring", VIEWS))
     _write_beside(run)
     return run
 
@@ -176,7 +210,7 @@ def _write_test(run: MadeUpRun, error: float, rng: np.random.Generator) -> None:
             path,
             drifted[shuffled].astype(np.float32),
             test.take(pa.array(shuffled)),
-            origin("scoring", {"max_lengths": LENGTHS, "orders": ["AB", "BA"]}),
+            origin("scoring", VIEWS),
         )
         predict_test(path, run.folder / f"{model}.parquet", model=model, settings=settings)
 

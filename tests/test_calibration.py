@@ -8,32 +8,33 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 from checkouts import Checkout, make_checkout
 from conftest import battles_table
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_run import FOLDS, MadeUpRun, made_up_run
+from made_up_run import MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds
-from arena_distill.battles.style_features import read_styles, style_features
+from arena_distill.battles.style_features import style_features
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import PredictionSettings, Settings
+from arena_distill.config.phases import PredictionSettings
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
+from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
-from arena_distill.files.keys import key
-from arena_distill.files.logits import write_logits
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits, write_logits
 from arena_distill.metrics import losses, softmax
 from arena_distill.prediction.calibration import (
     COLDEST,
+    FEWEST,
     HOTTEST,
     METHODS,
     CalibrationMap,
+    choose,
     cross_fit,
     fit,
-    fit_calibration,
     parts_of,
     read_calibration,
 )
@@ -225,7 +226,7 @@ def battles(prompts: list[str], extra: int = 0) -> pa.Table:
 def test_parts_share_no_prompt(method: Any) -> None:
     prompts = [f"p{i % 20}" for i in range(60)]
     folds = assign_folds(battles(prompts, extra=7), method=method, n=4, seed=0)
-    parts = parts_of(folds)
+    parts = run_of(folds).parts()
     groups = folds["group"].to_numpy()[folds["fold"].to_numpy() >= 0]
     assert len(parts) == 60
     assert set(parts) == set(range(4))
@@ -234,13 +235,20 @@ def test_parts_share_no_prompt(method: Any) -> None:
     assert (parts == own).all() == (method == "stratified_group")
 
 
+def run_of(folds: pa.Table) -> Run:
+    """A run of these folds, as the evaluation reads it."""
+    return Run(
+        folds, folds, np.zeros((len(folds), 8)), np.flatnonzero(folds["fold"].to_numpy() >= 0)
+    )
+
+
 @pytest.mark.parametrize(("prompts", "parts"), [(["p"], 1), (["p", "q"], 2)])
 def test_few_prompts_make_few_parts(prompts: list[str], parts: int) -> None:
-    folds = assign_folds(battles(prompts * 12), method="kfold", n=4, seed=0)
-    assert len(np.unique(parts_of(folds))) == parts
+    groups = np.tile(np.arange(len(prompts)), 12)
+    assert len(np.unique(parts_of(groups, 4))) == parts
     seen = np.random.default_rng(0).normal(size=(12 * parts, 3))
     votes = Votes.hard(np.arange(12 * parts) % 3)
-    calibrated = cross_fit("vector", seen, votes, parts_of(folds))
+    calibrated = cross_fit("vector", seen, votes, parts_of(groups, 4))
     # One prompt leaves nothing to fit to: the logits stay as they are, but for their mean.
     assert np.allclose(softmax(calibrated), softmax(seen)) == (parts == 1)
 
@@ -299,87 +307,124 @@ def test_an_uninformative_style_adds_almost_nothing() -> None:
     assert with_noise < plain + 0.1
 
 
+# --- what is chosen -------------------------------------------------------------------------------
+
+
+def test_too_few_battles_are_not_calibrated() -> None:
+    seen, votes, styles = styled(FEWEST, 6)
+    groups = np.arange(FEWEST)
+    assert choose(seen * 3, votes, groups, styles) != "none"
+    fewer = groups[:-1]
+    assert choose(seen[fewer] * 3, votes[fewer], fewer, styles[fewer]) == "none"
+
+
+def test_a_richer_map_is_chosen_only_where_it_pays() -> None:
+    rng = np.random.default_rng(7)
+    rows = 4000
+    groups, seen = np.arange(rows), rng.normal(0, 1.5, (rows, 3))
+    noise = rng.normal(size=(rows, 3))
+    assert choose(2 * seen, drawn(softmax(seen), rng), groups, noise) == "temperature"
+    skewed = CalibrationMap(np.array([0.6, 0.6, 1.5]), np.array([0.0, 0.0, -0.8]))
+    assert choose(seen, drawn(softmax(skewed(seen)), rng), groups, noise) == "vector"
+    of_style, votes, styles = styled(rows, 8)
+    assert choose(of_style, votes, groups, styles) == "style"
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
-    return made_up_run(tmp_path_factory.mktemp("run"))
+    return made_up_run(tmp_path_factory.mktemp("run"), holdout=0.4)
 
 
-@pytest.fixture(scope="module")
-def calibration(run: MadeUpRun) -> Path:
-    output = run.folder / "calibration" / "small.json"
-    fit_calibration(
-        run.folder / "folds.parquet",
-        run.folder / "battles.parquet",
-        run.logits["small"],
-        output,
-        judge="small",
-        settings=Settings(version=1),
-    )
-    return output
+def seen_by(run: MadeUpRun, model: str) -> tuple[np.ndarray, Votes, np.ndarray]:
+    """What a deployed model says of the held-out battles (mean logits), their votes and prompts."""
+    path = run.folder / "logits" / "small" / f"{model}_held_out.npy"
+    logits, ids = read_logits(path)
+    rows = locate(key(ids), key(run.folds), "folds")
+    seen = logits.reshape(len(ids), -1, 3).mean(axis=1, dtype=np.float64)
+    return seen, votes_of(run.folds)[rows], run.folds["group"].to_numpy()[rows]
 
 
-def test_the_file_and_the_evaluation_agree(run: MadeUpRun, calibration: Path) -> None:
-    written = json.loads(calibration.read_text())
-    judge = json.loads(run.evaluate().read_text())["judges"]["small"]
-    assert written["judge"] == "small"
-    assert written["rows"] == judge["oof"]["rows"]
-    assert written["raw"] == judge["oof"]
-    for method in METHODS:
-        shown = judge["calibration"][method]
-        assert written[method] == {k: v for k, v in shown.items() if "reliability" not in k}
+def test_the_deployed_model_is_calibrated_on_held_out_battles(run: MadeUpRun) -> None:
+    seen, votes, groups = seen_by(run, "merged")
+    written = json.loads(run.calibrate("merged", calibration="temperature").read_text())
+    assert (written["judge"], written["model"], written["rows"]) == ("small", "merged", len(seen))
     assert written["provenance"]["phase"] == "calibration"
-
-
-def test_the_file_is_cross_fitted_by_the_folds_and_fitted_to_all(
-    run: MadeUpRun, calibration: Path
-) -> None:
-    from arena_distill.scoring.logits import read_out_of_fold
-
-    seen = read_out_of_fold(run.folds, run.logits["small"], "small").mean(axis=1, dtype=np.float64)
-    fold = run.folds["fold"].to_numpy()
-    votes = votes_of(run.folds)[fold >= 0]
-    fold = fold[fold >= 0]  # stratified_group: they keep prompts together
-    whole = json.loads(calibration.read_text())
-    styles = read_styles(
-        run.folder / "battles.parquet",
-        key(run.folds.filter(pc.greater_equal(run.folds["fold"], 0))),
+    temperature = written["methods"]["temperature"]
+    fitted = fit("temperature", seen, votes)
+    assert temperature["parameters"]["temperature"] == pytest.approx(
+        fitted.parameters["temperature"], rel=1e-6
     )
-    assert whole["style"]["parameters"] == fit("style", seen, votes, styles).parameters
-    written = whole["temperature"]
-    by_hand = np.empty(len(fold))
-    for k in range(FOLDS):
-        mine = fold == k
-        others = fit("temperature", seen[~mine], votes[~mine])
-        by_hand[mine] = losses(softmax(others(seen[mine])), votes[mine])
-    assert written["log_loss"] == pytest.approx(by_hand.mean(), abs=1e-12)
-    assert written["parameters"] == fit("temperature", seen, votes).parameters
-    read = read_calibration(calibration, "temperature")
-    np.testing.assert_array_equal(read(seen), fit("temperature", seen, votes)(seen))
+    assert fitted.parameters["temperature"] > 1.3, "the model is too sure"
+    parts = parts_of(groups)
+    crossed = losses(softmax(cross_fit("temperature", seen, votes, parts)), votes)
+    assert temperature["log_loss"] == pytest.approx(crossed.mean(), abs=1e-9)
+    deployed = written["deployed"]
+    assert deployed["log_loss"]["value"] == pytest.approx(crossed.mean(), abs=1e-9)
+    assert deployed["log_loss"]["low"] < crossed.mean() < deployed["log_loss"]["high"]
+    assert written["raw"]["log_loss"] == pytest.approx(losses(softmax(seen), votes).mean())
+    assert temperature["log_loss"] < written["raw"]["log_loss"]
+    name, found = read_calibration(run.folder / "calibration" / "merged.json")
+    assert name == "temperature"
+    assert found is not None
+    np.testing.assert_allclose(found(seen), fitted(seen), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ([1, 2], r"judge small: logits of the folds \[0, 1, 2\]"),
-        ([1, 0, 2], r"fold_1\.ids\.parquet: 40 of 40 rows are missing"),
-    ],
-    ids=["a fold is missing", "folds in another order"],
-)
-def test_every_fold_is_read_in_its_place(
-    run: MadeUpRun, tmp_path: Path, files: list[int], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        fit_calibration(
-            run.folder / "folds.parquet",
-            run.folder / "battles.parquet",
-            [run.logits["small"][number] for number in files],
-            tmp_path / "x.json",
-            judge="small",
-            settings=Settings(version=1),
-        )
+def test_few_held_out_battles_score_the_model_as_it_is(run: MadeUpRun) -> None:
+    assert len(seen_by(run, "gptq")[0]) < FEWEST
+    path = run.calibrate()
+    written = json.loads(path.read_text())
+    assert written["method"] == "none"
+    assert written["deployed"]["log_loss"]["value"] == pytest.approx(written["raw"]["log_loss"])
+    assert read_calibration(path) == ("none", None)
+
+
+def test_probabilities_are_calibrated_as_they_were_averaged(run: MadeUpRun) -> None:
+    path = run.calibrate(calibration="temperature", average="probabilities")
+    logits, ids = read_logits(run.folder / "logits" / "small" / "gptq_held_out.npy")
+    votes = votes_of(run.folds)[locate(key(ids), key(run.folds), "folds")]
+    mean = softmax(logits.reshape(len(ids), -1, 3)).mean(axis=1)
+    fitted = fit("temperature", np.log(mean), votes)
+    _, found = read_calibration(path)
+    assert found is not None
+    np.testing.assert_allclose(found.scale, fitted.scale, rtol=1e-6)
+
+
+def test_the_headline_is_the_score_of_the_deployed_model(run: MadeUpRun) -> None:
+    files = [run.calibrate(model) for model in ("merged", "gptq")]
+    deployed = json.loads(files[1].read_text())["deployed"]
+    metrics = json.loads(run.evaluate(test=False, calibrations=files).read_text())
+    headline = metrics["headline"]
+    assert (headline["battles"], headline["model"]) == ("held_out", "gptq")
+    assert {name: headline[name] for name in deployed} == deployed
+    assert headline["log_loss"]["value"] != metrics["judges"]["small"]["oof"]["log_loss"]
+    assert headline["baselines"]["class_prior"] > 0
+    tested = json.loads(run.evaluate(calibrations=files).read_text())
+    variant = tested["test"]["models"]["gptq"]["256+512/AB+BA"]
+    assert tested["headline"]["battles"] == "test"
+    assert tested["headline"]["log_loss"]["value"] == variant["log_loss"]
+    assert tested["held_out"]["models"]["gptq"]["deployed"] == deployed
+    assert json.loads(run.evaluate(test=False).read_text())["headline"] is None
+
+
+def test_scores_of_other_held_out_battles_are_refused(run: MadeUpRun, tmp_path: Path) -> None:
+    figures = json.loads(run.calibrate().read_text())
+    (tmp_path / "gptq.json").write_text(json.dumps({**figures, "rows": 7}))
+    with pytest.raises(InputError, match=r"gptq\.json: scores of 7 battles, but \d+ are held out"):
+        run.evaluate(test=False, calibrations=[tmp_path / "gptq.json"])
+
+
+def test_a_run_without_held_out_battles_has_nothing_to_fit_to(tmp_path: Path) -> None:
+    other = made_up_run(tmp_path)
+    with pytest.raises(InputError, match=r"no battle is held out; set folds\.holdout"):
+        other.calibrate()
+
+
+def with_method(path: Path, figures: Any) -> Path:
+    path.write_text(json.dumps(figures))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -392,21 +437,26 @@ def test_every_fold_is_read_in_its_place(
         {"vector": {"parameters": {"scale": [1, 1, "x"], "bias": [0, 0, 0]}}},
         {"vector": {"parameters": {"scale": [1, 1, 0], "bias": [0, 0, 0]}}},
         {"vector": {"parameters": {"scale": [1, 1, None], "bias": [0, 0, 0]}}},
-        [],
     ],
 )
-def test_a_file_without_the_calibration_is_an_error(spoiled: Any, tmp_path: Path) -> None:
-    (tmp_path / "small.json").write_text(json.dumps(spoiled))
+def test_a_file_without_its_calibration_is_an_error(spoiled: Any, tmp_path: Path) -> None:
+    path = with_method(tmp_path / "small.json", {"method": "vector", "methods": spoiled})
     with pytest.raises(InputError, match=r"small\.json: holds no calibration by vector"):
-        read_calibration(tmp_path / "small.json", "vector")
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("spoiled", [{}, []])
+def test_a_file_without_a_method_is_an_error(spoiled: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"small\.json: holds no calibration"):
+        read_calibration(with_method(tmp_path / "small.json", spoiled))
 
 
 @pytest.mark.parametrize("style", [{}, {"lead": [1.0]}, {"lead": [1.0], "tie": [1.0, 2.0]}])
 def test_a_calibration_by_style_needs_its_weights(style: Any, tmp_path: Path) -> None:
     spoiled = {"style": {"parameters": {"scale": [1, 1, 1], "bias": [0, 0, 0], **style}}}
-    (tmp_path / "small.json").write_text(json.dumps(spoiled))
+    path = with_method(tmp_path / "small.json", {"method": "style", "methods": spoiled})
     with pytest.raises(InputError, match=r"small\.json: holds no calibration by style"):
-        read_calibration(tmp_path / "small.json", "style")
+        read_calibration(path)
 
 
 # --- predictions ----------------------------------------------------------------------------------
@@ -447,8 +497,9 @@ def predict(folder: Path, logits: np.ndarray, **changes: Any) -> tuple[Any, dict
 @each_method
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 def test_every_variant_is_there_raw_and_calibrated(
-    method: CalibrationMethod, average: str, calibration: Path, tmp_path: Path
+    method: CalibrationMethod, average: Any, run: MadeUpRun, tmp_path: Path
 ) -> None:
+    calibration = run.calibrate("merged", calibration=method)
     logits = np.random.default_rng(6).normal(size=(8, 2, 2, 3)).astype(np.float32)
     raw, _ = predict(tmp_path / "raw", logits, average=average)
     frame, _ = predict(
@@ -458,25 +509,25 @@ def test_every_variant_is_there_raw_and_calibrated(
     plain = frame[~frame["variant"].str.endswith(method)].reset_index(drop=True)
     np.testing.assert_array_equal(plain[list(WINNERS)], raw[list(WINNERS)])
     assert set(frame.loc[frame["submitted"], "variant"]) == {f"40+64/AB+BA/{method}"}
-    known = read_calibration(calibration, method)
+    _, known = read_calibration(calibration)
+    assert known is not None
     styles = style_features(battles_table(asked(8).to_pylist()))
     assert bool(len(known.lead)) == (method == "style")
 
-    def mend(scores: np.ndarray) -> np.ndarray:
-        return known(scores, styles)
+    def mended(probabilities: np.ndarray) -> np.ndarray:
+        assert known is not None
+        return softmax(known(np.log(probabilities), styles))
 
     views = logits.astype(np.float64).reshape(8, 4, 3)
-    if average == "logits":
-        expected = softmax(mend(views.mean(axis=1)))
-    else:
-        expected = softmax(mend(views)).mean(axis=1)
+    averaged = softmax(views.mean(axis=1)) if average == "logits" else softmax(views).mean(axis=1)
     found = frame.loc[frame["submitted"], list(WINNERS)]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(found, mended(averaged), rtol=1e-12)
     one = frame.loc[frame["variant"] == f"64/BA/{method}", list(WINNERS)]
-    np.testing.assert_allclose(one, softmax(mend(logits[:, 1, 1])), rtol=1e-12)
+    np.testing.assert_allclose(one, mended(softmax(logits[:, 1, 1])), rtol=1e-12)
 
 
-def test_without_calibration_a_file_changes_nothing(calibration: Path, tmp_path: Path) -> None:
+def test_without_calibration_a_file_changes_nothing(run: MadeUpRun, tmp_path: Path) -> None:
+    calibration = run.calibrate("merged", calibration="temperature")
     logits = np.zeros((3, 2, 2, 3), np.float32)
     _, about = predict(tmp_path / "a", logits, average="logits")
     assert about["settings"]["calibration"] == "none"
@@ -495,12 +546,12 @@ def test_calibrating_takes_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_calibration_is_a_job_where_it_is_asked_for_alone(tmp_path: Path) -> None:
+def test_held_out_battles_are_scored_and_calibrate_where_there_are_some(tmp_path: Path) -> None:
     checkout: Checkout = make_checkout(tmp_path / "checkout")
-    checkout.edit("mini.yaml", "  precision: fp32", "  precision: fp32\n  targets: in_sample")
     plain = checkout.would_run()
-    checkout.edit("mini.yaml", "average: logits", "average: logits\n  calibration: vector")
-    assert checkout.would_run() == {**plain, "fit_calibration": 1}
     assert "fit_calibration" not in plain
-    target = "results/mini/calibration/llama-teacher.json"
-    assert checkout.would_run(target)["fit_calibration"] == 1
+    checkout.edit("mini.yaml", "n: 2, seed: 42", "n: 2, seed: 42, holdout: 0.2")
+    scored = {"score_held_out_merged": 1, "score_held_out_gptq": 1, "fit_calibration": 2}
+    assert checkout.would_run() == {**plain, **scored}
+    checkout.edit("mini.yaml", "average: logits", "average: logits\n  calibration: auto")
+    assert checkout.would_run() == {**plain, **scored}

@@ -26,15 +26,15 @@ from arena_distill.errors import InputError
 from arena_distill.evaluation.cascade import THRESHOLDS, cascade_curve
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
 from arena_distill.files.logits import ids_path, read_logits, write_logits
+from arena_distill.metrics import softmax
 from arena_distill.models.loading import load_classifier
+from arena_distill.prediction.averages import averages
 from arena_distill.prediction.test_time import (
     Passes,
-    averages,
     confidence,
     predict_test,
     score_test,
     score_variants,
-    softmax,
 )
 from arena_distill.verdicts import Order, Votes
 

@@ -21,11 +21,10 @@ from arena_distill.studies.comparison_report import gains, render_comparison
 
 
 def settings_of(*tested: str, method: Literal["none", "style"] = "style") -> CompareSettings:
-    prediction = Prediction(calibration=method)
     entries = tuple(
         Entry(
             label=name, judge=name, folds=name, teachers=teachers, tested=name in tested,
-            against="big" if teachers else None, prediction=prediction,
+            against="big" if teachers else None, prediction=Prediction(), calibration=method,
         )
         for name, teachers in JUDGES.items()
     )  # fmt: skip

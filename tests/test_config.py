@@ -25,6 +25,7 @@ from arena_distill.config.phases import (
     AveragingSettings,
     BackboneSettings,
     BattlesSettings,
+    CalibrationSettings,
     CompareSettings,
     CountSettings,
     CurveSettings,
@@ -100,13 +101,14 @@ def test_which_scores_out_of_fold_are_optimistic() -> None:
     )
 
 
-def test_no_calibration_is_fitted_to_optimistic_scores() -> None:
-    calibrated = {"calibration": "temperature"}
-    (line,) = lines(raw(prediction=calibrated))
-    assert line.startswith("config: prediction.calibration: temperature is fitted to scores out of")
-    assert "set targets: in_sample" in line
-    load(raw(prediction=calibrated, defaults={"targets": "in_sample"}))
-    load(raw(prediction=calibrated, final="l"))
+def test_a_calibration_needs_held_out_battles() -> None:
+    for method in ("auto", "temperature"):
+        (line,) = lines(raw(prediction={"calibration": method}))
+        assert line.startswith(
+            f"config: prediction.calibration: {method} is fitted to battles that"
+        )
+        assert "set folds.holdout" in line
+        load(raw(prediction={"calibration": method}, folds={"holdout": 0.1}))
 
 
 def test_unknown_teachers_cycles_and_finals() -> None:
@@ -375,7 +377,7 @@ def test_spreading_over_one_gpu_is_refused() -> None:
         load(raw(defaults={"compute": {"gpus": 1, "fsdp": True}}))
 
 
-PREDICTING = {"prediction", "judge"}
+PREDICTING = {"prediction", "calibration"}
 
 
 def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
@@ -389,9 +391,10 @@ def test_a_change_reaches_the_phases_it_concerns_alone() -> None:
     assert changed(judges={"s": {"quantization": {"bits": 4}}}) == {("quantization", "s")}
     assert changed(judges={"s": {"quantization": {"max_kl": 1.0}}}) == {("drift", "s")}
     assert changed(judges={"s": {"merge": {"heads": "average"}}}) == {("merge", "s")}
-    assert {p for p, _ in changed(prediction={"average": "probabilities"})} == PREDICTING
-    honest = raw(defaults={"targets": "in_sample"})
-    assert {p for p, _ in changed(honest, prediction={"calibration": "vector"})} == PREDICTING
+    averaged = {p for p, _ in changed(prediction={"average": "probabilities"})}
+    assert averaged == {*PREDICTING, "judge"}
+    held_out = raw(folds={"holdout": 0.1})
+    assert {p for p, _ in changed(held_out, prediction={"calibration": "vector"})} == PREDICTING
     assert changed(judges={"l": {"encoding": {"max_length": 64}}}) == {
         (phase, "l")
         for phase in (
@@ -440,6 +443,7 @@ PHASES = {
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
+    "calibration": CalibrationSettings,
     "prediction": PredictionSettings, "judge": JudgeSettings, "evaluation": EvaluationSettings,
     "comparison": CompareSettings, "curves": CurveSettings, "averaging": AveragingSettings,
 }  # fmt: skip

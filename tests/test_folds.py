@@ -16,6 +16,7 @@ from arena_distill.battles import reading as raw
 from arena_distill.battles.folds import (
     SCHEMA,
     assign_folds,
+    choice_rows,
     dropped_extra,
     fold_settings,
     held_out_rows,
@@ -121,6 +122,20 @@ def test_held_out_rows_are_neither_trained_on_nor_scored(method: FoldMethod) -> 
         assert not set(groups[held]) & (training | validation)
     without = assign_folds(made_up(), method=method, n=4, seed=3)
     assert not len(held_out_rows(without))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_battles_for_choices_are_others_than_those_that_score(method: FoldMethod) -> None:
+    folds = assign_folds(made_up(), method=method, n=4, seed=3, holdout=0.2, choices=0.1)
+    groups = folds["group"].to_numpy()
+    held, chosen = set(groups[held_out_rows(folds)]), set(groups[choice_rows(folds)])
+    assert (len(held), len(chosen)) == (8, 4), "a fifth and a tenth of the 40 prompts"
+    assert not held & chosen
+    for fold in range(4):
+        training, validation = in_fold(folds, fold)
+        assert not chosen & (training | validation)
+    without = assign_folds(made_up(), method=method, n=4, seed=3, holdout=0.2)
+    np.testing.assert_array_equal(held_out_rows(without), held_out_rows(folds))
 
 
 @settings(max_examples=25, deadline=None)

@@ -130,9 +130,12 @@ def test_a_calibration_is_part_of_the_judge(make: Make, tmp_path: Path) -> None:
         "scale": [0.5, 0.5, 0.8], "bias": [0.0, 0.0, 0.3],
         "lead": [0.1 * i for i in range(8)], "tie": [0.05] * 8,
     }  # fmt: skip
-    write_json({"style": {"parameters": parameters}}, tmp_path / "calibration.json")
+    score = {"value": 0.9, "low": 0.8, "high": 1.0}
+    figures: dict[str, Any] = {"method": "style", "methods": {"style": {"parameters": parameters}}}
+    deployed = {"rows": 250, "log_loss": score, "accuracy": score, "ece": 0.02}
+    write_json({**figures, "rows": 250, "deployed": deployed}, tmp_path / "calibration.json")
     plain = make()
-    calibrated = make(calibration="style", files={"calibration": tmp_path / "calibration.json"})
+    calibrated = make(files={"calibration": tmp_path / "calibration.json"})
     score_test(
         calibrated.weights, calibrated.tokens, tmp_path / "test.npy", quantized=False,
         settings=calibrated.scoring, batch_tokens=512,

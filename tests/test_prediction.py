@@ -23,16 +23,16 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, read_provenance, write_parquet
 from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
+from arena_distill.metrics import softmax
 from arena_distill.models.loading import load_classifier
 from arena_distill.prediction import test_time
+from arena_distill.prediction.averages import averages
 from arena_distill.prediction.submission import write_submission
 from arena_distill.prediction.test_time import (
-    averages,
     identical,
     predict_test,
     score_test,
     score_variants,
-    softmax,
     submitted_variant,
 )
 from arena_distill.verdicts import WINNERS, Order, swap_classes

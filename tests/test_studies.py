@@ -153,12 +153,12 @@ def test_a_judge_with_an_optimistic_score_is_compared_uncalibrated() -> None:
     _, found, graph = derived(
         compare={"recipes": ["summary", "blackpearl"]},
         prediction={"max_lengths": [128], "calibration": "vector"},
+        folds={"holdout": 0.1},
         defaults={"targets": "in_sample"},
     )
     assert not found.problem
     methods = {
-        e.label: (e.optimistic, e.prediction.calibration)
-        for e in CompareSettings.of(graph, found).entries
+        e.label: (e.optimistic, e.calibration) for e in CompareSettings.of(graph, found).entries
     }
     assert methods["summary"] == (True, "none")
     assert methods["summary, votes"] == methods["blackpearl"] == (False, "vector")
@@ -184,7 +184,7 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
         "soup": {"merge": {"weights": "greedy"}},
         "fitted": {"loss": {"combine": "mean_probabilities", "weights": "fitted"}},
     }
-    config["folds"]["holdout"] = 0.1
+    config["folds"]["choices"] = 0.1
     config["studies"] = {"curve_shares": [0.5, 1], "averaging_epochs": [1]}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
     checkout.run("compare", "curves", "averaging")
@@ -290,8 +290,8 @@ def test_recipes_have_no_other_keys_than_a_comparison_reads() -> None:
         assert set(text) <= {"folds", "defaults", "prediction"}
 
 
-def test_greedy_needs_held_out_battles() -> None:
+def test_greedy_needs_battles_for_choices() -> None:
     raw = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     raw["defaults"]["merge"] = {"weights": "greedy"}
-    with pytest.raises(InputError, match="folds.holdout"):
+    with pytest.raises(InputError, match="folds.choices"):
         load(raw)

@@ -43,7 +43,7 @@ from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.evaluation.report import render_report
 from arena_distill.evaluation.terminal import print_table
-from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
+from arena_distill.files.artifacts import read_json, read_parquet, write_json, write_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
 from arena_distill.metrics import (
@@ -55,7 +55,7 @@ from arena_distill.metrics import (
 )
 from arena_distill.models.heads import battle_logits, verdicts
 from arena_distill.models.loading import load_classifier
-from arena_distill.prediction.calibration import fit, fit_calibration, methods, read_calibration
+from arena_distill.prediction.calibration import fit, methods, read_calibration
 from arena_distill.prediction.submission import write_submission
 from arena_distill.scoring.external import query_endpoint, read_external_logits
 from arena_distill.studies.comparison import compare
@@ -336,7 +336,7 @@ def test_figures_report_and_submission_of_two_classes(
     page = (tmp_path / "report.html").read_text()
     test = metrics["test"]
     best = test["models"]["gptq"][test["submitted"]["variant"]]["accuracy"]
-    assert f"test accuracy, as submitted</dt><dd>{100 * best:.1f}" in page
+    assert f"<dt>accuracy</dt><dd>{100 * best:.1f}" in page
     assert "Two equal probabilities score 0.6931" in page
     assert "vector" not in page
     print_table(metrics)
@@ -358,17 +358,17 @@ def test_figures_report_and_submission_of_two_classes(
 
 
 def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
-    run = made_up_run(tmp_path, classes=2)
-    folder = tmp_path / "folds.parquet", tmp_path / "battles.parquet"
-    output = tmp_path / "c.json"
-    fit_calibration(
-        *folder, run.logits["small"], output, judge="small", settings=Settings(version=1)
-    )
+    run = made_up_run(tmp_path, classes=2, holdout=0.3)
     for method in methods(2):
-        found = read_calibration(output, method)
-        assert found.parameters == read_json(output)[method]["parameters"]
+        output = run.calibrate(calibration=method)
+        name, found = read_calibration(output)
+        assert (name, found and found.parameters) == (
+            method,
+            read_json(output)["methods"][method]["parameters"],
+        )
+    write_json({**read_json(output), "method": "vector"}, output)
     with pytest.raises(InputError, match="holds no calibration by vector"):
-        read_calibration(output, "vector")
+        read_calibration(output)
 
 
 def test_a_run_with_ties_can_be_compared_with_one_without(tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ ENDPOINT = {"url": "http://h/v1", "model": "m"}
             "data.ties: half, but the simulated battles then have no ties, or leave it out",
         ),
         (
-            raw(classes=2, prediction={"calibration": "vector"}, defaults={"targets": "in_sample"}),
+            raw(classes=2, prediction={"calibration": "vector"}, folds={"holdout": 0.1}),
             "prediction.calibration: vector scales ties apart",
         ),
         (

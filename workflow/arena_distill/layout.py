@@ -107,10 +107,6 @@ class Layout:
         """The tokens and the cost of an endpoint's answers."""
         return f"{self.root}/external/{judge}/cost.json"
 
-    def calibration(self, judge: str) -> str:
-        """The fitted parameters of a judge's calibration."""
-        return f"{self.root}/calibration/{judge}.json"
-
     # --- the deployed model -------------------------------------------------------------------------
 
     def weights(self, judge: str, model: str) -> str:
@@ -128,6 +124,14 @@ class Layout:
     def test_logits(self, judge: str, model: str) -> str:
         """Float32 (rows, views, classes) of the test battles; `model` is merged or gptq."""
         return f"{self.root}/logits/{judge}/{model}_test.npy"
+
+    def held_out_logits(self, judge: str, model: str) -> str:
+        """The same of the held-out battles."""
+        return f"{self.root}/logits/{judge}/{model}_held_out.npy"
+
+    def calibration(self, judge: str, model: str) -> str:
+        """The calibration fitted to these, and the model's scores on them."""
+        return f"{self.root}/calibration/{judge}/{model}.json"
 
     def predictions(self, judge: str, model: str) -> str:
         """The averaged probabilities of the test battles, every variant; `model` is merged or gptq."""

@@ -76,6 +76,30 @@ def scores(probabilities: np.ndarray, votes: Votes) -> Figures:
     }
 
 
+def deployed_score(probabilities: np.ndarray, votes: Votes, groups: np.ndarray) -> Figures:
+    """Score the model that is deployed: `rows`, `log_loss` and `accuracy` with their 95 % interval, `ece`.
+
+    Args:
+        probabilities: (rows, classes), as it gives them.
+        votes: of these battles.
+        groups: int (rows,), the battle's prompt.
+
+    Returns:
+        `log_loss` and `accuracy` are `value`, `low` and `high` (:func:`mean_interval`).
+    """
+    each = {
+        "log_loss": losses(probabilities, votes),
+        "accuracy": right_verdicts(probabilities, votes),
+    }
+    names = ("value", "low", "high")
+    found: Figures = {
+        name: dict(zip(names, mean_interval(values, votes, groups), strict=True))
+        for name, values in each.items()
+    }
+    ece = calibration_error(reliability(probabilities, votes))
+    return {"rows": len(votes), **found, "ece": ece}
+
+
 def brier_score(probabilities: np.ndarray, votes: Votes) -> float:
     """The mean squared distance of the probabilities from the vote, 0 (perfect) to 2.
 

@@ -416,11 +416,14 @@ def score_test(
     output: Output,
     settings: Settings,
     quantized: Annotated[bool, typer.Option(help="The model is a GPTQ checkpoint.")] = False,
+    folds: Annotated[
+        Path | None, typer.Option(help="folds.parquet: score the held-out battles.")
+    ] = None,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
     attention: Attention = "auto",
 ) -> None:
-    """Score the test battles at every length and in every order."""
+    """Score the test battles, or the held-out ones, at every length and in every order."""
     launch.claim_gpus(gpus)
     from arena_distill.prediction.test_time import score_test
 
@@ -433,6 +436,7 @@ def score_test(
         settings=parsed,
         batch_tokens=batch_tokens,
         attention=attention,
+        folds=folds,
     )
 
 
@@ -448,7 +452,7 @@ def finish_judge(
     ] = None,
     test_votes: TestVotes = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="The judge's calibration, if the settings ask for one.")
+        Path | None, typer.Option(help="calibration/<judge>/<model>.json, with held-out battles.")
     ] = None,
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
@@ -477,15 +481,16 @@ def fit_calibration(
     folds: Folds,
     battles: Battles,
     judge: Annotated[str, typer.Option(help="The judge's name.")],
+    model: Annotated[ModelKind, typer.Option(help="The model of these logits.")],
+    logits: Annotated[Path, typer.Option(help="logits/<judge>/<model>_held_out.npy")],
     output: Output,
     settings: Settings,
-    logits: Annotated[list[Path], typer.Argument(help="The folds' logits, in their order.")],
 ) -> None:
-    """Fit every calibration to a judge's out-of-fold logits."""
+    """Calibrate a deployed model on the held-out battles, and score it there."""
     from arena_distill.prediction.calibration import fit_calibration
 
-    parsed = parse(phase.Settings, settings)
-    fit_calibration(folds, battles, logits, output, judge=judge, settings=parsed)
+    parsed = parse(phase.CalibrationSettings, settings)
+    fit_calibration(folds, battles, logits, output, judge=judge, model=model, settings=parsed)
 
 
 @app.command()
@@ -494,7 +499,9 @@ def predict_test(
     settings: Settings,
     logits: Annotated[Path, typer.Option(help="logits/<judge>/<model>_test.npy")],
     model: Annotated[ModelKind, typer.Option(help="The model of these logits.")],
-    calibration: Annotated[Path | None, typer.Option(help="calibration/<judge>.json")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="calibration/<judge>/<model>.json")
+    ] = None,
     battles: Annotated[Path | None, typer.Option(help="battles.parquet, to calibrate")] = None,
 ) -> None:
     """Average the test logits over lengths and orders in every variant, and calibrate them."""
@@ -545,6 +552,9 @@ def evaluate(
     quantized: Annotated[Path | None, typer.Option(help="The quantised model.")] = None,
     truth: Annotated[Path | None, typer.Option(help="The arena's true probabilities.")] = None,
     audit: Annotated[Path | None, typer.Option(help="audit.json")] = None,
+    calibrations: Annotated[
+        list[Path] | None, typer.Option(help="calibration/<judge>/<model>.json (repeatable).")
+    ] = None,
     test_logits: Annotated[
         Path | None, typer.Option(help="logits/<judge>/<model>_test.npy of the submitted model.")
     ] = None,
@@ -568,6 +578,7 @@ def evaluate(
         drift=quantized / DRIFT if quantized else None,
         truth=truth,
         audit=audit,
+        calibrations=calibrations or (),
         test_logits=test_logits,
     )
 

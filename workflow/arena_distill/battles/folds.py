@@ -11,8 +11,10 @@ number of such rows is printed. ``stratified_group`` assigns prompts, and drops 
 the extra (and unlabelled) battles whose prompt validates it; with `near_duplicates` it treats nearly equal
 prompts as one.
 
-Choices by score (a soup's ingredients) use battles held out from all folds, by whole prompts in any method:
-battles that made a choice never score its result.
+Two parts of ``train`` stay out of all folds, by whole prompts in any method. Held-out battles (`HELD_OUT`)
+calibrate and score the deployed model, and decide nothing before. Choices by score (a soup's ingredients, a
+checkpoint) use battles of their own (`CHOICE`), which score nothing: battles that made a choice never score
+its result.
 """
 
 from __future__ import annotations
@@ -36,10 +38,13 @@ EVERY_FOLD = -1
 """The "fold" of extra battles: they train every model and validate none."""
 
 HELD_OUT = -2
-"""The "fold" of held-out battles: only choices use them, neither training nor scores."""
+"""The "fold" of held-out battles: they calibrate and score the deployed model, and nothing else."""
 
 UNLABELLED = -3
 """The "fold" of battles without votes: they validate none, and train only students with pseudo-labels."""
+
+CHOICE = -4
+"""The "fold" of battles that choices are made by: neither training nor scores use them."""
 
 MOST_FOLDS = 127  # what int8 holds
 
@@ -73,10 +78,13 @@ def write_folds(battles_path: StrPath, folds_path: StrPath, *, settings: FoldsSe
         n=n,
         seed=seed,
         holdout=settings.holdout,
+        choices=settings.choices,
         near=settings.audit.model_dump() if settings.audit else None,
     )
     write_parquet(folds, folds_path, provenance("folds", settings.model_dump()))
-    print(f"{n} folds, {method}, seed {seed}: {_prompts(folds)} prompts")
+    apart = {"held out": held_out_rows(folds), "for choices": choice_rows(folds)}
+    told = "".join(f"; {len(rows):,} battles {what}" for what, rows in apart.items() if len(rows))
+    print(f"{n} folds, {method}, seed {seed}: {_prompts(folds)} prompts{told}")
     for fold in range(n):
         training, validation = training_rows(folds, fold), validation_rows(folds, fold)
         dropped, shared = dropped_extra(folds, fold), shared_prompts(folds, fold)
@@ -100,6 +108,7 @@ def assign_folds(
     n: int,
     seed: int,
     holdout: float = 0.0,
+    choices: float = 0.0,
     near: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     """Assign the battles of ``train`` to `n` folds, shuffled by `seed`.
@@ -111,7 +120,8 @@ def assign_folds(
             vote) or ``stratified_group`` (as equal as possible, prompts kept whole).
         n: number of folds, 2 to 127.
         seed: same battles and seed, same folds.
-        holdout: share of the prompts of ``train`` whose battles stay out of all folds.
+        holdout: share of the prompts of ``train`` whose battles are held out.
+        choices: share of these prompts whose battles are for choices.
         near: ``threshold``, ``permutations`` and ``seed`` of `arena_distill.similarity.near_groups`:
             prompts of these rows that are nearly the same, or linked by such, are one.
 
@@ -144,8 +154,12 @@ def assign_folds(
     fold = np.full(len(rows), EVERY_FOLD, np.int8)
     fold[is_unlabelled] = UNLABELLED
     labels = votes.labels
-    in_folds = is_train & ~_hold_out(groups, is_train, holdout, seed)
-    fold[is_train] = HELD_OUT
+    held = _set_apart(groups, is_train, holdout, seed, "holdout")
+    # Of what is left, so that the held-out battles do not depend on it.
+    left = is_train & ~held
+    chosen = _set_apart(groups, left, choices / (1 - holdout), seed, "choices")
+    in_folds = left & ~chosen
+    fold[held], fold[chosen] = HELD_OUT, CHOICE
     fold[in_folds] = _split_rows(labels[in_folds], groups[in_folds], method, n, seed)
     columns = {name: selected[name] for name in ("id", "source", "group")}
     columns |= {"fold": fold, **vote_columns(votes)}
@@ -158,19 +172,21 @@ def assign_folds(
     return table.replace_schema_metadata({_SPLIT: json.dumps(split).encode()})
 
 
-def _hold_out(groups: np.ndarray, is_train: np.ndarray, holdout: float, seed: int) -> np.ndarray:
-    """Mask the rows of ``train`` that are held out: whole prompts."""
+def _set_apart(
+    groups: np.ndarray, among: np.ndarray, share: float, seed: int, key: str
+) -> np.ndarray:
+    """Mask a share of the prompts `among` some rows, by all of these rows that have them."""
     mask = np.zeros(len(groups), bool)
-    if holdout:
+    if share:
         from sklearn.model_selection import GroupShuffleSplit
 
-        rows = np.flatnonzero(is_train)
-        splitter = GroupShuffleSplit(1, test_size=holdout, random_state=seed)
+        rows = np.flatnonzero(among)
+        splitter = GroupShuffleSplit(1, test_size=share, random_state=seed)
         try:
-            _, held = next(splitter.split(rows, groups=groups[rows]))
+            _, apart = next(splitter.split(rows, groups=groups[rows]))
         except ValueError as error:
-            raise InputError(f"folds: holdout {holdout}: {error}") from None
-        mask[rows[held]] = True
+            raise InputError(f"folds: {key} {share:g}: {error}") from None
+        mask[rows[apart]] = True
     return mask
 
 
@@ -207,11 +223,11 @@ def training_rows(
         InputError: `folds` has no such fold, or does not hold its method.
     """
     column, groups = _fold_column(folds, fold), undivided_groups(folds)
-    held_out = column == HELD_OUT
-    keep = (column != fold) & ~held_out
-    # No model trains on prompts that make choices.
+    apart = np.isin(column, (HELD_OUT, CHOICE))
+    keep = (column != fold) & ~apart
+    # No model trains on prompts that score it or make choices.
     other_sources = np.isin(column, (EVERY_FOLD, UNLABELLED))
-    keep &= ~(other_sources & np.isin(groups, groups[held_out]))
+    keep &= ~(other_sources & np.isin(groups, groups[apart]))
     if drop_shared_groups is None:
         drop_shared_groups = fold_settings(folds)["method"] == "stratified_group"
     if drop_shared_groups:
@@ -235,8 +251,13 @@ def dropped_extra(folds: pa.Table, fold: int) -> int:
 
 
 def held_out_rows(folds: pa.Table) -> np.ndarray:
-    """Select the rows that make choices: int64 positions in `folds`, ascending."""
+    """Select the rows that calibrate and score the deployed model: int64 positions, ascending."""
     return np.flatnonzero(folds["fold"].to_numpy() == HELD_OUT).astype(np.int64)
+
+
+def choice_rows(folds: pa.Table) -> np.ndarray:
+    """Select the rows that make choices: int64 positions in `folds`, ascending."""
+    return np.flatnonzero(folds["fold"].to_numpy() == CHOICE).astype(np.int64)
 
 
 def unlabelled_rows(folds: pa.Table) -> np.ndarray:

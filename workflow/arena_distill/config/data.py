@@ -120,7 +120,9 @@ class Folds(Section):
     seed: Seed = 42
     """Seed of the split."""
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the training prompts held out of all folds, for choices (merge.weights: greedy)."""
+    """Share of the training prompts kept from every training: they calibrate and score what is deployed."""
+    choices: Annotated[float, Field(ge=0, le=0.4)] = 0.0
+    """Share of the training prompts kept from training and scores, for choices (merge.weights: greedy)."""
     near_duplicates: bool = False
     """Also keep near-duplicate prompts (see `audit`) in one fold; only with `stratified_group`."""
 

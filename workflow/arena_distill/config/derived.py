@@ -120,7 +120,7 @@ def derive(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> Deriv
 def compared(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> list[Compared]:
     """The final judge under every recipe, and on votes alone; and the run's judges as they are.
 
-    Their calibration is not a recipe's: see ``Config.calibration_of``.
+    Their calibration is not a recipe's: see ``Config.fold_calibration``.
 
     Args:
         raw: the configuration as it was read: a recipe lies between its `defaults` and its judges.

@@ -221,7 +221,7 @@ class Merge(Section):
     heads: FoldHeads = "first"
     """The mean head of the folds, or that of fold 0."""
     weights: Literal["equal", "validation", "greedy"] = "equal"
-    """Weights of folds: by validation loss, or a greedy soup on held-out battles (folds.holdout)."""
+    """Weights of folds: by validation loss, or a greedy soup on battles apart (folds.choices)."""
 
 
 class CalibrationRows(Section):

@@ -38,7 +38,13 @@ from arena_distill.config.mistakes import explain
 from arena_distill.config.run import Card, Cascade, Config, Prediction
 from arena_distill.config.section import Name, Section, Share
 from arena_distill.config.source import SOURCES, Origin, Source
-from arena_distill.config.vocabulary import Calibration, FoldAverage, ModelKind, ViewAverage
+from arena_distill.config.vocabulary import (
+    AskedCalibration,
+    Calibration,
+    FoldAverage,
+    ModelKind,
+    ViewAverage,
+)
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Classes, Order, Ties
 
@@ -63,16 +69,16 @@ VERSIONS = {
     "quantization": 3,
     "drift": 1,
     "scoring": 1,
-    "calibration": 3,
-    "prediction": 1,
+    "calibration": 4,
+    "prediction": 2,
     "submission": 1,
-    "judge": 1,
+    "judge": 2,
     "surface": 1,
-    "evaluation": 6,
-    "comparison": 5,
+    "evaluation": 7,
+    "comparison": 6,
     "curves": 3,
     "averaging": 1,
-    "report": 7,
+    "report": 8,
 }
 
 
@@ -439,13 +445,29 @@ class ScoringSettings(Settings):
         )
 
 
+class CalibrationSettings(Settings):
+    """What the deployed model's calibration is, and the views that it is fitted to."""
+
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    average: ViewAverage
+    calibration: AskedCalibration = "none"
+    cascade: Cascade | None = None
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> CalibrationSettings:
+        return cls(
+            version=VERSIONS["calibration"], **config.prediction.model_dump(exclude={"model"})
+        )
+
+
 class PredictionSettings(Settings):
     """How test scores are averaged."""
 
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
     average: ViewAverage
-    calibration: Calibration = "none"
+    calibration: AskedCalibration = "none"
     cascade: Cascade | None = None
 
     @classmethod
@@ -466,7 +488,6 @@ class JudgeSettings(Settings):
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
     average: ViewAverage
-    calibration: Calibration = "none"
     cascade: Cascade | None = None
     card: Card = Card()
 
@@ -485,7 +506,7 @@ class JudgeSettings(Settings):
             encoding=node.encoding,
             head=config.head_of(judge),
             card=card,
-            **config.prediction.model_dump(exclude={"model"}),
+            **config.prediction.model_dump(exclude={"model", "calibration"}),
         )
 
 
@@ -533,6 +554,8 @@ class Entry(Section):
     """Whether its merged model is scored on the test battles."""
     optimistic: bool = False
     """Whether its teachers have learned from the very votes that it is scored by out of fold."""
+    calibration: Calibration = "none"
+    """Of its folds' models, cross-fitted: a diagnostic."""
     prediction: Prediction
 
 
@@ -558,9 +581,8 @@ class CompareSettings(Settings):
                     against=entry.against,
                     tested=entry.tested,
                     optimistic=config.is_optimistic(entry.judge),
-                    prediction=entry.prediction.model_copy(
-                        update={"calibration": config.calibration_of(entry.judge)}
-                    ),
+                    calibration=config.fold_calibration(entry.judge),
+                    prediction=entry.prediction.model_copy(update={"calibration": "none"}),
                 )
                 for entry in studies.compared
             ),

@@ -34,7 +34,7 @@ from arena_distill.config.judge import Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
 from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share, Word
-from arena_distill.config.vocabulary import Calibration, ModelKind, ViewAverage
+from arena_distill.config.vocabulary import AskedCalibration, Calibration, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Classes, Order, Ties
 
@@ -74,8 +74,8 @@ class Prediction(Section):
     """What is averaged."""
     model: ModelKind = "gptq"
     """The model whose predictions are submitted; if both exist, both are scored."""
-    calibration: Calibration = "none"
-    """Fitted to logits out of fold, which must not be optimistic; `style` also uses style features."""
+    calibration: AskedCalibration = "none"
+    """Fitted to held-out battles (folds.holdout). `auto`: temperature, or more where more of it pays."""
     cascade: Cascade | None = None
     """Saves forward passes at the longer lengths. null: every battle is scored at every length."""
 
@@ -203,10 +203,10 @@ class Config(Section):
                     f"judges.{name}.encoding.privileged: {whose} must judge without the models' names, "
                     "which nobody knows of new battles: set it to [], give it to teachers that learn votes"
                 )
-            if judge.merge.weights == "greedy" and not self.folds.holdout:
+            if judge.merge.weights == "greedy" and not self.folds.choices:
                 raise ValueError(
                     f"judges.{name}.merge.weights: greedy chooses folds by battles that none of them "
-                    "saw; set folds.holdout, 0.05 for example"
+                    "saw; set folds.choices, 0.05 for example"
                 )
         for name in self.studies.curve_judges:
             if name not in self.judges:
@@ -220,11 +220,10 @@ class Config(Section):
                 f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
                 "set `prediction: {model: merged}`"
             )
-        if self.prediction.calibration != self.calibration_of(self.final):
+        if self.prediction.calibration != "none" and not self.folds.holdout:
             raise ValueError(
-                f"prediction.calibration: {self.prediction.calibration} is fitted to scores out of "
-                f"fold, and those of {self.final} are better than it is, as its targets out of fold "
-                "come from teachers that learned these votes; set targets: in_sample, or calibration: none"
+                f"prediction.calibration: {self.prediction.calibration} is fitted to battles that neither "
+                "the judge nor its teachers learned; set folds.holdout, 0.1 for example"
             )
         return self
 
@@ -331,9 +330,12 @@ class Config(Section):
             for teacher in node.teachers
         )
 
-    def calibration_of(self, judge: str) -> Calibration:
-        """A judge's calibration: none is fitted to an optimistic score, which would make it too sure."""
-        return "none" if self.is_optimistic(judge) else self.prediction.calibration
+    def fold_calibration(self, judge: str) -> Calibration:
+        """What studies calibrate the folds' models by: none is fitted to an optimistic score."""
+        if self.is_optimistic(judge):
+            return "none"
+        asked = self.prediction.calibration
+        return "temperature" if asked == "auto" else asked
 
     def backbone_of(self, judge: str) -> Backbone:
         """A judge's backbone.

@@ -26,10 +26,13 @@ ViewAverage = Literal["logits", "probabilities"]
 """What is averaged over the views of a battle."""
 
 CalibrationMethod = Literal["temperature", "vector", "style"]
-"""What can be fitted to out-of-fold logits."""
+"""What can be fitted to a judge's logits."""
 
 Calibration = Literal["none"] | CalibrationMethod
 """A calibration, or none."""
+
+AskedCalibration = Literal["auto"] | Calibration
+"""`auto`: what the held-out battles suffice for."""
 
 SourceName = Literal["train", "extra", "ut", "test", "unlabelled"]
 """The sources of battles: the keys of `data` with files, in the order of the canonical file."""

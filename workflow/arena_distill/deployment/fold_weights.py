@@ -7,7 +7,7 @@ arXiv:2203.05482). Unequal weights must be chosen on battles that the fold did n
                 rows and s the mean standard error of the L_k: a fold that is worse by one standard error
                 has 1/e of the weight. Folds validate on different rows, so noise should not count.
 ``greedy``      the greedy soup of the paper: folds are added in the order of their log loss on the
-                held-out battles (``folds.HELD_OUT``), each only if it does not raise the soup's log loss.
+                battles for choices (``folds.CHOICE``), each only if it does not raise the soup's log loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arena_distill.battles.folds import held_out_rows
+from arena_distill.battles.folds import choice_rows
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import MergeSettings, SoupSettings
 from arena_distill.deployment.merging import merge_into, read_adapters
@@ -91,20 +91,22 @@ def greedy_weights(
     settings: MergeSettings,
     batch_tokens: int,
 ) -> list[float]:
-    """Weights of the greedy soup, chosen on the held-out battles: equal for its folds, else 0.
+    """Weights of the greedy soup, by the battles for choices: equal for its folds, else 0.
 
     Raises:
-        InputError: no battle is held out.
+        InputError: no battle is for choices.
     """
     table = read_parquet(folds)
-    rows = table.take(held_out_rows(table))
+    rows = table.take(choice_rows(table))
     if not len(rows):
-        raise InputError(f"{folds}: no held-out battles to choose folds on; set folds.holdout")
+        raise InputError(f"{folds}: no battles to choose folds by; set folds.choices")
     read = read_tokens(tokens)
     read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
     pot = FoldMerger(backbone, adapters, read, settings, batch_tokens)
     chosen = greedy(lambda some: pot.log_loss(some, votes_of(rows)), len(adapters))
-    print(f"greedy soup of folds {', '.join(map(str, chosen))}, on {len(rows):,} held-out battles")
+    print(
+        f"greedy soup of folds {', '.join(map(str, chosen))}, on {len(rows):,} battles for choices"
+    )
     return [1 / len(chosen) if fold in chosen else 0.0 for fold in range(len(adapters))]
 
 

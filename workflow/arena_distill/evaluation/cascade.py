@@ -13,7 +13,8 @@ from arena_distill.files.artifacts import read_provenance
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits
 from arena_distill.metrics import Figures, losses, paired_difference, scores
-from arena_distill.prediction.test_time import Passes, averages, confidence
+from arena_distill.prediction.averages import averages
+from arena_distill.prediction.test_time import Passes, confidence
 from arena_distill.verdicts import Votes
 
 CASCADE_COLUMNS = (

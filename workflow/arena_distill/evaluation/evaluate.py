@@ -1,4 +1,8 @@
-"""Compute every figure of a run: judges, baselines on the same rows, test variants, quantisation.
+"""Compute every figure of a run: the deployed model, judges, baselines on the same rows, quantisation.
+
+The headline is the score of the deployed model on battles that nothing was trained on: the test battles, if
+their votes are known, else the held-out ones (``folds.holdout``). Scores out of fold are a diagnostic of
+other models, the folds'; those of students may be optimistic.
 
 Log loss is in nats, the mean over battles of −Σ vote · log p; lower is better. A figure means little
 alone, so every judge stands between four baselines scored on the very rows it is scored on:
@@ -26,29 +30,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.battles.folds import fold_settings
+from arena_distill.battles.folds import fold_settings, held_out_rows
 from arena_distill.battles.style_features import LENGTHS
 from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import EvaluationSettings
+from arena_distill.config.vocabulary import ModelKind
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
 from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
 from arena_distill.evaluation.out_of_fold import Run, _fold
 from arena_distill.evaluation.slices import SLICE_COLUMNS, slice_records, slice_scores
 from arena_distill.files.artifacts import (
+    REBUILD,
     provenance,
     read_json,
     read_parquet,
     write_json,
     write_text,
 )
-from arena_distill.files.keys import locate
+from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path
 from arena_distill.files.tables import table_csv
 from arena_distill.metrics import (
     Figures,
     calibration_scores,
     class_reliability,
+    deployed_score,
     gap_closed,
     losses,
     mean_over_views,
@@ -59,7 +66,7 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
-from arena_distill.prediction.calibration import cross_fit, fit, methods
+from arena_distill.prediction.calibration import cross_fitted, scores_by_method
 from arena_distill.scoring.logits import read_out_of_fold
 from arena_distill.verdicts import ORDERS, WINNERS, Votes
 
@@ -85,6 +92,7 @@ def evaluate(
     drift: Path | None = None,
     truth: Path | None = None,
     audit: Path | None = None,
+    calibrations: Sequence[Path] = (),
     test_logits: Path | None = None,
 ) -> None:
     """Compute every figure of a run → `metrics.json`, and `judges`, `variants`, `cascade` and `slices.csv`.
@@ -103,6 +111,7 @@ def evaluate(
         truth: the synthetic arena's true vote probabilities (`source`, `id`, `p_model_a`,
             `p_model_b`, with ties `p_tie`).
         audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
+        calibrations: the final judge's scores on held-out battles, a file per model.
         test_logits: the submitted model's scores of the test battles, for the cascade's curve.
 
     Raises:
@@ -163,9 +172,11 @@ def evaluate(
             average = _settings(predictions[0]).get("average", "logits")
             test["cascade"] = _cascade(test_logits, solved, average)
     prediction = {**_settings(predictions[0]), "model": settings.model} if predictions else None
+    held_out = _held_out(run, calibrations, truth) if calibrations else None
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
-    metrics = {
+    metrics: Figures = {
         "run": settings.run,
+        "headline": _headline(settings.model, test, held_out),
         "rows": len(votes),
         "battles": {count["values"]: count["counts"] for count in sources},
         "rejected": _rejections(rejected),
@@ -176,7 +187,8 @@ def evaluate(
         "slices": slice_scores(
             run.names_of(run.keys()), final, probabilities_of, votes, run.groups()
         ),
-        "final": _final(settings.final, test, drift, prediction),
+        "final": _final(settings.final, settings.model, test, drift, held_out),
+        "held_out": held_out,
         "test": test,
         "audit": None if audit is None else read_json(audit),
         "provenance": {
@@ -190,8 +202,12 @@ def evaluate(
     write_text(table_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
     write_text(table_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
     write_text(table_csv(slice_records(metrics), SLICE_COLUMNS), tables / "slices.csv")
-    log_loss = judges[settings.final]["oof"]["log_loss"]
-    print(f"{output}: {settings.final} {log_loss:.4f} on {len(votes):,} battles out of fold")
+    told = f"{settings.final} has no score on battles that nothing was trained on"
+    if headline := metrics["headline"]:
+        told = (
+            f"{settings.final} {headline['log_loss']['value']:.4f} on {headline['rows']:,} battles"
+        )
+    print(f"{output}: {told}")
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -256,21 +272,52 @@ def _calibrations(
 ) -> Figures:
     """Scores of a judge after each calibration, cross-fitted, and its distances from the truth."""
     mean = logits.mean(axis=1, dtype=np.float64)
-    figures = {}
-    seen = {"raw": mean_over_views(logits)}
-    for method in methods(votes.classes):
-        seen[method] = p = softmax(cross_fit(method, mean, votes, parts, styles))
-        figures[method] = {
-            "parameters": fit(method, mean, votes, styles).parameters,
-            **scores(p, votes),
-            **calibration_scores(p, votes),
-            "reliability": reliability(p, votes),
-            "class_reliability": class_reliability(p, votes),
-        }
+    crossed = cross_fitted(mean, votes, parts, styles)
+    figures = scores_by_method(crossed, mean, votes, styles)
     if truth is None:
         return {"calibration": figures, "truth": None}
+    seen: dict[str, np.ndarray] = {"raw": mean_over_views(logits)} | dict(crossed)
     distances = {name: truth_scores(truth, p, votes) for name, p in seen.items()}
     return {"calibration": figures, "truth": distances}
+
+
+def _held_out(run: Run, calibrations: Sequence[Path], truth: Path | None) -> Figures:
+    """Scores of the deployed models and of the baselines on the held-out battles."""
+    rows = held_out_rows(run.folds)
+    votes = run.votes(rows)
+    known = {
+        "class_prior": class_prior(*run.trained(), run.lengths[rows]),
+        "length": length_regression(*run.trained(), run.lengths[rows]),
+    }
+    if truth is not None:
+        known["bayes"] = true_probabilities(truth, key(run.folds.take(pa.array(rows))))
+    baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
+    baselines.setdefault("bayes", None)
+    models = {found["model"]: found for found in map(read_json, calibrations)}
+    for path, found in zip(calibrations, models.values(), strict=True):
+        if found["rows"] != len(rows):
+            raise InputError(
+                f"{path}: scores of {found['rows']:,} battles, but {len(rows):,} are held out; {REBUILD}"
+            )
+    return {"rows": len(rows), "baselines": baselines, "models": models}
+
+
+def _headline(model: ModelKind, test: Figures | None, held_out: Figures | None) -> Figures | None:
+    """The deployed model's score on battles that nothing was trained on; None if there are none."""
+    if test:
+        battles, score, baselines = "test", test["score"], test["baselines"]
+    elif held_out:
+        battles, baselines = "held_out", held_out["baselines"]
+        score = held_out["models"][model]["deployed"]
+    else:
+        return None
+    return {
+        "battles": battles,
+        "model": model,
+        **score,
+        "baselines": {name: found and found["log_loss"] for name, found in baselines.items()},
+        "gap_closed": gap_closed(score["log_loss"]["value"], baselines),
+    }
 
 
 def _test(
@@ -311,6 +358,7 @@ def _test(
     return {
         "rows": len(votes),
         "submitted": submitted,
+        "score": deployed_score(sliced, votes, solved.groups),
         "baselines": baselines,
         "models": models,
         "slices": slice_scores(run.names_of(keys), sliced, known, votes, solved.groups),
@@ -319,12 +367,16 @@ def _test(
 
 
 def _final(
-    judge: str, test: Figures | None, drift: Path | None, prediction: Figures | None
+    judge: str,
+    model: ModelKind,
+    test: Figures | None,
+    drift: Path | None,
+    held_out: Figures | None,
 ) -> Figures:
     """The final judge: the submitted model's variants, their calibration, the drift of quantisation."""
     submitted = test["submitted"] if test else None
     variants = test["models"][submitted["model"]] if test and submitted else {}
-    method = (prediction or {}).get("calibration", "none")
+    method = held_out["models"][model]["method"] if held_out else "none"
     return {
         "judge": judge,
         "submitted": submitted,

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from arena_distill.battles.folds import (
+    EVERY_FOLD,
     dropped_extra,
+    fold_settings,
     shared_prompts,
     training_rows,
     undivided_groups,
@@ -95,14 +97,26 @@ class Run:
         rows = np.flatnonzero(votes_of(self.folds).known)
         return self.lengths[rows], self.votes(rows)
 
+    def trained(self) -> tuple[np.ndarray, Votes]:
+        """`lengths` and votes of all rows that train some fold."""
+        rows = np.flatnonzero(self.folds["fold"].to_numpy() >= EVERY_FOLD)
+        return self.lengths[rows], self.votes(rows)
+
     def groups(self) -> np.ndarray:
         """Prompts of the out-of-fold rows, as numbers: int64 (``folds.undivided_groups``)."""
         return undivided_groups(self.folds)[self.validation]
 
     def parts(self) -> np.ndarray:
-        """Parts of the out-of-fold rows for cross-fitting (``calibration.parts_of``): int64."""
+        """Parts of the out-of-fold rows for cross-fitting, which share no prompt: int64.
+
+        The folds, if these keep prompts together, else as many parts (``calibration.parts_of``).
+        """
+        dealt = fold_settings(self.folds)
+        fold = self.folds["fold"].to_numpy()
+        if dealt["method"] == "stratified_group":
+            return fold[self.validation].astype(np.int64)
         parts = np.full(len(self.folds), -1)
-        parts[self.folds["fold"].to_numpy() >= 0] = parts_of(self.folds)
+        parts[fold >= 0] = parts_of(undivided_groups(self.folds)[fold >= 0], dealt["n"])
         return parts[self.validation]
 
     def out_of_fold(self, baseline: Baseline) -> np.ndarray:

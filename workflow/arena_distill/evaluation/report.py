@@ -31,6 +31,7 @@ from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.files.tables import guarded, table_csv
 from arena_distill.metrics import Figures
+from arena_distill.prediction.calibration import FEWEST as FEWEST_CALIBRATED
 from arena_distill.prediction.calibration import methods
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dic
         variants=variants_by_name(metrics),
         slices=_slices(metrics),
         fewest=FEWEST,
+        fewest_calibrated=FEWEST_CALIBRATED,
         calibrations={name: calibrations_of(f) for name, f in metrics["judges"].items()},
         names=NAMES | MODELS | CALIBRATIONS,
         methods=methods(len(final["class_reliability"])),

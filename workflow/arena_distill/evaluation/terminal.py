@@ -20,9 +20,9 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
     """Print the results of `metrics.json`: judges and baselines, test variants, quantisation."""
     console = console or Console()
     final, test = metrics["final"], metrics["test"]
+    console.print(f"\n[bold]{metrics['run']}[/bold]: {describe_headline(metrics)}")
     console.print(
-        f"\n[bold]{metrics['run']}[/bold]: log loss by fold and over all, "
-        f"{metrics['rows']:,} battles out of fold (lower is better)\n"
+        f"\nThe folds' models: log loss by fold and over all, {metrics['rows']:,} battles out of fold\n"
     )
     console.print(_judges_table(metrics))
     legend = "* final judge"
@@ -60,6 +60,20 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         console.print(f"{legend}; all in tables/slices.csv", style="dim")
     if final["gptq"]:
         console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
+
+
+def describe_headline(metrics: Figures) -> str:
+    """The score of the deployed model, in a sentence."""
+    judge, found = metrics["final"]["judge"], metrics["headline"]
+    if found is None:
+        return f"{judge} has no score: no test votes are known, and no battles held out (folds.holdout)"
+    log_loss, accuracy = found["log_loss"], found["accuracy"]
+    battles = "test" if found["battles"] == "test" else "held-out"
+    return (
+        f"{judge} ({found['model']}, as deployed) has log loss {log_loss['value']:.4f} "
+        f"({log_loss['low']:.4f} to {log_loss['high']:.4f}) and accuracy {accuracy['value']:.1%} "
+        f"on {found['rows']:,} {battles} battles that nothing was trained on"
+    )
 
 
 def describe_drift(gptq: Figures) -> str:

@@ -50,7 +50,7 @@ def _results(contract: Contract) -> list[EvalResult] | None:
         EvalResult(
             task_type="text-classification",
             dataset_type="preferences",
-            dataset_name=f"{contract.run}, test battles",
+            dataset_name=f"{contract.run}, {'test' if found.of == 'test' else 'held-out'} battles",
             metric_type=name,
             metric_value=round(value, 4),
         )
@@ -110,16 +110,18 @@ def _quantisation(drift: dict[str, Any]) -> list[str]:
 def _scores(contract: Contract) -> str:
     found = contract.scores
     if found is None:
-        return "There were no test battles with votes: this judge has no score of its own."
+        return "No battles with votes were kept from training: this judge has no score of its own."
     calibrated = contract.calibration
     after = (
         f"calibrated ({calibrated.method}, fitted on {calibrated.fitted_on})"
         if calibrated
         else "not calibrated"
     )
+    battles = "test battles" if found.of == "test" else "held-out battles"
+    crossed = ", its score cross-fitted" if calibrated and found.of == "held_out" else ""
     return f"""\
-This very model, as `judge.json` says that it is asked, on {found.battles:,} test battles that nobody
-trained on; 95 % intervals over prompts; {after}.
+This very model, as `judge.json` says that it is asked, on {found.battles:,} {battles} that nothing was
+trained on; 95 % intervals over prompts; {after}{crossed}.
 
 | log loss (lower is better) | accuracy | expected calibration error |
 |---|---|---|

@@ -42,7 +42,8 @@ class Template(Section):
 
 
 class Calibrated(Section):
-    """The calibration: logits minus their mean, times `scale`, plus `bias`, plus the style's effect."""
+    """The calibration of averaged probabilities: their logarithms minus the mean of these, times `scale`,
+    plus `bias`, plus the style's effect."""
 
     method: CalibrationMethod
     scale: tuple[float, ...]
@@ -68,6 +69,8 @@ class Scores(Section):
     """What this very model scored, as it is deployed, on battles with votes that nobody trained on."""
 
     battles: int
+    of: Literal["test", "held_out"] = "test"
+    """Test battles, or those that were held out; on these the calibration is cross-fitted."""
     log_loss: Score
     accuracy: Score
     ece: float

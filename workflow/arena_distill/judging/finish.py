@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -34,16 +34,10 @@ from arena_distill.files.artifacts import (
 )
 from arena_distill.files.keys import locate
 from arena_distill.judging.card import write_card
-from arena_distill.judging.contract import FILE, Calibrated, Contract, Score, Scores, Template
+from arena_distill.judging.contract import FILE, Calibrated, Contract, Scores, Template
 from arena_distill.judging.judge import Judge
 from arena_distill.judging.vectors import make_vectors
-from arena_distill.metrics import (
-    calibration_error,
-    losses,
-    mean_interval,
-    reliability,
-    right_verdicts,
-)
+from arena_distill.metrics import Figures, deployed_score
 from arena_distill.prediction.calibration import read_calibration
 from arena_distill.verdicts import CLASSES, WINNERS
 
@@ -69,9 +63,10 @@ def finish_judge(
     Args:
         weights: the folder of the merged or quantised model.
         tokens: `tokens.parquet` of the judge's tokenizer.
-        calibration: the judge's, with `settings.calibration`.
+        calibration: of this very model, where battles are held out.
         predictions: the test predictions of this very model.
-        test_votes: `test_votes.parquet`; with both, the judge's scores are computed.
+        test_votes: `test_votes.parquet`; with both the judge's scores are those on test battles, else those
+            on the held-out ones.
 
     Raises:
         InputError: a file is damaged, or the model cannot be loaded.
@@ -80,6 +75,9 @@ def finish_judge(
     scores = None
     if predictions is not None and test_votes is not None:
         scores = score_predictions(predictions, Solution.read(test_votes))
+    held_out = None if calibration is None else read_json(calibration)
+    if scores is None and held_out is not None:
+        scores = _as_scores(held_out["deployed"], "held_out")
     with atomic_directory(output) as folder:
         for file in sorted(weights.glob("[!.]*")):  # not Snakemake's time stamp
             _link(file, folder / file.name)
@@ -94,7 +92,7 @@ def finish_judge(
         contract = contract.model_copy(update={"vectors": make_vectors(judge)})
         write_json(contract.model_dump(mode="json"), folder / FILE)
         write_card(folder, contract, settings.card)
-    told = f", test log loss {scores.log_loss.value:.4f}" if scores else ""
+    told = f", log loss {scores.log_loss.value:.4f} on {scores.battles:,} battles" if scores else ""
     print(f"{output}: a finished judge with {len(contract.vectors)} test vectors{told}")
 
 
@@ -106,13 +104,12 @@ def score_predictions(predictions: Path, solution: Solution) -> Scores:
     submitted = table.filter(table["submitted"])
     rows = locate(solution.ids, submitted["id"].combine_chunks(), str(predictions))
     probabilities = np.column_stack([submitted[name].to_numpy() for name in names])[rows]
-    each = losses(probabilities, votes), right_verdicts(probabilities, votes)
-    log_loss, accuracy = (
-        Score(value=value, low=low, high=high)
-        for value, low, high in (mean_interval(values, votes, groups) for values in each)
-    )
-    ece = calibration_error(reliability(probabilities, votes))
-    return Scores(battles=len(votes), log_loss=log_loss, accuracy=accuracy, ece=ece)
+    return _as_scores(deployed_score(probabilities, votes, groups), "test")
+
+
+def _as_scores(found: Figures, of: Literal["test", "held_out"]) -> Scores:
+    figures = {name: value for name, value in found.items() if name != "rows"}
+    return Scores(battles=found["rows"], of=of, **figures)
 
 
 def for_other_programs(config: Mapping[str, Any], *, pointwise: bool) -> dict[str, Any]:
@@ -149,13 +146,15 @@ def _contract(
     literals = (TEMPLATES if joint else ONE_ANSWER)[encoding.template]
     frame = (vocabulary.frames if joint else vocabulary.one_answer)[encoding.template]
     calibrated = None
-    if settings.calibration != "none" and calibration is not None:
-        found = read_calibration(calibration, settings.calibration)
-        calibrated = Calibrated(
-            method=settings.calibration,
-            **{name: tuple(array.tolist()) for name, array in vars(found).items()},
-            fitted_on="logits of the folds' models out of fold, and the votes of these battles",
-        )
+    if calibration is not None:
+        method, found = read_calibration(calibration)
+        if method != "none":
+            calibrated = Calibrated(
+                method=method,
+                **{name: tuple(array.tolist()) for name, array in vars(found).items()},
+                fitted_on=f"{read_json(calibration)['rows']:,} battles that nothing was trained on: their "
+                "votes, and this model's own probabilities",
+            )
     sources = pc.value_counts(tokens.sources).to_pylist()
     files = sorted({file for pattern in FINGERPRINTED for file in folder.glob(pattern)})
     return Contract(

@@ -31,7 +31,8 @@ from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, read_contract
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
-from arena_distill.prediction.test_time import mean_of_views, score_variants
+from arena_distill.prediction.averages import mean_of_views
+from arena_distill.prediction.test_time import score_variants
 
 if TYPE_CHECKING:
     import torch
@@ -260,12 +261,12 @@ def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forwa
         logits, _ = score_variants(tokens, contract.scoring, forward)
     else:
         logits = np.zeros((0, len(lengths), len(orders), len(contract.classes)), np.float32)
-    seen = logits
+    flat = logits.reshape(len(tokens), len(lengths) * len(orders), len(contract.classes))
+    probabilities = mean_of_views(flat, contract.average)
     if contract.calibration:
         calibrate = contract.calibration.map()
-        seen = calibrate(logits, style_features(battles) if len(calibrate.lead) else None)
-    flat = seen.reshape(len(tokens), len(lengths) * len(orders), len(contract.classes))
-    probabilities = mean_of_views(flat, contract.average)
+        styles = style_features(battles) if len(calibrate.lead) else None
+        probabilities = calibrate.probabilities(probabilities, styles)
     cut: dict[str, np.ndarray] = {}
     for view in views(contract.head, orders):
         for name, count in tokens_cut(tokens, contract.encoding, view, max(lengths)).items():

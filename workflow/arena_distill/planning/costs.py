@@ -110,6 +110,8 @@ class Costs:
             "quantize_model": self._quantize,
             "score_test_merged": self._score_test,
             "score_test_gptq": self._score_test,
+            "score_held_out_merged": self._score_test,
+            "score_held_out_gptq": self._score_test,
             "finish_merged": self._finish,
             "finish_gptq": self._finish,
             "compare_soups": self._compare_soups,
@@ -193,12 +195,16 @@ class Costs:
         return self._score(job, judge, device, work, stored)
 
     def _score_test(self, job: Planned, judge: Judge, device: Device) -> Cost:
-        prediction, test = self.config.prediction, {"test": float(self.battles.counts["test"])}
+        prediction, battles = self.config.prediction, {"test": float(self.battles.counts["test"])}
+        if job.phase.startswith("score_held_out"):
+            battles = self.battles.held_out()
         orders = 2 if judge.head.kind == "pointwise" else len(prediction.orders)
         work = Work()
         for length in prediction.max_lengths:
-            work += self.battles.work(job.wildcards["judge"], test, orders, length)
-        stored = test["test"] * len(prediction.max_lengths) * len(prediction.orders) * 3 * 4.0
+            work += self.battles.work(job.wildcards["judge"], battles, orders, length)
+        stored = (
+            sum(battles.values()) * len(prediction.max_lengths) * len(prediction.orders) * 3 * 4.0
+        )
         return self._score(job, judge, device, work, stored, dense=True)
 
     def _finish(self, job: Planned, judge: Judge, device: Device) -> Cost:
@@ -252,7 +258,7 @@ class Costs:
         flops = 2.0 * rank * sizes.linear * self.config.folds.n
         if judge.merge.weights == "greedy":
             soups = self.config.folds.n * (self.config.folds.n + 1) / 2
-            work = self.battles.work(name, self.battles.held_out(), shown=2) * soups
+            work = self.battles.work(name, self.battles.for_choices(), shown=2) * soups
             return self._score(job, judge, device, work, written, dense=True)
         plan = self.config.plan
         seconds = plan.startup + 2 * written / (plan.disk_gb_per_s * 1e9)

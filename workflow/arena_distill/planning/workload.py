@@ -107,8 +107,13 @@ class Battles:
         """Held-out battles, by source."""
         return {"train": self.counts["train"] * self.config.folds.holdout}
 
+    def for_choices(self) -> dict[str, float]:
+        """Battles that choices are made by, by source."""
+        return {"train": self.counts["train"] * self.config.folds.choices}
+
     def _in_folds(self) -> float:
-        return self.counts["train"] * (1 - self.config.folds.holdout)
+        folds = self.config.folds
+        return self.counts["train"] * (1 - folds.holdout - folds.choices)
 
     def work(
         self, judge: str, battles: dict[str, float], shown: int, max_length: int | None = None

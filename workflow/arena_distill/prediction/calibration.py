@@ -1,7 +1,9 @@
-"""Fit and apply the calibration of a judge's final logits.
+"""Fit and apply the calibration of the deployed model, and score it on battles that nothing was trained on.
 
 A judge may predict the right winner with the wrong confidence. These maps correct its probabilities.
-They are fitted by maximum likelihood to votes on battles that the judge was not trained on:
+They are fitted by maximum likelihood to the held-out battles (``folds.HELD_OUT``), whose votes neither the
+judge nor its teachers saw, and to what the deployed model itself, merged or quantised, says of them under
+the views that are submitted:
 
 - `temperature`: softmax(z / T), one parameter. No verdict changes.
 - `vector`: softmax(W z + b) with a diagonal W. Exchanging the answers must exchange the verdict, so A
@@ -23,35 +25,50 @@ the identity gives a unique fit if a judge predicts the same for every battle, o
 Covariates are more numerous and have a stronger ridge. Both are zero for the identity, so a fit never
 has a lower likelihood than the raw logits.
 
-The scores of a calibration are cross-fitted: each part of the battles is calibrated with parameters
-fitted to the other parts (:func:`parts_of`). The votes of a part affect its parameters only through the
-other parts' logits, whose models were trained on them, as in all stacking.
+`auto` chooses among them (:func:`choose`): a temperature from `FEWEST` battles on, and more only where
+cross-validation on these battles says that it pays.
+
+The scores of a calibration are cross-fitted: each part of the battles, of whole prompts, is calibrated with
+parameters fitted to the other parts. So the same battles calibrate the model and score it, calibrated.
 
 References:
+    Breiman et al. 1984, Classification and Regression Trees, section 3.4.3 (one standard error).
     Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from arena_distill.battles.folds import fold_settings, undivided_groups
+from arena_distill.battles.folds import held_out_rows, undivided_groups
 from arena_distill.battles.style_features import read_styles
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import Settings
-from arena_distill.config.vocabulary import CalibrationMethod
+from arena_distill.config.phases import CalibrationSettings
+from arena_distill.config.vocabulary import (
+    AskedCalibration,
+    Calibration,
+    CalibrationMethod,
+    ModelKind,
+)
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import provenance, read_json, read_parquet, write_json
-from arena_distill.files.keys import key
-from arena_distill.metrics import Figures, calibration_scores, scores, softmax
-from arena_distill.scoring.logits import read_out_of_fold
+from arena_distill.files.artifacts import REBUILD, provenance, read_json, read_parquet, write_json
+from arena_distill.files.keys import key, locate
+from arena_distill.metrics import (
+    Figures,
+    calibration_scores,
+    class_reliability,
+    deployed_score,
+    losses,
+    paired_difference,
+    reliability,
+    scores,
+    softmax,
+)
+from arena_distill.prediction.averages import mean_of_views, read_views
 from arena_distill.verdicts import Classes, Votes
 
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
@@ -71,6 +88,12 @@ RIDGE = 1e-6
 STYLE_RIDGE = 10.0
 """The same for the coefficients of standardised covariates, relative to the log loss of all battles."""
 
+FEWEST = 200
+"""Held-out battles from which on `auto` calibrates."""
+
+PARTS = 5
+"""Of a cross-validation, at most."""
+
 # Each parameter is a scale or a bias of these classes (A, B, tie).
 _ALL, _APART = np.array([[1.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 _NONE, _TIE = np.empty((0, 3)), np.array([[0.0, 0.0, 1.0]])
@@ -86,7 +109,7 @@ _BIASES: dict[CalibrationMethod, np.ndarray] = {"temperature": _NONE, "vector": 
 class CalibrationMap:
     """A map of logits: centred, times `scale`, plus `bias`, plus the effect of the answers' style.
 
-    It is affine in the logits, so it can be applied before or after averaging them.
+    It is affine in the logits; of averaged probabilities their logarithms are the logits.
 
     scale, bias: float64 (classes,).
     lead: float64 (features,), the shift of A's logit relative to B's per unit of a difference; empty
@@ -117,6 +140,12 @@ class CalibrationMap:
             raise ValueError("this calibration needs the style of the answers")
         added = _by_style(styles, len(self.scale)) @ np.concatenate([self.lead, self.tie])
         return calibrated + added.reshape(len(logits), *[1] * (logits.ndim - 2), -1)
+
+    def probabilities(
+        self, probabilities: np.ndarray, styles: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Calibrated probabilities of (rows, classes), the mean of a battle's views: float64."""
+        return softmax(self(_logarithms(probabilities), styles))
 
     @property
     def parameters(self) -> Figures:
@@ -231,33 +260,114 @@ def cross_fit(
     return calibrated
 
 
-def parts_of(folds: pa.Table) -> np.ndarray:
-    """Assign the out-of-fold rows to parts for cross-fitting that share no prompt.
+def parts_of(groups: np.ndarray, n: int = PARTS) -> np.ndarray:
+    """Assign rows to parts for cross-fitting that share no prompt, by scikit-learn's GroupKFold.
 
-    The parts are the folds if these keep prompts together (``stratified_group``), else as many parts
-    of whole prompts by scikit-learn's GroupKFold: a vote on the same prompt would leak into the fit.
-    If all rows share one prompt there is one part, and no rows to fit to.
+    A vote on the same prompt would leak into the fit. If all rows share one prompt there is one part, and
+    no rows to fit to.
 
     Args:
-        folds: `folds.parquet`.
+        groups: int (rows,), the battle's prompt.
+        n: parts, fewer where there are fewer prompts.
 
     Returns:
-        int64 (out-of-fold rows,), in their order in `folds`.
+        int64 (rows,).
     """
-    dealt = fold_settings(folds)
-    fold = folds["fold"].to_numpy()
-    validation = fold >= 0
-    if dealt["method"] == "stratified_group":
-        return fold[validation].astype(np.int64)
     from sklearn.model_selection import GroupKFold
 
-    groups = undivided_groups(folds)[validation]
     parts = np.zeros(len(groups), np.int64)
-    n = min(dealt["n"], len(np.unique(groups)))
+    n = min(n, len(np.unique(groups)))
     if n > 1:
         for number, (_, rows) in enumerate(GroupKFold(n).split(groups, groups=groups)):
             parts[rows] = number
     return parts
+
+
+def choose(
+    logits: np.ndarray, votes: Votes, groups: np.ndarray, styles: np.ndarray | None = None
+) -> Calibration:
+    """What so many battles suffice for.
+
+    None below `FEWEST`, else the temperature; a map with more parameters only if its cross-validated log
+    loss is lower by more than one standard error of the difference.
+
+    Args:
+        logits: float (rows, classes).
+        votes: of these rows.
+        groups: int (rows,), the battle's prompt.
+        styles: float (rows, features), or None.
+    """
+    if len(votes) < FEWEST:
+        return "none"
+    crossed = cross_fitted(logits, votes, parts_of(groups), styles)
+    loss = {method: losses(p, votes) for method, p in crossed.items()}
+    best: CalibrationMethod = "temperature"
+    for richer in methods(votes.classes)[1:]:
+        gain = paired_difference(loss[richer], loss[best], votes, groups)
+        error = (gain["high"] - gain["low"]) / (2 * 1.96)
+        if gain["difference"] + error < 0:
+            best = richer
+    return best
+
+
+def cross_fitted(
+    logits: np.ndarray, votes: Votes, parts: np.ndarray, styles: np.ndarray | None = None
+) -> dict[CalibrationMethod, np.ndarray]:
+    """Probabilities by every method, cross-fitted: float64 (rows, classes); arguments as `cross_fit`."""
+    return {
+        method: softmax(cross_fit(method, logits, votes, parts, styles))
+        for method in methods(votes.classes)
+    }
+
+
+def scores_by_method(
+    crossed: dict[CalibrationMethod, np.ndarray],
+    logits: np.ndarray,
+    votes: Votes,
+    styles: np.ndarray | None,
+) -> Figures:
+    """By method: the `parameters` fitted to all rows, and every score of the `crossed` probabilities."""
+    return {
+        method: {
+            "parameters": fit(method, logits, votes, styles).parameters,
+            **all_scores(probabilities, votes),
+        }
+        for method, probabilities in crossed.items()
+    }
+
+
+def all_scores(probabilities: np.ndarray, votes: Votes) -> Figures:
+    """Scores, calibration errors and reliability diagrams of probabilities (rows, classes)."""
+    return {
+        **scores(probabilities, votes),
+        **calibration_scores(probabilities, votes),
+        "reliability": reliability(probabilities, votes),
+        "class_reliability": class_reliability(probabilities, votes),
+    }
+
+
+def _as_deployed(
+    asked: AskedCalibration,
+    logits: np.ndarray,
+    votes: Votes,
+    groups: np.ndarray,
+    styles: np.ndarray,
+) -> np.ndarray:
+    """Probabilities of each part, calibrated as the other parts say, the choice of a method included."""
+    parts, calibrated = parts_of(groups), np.empty(logits.shape)
+    for part in np.unique(parts):
+        mine = parts == part
+        known = logits[~mine], votes[~mine]
+        method = choose(*known, groups[~mine], styles[~mine]) if asked == "auto" else asked
+        seen = logits[mine]
+        if method != "none":
+            seen = fit(method, *known, styles[~mine])(seen, styles[mine])
+        calibrated[mine] = softmax(seen)
+    return calibrated
+
+
+def _logarithms(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(probabilities.clip(min=np.finfo(np.float64).tiny))
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:
@@ -271,76 +381,88 @@ def _centred(logits: np.ndarray) -> np.ndarray:
 def fit_calibration(
     folds: Path,
     battles: Path,
-    logits: Sequence[Path],
+    logits: Path,
     output: Path,
     *,
     judge: str,
-    settings: Settings,
+    model: ModelKind,
+    settings: CalibrationSettings,
 ) -> None:
-    """Fit every method to a judge's out-of-fold logits, both orders averaged → JSON.
+    """Fit the calibration of a deployed model to the held-out battles, and score it there → JSON.
 
-    It holds `judge`, `rows`, the uncalibrated scores (`raw`), and per method the `parameters`,
-    fitted to all rows, and the cross-fitted scores.
+    It holds `judge`, `model`, `rows`; `method`, the calibration that is used; `deployed`, the score of the
+    model with it (``metrics.deployed_score``), cross-fitted; the scores of the uncalibrated model (`raw`);
+    and per method its `parameters`, fitted to all rows, and its cross-fitted scores (`methods`).
 
     Args:
         folds: `folds.parquet`.
         battles: `battles.parquet`.
-        logits: the judge's files `fold_<k>.npy`.
+        logits: the model's file `<model>_held_out.npy`.
 
     Raises:
-        InputError: a fold has no logits, or a row is missing, duplicated or unknown.
+        InputError: no battle is held out, one has no logits, or they were made with other views.
     """
     table = read_parquet(folds)
-    seen = read_out_of_fold(table, logits, judge).mean(axis=1, dtype=np.float64)
-    validation = table.filter(pc.greater_equal(table["fold"], 0))
-    votes = votes_of(validation)
-    parts, styles = parts_of(table), read_styles(battles, key(validation))
-
-    def scored(logits: np.ndarray) -> Figures:
-        probabilities = softmax(logits)
-        return scores(probabilities, votes) | calibration_scores(probabilities, votes)
-
-    figures: Figures = {"judge": judge, "rows": len(votes), "raw": scored(seen)}
-    for method in methods(votes.classes):
-        parameters = fit(method, seen, votes, styles).parameters
-        after = scored(cross_fit(method, seen, votes, parts, styles))
-        figures[method] = {"parameters": parameters, **after}
-    figures["provenance"] = provenance("calibration", settings.model_dump())
+    rows = held_out_rows(table)
+    if not len(rows):
+        raise InputError(f"{folds}: no battle is held out; set folds.holdout")
+    held_out = table.take(rows)
+    scored, ids = read_views(logits, settings)
+    scored = scored[locate(key(held_out), key(ids), str(logits))]
+    views = scored.reshape(len(rows), -1, scored.shape[-1])
+    seen = _logarithms(mean_of_views(views, settings.average))
+    votes, groups = votes_of(held_out), undivided_groups(held_out)
+    styles, asked = read_styles(battles, key(held_out)), settings.calibration
+    method = choose(seen, votes, groups, styles) if asked == "auto" else asked
+    crossed = cross_fitted(seen, votes, parts_of(groups), styles)
+    deployed = _as_deployed(asked, seen, votes, groups, styles)
+    figures: Figures = {
+        "judge": judge,
+        "model": model,
+        "rows": len(votes),
+        "method": method,
+        "deployed": deployed_score(deployed, votes, groups),
+        "raw": all_scores(softmax(seen), votes),
+        "methods": scores_by_method(crossed, seen, votes, styles),
+        "provenance": provenance("calibration", settings.model_dump(mode="json")),
+    }
     write_json(figures, output)
-    told = (
-        f"{name} {figures[name]['log_loss']:.4f} (ECE {figures[name]['ece']:.3f})"
-        for name in ("raw", *methods(votes.classes))
-    )
-    print(f"{output}: log loss on {len(votes):,} battles out of fold: {', '.join(told)}")
+    told = {"raw": figures["raw"], **figures["methods"]}
+    listed = ", ".join(f"{k} {f['log_loss']:.4f} (ECE {f['ece']:.3f})" for k, f in told.items())
+    print(f"{output}: log loss on {len(votes):,} held-out battles: {listed}; used: {method}")
 
 
-def read_calibration(path: Path, method: CalibrationMethod) -> CalibrationMap:
-    """Read one method's calibration from a file of :func:`fit_calibration`.
+def read_calibration(path: Path) -> tuple[Calibration, CalibrationMap | None]:
+    """Read the calibration that is used from a file of :func:`fit_calibration`: its name, and its map.
 
     Raises:
-        InputError: the file is missing or invalid, or lacks the method.
+        InputError: the file is missing or invalid, or lacks its method.
     """
     figures = read_json(path)
+    method: Any = figures.get("method") if isinstance(figures, dict) else None
+    if method == "none":
+        return "none", None
     try:
-        parameters = figures[method]["parameters"]
-        found = CalibrationMap(
-            **{
-                name: np.array(parameters[name], np.float64)
-                for name in ("scale", "bias", *(("lead", "tie") if method == "style" else ()))
-            }
-        )
-        classes, features = len(found.scale), len(found.lead)
-        sizes = [array.shape for array in (found.scale, found.bias, found.lead, found.tie)]
-        ties = features if classes == 3 else 0
-        whole = classes in get_args(Classes) and method in methods(classes)
-        whole = whole and sizes == [(classes,), (classes,), (features,), (ties,)]
-        whole = whole and bool((found.scale > 0).all())
-        whole = whole and all(bool(np.isfinite(array).all()) for array in vars(found).values())
+        found = _map(method, figures["methods"][method]["parameters"])
     except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{path}: holds no calibration by {method}; delete it and run the workflow again: it "
-            "will be rebuilt"
-        )
+        raise InputError(f"{path}: holds no calibration by {method}; {REBUILD}") from None
+    return method, found
+
+
+def _map(method: Any, parameters: Figures) -> CalibrationMap:
+    """A map from its parameters.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not those of this method.
+    """
+    names = ("scale", "bias", *(("lead", "tie") if method == "style" else ()))
+    found = CalibrationMap(**{name: np.array(parameters[name], np.float64) for name in names})
+    classes, features = len(found.scale), len(found.lead)
+    sizes = [array.shape for array in vars(found).values()]
+    ties = features if classes == 3 else 0
+    whole = classes in get_args(Classes) and method in methods(classes)
+    whole = whole and sizes == [(classes,), (classes,), (features,), (ties,)]
+    whole = whole and bool((found.scale > 0).all())
+    if not (whole and all(bool(np.isfinite(array).all()) for array in vars(found).values())):
+        raise ValueError(method)
     return found

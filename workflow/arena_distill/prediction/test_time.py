@@ -1,4 +1,4 @@
-"""Score the test battles with the final judge: logits of every length and order, and their averages.
+"""Score battles with the deployed model: logits of every length and order, and their averages.
 
 Test-time augmentation (TTA) scores a battle several times: cut to several lengths, with the answers
 in both orders. The forward passes run once and are kept as logits; every average of them is a
@@ -22,23 +22,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.folds import held_out_rows
 from arena_distill.battles.style_features import read_styles
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases import PredictionSettings, ScoringSettings
-from arena_distill.config.vocabulary import ModelKind, ViewAverage
+from arena_distill.config.vocabulary import Calibration, ModelKind
 from arena_distill.deployment.gptq import load_quantized
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views, views
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import provenance, read_provenance, write_parquet
-from arena_distill.files.keys import key
-from arena_distill.files.logits import ids_path, read_logits, write_logits
-from arena_distill.metrics import mean_over_views, softmax
+from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import write_logits
+from arena_distill.metrics import mean_over_views
 from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
+from arena_distill.prediction.averages import averages, joined, read_views
 from arena_distill.prediction.calibration import read_calibration
-from arena_distill.verdicts import WINNERS, Order
+from arena_distill.verdicts import WINNERS
 
 # --- forward passes -------------------------------------------------------------------------------
 
@@ -83,8 +85,9 @@ def score_test(
     settings: ScoringSettings,
     batch_tokens: int,
     attention: Attention = "auto",
+    folds: Path | None = None,
 ) -> None:
-    """Score the test battles at every length and in every order → `<model>_test.npy` and its ids.
+    """Score the test battles, or the held-out ones, at every length and in every order → logits and ids.
 
     The file holds float32 (rows, lengths, orders, classes) in the canonical frame; lengths and orders are
     those of `settings`, which the ids' provenance repeats. The ids hold the cost of each battle at
@@ -94,14 +97,23 @@ def score_test(
         model: a dense folder, or a GPTQ one if `quantized`.
         batch_tokens: tokens per forward pass, padding included.
         attention: the kernel (see ``loading.choose_attention``).
+        folds: `folds.parquet`: score its held-out battles, with which the model is calibrated; None: the
+            test battles.
 
     Raises:
-        InputError: there is no test battle, or a file or the model cannot be read.
+        InputError: there is no such battle, or a file or the model cannot be read.
     """
     read = read_tokens(tokens)
-    test = read.take(np.asarray(pc.equal(read.sources, "test")))
+    if folds is None:
+        test = read.take(np.asarray(pc.equal(read.sources, "test")))
+        lacking = f"{tokens}: holds no test battle; give `test` files in the configuration"
+    else:
+        table = read_parquet(folds, ["id", "source", "fold"])
+        held_out = key(table.take(held_out_rows(table)))
+        test = read.take(locate(held_out, read.keys(), f"tokens in {tokens}"))
+        lacking = f"{folds}: no battle is held out; set folds.holdout"
     if not len(test):
-        raise InputError(f"{tokens}: holds no test battle; give `test` files in the configuration")
+        raise InputError(lacking)
     if quantized:
         judge = load_quantized(model, attention=attention)
     else:
@@ -123,8 +135,8 @@ def score_test(
     scored, needed = int(costs.sequences[costs.scored].sum()), int(costs.sequences.sum())
     spared = f" and {needed - scored:,} by the cascade" if settings.cascade else ""
     print(
-        f"{output}: {len(test):,} battles, lengths {_joined(settings.max_lengths)}, orders "
-        f"{_joined(settings.orders)}; {scored:,} sequences scored, {total - needed:,} of {total:,} "
+        f"{output}: {len(test):,} battles, lengths {joined(settings.max_lengths)}, orders "
+        f"{joined(settings.orders)}; {scored:,} sequences scored, {total - needed:,} of {total:,} "
         f"saved as repetitions{spared}"
     )
 
@@ -232,36 +244,36 @@ def predict_test(
     `winner_model_a`, `winner_model_b`, with ties `winner_tie` (float64) and `submitted` (bool): the variant
     of all lengths and all orders, which is submitted if this model is.
 
-    With `settings.calibration` every variant has two rows: uncalibrated, and calibrated with the
-    method in its name (``256+512/AB+BA/temperature``); a calibrated one is submitted. The parameters
-    were fitted to the folds' models at their own length, with the mean logits of both orders; they
-    are used for the merged models and for all variants.
+    With a calibration every variant has two rows: uncalibrated, and calibrated with the method in its name
+    (``256+512/AB+BA/temperature``); a calibrated one is submitted. The parameters were fitted to this model
+    and to the submitted variant (``prediction.calibration``); they are used for all variants.
 
     Args:
         logits: a file of :func:`score_test`.
         model: the model whose logits they are.
-        calibration: the judge's file of :func:`arena_distill.calibration.fit_calibration`.
+        calibration: this model's file of ``prediction.calibration.fit_calibration``.
         battles: `battles.parquet`, for calibration.
 
     Raises:
         InputError: the file was made with other lengths or orders, or there is no calibration.
     """
+    method: Calibration = "none"
     calibrate = None
     if settings.calibration != "none":
         if calibration is None or battles is None:
             raise InputError(
                 f"prediction.calibration: {settings.calibration}, but no file is given"
             )
-        calibrate = read_calibration(calibration, settings.calibration)
+        method, calibrate = read_calibration(calibration)
     lengths, orders = settings.max_lengths, settings.orders
-    submitted = submitted_variant(settings)
-    scores, ids = _read_test_logits(logits, settings)
+    submitted = submitted_variant(settings, method)
+    scores, ids = read_views(logits, settings)
     variants = averages(scores, lengths, orders, settings.average)
     if calibrate:
-        # Before averaging; for logits this equals calibration after it, as the map is affine.
         styles = read_styles(battles, key(ids)) if battles else None
-        calibrated = averages(calibrate(scores, styles), lengths, orders, settings.average)
-        variants |= {f"{name}/{settings.calibration}": p for name, p in calibrated.items()}
+        variants |= {
+            f"{name}/{method}": calibrate.probabilities(p, styles) for name, p in variants.items()
+        }
     parts = []
     for name, probabilities in variants.items():
         part = {"id": ids["id"], "model": pa.repeat(model, len(ids))}
@@ -274,65 +286,7 @@ def predict_test(
     print(f"{output}: {len(parts)} variants; to be submitted: {submitted}")
 
 
-def averages(
-    logits: np.ndarray,
-    lengths: Sequence[int],
-    orders: Sequence[Order],
-    average: ViewAverage,
-) -> dict[str, np.ndarray]:
-    """Probabilities of every variant: each length and all of them × each order and all of them.
-
-    Args:
-        logits: float (rows, lengths, orders, classes), in the canonical frame.
-        average: average logits or probabilities; equal for variants of a single view.
-
-    Returns:
-        Name, such as ``256+512/AB+BA``, → float64 (rows, classes); every row sums to 1.
-    """
-    variants = {}
-    for length_name, i in _choices(lengths):
-        for order_name, j in _choices(orders):
-            chosen = logits[:, i][:, :, j].reshape(len(logits), len(i) * len(j), -1)
-            variants[f"{length_name}/{order_name}"] = mean_of_views(chosen, average)
-    return variants
-
-
-def mean_of_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
-    """Average the views of each battle: logits (rows, views, classes) → float64 (rows, classes)."""
-    if average == "logits":
-        return mean_over_views(logits)
-    return np.asarray(softmax(logits).mean(axis=1))
-
-
-def submitted_variant(settings: PredictionSettings) -> str:
+def submitted_variant(settings: PredictionSettings, calibration: Calibration = "none") -> str:
     """The name of the variant of all lengths and all orders, with the calibration if any."""
-    name = f"{_joined(settings.max_lengths)}/{_joined(settings.orders)}"
-    return name if settings.calibration == "none" else f"{name}/{settings.calibration}"
-
-
-def _choices(values: Sequence[object]) -> list[tuple[str, list[int]]]:
-    """Each value alone, then all of them: (name, positions)."""
-    single = [(str(value), [i]) for i, value in enumerate(values)]
-    return single if len(values) == 1 else [*single, (_joined(values), list(range(len(values))))]
-
-
-def _read_test_logits(path: Path, settings: PredictionSettings) -> tuple[np.ndarray, pa.Table]:
-    """Read a file of `score_test`, and check its lengths, orders and cascade against `settings`."""
-    scores, rows = read_logits(path)
-    made_with = read_provenance(ids_path(path)).get("settings", {})
-    asked = settings.model_dump(mode="json")
-    for name in ("max_lengths", "orders", "cascade"):
-        wanted, found = asked.get(name), made_with.get(name)
-        if wanted != found:
-            raise InputError(
-                f"{path}: made with prediction.{name} {found}, the configuration says {wanted}; "
-                "delete the file and run the workflow again: it will be rebuilt"
-            )
-    expected = (len(rows), len(settings.max_lengths), len(settings.orders), scores.shape[-1])
-    if scores.shape != expected:
-        raise InputError(f"{path}: logits have shape {scores.shape}, {expected} expected")
-    return scores, rows
-
-
-def _joined(values: object) -> str:
-    return "+".join(map(str, values))  # type: ignore[call-overload]
+    name = f"{joined(settings.max_lengths)}/{joined(settings.orders)}"
+    return name if calibration == "none" else f"{name}/{calibration}"

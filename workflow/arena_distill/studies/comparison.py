@@ -40,8 +40,8 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
+from arena_distill.prediction.averages import mean_of_views
 from arena_distill.prediction.calibration import cross_fit, fit
-from arena_distill.prediction.test_time import mean_of_views
 from arena_distill.verdicts import Votes, logits_among
 
 STYLE_ALONE = "style alone"
@@ -111,7 +111,7 @@ def compare(
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
             | {"against": e.against, "tested": e.tested, "optimistic": e.optimistic}
-            | {"calibration": e.prediction.calibration}
+            | {"calibration": e.calibration}
             | _cost(files, e, folds)
             for e in settings.entries
         ],
@@ -142,7 +142,7 @@ def _calibrated(
             entry.label, method, seen[entry.label].mean(axis=1, dtype=np.float64)
         )
         for entry in settings.entries
-        if (method := entry.prediction.calibration) != "none"
+        if (method := entry.calibration) != "none"
     }
     if by_style := next((row for row in found.values() if row.method == "style"), None):
         found[STYLE_ALONE] = _Calibrated(STYLE_ALONE, "style", np.zeros_like(by_style.known))
@@ -212,8 +212,8 @@ def _test(
     for name, row in calibrated.items():
         if row.label in views:
             calibration = fit(row.method, row.known, data.votes(), known)
-            calibrated_logits = calibration(views[row.label], styles)
-            probabilities[name] = mean_of_views(calibrated_logits, averages[row.label])
+            averaged = mean_of_views(views[row.label], averages[row.label])
+            probabilities[name] = calibration.probabilities(averaged, styles)
     voted, lengths = data.voted(), styles[:, :LENGTHS]
     for name, baseline in (("class prior", class_prior), ("length regression", length_regression)):
         probabilities[name] = baseline(*voted, lengths)
