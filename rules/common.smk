@@ -200,7 +200,10 @@ def options_of(*knobs):
     return " ".join(f"--{option} {{resources.{knob}}}" for option, knob in knobs.items())
 
 
-LAUNCH = ("micro_batch_size", "gradient_checkpointing", "fsdp", "checkpoint_minutes", "attention")
+LAUNCH = (
+    *("micro_batch_size", "gradient_checkpointing", "fsdp", "checkpoint_minutes", "attention"),
+    "report_to",
+)
 TRAINING, TRAINING_OPTIONS = job_of(compute("gpus"), *LAUNCH), options_of(*LAUNCH)
 SCORING = job_of(scoring_gpus, "batch_tokens", "attention")
 SCORING_OPTIONS = options_of("batch_tokens", "attention")

@@ -30,7 +30,7 @@ from arena_distill.files.artifacts import write_json, write_parquet, write_text
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.metrics import softmax
-from arena_distill.prediction.calibration import fit_calibration
+from arena_distill.prediction.held_out import fit_calibration
 from arena_distill.prediction.test_time import Passes, predict_test
 from arena_distill.verdicts import CLASSES, NO_VOTE, WINNERS, Votes
 

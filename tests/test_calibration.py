@@ -28,16 +28,14 @@ from arena_distill.files.logits import read_logits, write_logits
 from arena_distill.metrics import losses, softmax
 from arena_distill.prediction.calibration import (
     COLDEST,
-    FEWEST,
     HOTTEST,
     METHODS,
     CalibrationMap,
-    choose,
     cross_fit,
     fit,
     parts_of,
-    read_calibration,
 )
+from arena_distill.prediction.held_out import FEWEST, choose, read_calibration
 from arena_distill.prediction.test_time import predict_test
 from arena_distill.verdicts import WINNERS, Order, Votes, swap_classes
 

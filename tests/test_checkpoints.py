@@ -18,7 +18,7 @@ from arena_distill.config.judge import Lora
 from arena_distill.errors import Stopped
 from arena_distill.files.artifacts import read_json, read_parquet
 from arena_distill.runtime.launch import Launch
-from arena_distill.training import trainer
+from arena_distill.training import judge_trainer
 from arena_distill.training.checkpoints import SEAL, digest
 from arena_distill.training.trainer import train_fold
 
@@ -59,7 +59,7 @@ class Interruption(BaseException):
 
 def calls_at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Call a function in the middle of a training: at its n-th micro batch."""
-    genuine = trainer.battle_losses
+    genuine = judge_trainer.battle_losses
 
     def arrange(batch: int, action: Callable[[], None]) -> None:
         seen = 0
@@ -71,7 +71,7 @@ def calls_at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[
                 action()
             return genuine(*arguments)
 
-        monkeypatch.setattr(trainer, "battle_losses", spy)
+        monkeypatch.setattr(judge_trainer, "battle_losses", spy)
 
     return arrange
 

@@ -70,6 +70,6 @@ def test_folds_are_trained_beside_each_other_on_devices_of_their_own(checkout: C
 
 
 def test_nothing_but_the_adapters_is_left(checkout: Checkout) -> None:
-    folds: list[Path] = sorted(checkout.results.glob("adapters/*/fold_*"))
+    folds: list[Path] = sorted(checkout.results.glob("adapters/*/fold_?"))
     assert len(folds) == len(TRAININGS)
     assert not (checkout.results / ".checkpoints").exists()

@@ -23,7 +23,7 @@ from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import head_layer
 from arena_distill.models.loading import load_classifier
 from arena_distill.runtime.launch import Launch
-from arena_distill.training import trainer
+from arena_distill.training import judge_trainer, trainer
 from arena_distill.training.examples import make_examples
 from arena_distill.training.linear_probe import (
     RIDGES,
@@ -191,7 +191,7 @@ def test_an_interrupted_training_keeps_its_checkpoints_key(
     """Another machine may fit a slightly different head: the checkpoint is still found and used."""
     run, launch = make_run("llama"), Launch(4, checkpoints=tmp_path / "kept", checkpoint_minutes=0)
     whole = fit(run, tmp_path / "whole", head=MEAN, fit_head=True, epochs=2)
-    genuine, steps = trainer.battle_losses, []
+    genuine, steps = judge_trainer.battle_losses, []
 
     def stop(*arguments: object) -> torch.Tensor:
         steps.append(1)
@@ -199,10 +199,10 @@ def test_an_interrupted_training_keeps_its_checkpoints_key(
             raise KeyboardInterrupt
         return genuine(*arguments)
 
-    monkeypatch.setattr(trainer, "battle_losses", stop)
+    monkeypatch.setattr(judge_trainer, "battle_losses", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
-    monkeypatch.setattr(trainer, "battle_losses", genuine)
+    monkeypatch.setattr(judge_trainer, "battle_losses", genuine)
     monkeypatch.setattr(trainer, "fit_head", lambda *_, **__: pytest.fail("fitted twice"))
     again = fit(run, tmp_path / "x", head=MEAN, fit_head=True, epochs=2, launch=launch)
     for name, weight in whole.items():

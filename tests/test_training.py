@@ -28,7 +28,7 @@ from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.loading import load_classifier
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
-from arena_distill.training import trainer
+from arena_distill.training import judge_trainer, trainer
 from arena_distill.training.examples import Examples, make_examples
 from arena_distill.training.targets import VOTE_LOSS
 from arena_distill.training.trainer import pretrain_adapter, train_fold
@@ -454,14 +454,14 @@ def test_the_backbone_stays_as_it_is(
 def test_a_loss_that_is_not_a_number_is_an_error(
     llama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer.battle_losses
+    original = judge_trainer.battle_losses
     calls = []
 
     def broken(*args: Any) -> torch.Tensor:
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(trainer, "battle_losses", broken)
+    monkeypatch.setattr(judge_trainer, "battle_losses", broken)
     with pytest.raises(InputError, match="lower the learning rate"):
         fit(llama, tmp_path / "x", epochs=50)
     assert not (tmp_path / "x").exists()

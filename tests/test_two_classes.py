@@ -55,7 +55,8 @@ from arena_distill.metrics import (
 )
 from arena_distill.models.heads import battle_logits, verdicts
 from arena_distill.models.loading import load_classifier
-from arena_distill.prediction.calibration import fit, methods, read_calibration
+from arena_distill.prediction.calibration import fit, methods
+from arena_distill.prediction.held_out import read_calibration
 from arena_distill.prediction.submission import write_submission
 from arena_distill.scoring.external import query_endpoint, read_external_logits
 from arena_distill.studies.comparison import compare

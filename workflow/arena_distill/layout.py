@@ -199,6 +199,11 @@ class Layout:
         return f"{self.root}/.cache/{judge}"
 
 
+def tensorboard(adapter: str) -> str:
+    """The folder of the TensorBoard files of an adapter's training, written while it runs."""
+    return f"{adapter}.tensorboard"
+
+
 def ids(logits: str) -> str:
     """The file that names the rows of logits."""
     return f"{logits.removesuffix('.npy')}.ids.parquet"

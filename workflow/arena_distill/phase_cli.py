@@ -487,7 +487,7 @@ def fit_calibration(
     settings: Settings,
 ) -> None:
     """Calibrate a deployed model on the held-out battles, and score it there."""
-    from arena_distill.prediction.calibration import fit_calibration
+    from arena_distill.prediction.held_out import fit_calibration
 
     parsed = parse(phase.CalibrationSettings, settings)
     fit_calibration(folds, battles, logits, output, judge=judge, model=model, settings=parsed)

@@ -122,7 +122,7 @@ class Folds(Section):
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training prompts kept from every training: they calibrate and score what is deployed."""
     choices: Annotated[float, Field(ge=0, le=0.4)] = 0.0
-    """Share of the training prompts kept from training and scores, for choices (merge.weights: greedy)."""
+    """Share of the training prompts kept from training and scores: choices use them (docs/judges.md)."""
     near_duplicates: bool = False
     """Also keep near-duplicate prompts (see `audit`) in one fold; only with `stratified_group`."""
 

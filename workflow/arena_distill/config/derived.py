@@ -135,6 +135,8 @@ def compared(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> lis
     for recipe, text in recipes.items():
         parts = {part: text[part] for part in ("defaults", "prediction") if part in text}
         parts = overlay(parts, {"prediction": {"calibration": "none"}})
+        if not config.folds.choices:  # the folds are this run's, whatever a recipe says of them
+            parts = overlay(parts, {"defaults": {"training": {"keep": "last", "patience": None}}})
         under = configuration.load(overlay(raw, parts))
         names: dict[str, str] = {}
         for judge in _teachers_first(under, under.final):

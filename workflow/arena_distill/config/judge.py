@@ -168,6 +168,12 @@ class Training(Optimization):
     """Share of the fold's battles to train on: random, and part of every larger share."""
     fit_head: bool = False
     """Fit the head to the frozen backbone before training (a linear probe); set merge.heads: average."""
+    eval_steps: PositiveFloat | None = 0.1
+    """Steps between log losses on the battles for choices (folds.choices); below 1: a share of all."""
+    keep: Literal["last", "best"] = "last"
+    """The weights of the last step, or of the one with the least of these log losses."""
+    patience: PositiveInt | None = None
+    """Stop after so many of these log losses without a new least one. null: never."""
     own_start: bool = False
     """Each fold has its own initial head and LoRA: then only their products can be averaged."""
 
@@ -294,6 +300,8 @@ class Compute(Section):
     """Recompute activations in the backward pass: slower, much less memory."""
     attention: Attention = "auto"
     """`auto`: flash_attention_2 if package, GPU and model support it, else transformers' choice."""
+    report_to: Literal["none", "trackio", "wandb", "mlflow"] = "none"
+    """A service to which training also reports; TensorBoard files are always written."""
 
     @model_validator(mode="after")
     def _fsdp_needs_several(self) -> Compute:
@@ -407,6 +415,14 @@ class Judge(JudgeDefaults):
                 "spread; a backbone of 70 billion weights takes 40 GB in NF4, so let each GPU hold one "
                 "(fsdp: false), or spread one in bf16"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _choices_are_measured(self) -> Judge:
+        chosen = {"keep: best": self.training.keep == "best", "patience": self.training.patience}
+        for key, asked in chosen.items():
+            if asked and self.training.eval_steps is None:
+                raise ValueError(f"training.{key} goes by log losses: set training.eval_steps")
         return self
 
     @model_validator(mode="after")

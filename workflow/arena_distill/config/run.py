@@ -203,10 +203,15 @@ class Config(Section):
                     f"judges.{name}.encoding.privileged: {whose} must judge without the models' names, "
                     "which nobody knows of new battles: set it to [], give it to teachers that learn votes"
                 )
-            if judge.merge.weights == "greedy" and not self.folds.choices:
+            choices = {
+                "merge.weights: greedy": judge.merge.weights == "greedy",
+                "training.keep: best": judge.training.keep == "best",
+                "training.patience": judge.training.patience is not None,
+            }
+            for key in [key for key, asked in choices.items() if asked and not self.folds.choices]:
                 raise ValueError(
-                    f"judges.{name}.merge.weights: greedy chooses folds by battles that none of them "
-                    "saw; set folds.choices, 0.05 for example"
+                    f"judges.{name}.{key} chooses by battles that no fold saw; set folds.choices, "
+                    "0.05 for example"
                 )
         for name in self.studies.curve_judges:
             if name not in self.judges:

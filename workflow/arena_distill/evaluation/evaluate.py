@@ -172,7 +172,7 @@ def evaluate(
             average = _settings(predictions[0]).get("average", "logits")
             test["cascade"] = _cascade(test_logits, solved, average)
     prediction = {**_settings(predictions[0]), "model": settings.model} if predictions else None
-    held_out = _held_out(run, calibrations, truth) if calibrations else None
+    held_out = _held_out(run, calibrations, surface, truth) if calibrations else None
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
     metrics: Figures = {
         "run": settings.run,
@@ -281,16 +281,17 @@ def _calibrations(
     return {"calibration": figures, "truth": distances}
 
 
-def _held_out(run: Run, calibrations: Sequence[Path], truth: Path | None) -> Figures:
+def _held_out(run: Run, calibrations: Sequence[Path], surface: Path, truth: Path | None) -> Figures:
     """Scores of the deployed models and of the baselines on the held-out battles."""
     rows = held_out_rows(run.folds)
-    votes = run.votes(rows)
+    votes, keys = run.votes(rows), key(run.folds.take(pa.array(rows)))
     known = {
         "class_prior": class_prior(*run.trained(), run.lengths[rows]),
         "length": length_regression(*run.trained(), run.lengths[rows]),
+        "surface": read_probabilities(surface, keys),
     }
     if truth is not None:
-        known["bayes"] = true_probabilities(truth, key(run.folds.take(pa.array(rows))))
+        known["bayes"] = read_probabilities(truth, keys)
     baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
     baselines.setdefault("bayes", None)
     models = {found["model"]: found for found in map(read_json, calibrations)}

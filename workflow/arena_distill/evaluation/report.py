@@ -31,8 +31,8 @@ from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.files.tables import guarded, table_csv
 from arena_distill.metrics import Figures
-from arena_distill.prediction.calibration import FEWEST as FEWEST_CALIBRATED
 from arena_distill.prediction.calibration import methods
+from arena_distill.prediction.held_out import FEWEST as FEWEST_CALIBRATED
 
 if TYPE_CHECKING:
     pass

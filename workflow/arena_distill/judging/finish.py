@@ -38,7 +38,7 @@ from arena_distill.judging.contract import FILE, Calibrated, Contract, Scores, T
 from arena_distill.judging.judge import Judge
 from arena_distill.judging.vectors import make_vectors
 from arena_distill.metrics import Figures, deployed_score
-from arena_distill.prediction.calibration import read_calibration
+from arena_distill.prediction.held_out import read_calibration
 from arena_distill.verdicts import CLASSES, WINNERS
 
 FINGERPRINTED = ("*.safetensors", "tokenizer*.json", "*.model", "special_tokens_map.json")

@@ -179,6 +179,14 @@ class Costs:
             once = work * (1 / how.epochs)
             flops += max(1, gpus) * sizes.forward_flops(once.tokens, once.squares)
         passes = work.sequences / (micro * per_battle) * (3 if again else 2)
+        if isinstance(how, Training) and how.eval_steps:
+            times = (
+                1 / how.eval_steps
+                if how.eval_steps < 1
+                else how.steps(round(work.sequences / how.epochs)) / how.eval_steps
+            )
+            seen = self.battles.work(name, self.battles.for_choices(), per_battle) * times
+            flops += sizes.forward_flops(seen.tokens, seen.squares)
         seconds = self._seconds(job, judge, device, flops, passes, sum(memory.values()), gpus)
         return self._computed(job, sizes, judge, memory, flops, seconds, stored=4.0 * learned)
 

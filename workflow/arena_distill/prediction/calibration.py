@@ -1,9 +1,7 @@
-"""Fit and apply the calibration of the deployed model, and score it on battles that nothing was trained on.
+"""Fit and apply maps that calibrate a judge's probabilities.
 
 A judge may predict the right winner with the wrong confidence. These maps correct its probabilities.
-They are fitted by maximum likelihood to the held-out battles (``folds.HELD_OUT``), whose votes neither the
-judge nor its teachers saw, and to what the deployed model itself, merged or quantised, says of them under
-the views that are submitted:
+They are fitted by maximum likelihood to votes on battles that the judge was not trained on:
 
 - `temperature`: softmax(z / T), one parameter. No verdict changes.
 - `vector`: softmax(W z + b) with a diagonal W. Exchanging the answers must exchange the verdict, so A
@@ -25,51 +23,32 @@ the identity gives a unique fit if a judge predicts the same for every battle, o
 Covariates are more numerous and have a stronger ridge. Both are zero for the identity, so a fit never
 has a lower likelihood than the raw logits.
 
-`auto` chooses among them (:func:`choose`): a temperature from `FEWEST` battles on, and more only where
-cross-validation on these battles says that it pays.
-
 The scores of a calibration are cross-fitted: each part of the battles, of whole prompts, is calibrated with
 parameters fitted to the other parts. So the same battles calibrate the model and score it, calibrated.
 
 References:
-    Breiman et al. 1984, Classification and Regression Trees, section 3.4.3 (one standard error).
     Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
-from arena_distill.battles.folds import held_out_rows, undivided_groups
-from arena_distill.battles.style_features import read_styles
-from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import CalibrationSettings
 from arena_distill.config.vocabulary import (
-    AskedCalibration,
-    Calibration,
     CalibrationMethod,
-    ModelKind,
 )
-from arena_distill.errors import InputError
-from arena_distill.files.artifacts import REBUILD, provenance, read_json, read_parquet, write_json
-from arena_distill.files.keys import key, locate
 from arena_distill.metrics import (
     Figures,
     calibration_scores,
     class_reliability,
-    deployed_score,
-    losses,
-    paired_difference,
     reliability,
     scores,
     softmax,
 )
-from arena_distill.prediction.averages import mean_of_views, read_views
-from arena_distill.verdicts import Classes, Votes
+from arena_distill.verdicts import Votes
 
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 
@@ -87,9 +66,6 @@ RIDGE = 1e-6
 
 STYLE_RIDGE = 10.0
 """The same for the coefficients of standardised covariates, relative to the log loss of all battles."""
-
-FEWEST = 200
-"""Held-out battles from which on `auto` calibrates."""
 
 PARTS = 5
 """Of a cross-validation, at most."""
@@ -145,7 +121,7 @@ class CalibrationMap:
         self, probabilities: np.ndarray, styles: np.ndarray | None = None
     ) -> np.ndarray:
         """Calibrated probabilities of (rows, classes), the mean of a battle's views: float64."""
-        return softmax(self(_logarithms(probabilities), styles))
+        return softmax(self(logarithms(probabilities), styles))
 
     @property
     def parameters(self) -> Figures:
@@ -283,33 +259,6 @@ def parts_of(groups: np.ndarray, n: int = PARTS) -> np.ndarray:
     return parts
 
 
-def choose(
-    logits: np.ndarray, votes: Votes, groups: np.ndarray, styles: np.ndarray | None = None
-) -> Calibration:
-    """What so many battles suffice for.
-
-    None below `FEWEST`, else the temperature; a map with more parameters only if its cross-validated log
-    loss is lower by more than one standard error of the difference.
-
-    Args:
-        logits: float (rows, classes).
-        votes: of these rows.
-        groups: int (rows,), the battle's prompt.
-        styles: float (rows, features), or None.
-    """
-    if len(votes) < FEWEST:
-        return "none"
-    crossed = cross_fitted(logits, votes, parts_of(groups), styles)
-    loss = {method: losses(p, votes) for method, p in crossed.items()}
-    best: CalibrationMethod = "temperature"
-    for richer in methods(votes.classes)[1:]:
-        gain = paired_difference(loss[richer], loss[best], votes, groups)
-        error = (gain["high"] - gain["low"]) / (2 * 1.96)
-        if gain["difference"] + error < 0:
-            best = richer
-    return best
-
-
 def cross_fitted(
     logits: np.ndarray, votes: Votes, parts: np.ndarray, styles: np.ndarray | None = None
 ) -> dict[CalibrationMethod, np.ndarray]:
@@ -346,123 +295,11 @@ def all_scores(probabilities: np.ndarray, votes: Votes) -> Figures:
     }
 
 
-def _as_deployed(
-    asked: AskedCalibration,
-    logits: np.ndarray,
-    votes: Votes,
-    groups: np.ndarray,
-    styles: np.ndarray,
-) -> np.ndarray:
-    """Probabilities of each part, calibrated as the other parts say, the choice of a method included."""
-    parts, calibrated = parts_of(groups), np.empty(logits.shape)
-    for part in np.unique(parts):
-        mine = parts == part
-        known = logits[~mine], votes[~mine]
-        method = choose(*known, groups[~mine], styles[~mine]) if asked == "auto" else asked
-        seen = logits[mine]
-        if method != "none":
-            seen = fit(method, *known, styles[~mine])(seen, styles[mine])
-        calibrated[mine] = softmax(seen)
-    return calibrated
-
-
-def _logarithms(probabilities: np.ndarray) -> np.ndarray:
+def logarithms(probabilities: np.ndarray) -> np.ndarray:
+    """Logits of probabilities; 0 counts as the least float64."""
     return np.log(probabilities.clip(min=np.finfo(np.float64).tiny))
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
     return logits - logits.mean(axis=-1, keepdims=True)
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def fit_calibration(
-    folds: Path,
-    battles: Path,
-    logits: Path,
-    output: Path,
-    *,
-    judge: str,
-    model: ModelKind,
-    settings: CalibrationSettings,
-) -> None:
-    """Fit the calibration of a deployed model to the held-out battles, and score it there → JSON.
-
-    It holds `judge`, `model`, `rows`; `method`, the calibration that is used; `deployed`, the score of the
-    model with it (``metrics.deployed_score``), cross-fitted; the scores of the uncalibrated model (`raw`);
-    and per method its `parameters`, fitted to all rows, and its cross-fitted scores (`methods`).
-
-    Args:
-        folds: `folds.parquet`.
-        battles: `battles.parquet`.
-        logits: the model's file `<model>_held_out.npy`.
-
-    Raises:
-        InputError: no battle is held out, one has no logits, or they were made with other views.
-    """
-    table = read_parquet(folds)
-    rows = held_out_rows(table)
-    if not len(rows):
-        raise InputError(f"{folds}: no battle is held out; set folds.holdout")
-    held_out = table.take(rows)
-    scored, ids = read_views(logits, settings)
-    scored = scored[locate(key(held_out), key(ids), str(logits))]
-    views = scored.reshape(len(rows), -1, scored.shape[-1])
-    seen = _logarithms(mean_of_views(views, settings.average))
-    votes, groups = votes_of(held_out), undivided_groups(held_out)
-    styles, asked = read_styles(battles, key(held_out)), settings.calibration
-    method = choose(seen, votes, groups, styles) if asked == "auto" else asked
-    crossed = cross_fitted(seen, votes, parts_of(groups), styles)
-    deployed = _as_deployed(asked, seen, votes, groups, styles)
-    figures: Figures = {
-        "judge": judge,
-        "model": model,
-        "rows": len(votes),
-        "method": method,
-        "deployed": deployed_score(deployed, votes, groups),
-        "raw": all_scores(softmax(seen), votes),
-        "methods": scores_by_method(crossed, seen, votes, styles),
-        "provenance": provenance("calibration", settings.model_dump(mode="json")),
-    }
-    write_json(figures, output)
-    told = {"raw": figures["raw"], **figures["methods"]}
-    listed = ", ".join(f"{k} {f['log_loss']:.4f} (ECE {f['ece']:.3f})" for k, f in told.items())
-    print(f"{output}: log loss on {len(votes):,} held-out battles: {listed}; used: {method}")
-
-
-def read_calibration(path: Path) -> tuple[Calibration, CalibrationMap | None]:
-    """Read the calibration that is used from a file of :func:`fit_calibration`: its name, and its map.
-
-    Raises:
-        InputError: the file is missing or invalid, or lacks its method.
-    """
-    figures = read_json(path)
-    method: Any = figures.get("method") if isinstance(figures, dict) else None
-    if method == "none":
-        return "none", None
-    try:
-        found = _map(method, figures["methods"][method]["parameters"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: holds no calibration by {method}; {REBUILD}") from None
-    return method, found
-
-
-def _map(method: Any, parameters: Figures) -> CalibrationMap:
-    """A map from its parameters.
-
-    Raises:
-        KeyError, TypeError, ValueError: they are not those of this method.
-    """
-    names = ("scale", "bias", *(("lead", "tie") if method == "style" else ()))
-    found = CalibrationMap(**{name: np.array(parameters[name], np.float64) for name in names})
-    classes, features = len(found.scale), len(found.lead)
-    sizes = [array.shape for array in vars(found).values()]
-    ties = features if classes == 3 else 0
-    whole = classes in get_args(Classes) and method in methods(classes)
-    whole = whole and sizes == [(classes,), (classes,), (features,), (ties,)]
-    whole = whole and bool((found.scale > 0).all())
-    if not (whole and all(bool(np.isfinite(array).all()) for array in vars(found).values())):
-        raise ValueError(method)
-    return found

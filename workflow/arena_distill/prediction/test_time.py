@@ -39,7 +39,7 @@ from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.prediction.averages import averages, joined, read_views
-from arena_distill.prediction.calibration import read_calibration
+from arena_distill.prediction.held_out import read_calibration
 from arena_distill.verdicts import WINNERS
 
 # --- forward passes -------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class Launch:
         30
     )
     attention: Annotated[Attention, typer.Option(help="transformers' attention kernel.")] = "auto"
+    report_to: Annotated[str, typer.Option(help="trackio, wandb, mlflow or none.")] = "none"
     gpus: Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)] = 0
 
 

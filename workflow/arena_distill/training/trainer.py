@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import IntervalStrategy
 
-from arena_distill.battles.folds import training_rows, undivided_groups
+from arena_distill import layout
+from arena_distill.battles.folds import choice_rows, training_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import (
     WARMUP,
-    Head,
     Loss,
     Optimization,
     Precision,
@@ -67,23 +67,19 @@ from arena_distill.files.artifacts import (
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path
 from arena_distill.models.adapters import ADAPTER_FILES, check_adapter, load_adapter, new_judge
-from arena_distill.models.heads import battle_logits
-from arena_distill.models.hidden_states import capture, project, projections_of
+from arena_distill.models.hidden_states import capture, project
 from arena_distill.models.loading import check_length, load_classifier
 from arena_distill.runtime.launch import Launch
 from arena_distill.training.checkpoints import Checkpoints, digest, file_identities
 from arena_distill.training.examples import (
-    FILLER,
     LOWER,
-    UNTRAINED,
-    ByLength,
     Examples,
     collator,
     make_examples,
     optimization,
 )
+from arena_distill.training.judge_trainer import CHOICE_LOSS, JudgeTrainer, Progress
 from arena_distill.training.linear_probe import fit_head
-from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
 from arena_distill.training.targets import (
     VOTE_LOSS,
     select_rows,
@@ -91,9 +87,6 @@ from arena_distill.training.targets import (
     teacher_states,
     teacher_weights,
 )
-
-PROJECTIONS = "projections.safetensors"
-"""In the checkpoints of a student with a loss on features."""
 
 
 def pretrain_adapter(
@@ -129,7 +122,8 @@ def train_fold(
 ) -> None:
     """Train one fold's judge: on its teachers' logits if it has teachers, else on votes.
 
-    Training never reads the fold's validation rows, not even to choose a checkpoint.
+    Training never reads the fold's validation rows, not even to choose a checkpoint: that is done by the
+    battles for choices, which no score uses.
 
     Args:
         pretrained: the post-pretrained adapter to start from; None: a fresh one.
@@ -138,8 +132,8 @@ def train_fold(
     table = read_parquet(folds)
     chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
     rows = _part(table.take(chosen), settings.training)
-    read = read_tokens(tokens)
-    read = read.take(locate(key(rows), read.keys(), f"tokens in {tokens}"))
+    every = read_tokens(tokens)
+    read = every.take(locate(key(rows), every.keys(), f"tokens in {tokens}"))
     votes = votes_of(rows)
     targets = weights = None
     states: dict[State, tuple[np.ndarray, ...]] = {}
@@ -168,11 +162,17 @@ def train_fold(
         capture(model, states)
     if "features" in states:
         project(model, [of_teacher.shape[-1] for of_teacher in states["features"]], seed=seed)
+    choices = None
+    if settings.training.eval_steps and len(apart := table.take(choice_rows(table))):
+        shown = every.take(locate(key(apart), every.keys(), f"tokens in {tokens}"))
+        once = settings.training.model_copy(update={"swap": False})
+        one_order = settings.model_copy(update={"training": once})
+        choices = make_examples(shown, votes_of(apart), None, None, one_order)
     phase = "distillation" if settings.teachers else "training"
     about = provenance(phase, settings.model_dump(mode="json") | {"fold": fold})
     made_from = {"folds": fingerprint(table), "fold": fold}
     about["made_from"] = made_from | {"backbone": ModelFolder(backbone).fingerprint()}
-    _fit(model, examples, output, settings, settings.loss, launch, about)
+    _fit(model, examples, output, settings, settings.loss, launch, about, choices)
 
 
 def _part(rows: pa.Table, training: Training) -> pa.Table:
@@ -183,99 +183,6 @@ def _part(rows: pa.Table, training: Training) -> pa.Table:
     return rows.take(pa.array(np.sort(shuffled[: max(1, round(training.share * len(rows)))])))
 
 
-class JudgeTrainer(Trainer):
-    """The Trainer with a judge's loss, exact under gradient accumulation and over devices."""
-
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, *args: Any, loss: Loss, head: Head, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.loss = loss
-        self.head = head
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts each batch's battles
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
-        args = self.args
-        examples: Any = train_dataset or self.train_dataset
-        return ByLength(
-            examples.lengths,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            share=args.train_batch_size * args.world_size if args.world_size > 1 else 1,
-            seed=args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        counts, labels, votes = (inputs.pop(name) for name in ("counts", "labels", "votes"))
-        teachers, weights = inputs.pop("teachers", None), inputs.pop("weights", None)
-        taught: dict[State, Any] = {n: inputs.pop(n) for n in self.loss.states() if n in inputs}
-        shape = inputs["input_ids"].shape[:2]  # battles, sequences of each
-        outputs = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
-        logits = battle_logits(outputs.logits.unflatten(0, shape), self.head)
-        apart: dict[State, torch.Tensor] = {}
-        if "features" in taught:
-            projected = [features.unflatten(0, shape) for features in outputs.projected]
-            apart["features"] = feature_distances(projected, taught["features"])
-        if "attention" in taught:
-            looks = outputs.attention.unflatten(0, shape)
-            apart["attention"] = attention_divergences(looks, taught["attention"])
-        each = battle_losses(logits, votes, teachers, weights, self.loss, apart)
-        total = (each * counts).sum()
-        if num_items_in_batch is None:
-            loss = total / (labels != FILLER).sum()
-        else:  # the mean over the whole optimizer step; DDP averages gradients over processes
-            loss = total / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    # PEFT does not save a student's projections: checkpoints hold them, adapters do not.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        projections = projections_of(self.model)
-        if projections and self.args.should_save:
-            save_file(projections.state_dict(), f"{output_dir}/{PROJECTIONS}")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if projections := projections_of(self.model):
-            projections.load_state_dict(load_file(f"{resume_from_checkpoint}/{PROJECTIONS}"))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        for name in ("loss", "grad_norm"):
-            value = float(logs.get(name, 0.0))
-            if not math.isfinite(value):
-                first = self.state.global_step == 1  # computed before any update
-                raise InputError(f"step {self.state.global_step}: {name} is {value}: "
-                                 f"{UNTRAINED if first else LOWER}")  # fmt: skip
-
-
-class Progress(TrainerCallback):
-    """Print a line per 2 % of the steps instead of the Trainer's bar, for log files."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        last, every = state.log_history[-1], max(1, state.max_steps // 50)
-        if state.is_world_process_zero and "loss" in last and state.global_step % every == 0:
-            print(
-                f"step {state.global_step}/{state.max_steps}, epoch {last['epoch']:.2f}: "
-                f"loss {last['loss']:.4f}, gradient {last['grad_norm']:.3f}, "
-                f"lr {last['learning_rate']:.2e}",
-                flush=True,
-            )
-
-
 def _fit(
     model: PeftModel,
     examples: Examples,
@@ -284,8 +191,12 @@ def _fit(
     loss: Loss,
     launch: Launch,
     about: dict[str, Any],
+    choices: Examples | None = None,
 ) -> None:
     """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet.
+
+    Args:
+        choices: battles whose log loss is measured during training.
 
     Raises:
         Stopped: a signal stopped training; a checkpoint holds its state.
@@ -297,6 +208,10 @@ def _fit(
     with tempfile.TemporaryDirectory() as scratch:
         folder, checkpoints = Path(scratch), None
         arguments = _arguments(folder, optimization(settings), settings.precision, launch)
+        training = settings.training if isinstance(settings, TrainingSettings) else None
+        if training and choices:
+            arguments.eval_strategy = IntervalStrategy.STEPS
+            arguments.eval_steps = training.eval_steps
         if launch.checkpoints:
             decided = about | {"settings": settings.as_params()}  # a new key discards nothing
             folder = launch.checkpoints / _key(model, examples, decided, arguments.world_size)
@@ -307,14 +222,17 @@ def _fit(
                 model=model,
                 args=arguments,
                 train_dataset=examples,
+                eval_dataset=choices,
                 data_collator=collator(model.config.pad_token_id),
                 callbacks=[Progress, *([checkpoints] if checkpoints else [])],
                 loss=loss,
                 head=settings.head,
+                training=training,
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
             latest = checkpoints.latest() if checkpoints else None
+            trainer.add_callback(_board(output, anew=latest is None))
             if latest:
                 print(f"{latest}: going on from there", flush=True)
             elif examples.groups is not None:
@@ -329,6 +247,7 @@ def _fit(
                 result = trainer.train(resume_from_checkpoint=str(latest) if latest else None)
             if checkpoints:
                 checkpoints.raise_if_stopped(trainer.state)
+            trainer.keep_best()
             if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
                 raise InputError(f"{output}: the last step left no finite weights: {LOWER}")
             seconds = checkpoints.seconds if checkpoints else result.metrics["train_runtime"]
@@ -337,6 +256,16 @@ def _fit(
                 _write(trainer, examples, finished, about, seconds=seconds)
         if checkpoints and arguments.process_index == 0:
             checkpoints.publish(output)
+
+
+def _board(adapter: Path, *, anew: bool) -> TensorBoardCallback:
+    """Writes TensorBoard files; those of an earlier training are removed if this one starts `anew`."""
+    folder = Path(layout.tensorboard(str(adapter)))
+    if anew and PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    board = TensorBoardCallback()
+    board.logging_dir = str(folder)
+    return board
 
 
 def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
@@ -376,6 +305,9 @@ def _write(
         "seconds": round(seconds, 3),
         "provenance": about,
     }
+    if measured := [entry for entry in trainer.state.log_history if CHOICE_LOSS in entry]:
+        kept = min(measured, key=lambda e: e[CHOICE_LOSS]) if trainer.best else measured[-1]
+        metrics |= {"kept_step": kept["step"], "choice_loss": kept[CHOICE_LOSS]}
     if examples.weights is not None:
         metrics["teacher_weights"] = examples.weights.mean(axis=0, dtype=np.float64).tolist()
     for adapter in model.peft_config.values():
@@ -383,7 +315,7 @@ def _write(
         if isinstance(targets, set):  # its order differs between processes
             adapter.target_modules = sorted(targets)
     # Only trained weights: gathering a sharded backbone would need all processes.
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.detach() for name, p in trainer.trained()}
     with atomic_directory(output) as folder:
         model.save_pretrained(str(folder), state_dict=trained)
         metrics["sha256"] = {name: file_sha256(folder / name) for name in ADAPTER_FILES}
@@ -420,7 +352,8 @@ def _arguments(
         logging_nan_inf_filter=False,  # it would replace a NaN by the mean of earlier losses
         save_strategy="no",  # `Checkpoints` decides when
         save_total_limit=2,
-        report_to="none",
+        prediction_loss_only=True,
+        report_to=_service(launch.report_to),
     )
     devices = arguments.world_size * max(1, arguments.n_gpu)
     if optimization.batch_size % devices:
@@ -430,15 +363,30 @@ def _arguments(
         )
     share = optimization.batch_size // devices
     micro = micro_batch_size(share, launch.micro_batch_size)
-    arguments.per_device_train_batch_size = micro
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
     arguments.gradient_accumulation_steps = share // micro
     return arguments
 
 
+def _service(name: str) -> str:
+    """The service that training reports to.
+
+    Raises:
+        InputError: its package is not installed.
+    """
+    if name != "none" and find_spec(name) is None:
+        raise InputError(f"config: compute.report_to: {name} is not installed: pip install {name}")
+    return name
+
+
 def _history(log: list[dict[str, float]]) -> pa.Table:
+    """A row per step; `choice_loss`, the log loss on the battles for choices, where it was measured."""
     steps = [entry for entry in log if "loss" in entry]
     columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    return pa.table({name: [entry.get(name, math.nan) for entry in steps] for name in columns})
+    table = {name: [entry.get(name, math.nan) for entry in steps] for name in columns}
+    measured = {entry["step"]: entry[CHOICE_LOSS] for entry in log if CHOICE_LOSS in entry}
+    choice_loss = pa.array([measured.get(step) for step in table["step"]], pa.float64())
+    return pa.table(table | {"choice_loss": choice_loss})
 
 
 def _load_base(

@@ -1,0 +1,167 @@
+"""Transformers' Trainer with a judge's loss; it watches the log loss of battles that it does not learn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from arena_distill.config.judge import Head, Loss, State, Training
+from arena_distill.errors import InputError
+from arena_distill.models.heads import battle_logits
+from arena_distill.models.hidden_states import projections_of
+from arena_distill.training.examples import FILLER, LOWER, UNTRAINED, ByLength
+from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
+from arena_distill.training.targets import VOTE_LOSS
+
+BEST = "best.safetensors"
+"""In checkpoints: the weights with the least log loss so far, if these are kept."""
+
+CHOICE_LOSS = "eval_loss"
+"""The Trainer's name of the log loss of the battles for choices."""
+
+PROJECTIONS = "projections.safetensors"
+"""In the checkpoints of a student with a loss on features."""
+
+
+class JudgeTrainer(Trainer):
+    """The Trainer with a judge's loss, exact under gradient accumulation and over devices.
+
+    Evaluations are log losses of the battles for choices, by which it may keep the best weights or stop.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, *args: Any, loss: Loss, head: Head, training: Training | None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = loss
+        self.head = head
+        self.training = training
+        self.best: dict[str, torch.Tensor] = {}
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts each batch's battles
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        args = self.args
+        examples: Any = train_dataset or self.train_dataset
+        return ByLength(
+            examples.lengths,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            share=args.train_batch_size * args.world_size if args.world_size > 1 else 1,
+            seed=args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        counts, labels, votes = (inputs.pop(name) for name in ("counts", "labels", "votes"))
+        teachers, weights = inputs.pop("teachers", None), inputs.pop("weights", None)
+        taught: dict[State, Any] = {n: inputs.pop(n) for n in self.loss.states() if n in inputs}
+        shape = inputs["input_ids"].shape[:2]  # battles, sequences of each
+        outputs = model(**{name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
+        logits = battle_logits(outputs.logits.unflatten(0, shape), self.head)
+        apart: dict[State, torch.Tensor] = {}
+        if "features" in taught:
+            projected = [features.unflatten(0, shape) for features in outputs.projected]
+            apart["features"] = feature_distances(projected, taught["features"])
+        if "attention" in taught:
+            looks = outputs.attention.unflatten(0, shape)
+            apart["attention"] = attention_divergences(looks, taught["attention"])
+        if not model.training:
+            each = battle_losses(logits, votes, None, None, VOTE_LOSS)
+            # The Trainer takes the mean over battles, whatever their weights.
+            scale = len(each) * self.eval_dataset.votes.weights.mean()  # type: ignore[union-attr]
+            return (each * counts).sum() / scale, outputs
+        each = battle_losses(logits, votes, teachers, weights, self.loss, apart)
+        total = (each * counts).sum()
+        if num_items_in_batch is None:
+            loss = total / (labels != FILLER).sum()
+        else:  # the mean over the whole optimizer step; DDP averages gradients over processes
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the log loss of the battles for choices, keep the weights if it is the least, or stop."""
+        with torch.random.fork_rng(devices=[]):  # looking changes no dropout
+            metrics = super().evaluate(*args, **kwargs)
+        assert self.training
+        measured = [entry[CHOICE_LOSS] for entry in self.state.log_history if CHOICE_LOSS in entry]
+        since = len(measured) - 1 - int(np.argmin(measured))
+        if self.training.keep == "best" and not since:
+            self.best = {name: p.detach().cpu().clone() for name, p in self.trained()}
+        if self.training.patience and since >= self.training.patience:
+            self.control.should_training_stop = True
+        return metrics
+
+    def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The weights that are trained, by name."""
+        model = self.accelerator.unwrap_model(self.model)
+        return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def keep_best(self) -> None:
+        """Take the best weights, if they were asked for."""
+        for name, p in self.trained() if self.best else ():
+            p.data.copy_(self.best[name])
+
+    # PEFT does not save a student's projections: checkpoints hold them, adapters do not.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.best and self.args.should_save:
+            save_file(self.best, f"{output_dir}/{BEST}")
+        projections = projections_of(self.model)
+        if projections and self.args.should_save:
+            save_file(projections.state_dict(), f"{output_dir}/{PROJECTIONS}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (best := Path(resume_from_checkpoint) / BEST).exists():
+            self.best = load_file(best)
+        if projections := projections_of(self.model):
+            projections.load_state_dict(load_file(f"{resume_from_checkpoint}/{PROJECTIONS}"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        for name in ("loss", "grad_norm"):
+            value = float(logs.get(name, 0.0))
+            if not math.isfinite(value):
+                first = self.state.global_step == 1  # computed before any update
+                raise InputError(f"step {self.state.global_step}: {name} is {value}: "
+                                 f"{UNTRAINED if first else LOWER}")  # fmt: skip
+
+
+class Progress(TrainerCallback):
+    """Print a line per 2 % of the steps instead of the Trainer's bar, for log files."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        last, every = state.log_history[-1], max(1, state.max_steps // 50)
+        if state.is_world_process_zero and CHOICE_LOSS in last:
+            print(
+                f"step {state.global_step}/{state.max_steps}: log loss {last[CHOICE_LOSS]:.4f} on the "
+                "battles for choices",
+                flush=True,
+            )
+        if state.is_world_process_zero and "loss" in last and state.global_step % every == 0:
+            print(
+                f"step {state.global_step}/{state.max_steps}, epoch {last['epoch']:.2f}: "
+                f"loss {last['loss']:.4f}, gradient {last['grad_norm']:.3f}, "
+                f"lr {last['learning_rate']:.2e}",
+                flush=True,
+            )
