@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from arena_distill.battles.simulation import SimulatedBattles, simulate
 from arena_distill.config.backbone import TINY
@@ -44,7 +44,7 @@ def tokenizer_of(family: str):  # type: ignore[no-untyped-def]
 
 def test_a_folder_is_small_and_says_where_it_comes_from(family: str) -> None:
     folder = TINY / family
-    assert (folder / "model.safetensors").stat().st_size <= 1_300_000
+    assert (folder / "model.safetensors").stat().st_size <= 1_600_000
     assert (folder / "README.md").stat().st_size > 0
     about = json.loads((folder / "provenance.json").read_text())
     assert "pretrain-tiny" in about["command"]
@@ -71,6 +71,13 @@ def test_linear_layers_split_into_groups_of_32(family: str) -> None:
     assert len(layers) == 7 * model.config.num_hidden_layers
     assert all(m.in_features % 32 == 0 and m.out_features % 32 == 0 for m in layers)
     assert model.config.max_position_embeddings >= 2048
+
+
+def test_vllm_takes_the_heads(family: str) -> None:
+    """On a CPU from 32 on; it takes the width of a Qwen2's heads from the hidden size."""
+    config = AutoConfig.from_pretrained(TINY / family)
+    assert getattr(config, "head_dim", 32) == 32
+    assert family != "qwen2" or config.hidden_size == 32 * config.num_attention_heads
 
 
 def test_the_vocabulary_is_the_models(family: str) -> None:

@@ -19,10 +19,13 @@ def backbone_settings(backbones):
 
 
 def prepared_from(wildcards):
-    """No inputs, so that nothing rebuilds a backbone: only a check that its source files exist."""
-    for _, path in checks.backbone_files(BACKBONES[wildcards.backbone]):
+    """A check that the source files exist. Only a tiny model, which may be another one in another version of
+    the package, is an input too: nothing else rebuilds a backbone.
+    """
+    backbone = BACKBONES[wildcards.backbone]
+    for _, path in checks.backbone_files(backbone):
         check(path)
-    return []
+    return local(os.path.relpath(backbone.described_by())) if backbone.tiny else []
 
 
 def backbone(wildcards):

@@ -1,8 +1,8 @@
 """Pretrain three tiny backbones, one per real family.
 
 LoRA on a frozen random backbone learns nothing, so the default run needs backbones that know the
-language and facts of the synthetic arena. Each is a Llama, Qwen2 or Gemma-2 of a quarter of a
-million parameters with its own byte-complete tokenizer, pretrained in full on a pool of simulated
+language and facts of the synthetic arena. Each is a Llama, Qwen2 or Gemma-2 of some hundred
+thousand parameters with its own byte-complete tokenizer, pretrained in full on a pool of simulated
 battles that no run uses, with votes of other voters. It is saved without a head: like a real
 backbone, it learns the arena's votes only through a fresh ``score`` head.
 
@@ -47,9 +47,14 @@ if TYPE_CHECKING:
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 # Architecture. Sizes of linear layers are multiples of 32, a quantisation group.
-HIDDEN = 64
-ATTENTION_HEADS = 4
-KEY_VALUE_HEADS = 2
+# Heads are 32 wide, the least that vLLM's attention takes on a CPU. A Qwen2's heads share its width.
+HEAD_WIDTH = 32
+SHAPES: dict[Family, dict[str, int]] = {
+    "llama": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "gemma2": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+INTERMEDIATE = 128
 LAYERS = 4
 
 # Pretraining.
@@ -159,31 +164,28 @@ def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTraine
     """The family's architecture at a small size, for a tokenizer."""
     from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
-    head = HIDDEN // ATTENTION_HEADS
     shared = {
         "vocab_size": len(tokenizer),
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
+        **SHAPES[family],
+        "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": ATTENTION_HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS,
         "max_position_embeddings": MAX_LENGTH,
         # The usual 0.02 is for widths of thousands, where it keeps a layer's output at its input's scale.
-        "initializer_range": 0.8 * HIDDEN**-0.5,
+        "initializer_range": 0.8 * SHAPES[family]["hidden_size"] ** -0.5,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     if family == "llama":
-        return LlamaConfig(**shared)
+        return LlamaConfig(**shared, head_dim=HEAD_WIDTH)
     if family == "qwen2":
         return Qwen2Config(**shared)
     # Gemma-2's soft-capping of attention needs the eager implementation.
     return Gemma2Config(
         **shared,
-        head_dim=head,
-        query_pre_attn_scalar=head,
+        head_dim=HEAD_WIDTH,
+        query_pre_attn_scalar=HEAD_WIDTH,
         sliding_window=MAX_LENGTH // 2,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
@@ -197,23 +199,25 @@ def _initialise(backbone: Any, examples: _Examples) -> None:
 
     embeddings = backbone.get_input_embeddings().weight
     # Gemma multiplies its embeddings by the root of the width.
-    gain = HIDDEN**-0.5 if backbone.config.model_type == "gemma2" else 1.0
-    vectors = _word_vectors(examples, len(embeddings))
-    head = HIDDEN // ATTENTION_HEADS
+    vocabulary, width = embeddings.shape
+    gain = width**-0.5 if backbone.config.model_type == "gemma2" else 1.0
+    vectors = _word_vectors(examples, vocabulary, width)
+    shared = backbone.config.num_key_value_heads
     with torch.no_grad():
         noise = 0.3 * torch.randn(embeddings.shape)  # unseen tokens must differ too
         embeddings.copy_(0.5 * gain * (torch.from_numpy(vectors) + noise))
         for layer in backbone.layers:
             keys = torch.stack(
-                [torch.linalg.qr(torch.randn(HIDDEN, head))[0].T for _ in range(KEY_VALUE_HEADS)]
+                [torch.linalg.qr(torch.randn(width, HEAD_WIDTH))[0].T for _ in range(shared)]
             )
-            queries = keys.repeat_interleave(ATTENTION_HEADS // KEY_VALUE_HEADS, dim=0)
+            heads = backbone.config.num_attention_heads
+            queries = keys.repeat_interleave(heads // shared, dim=0)
             layer.self_attn.k_proj.weight.copy_(keys.flatten(0, 1))
             layer.self_attn.q_proj.weight.copy_(queries.flatten(0, 1))
 
 
-def _word_vectors(examples: _Examples, vocabulary: int) -> NDArray[np.float32]:
-    """Factor the positive PMI of tokens in good answers: (vocabulary, HIDDEN), rows of unit variance.
+def _word_vectors(examples: _Examples, vocabulary: int, width: int) -> NDArray[np.float32]:
+    """Factor the positive PMI of tokens in good answers: (vocabulary, width), rows of unit variance.
 
     Tokens co-occur if they share a prompt and a fully correct answer to it.
     """
@@ -237,7 +241,7 @@ def _word_vectors(examples: _Examples, vocabulary: int) -> NDArray[np.float32]:
     information = np.maximum(information, 0.0)
     np.fill_diagonal(information, 0.0)
     values, vectors = np.linalg.eigh(information)
-    vectors = vectors[:, -HIDDEN:] * np.sqrt(np.maximum(values[-HIDDEN:], 0.0))
+    vectors = vectors[:, -width:] * np.sqrt(np.maximum(values[-width:], 0.0))
     scale = np.sqrt((vectors**2).mean(axis=1, keepdims=True))
     return (vectors / np.maximum(scale, 1e-6)).astype(np.float32)
 
@@ -366,11 +370,12 @@ def _fit(
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
 
+    width = backbone.config.hidden_size
     heads = torch.nn.ModuleDict(
         {
-            "votes": torch.nn.Linear(HIDDEN, 3),
-            "battle": torch.nn.Linear(HIDDEN, 2 * len(QUALITIES)),
-            "answer": torch.nn.Linear(HIDDEN, len(QUALITIES)),
+            "votes": torch.nn.Linear(width, 3),
+            "battle": torch.nn.Linear(width, 2 * len(QUALITIES)),
+            "answer": torch.nn.Linear(width, len(QUALITIES)),
         }
     )
     steps = math.ceil(epochs * len(examples.fields) / BATCH)
@@ -445,16 +450,17 @@ def _optimizers(
 def _hidden(backbone: PreTrainedModel, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states after ``ANSWER_LAYER`` (normalised) and after the last layer.
 
-    Both float32 (batch, width, HIDDEN).
+    Both float32 (batch, width, hidden).
     """
     from torch.nn.functional import rms_norm
 
     output = backbone(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
-    return rms_norm(output.hidden_states[ANSWER_LAYER], (HIDDEN,)), output.last_hidden_state
+    middle, last = output.hidden_states[ANSWER_LAYER], output.last_hidden_state
+    return rms_norm(middle, middle.shape[-1:]), last
 
 
 def _last(hidden: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Hidden state of each sequence's last token, which a classifier reads: (batch, HIDDEN)."""
+    """Hidden state of each sequence's last token, which a classifier reads: (batch, hidden)."""
     import torch
 
     return hidden[torch.arange(len(hidden)), batch.last]
