@@ -166,7 +166,7 @@ CHECKED: list[tuple[Callable[[], object], dict[str, Any], str]] = [
     (lambda: None, {"judges": {"path": {"lora": {"target_modules": ["q_proj", "query"]}}}},
      "lora.target_modules: query: models/llama has no such module; it has down_proj, gate_proj, k_proj"),
     (lambda: None, {"judges": {"student": {"quantization": {"group_size": 128}}}},
-     "judges.student.quantization.group_size: 128 does not divide the 64 inputs of "),
+     "judges.student.quantization.group_size: 128 does not divide the 96 inputs of "),
     (lambda: None,
      {"environments": {"gptq": "venv/bin/python"},
       "judges": {"student": {"quantization": {"group_size": 32}}}},

@@ -191,7 +191,8 @@ def test_memory_of_a_training_step(family: str, again: bool, half: bool) -> None
     told = alive(
         config, JOINT, LORA, length=96, precision=precision, training=True, checkpointing=again
     )
-    assert 0.9 < told.at(4, 3) / real < 1.1
+    # Most for a Llama whose heads are wider together than the model.
+    assert 0.9 < told.at(4, 3) / real < 1.12
 
 
 def test_checkpointing_and_half_precision_take_less() -> None:
