@@ -176,6 +176,11 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
                 str(folder / "battles.csv") if word == "battles.csv" else word for word in rest
             ]
             done = run_in(folder, *start, command, str(finished_judge_in(folder)), *words)
+        case ["serve", judge, *rest]:
+            assert judge.startswith("results/default/merged/")
+            words = [*start, "serve", str(finished_judge_in(folder)), *rest, "--port", "0"]
+            served_until_stopped(words)
+            return
         case ["check", *arguments]:
             done = run_in(folder, *start, "check", *arguments)
         case ["plan" | "status" as command, *arguments]:
@@ -189,6 +194,19 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
         case _:
             pytest.fail(f"no test knows how to check {shlex.join(words)}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+
+def served_until_stopped(words: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "workflow"), "ARENA_SERVER_TOKEN": "x"}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert re.match(r"judge: http://[\d.]+:\d+/\n", process.stdout.readline())
+            process.terminate()
+            assert process.wait(60) == 0
+            assert process.stdout.read() == "stopped\n"
+        finally:
+            process.kill()
 
 
 @cache

@@ -205,6 +205,41 @@ def predict(
 
 
 @app.command()
+def serve(
+    judge: JudgeFolder,
+    host: Annotated[
+        str,
+        typer.Option(help="Where to listen; beyond this machine, ARENA_SERVER_TOKEN is needed."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; default: a free GPU.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.", min=1)] = 16384,
+    queue_tokens: Annotated[
+        int, typer.Option(help="The most tokens that wait; beyond them, status 503.", min=1)
+    ] = 1 << 18,
+    requests: Annotated[
+        int, typer.Option(help="The most requests at work; beyond them, status 503.", min=1)
+    ] = 128,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds for an answer; beyond them, status 504.", min=0.1)
+    ] = 120,
+) -> None:
+    """Serve a judge over HTTP, with a page for people; Ctrl-C ends it after the last answer."""
+    from arena_distill.judging.server.guard import Limits
+    from arena_distill.judging.server.serving import serve
+
+    serve(
+        judge,
+        host=host,
+        port=port,
+        limits=Limits(requests=requests, seconds=timeout),
+        queue_tokens=queue_tokens,
+        batch_tokens=batch_tokens,
+        device=device,
+    )
+
+
+@app.command()
 def compare_answers(
     judge: JudgeFolder,
     prompt: Annotated[str, typer.Option(help="What was asked.")],

@@ -57,6 +57,21 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequen
     return Sequences.concatenate([_flat([]), *(encode(texts[batch]) for batch in batches)])
 
 
+def character_offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> list[np.ndarray] | None:
+    """Where the tokens of each text begin and end in it, in characters: int64 (tokens, 2) each.
+
+    The tokens are those of :func:`encode_texts`. None, if the tokenizer has no fast backend, which knows.
+    """
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return None
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    found = backend.encode_batch(texts, add_special_tokens=False)
+    return [np.array(text.offsets, np.int64).reshape(-1, 2) for text in found]
+
+
 class TextEncoder:
     """Encodes texts by Hugging Face's `tokenizers`, and many texts by fastokens.
 

@@ -65,11 +65,18 @@ def tokens_cut(
     tokens: Tokens, encoding: Encoding, view: View, max_length: int | None = None
 ) -> dict[str, np.ndarray]:
     """How many tokens of each field a view leaves out: int64 (rows,) by field; see :func:`encode`."""
-    _, fields, _, kept = _cut(tokens, encoding, view, max_length)
     return {
-        name: field.tokens.lengths - kept[:, i]
-        for i, (name, field) in enumerate(zip(SHOWN[view], fields, strict=True))
+        name: tokens.fields[name].tokens.lengths - kept
+        for name, (_, kept) in tokens_kept(tokens, encoding, view, max_length).items()
     }
+
+
+def tokens_kept(
+    tokens: Tokens, encoding: Encoding, view: View, max_length: int | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Which tokens of each field a view shows: first and number, int64 (rows,) each, by field."""
+    _, _, starts, kept = _cut(tokens, encoding, view, max_length)
+    return {name: (starts[:, i], kept[:, i]) for i, name in enumerate(SHOWN[view])}
 
 
 def _cut(

@@ -6,6 +6,7 @@ sequences of training. It answers with the outputs of the head.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
 from arena_distill.judging.contract import read_contract
 from arena_distill.judging.judge import Judge, local_folder
+from arena_distill.judging.server.guard import TOKEN
 from arena_distill.scoring.endpoint import NO_PROXY
 
 REQUEST_TOKENS = 16384
@@ -57,7 +59,7 @@ def judge_on(folder: str | Path, server: str) -> Judge:
 
 
 class Client:
-    """The client of a server with vLLM's ``/classify``.
+    """The client of a server with vLLM's ``/classify``; it sends the token of the environment.
 
     Args:
         server: its address.
@@ -67,7 +69,9 @@ class Client:
     def __init__(self, server: str, outputs: int) -> None:
         self._url = f"{server.rstrip('/')}/classify"
         self._outputs = outputs
+        token = os.environ.get(TOKEN)
         self._http = httpx2.Client(
+            headers={"authorization": f"Bearer {token}"} if token else {},
             timeout=httpx2.Timeout(SECONDS, connect=10),
             mounts=NO_PROXY,
         )

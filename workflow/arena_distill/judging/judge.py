@@ -11,9 +11,11 @@ averaging and calibration are the functions with which the workflow scores its t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.prediction.averages import mean_of_views
 from arena_distill.prediction.test_time import score_variants
+from arena_distill.verdicts import Order
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +57,13 @@ class Verdict:
     probabilities: by class (`model_a`, `model_b`, `tie`); their sum is 1.
     winner: the likeliest class.
     cut: tokens that the judge did not read, by field, at its greatest length.
+    orders: by order of the answers, the probabilities from it alone.
     """
 
     probabilities: dict[str, float]
     winner: str
     cut: dict[str, int]
+    orders: dict[Order, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,18 @@ class Verdicts:
 
     ids: the battles' own, or their numbers; string (rows,).
     classes: `model_a`, `model_b` and, if the judge knows ties, `tie`.
+    orders: those in which the judge sees the answers.
     probabilities: float64 (rows, classes), after average and calibration.
+    by_order: float64 (rows, orders, classes), the same from one order alone.
     logits: float32 (rows, lengths, orders, classes), in the canonical frame, before calibration.
     cut: tokens that the judge did not read, by field, at its greatest length; int64 (rows,) each.
     """
 
     ids: pa.Array
     classes: tuple[str, ...]
+    orders: tuple[Order, ...]
     probabilities: np.ndarray
+    by_order: np.ndarray
     logits: np.ndarray
     cut: dict[str, np.ndarray]
 
@@ -82,12 +91,16 @@ class Verdicts:
         return len(self.probabilities)
 
     def __getitem__(self, row: int) -> Verdict:
-        probabilities = self.probabilities[row].tolist()
+        probabilities = self.probabilities[row]
         return Verdict(
-            dict(zip(self.classes, probabilities, strict=True)),
-            self.classes[int(np.argmax(probabilities))],
+            self._named(probabilities),
+            self.classes[int(probabilities.argmax())],
             {name: int(count[row]) for name, count in self.cut.items()},
+            dict(zip(self.orders, map(self._named, self.by_order[row]), strict=True)),
         )
+
+    def _named(self, probabilities: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.classes, probabilities.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[Verdict]:
         return (self[row] for row in range(len(self)))
@@ -129,7 +142,10 @@ class Ranking:
 class Judge:
     """A judge that is ready to be asked; make one by :meth:`from_pretrained`.
 
+    Several threads may ask it at a time if `forward` allows it.
+
     contract: how it is asked, and what it scored.
+    tokenizer: for one thread at a time, which holds `tokenizing`.
     forward: runs the model, here or on a server.
     """
 
@@ -141,7 +157,8 @@ class Judge:
     ) -> None:
         self.contract = contract
         self.forward = forward
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.tokenizing = Lock()
 
     @classmethod
     def from_pretrained(
@@ -173,11 +190,27 @@ class Judge:
         forward = partial(score, model, batch_tokens=batch_tokens, progress=progress)
         return cls(contract, load_tokenizer(folder), forward)
 
+    def answered_by(self, forward: Forward) -> Judge:
+        """This judge, with another function that runs the model."""
+        other = copy(self)
+        other.forward = forward
+        return other
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of whole texts as the tokenizer alone gives them, special tokens included.
+
+        They are those of no training sequence: :meth:`encode` gives these.
+        """
+        with self.tokenizing:
+            ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
+        return ids
+
     def encode(self, battles: Battles) -> Tokens:
         """The token ids of battles, before truncation."""
-        return tokens_of(
-            tokenize(battles_table(battles), self._tokenizer), self.contract.vocabulary
-        )
+        table = battles_table(battles)
+        with self.tokenizing:
+            found = tokenize(table, self.tokenizer)
+        return tokens_of(found, self.contract.vocabulary)
 
     def predict(self, battles: Battles) -> Verdicts:
         """Judge battles: at every length, in every order, averaged and calibrated.
@@ -207,7 +240,7 @@ class Judge:
         if len(answers) < 2:
             raise InputError(f"rank: two or more answers expected, got {len(answers)}")
         if self.contract.head.kind == "pointwise":
-            scores = self._strengths(prompt, answers)
+            scores = self.rewards([prompt] * len(answers), answers)
         else:
             first, second = np.triu_indices(len(answers), 1)
             verdicts = self.predict(
@@ -229,18 +262,24 @@ class Judge:
         Raises:
             InputError: the judge is not pointwise: it knows no strength of one answer.
         """
+        return float(self.rewards([prompt], [answer])[0])
+
+    def rewards(
+        self, prompts: Sequence[str | list[str]], answers: Sequence[str | list[str]]
+    ) -> np.ndarray:
+        """The rewards of many answers, each to its prompt, the mean over the lengths: float64 (answers,).
+
+        Raises:
+            InputError: as :meth:`reward`.
+        """
         if self.contract.head.kind != "pointwise":
             raise InputError(
                 f"{self.contract.judge}: a joint judge compares two answers and has no reward of one; "
                 "train one with `head: pointwise`, or call `rank`"
             )
-        return float(self._strengths(prompt, [answer])[0])
-
-    def _strengths(self, prompt: str | list[str], answers: Sequence[str | list[str]]) -> np.ndarray:
-        """The strength of each answer, the mean over the lengths: float64 (answers,)."""
         empty = [""] * len(answers)
         tokens = self.encode(
-            {"prompt": [prompt] * len(answers), "response_a": list(answers), "response_b": empty}
+            {"prompt": list(prompts), "response_a": list(answers), "response_b": empty}
         )
         lengths = self.contract.lengths
         parts = [encode(tokens, self.contract.encoding, "A", n) for n in lengths]
@@ -261,18 +300,30 @@ def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forwa
         logits, _ = score_variants(tokens, contract.scoring, forward)
     else:
         logits = np.zeros((0, len(lengths), len(orders), len(contract.classes)), np.float32)
+    calibrate = contract.calibration.map() if contract.calibration else None
+    styles = style_features(battles) if calibrate and len(calibrate.lead) else None
+
+    def together(seen: np.ndarray) -> np.ndarray:
+        """Logits of some views (rows, views, classes) → probabilities (rows, classes)."""
+        mean = mean_of_views(seen, contract.average)
+        return calibrate.probabilities(mean, styles) if calibrate else mean
+
     flat = logits.reshape(len(tokens), len(lengths) * len(orders), len(contract.classes))
-    probabilities = mean_of_views(flat, contract.average)
-    if contract.calibration:
-        calibrate = contract.calibration.map()
-        styles = style_features(battles) if len(calibrate.lead) else None
-        probabilities = calibrate.probabilities(probabilities, styles)
+    by_order = [together(logits[:, :, i]) for i in range(len(orders))]
     cut: dict[str, np.ndarray] = {}
     for view in views(contract.head, orders):
         for name, count in tokens_cut(tokens, contract.encoding, view, max(lengths)).items():
             cut[name] = np.maximum(cut.get(name, 0), count)
     read = {name: cut[name] for name in FIELDS}
-    return Verdicts(battles["id"], contract.classes, probabilities, logits, read)
+    return Verdicts(
+        battles["id"],
+        contract.classes,
+        orders,
+        together(flat),
+        np.stack(by_order, axis=1),
+        logits,
+        read,
+    )
 
 
 def local_folder(folder: str | Path) -> Path:
