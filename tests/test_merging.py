@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from arena_distill.config.judge import Encoding
 from arena_distill.config.phases import MergeSettings
 from arena_distill.deployment import merging
+from arena_distill.deployment.fold_weights import FoldMerger
 from arena_distill.deployment.merging import merge_folds
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
+from arena_distill.metrics import log_loss, mean_over_views
+from arena_distill.models.heads import verdicts
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
+from arena_distill.verdicts import Votes
 
 torch = pytest.importorskip("torch")
 
@@ -241,6 +253,45 @@ def test_head_is_averaged_or_the_first(
     mean = merge(backbone, adapters, tmp_path / "a", heads="average").score.weight
     assert torch.equal(first, heads[0])
     assert torch.allclose(mean, sum(heads) / 3, atol=1e-6)
+
+
+def test_the_first_head_is_of_a_fold_that_is_merged(
+    backbone: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    settings = MergeSettings(
+        version=1,
+        judge="j",
+        encoding=Encoding(),
+        average="products",
+        heads="first",
+        precision="fp32",
+    )
+    merge_folds(backbone, adapters, tmp_path / "m", settings=settings, weights=[0, 0.5, 0.5])
+    merged = judge(backbone, adapters[1]).merge_and_unload().score.weight
+    assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["score.weight"], merged)
+
+
+def test_a_soup_is_chosen_with_the_head_that_it_gets(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run("llama")
+    adapters = [save_adapter(tmp_path / f"fold_{k}", run.backbone, k) for k in range(2)]
+    tokens = read_tokens(run.tokens)
+    votes, losses = Votes.hard(np.arange(len(tokens)) % 3), []
+    for heads in ("first", "average"):
+        settings = MergeSettings(
+            version=1, judge="j", encoding=Encoding(max_length=96), average="products", heads=heads,
+            precision="fp32",
+        )  # fmt: skip
+        pot = FoldMerger(run.backbone, adapters, tokens, settings, 4096)
+        merge_folds(run.backbone, adapters, tmp_path / heads, settings=settings)
+        model = load_classifier(tmp_path / heads, pad_token_id=tokens.vocabulary.pad)
+        views = encode_views(tokens, settings.encoding, settings.head)
+        outputs = [score(model, view, batch_tokens=4096, progress=False) for view in views]
+        merged = mean_over_views(verdicts(np.stack(outputs, axis=1), settings.head))
+        losses.append(log_loss(merged, votes))
+        assert pot.log_loss([0, 1], votes) == pytest.approx(losses[-1], abs=1e-5)
+    assert abs(losses[0] - losses[1]) > 0.01
 
 
 # --- the folder -----------------------------------------------------------------------------------

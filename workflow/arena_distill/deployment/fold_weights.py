@@ -21,6 +21,7 @@ import numpy as np
 from arena_distill.battles.folds import choice_rows
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import MergeSettings, SoupSettings
+from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.deployment.merging import merge_into, read_adapters
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.views import encode_views
@@ -132,7 +133,10 @@ class FoldMerger:
         self.views: list[Sequences] = encode_views(tokens, settings.encoding, settings.head)
 
     def logits(
-        self, weights: Sequence[float], average: str = "products"
+        self,
+        weights: Sequence[float],
+        average: FoldAverage = "products",
+        heads: FoldHeads = "average",
     ) -> tuple[np.ndarray, float | None]:
         """Logits of the soup: float32 (rows, orders, classes), and the gap between its two averages."""
         model: Any = load_classifier(
@@ -144,12 +148,13 @@ class FoldMerger:
         )
         used = [(fold, w) for fold, w in zip(self.folds, weights, strict=True) if w]
         folds, shares = [fold for fold, _ in used], [w for _, w in used]
-        gap = merge_into(model, folds, shares, average, "average", model.dtype)  # type: ignore[arg-type]
+        gap = merge_into(model, folds, shares, average, heads, model.dtype)
         outputs = [score(model, view, batch_tokens=self.batch_tokens) for view in self.views]
         return verdicts(np.stack(outputs, axis=1), self.settings.head), gap
 
     def log_loss(self, some: Sequence[int], votes: Votes) -> float:
-        """Log loss of the equal soup of some folds, with the mean of both orders' logits."""
+        """Log loss of the equal soup of some folds, merged as it will be, by both orders' mean logits."""
         weights = [1 / len(some) if fold in some else 0.0 for fold in range(len(self.folds))]
-        logits, _ = self.logits(weights, self.settings.average)
+        assert isinstance(self.settings, MergeSettings)
+        logits, _ = self.logits(weights, self.settings.average, self.settings.heads)
         return log_loss(mean_over_views(logits), votes)

@@ -295,7 +295,8 @@ def merge_into(
             raise InputError(
                 f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
             )
-        merged = each[0] if heads == "first" else _mean(each, weights)
+        first = next(i for i, weight in enumerate(weights) if weight)  # of those that are merged
+        merged = each[first] if heads == "first" else _mean(each, weights)
         parameters[name].data = merged.to(parameters[name].device, dtype)
     if gap is None:
         return None

@@ -89,7 +89,7 @@ def _merging(merging: dict[str, Any]) -> list[str]:
     if not merging:
         return []
     how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
-    heads = {"average": "the mean of the folds' heads", "first": "the head of the first fold"}
+    heads = {"average": "the mean of the folds' heads", "first": "the head of the first one"}
     return [
         f"- The low-rank adapters of {merging['folds']} folds merged into it: "
         f"{how[merging['average']]} ({merging['average']}); head: {heads[merging['heads']]}."
@@ -129,6 +129,8 @@ trained on; 95 % intervals over prompts; {after}{crossed}.
 
 
 def _interval(score: Score) -> str:
+    if score.low is None or score.high is None:
+        return f"{score.value:.4f}"
     return f"{score.value:.4f} ({score.low:.4f} to {score.high:.4f})"
 
 
