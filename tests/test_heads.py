@@ -89,6 +89,21 @@ def test_davidson_by_hand() -> None:
     np.testing.assert_allclose(p, odds / odds.sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("log_nu", [-150.0, -104.5, -60.0, 0.0, 44.5, 90.0, 150.0])
+def test_rao_kupper_is_exact_for_any_threshold(log_nu: float) -> None:
+    """P(tie) = (e^2η − 1) P(a) P(b) overflows float32 from log ν = 44 on, and e^2η − 1 is 0 below −104."""
+    outputs = torch.tensor([[[0.7, log_nu / 2], [-0.4, log_nu / 2]]], requires_grad=True)
+    logits = battle_logits(outputs, RAO_KUPPER)
+    logits.log_softmax(-1).sum().backward()
+    assert outputs.grad is not None
+    assert torch.isfinite(outputs.grad).all()
+    assert outputs.grad[..., 1].abs().min() > 0, "it can be learned"
+    nu, d = np.exp(np.longdouble(log_nu)), np.longdouble(0.7 + 0.4)
+    a, b = 1 / (1 + (1 + nu) * np.exp(-d)), 1 / (1 + (1 + nu) * np.exp(d))
+    expected = np.log([a, b, ((1 + nu) ** 2 - 1) * a * b if log_nu > -30 else 2 * nu * a * b])
+    np.testing.assert_allclose(logits[0].detach(), expected.astype(float), rtol=1e-5, atol=1e-4)
+
+
 def test_rao_kupper_by_hand() -> None:
     # θ = e^η = 1 + ν, with π_a = e^1, π_b = 1: their formulas (Rao and Kupper 1967).
     theta, a, b = 1 + np.exp(0.3), np.e, 1.0

@@ -82,4 +82,6 @@ def battle_logits(outputs: torch.Tensor, head: Head) -> torch.Tensor:
         return torch.stack([first, second, log_nu + (first + second) / 2], dim=-1)
     eta, difference = F.softplus(log_nu), first - second
     a, b = F.logsigmoid(difference - eta), F.logsigmoid(-difference - eta)
-    return torch.stack([a, b, torch.log(torch.expm1(2 * eta)) + a + b], dim=-1)
+    # e^2η − 1 = ν (ν + 2), whose logarithm neither overflows nor vanishes.
+    scale = log_nu + torch.logaddexp(log_nu, log_nu.new_tensor(2).log())
+    return torch.stack([a, b, scale + a + b], dim=-1)
