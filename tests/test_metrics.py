@@ -15,11 +15,14 @@ from arena_distill.metrics import (
     calibration_scores,
     class_reliability,
     classwise_calibration_error,
+    deployed_score,
     gap_closed,
     losses,
+    mean_interval,
     paired_difference,
     position_bias,
     reliability,
+    right_verdicts,
     scores,
     softmax,
     truth_scores,
@@ -97,7 +100,7 @@ def test_paired_difference_by_hand() -> None:
     # Every row a prompt of its own: the textbook standard error.
     error = np.std(loss - reference, ddof=1) / 2
     assert found["high"] - found["difference"] == pytest.approx(1.96 * error)
-    same = paired_difference(reference, reference, Votes.hard(np.zeros(4, int)), np.zeros(4, int))
+    same = paired_difference(reference, reference, Votes.hard(np.zeros(4, int)), np.arange(4))
     assert same == {"difference": 0, "low": 0, "high": 0}
 
 
@@ -258,3 +261,28 @@ def test_a_judge_that_always_prefers_the_first_answer() -> None:
     assert found["first_place_preference"] == 1
     assert position_bias(logits[:, ::-1], votes)["first_place_preference"] == -1
     assert found["log_loss"]["both"] < found["log_loss"]["BA"]
+
+
+# --- what one prompt and equal answers show ---------------------------------------------------------
+
+
+def test_one_prompt_has_no_interval() -> None:
+    """Battles with the same prompt are one draw: how much luck it had, nobody can see."""
+    p, votes = np.full((4, 3), 1 / 3), Votes.hard(np.array([0, 1, 2, 0]))
+    one, several = np.zeros(4, int), np.arange(4)
+    assert mean_interval(np.arange(4.0), votes, one) == (1.5, None, None)
+    assert paired_difference(np.arange(4.0), np.zeros(4), votes, one)["low"] is None
+    assert deployed_score(p, votes, one)["accuracy"] == {"value": 1 / 3, "low": None, "high": None}
+    low, high = mean_interval(np.arange(4.0), votes, several)[1:]
+    assert low is not None
+    assert high is not None
+    assert low < 1.5 < high
+
+
+def test_a_judge_to_whom_both_answers_are_equal_does_not_say_a() -> None:
+    p = np.array([[0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.3, 0.5, 0.2]])
+    votes = Votes.hard(np.array([0, 1, 2, 1]))
+    assert right_verdicts(p, votes).tolist() == [0.5, 0.5, 0, 1]
+    exchanged = Votes.hard(np.array([1, 0, 2, 0]))
+    assert scores(swap_classes(p), exchanged) == scores(p, votes)
+    assert reliability(p, votes)[0]["accuracy"] == pytest.approx(1 / 3)

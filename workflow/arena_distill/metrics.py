@@ -58,13 +58,14 @@ def log_loss(probabilities: np.ndarray, votes: Votes) -> float:
 
 
 def right_verdicts(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
-    """Whether each verdict, of probabilities (rows, classes), is right: float64 (rows,) of 0, ½ and 1.
+    """Whether each verdict, of probabilities (rows, classes), is right: float64 (rows,), 0 to 1.
 
-    It is right if it is the likeliest class of the vote. Of two classes, a vote as much for either makes
-    any verdict half right.
+    It is right if it is the likeliest class of the vote. Of several classes that are equally probable each
+    is a part of the verdict: a judge to whom both answers are equal does not say A. Of two classes, a vote
+    as much for either makes any verdict half right.
     """
-    right = probabilities.argmax(axis=1) == votes.labels
-    return np.where(votes.halves, 0.5, right)
+    shares = _verdicts(probabilities)[np.arange(len(votes)), votes.labels]
+    return np.where(votes.halves, 0.5, np.where(votes.known, shares, 0.0))
 
 
 def scores(probabilities: np.ndarray, votes: Votes) -> Figures:
@@ -112,8 +113,8 @@ def brier_score(probabilities: np.ndarray, votes: Votes) -> float:
 
 def mean_interval(
     values: np.ndarray, votes: Votes, groups: np.ndarray
-) -> tuple[float, float, float]:
-    """The mean over battles, and the ends of its 95 % interval.
+) -> tuple[float, float | None, float | None]:
+    """The mean over battles, and the ends of its 95 % interval; None of one prompt, which shows no luck.
 
     Battles with the same prompt are not independent: the interval is the normal one, by a standard
     error that is robust to clusters.
@@ -129,7 +130,9 @@ def mean_interval(
     mean = float(votes.mean(values))
     cluster = np.unique(groups, return_inverse=True)[1]
     sums = np.bincount(cluster, votes.weights * (values - mean))
-    correction = len(sums) / max(len(sums) - 1, 1)
+    if len(sums) < 2:
+        return mean, None, None
+    correction = len(sums) / (len(sums) - 1)
     half = float(1.96 * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum())
     return mean, mean - half, mean + half
 
@@ -236,7 +239,13 @@ def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> fl
 
 def _rightness(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
     """The vote's probability of each verdict: float64 (rows,)."""
-    return votes.probabilities[np.arange(len(votes)), probabilities.argmax(axis=1)]
+    return np.asarray((votes.probabilities * _verdicts(probabilities)).sum(axis=1))
+
+
+def _verdicts(probabilities: np.ndarray) -> np.ndarray:
+    """The most probable class of each row, or equal shares of several: float64 (rows, classes)."""
+    top = probabilities == probabilities.max(axis=1, keepdims=True)
+    return np.asarray(top / top.sum(axis=1, keepdims=True))
 
 
 def _diagram(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> list[Figures]:

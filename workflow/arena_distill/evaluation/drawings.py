@@ -42,11 +42,16 @@ NAMES = {
 }
 MODELS = {"merged": "merged", "gptq": "GPTQ"}
 CALIBRATIONS: dict[str, str] = {"raw": "uncalibrated", **{method: method for method in METHODS}}
+UNKNOWN = "unknown"
+"""What stands for the ends of an interval of a single prompt."""
+
 CLASS_NAMES = {"model_a": "A wins", "model_b": "B wins", "tie": "tie"}
 
 
-def percent(share: float, digits: int = 1) -> str:
+def percent(share: float | None, digits: int = 1) -> str:
     """Format a share in per cent, with a narrow space before the sign."""
+    if share is None:
+        return UNKNOWN
     return f"{100 * share:.{digits}f}\u202f%"
 
 

@@ -18,6 +18,7 @@ from arena_distill.evaluation.drawings import (
     FIGURES,
     MODELS,
     NAMES,
+    UNKNOWN,
     alt_text,
     calibrations_of,
     draw,
@@ -112,8 +113,10 @@ def template(name: str) -> jinja2.Template:
 # --- contents -------------------------------------------------------------------------------------
 
 
-def signed(value: float, digits: int = 4) -> str:
+def signed(value: float | None, digits: int = 4) -> str:
     """Format a number with its sign, with a typographic minus."""
+    if value is None:
+        return UNKNOWN
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -149,7 +152,10 @@ def _tables(metrics: Figures) -> dict[str, str]:
             "accuracy": round(row["accuracy"], 4),
             "ECE": round(row["ece"], 4) if "ece" in row else None,
             "gap closed": None if row["gap_closed"] is None else round(row["gap_closed"], 3),
-            **{f"{k} vs final": round(v, 4) for k, v in row["versus_final"].items()},
+            **{
+                f"{k} vs final": None if v is None else round(v, 4)
+                for k, v in row["versus_final"].items()
+            },
             "warning": row.get("warning"),
         }
         for row in overview(metrics)

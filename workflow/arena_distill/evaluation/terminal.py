@@ -69,9 +69,12 @@ def describe_headline(metrics: Figures) -> str:
         return f"{judge} has no score: no test votes are known, and no battles held out (folds.holdout)"
     log_loss, accuracy = found["log_loss"], found["accuracy"]
     battles = "test" if found["battles"] == "test" else "held-out"
+    between = ""
+    if log_loss["low"] is not None:
+        between = f" ({log_loss['low']:.4f} to {log_loss['high']:.4f})"
     return (
-        f"{judge} ({found['model']}, as deployed) has log loss {log_loss['value']:.4f} "
-        f"({log_loss['low']:.4f} to {log_loss['high']:.4f}) and accuracy {accuracy['value']:.1%} "
+        f"{judge} ({found['model']}, as deployed) has log loss {log_loss['value']:.4f}{between} "
+        f"and accuracy {accuracy['value']:.1%} "
         f"on {found['rows']:,} {battles} battles that nothing was trained on"
     )
 
@@ -141,7 +144,7 @@ def _slices_table(records: Sequence[Figures]) -> Table:
                 Text(record["slice"]),
                 f"{record['rows']:,}",
                 f"{record['log_loss']:.4f}",
-                f"{record['low']:.3f}–{record['high']:.3f}",
+                "–" if record["low"] is None else f"{record['low']:.3f}–{record['high']:.3f}",
                 f"{record['accuracy']:.1%}",
                 f"{record['ece']:.3f}",
                 f"{record['class_prior']:.3f}",

@@ -61,8 +61,9 @@ class Score(Section):
     """A figure with its 95 % interval over prompts."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+    """None: the battles have one prompt."""
 
 
 class Scores(Section):

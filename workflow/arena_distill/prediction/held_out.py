@@ -67,8 +67,8 @@ def choose(
     best: CalibrationMethod = "temperature"
     for richer in methods(votes.classes)[1:]:
         gain = paired_difference(loss[richer], loss[best], votes, groups)
-        error = (gain["high"] - gain["low"]) / (2 * 1.96)
-        if gain["difference"] + error < 0:
+        error = gain["difference"] - gain["low"] if gain["low"] is not None else np.inf
+        if gain["difference"] + error / 1.96 < 0:
             best = richer
     return best
 

@@ -162,12 +162,10 @@ def _table(
     means = votes.mean(each.T)
     judges = {}
     for i, (label, p) in enumerate(probabilities.items()):
-        low, high = np.quantile(drawn[:, i], [0.025, 0.975])
         judges[label] = {
             **scores(p, votes),
             **calibration_scores(p, votes),
-            "low": float(low),
-            "high": float(high),
+            **_interval(drawn[:, i], groups),
         }
         if true is not None:
             judges[label]["truth"] = truth_scores(true, p, votes)
@@ -177,7 +175,12 @@ def _table(
         "prompts": len(np.unique(groups)),
         "judges": judges,
         "differences": [
-            {"judge": labels[a], "against": labels[b], **_difference(means, drawn, a, b)}
+            {
+                "judge": labels[a],
+                "against": labels[b],
+                "difference": float(means[a] - means[b]),
+                **_interval(drawn[:, a] - drawn[:, b], groups),
+            }
             for a in range(len(labels))
             for b in range(len(labels))
             if a != b
@@ -185,9 +188,10 @@ def _table(
     }
 
 
-def _difference(means: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Figures:
-    low, high = np.quantile(drawn[:, a] - drawn[:, b], [0.025, 0.975])
-    return {"difference": float(means[a] - means[b]), "low": float(low), "high": float(high)}
+def _interval(drawn: np.ndarray, groups: np.ndarray) -> Figures:
+    """The 95 % interval of resampled figures (resamples,); None of one prompt, which shows no luck."""
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    return {"low": low, "high": high} if np.ptp(groups) else {"low": None, "high": None}
 
 
 def _test(

@@ -138,7 +138,8 @@ def _drawing(figures: Figures) -> Figure:
             if judge is None:
                 continue
             colour = colours.get(label, MUTED)
-            axes.plot([judge["low"], judge["high"]], [y, y], color=colour, lw=1.4, alpha=0.7)
+            if judge["low"] is not None:
+                axes.plot([judge["low"], judge["high"]], [y, y], color=colour, lw=1.4, alpha=0.7)
             axes.plot(
                 judge["log_loss"], y, "o" if label in raw else "D", color=colour, mec=PAPER, ms=7
             )
