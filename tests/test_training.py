@@ -19,6 +19,7 @@ from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Schedule, Training
 from arena_distill.config.phases import LogitsSettings, PretrainingSettings, TrainingSettings
 from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet
 from arena_distill.files.keys import key, locate
@@ -26,6 +27,7 @@ from arena_distill.files.logits import write_logits
 from arena_distill.models import adapters
 from arena_distill.models.adapters import load_adapter, new_judge
 from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training import judge_trainer, trainer
@@ -475,6 +477,19 @@ def test_half_precision_learns_like_full_precision(run: Run, tmp_path: Path) -> 
     moved = torch.cat([w.flatten() for n, w in full.items() if "lora_B" in n])
     other = torch.cat([w.flatten() for n, w in half.items() if "lora_B" in n])
     assert float(torch.nn.functional.cosine_similarity(moved, other, dim=0)) > 0.8
+
+
+def test_half_precision_does_not_round_logits(run: Run) -> None:
+    """Under autocast the head is outside: in bfloat16 logits would have three digits."""
+    read = read_tokens(run.tokens)
+    model = load_classifier(
+        run.backbone, precision="bf16", pad_token_id=read.vocabulary.pad, head_seed=0
+    )
+    views = encode_views(read, ENCODING, training_settings().head)
+    for judge in (model, new_judge(model, LORA, 0)):
+        found = torch.from_numpy(score(judge, views[0], batch_tokens=2048, progress=False))
+        assert found.dtype == torch.float32
+        assert (found != found.bfloat16().float()).float().mean() > 0.9
 
 
 def test_too_many_devices_for_a_batch_are_an_error(

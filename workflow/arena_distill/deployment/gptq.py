@@ -41,6 +41,7 @@ from arena_distill.models.heads import verdicts
 from arena_distill.models.loading import (
     check_tensors,
     choose_attention,
+    head_in_float32,
     load_classifier,
     pool_mean,
     refuse_weights,
@@ -201,6 +202,7 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
             output_loading_info=True,
         )
         check_tensors(folder, loaded, model)
+    head_in_float32(model)
     if getattr(config, "head_pooling", "last") == "mean":
         pool_mean(model)
     return model

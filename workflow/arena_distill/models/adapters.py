@@ -20,7 +20,7 @@ from arena_distill.models.loading import HEADS
 
 def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     """Add a fresh adapter to a backbone with a fresh head; the seed determines both."""
-    _head_in_float32(model)
+    _float32_weights(model)
     set_seed(seed)
     modules = lora.target_modules
     config = LoraConfig(
@@ -75,7 +75,7 @@ def load_adapter(
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file():  # PEFT would query the hub
         raise InputError(f"{adapter}: no adapter: {weights.name} is missing")
-    _head_in_float32(model)
+    _float32_weights(model)
     with refusing(f"{adapter}: no adapter for this backbone"):
         judge = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         with safe_open(weights, "pt") as file:
@@ -95,7 +95,7 @@ def load_adapter(
     return judge
 
 
-def _head_in_float32(model: torch.nn.Module) -> None:
+def _float32_weights(model: torch.nn.Module) -> None:
     """Adapters are float32 by themselves; a head in bfloat16 would lose the small steps of AdamW."""
     for name in HEADS:
         head = getattr(model, name, None)

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,33 @@ if TYPE_CHECKING:
 
 HEADS = ("score", "classifier")
 """The names of the classification head in decoders and in encoders."""
+
+
+@cache
+def _float32_linear() -> type[torch.nn.Linear]:
+    import torch
+    import torch.nn.functional as F
+
+    class Float32Linear(torch.nn.Linear):
+        """Computes in float32 whatever autocast says: in bfloat16 logits have three digits."""
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            bias = None if self.bias is None else self.bias.float()
+            with torch.autocast(input.device.type, enabled=False):
+                return F.linear(input.float(), self.weight.float(), bias)
+
+    return Float32Linear
+
+
+def head_in_float32(model: torch.nn.Module) -> None:
+    """Have a classifier's head compute its logits in float32; its weights stay in their dtype."""
+    import torch
+
+    for name in HEADS:
+        head = getattr(model, name, None)
+        for part in head.modules() if isinstance(head, torch.nn.Module) else ():
+            if type(part) is torch.nn.Linear:
+                part.__class__ = _float32_linear()
 
 
 def load_classifier(
@@ -101,6 +128,7 @@ def load_classifier(
             _keep_as_packed(model)
         if head_seed is not None:
             _start_head(model, loaded["missing_keys"], head_seed)
+    head_in_float32(model)
     if head.pooling == "mean":
         pool_mean(model)
     elif hasattr(model.config, "head_pooling"):  # a judge used as a backbone
