@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -130,6 +131,17 @@ def test_a_sure_and_wrong_judge_has_finite_gradients_under_a_weak_focal_loss() -
     training_loss.battle_losses(logits, torch.eye(3)[[1, 1]], None, None, loss).sum().backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("asked", ["own_terms", "all_terms"])
+def test_a_battle_without_a_vote_counts_as_the_key_says(asked: Any) -> None:
+    logits, teachers = torch.zeros(2, 3), torch.tensor([[[2.0, 0, 0]]] * 2)
+    votes = torch.eye(3)[[0, 0]] * torch.tensor([[1.0], [0.0]])
+    kl_alone = Loss(ce=0, kl=0.7, temperature=1)
+    loss = Loss(ce=0.3, kl=0.7, temperature=1, unlabelled=asked)
+    _, bare = training_loss.battle_losses(logits, votes, teachers, None, loss).tolist()
+    whole, _ = training_loss.battle_losses(logits, votes, teachers, None, kl_alone).tolist()
+    assert bare == pytest.approx(whole * (1 if asked == "own_terms" else 0.7))
 
 
 @pytest.mark.parametrize("combine", ["mean_logits", "mean_probabilities"])

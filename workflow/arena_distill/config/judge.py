@@ -199,6 +199,8 @@ class Loss(Section):
     """One target (the teachers' mean logits, or mean probabilities), or KL and cosine per teacher."""
     weights: Literal["equal", "fitted", "confidence"] = "equal"
     """Weights of teachers. `fitted`: least log loss out of fold; `confidence`: per battle."""
+    unlabelled: Literal["own_terms", "all_terms"] = "own_terms"
+    """A loss without a vote lacks CE: divide it by its own weights (then KL counts more), or by all."""
     features: NonNegativeFloat = 0.0
     """Weight of the distance to each teacher's last hidden state (PKD); needs the same kind of head."""
     attention: NonNegativeFloat = 0.0
@@ -225,7 +227,7 @@ class Merge(Section):
     average: FoldAverage = "factors"
     """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
     heads: FoldHeads = "first"
-    """The mean head of the folds, or that of fold 0."""
+    """The mean head of the folds, or that of the first one that is merged."""
     weights: Literal["equal", "validation", "greedy"] = "equal"
     """Weights of folds: by validation loss, or a greedy soup on battles apart (folds.choices)."""
 

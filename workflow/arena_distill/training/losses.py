@@ -38,7 +38,8 @@ def battle_losses(
 
     Args:
         logits: (batch, classes), the student's.
-        votes: float32 (batch, classes); zeros where there is none: such a battle has no CE term.
+        votes: float32 (batch, classes); zeros where there is none: such a battle has no CE term, and by
+            `loss.unlabelled` no weight for it in the denominator either.
         teachers: (batch, J, classes), or None where `kl` and `cosine` are 0.
         weights: (batch, J), each row's sum 1; None: equal.
         states: float32 (batch, J) by name, how far the student's are from each teacher's.
@@ -57,7 +58,7 @@ def battle_losses(
         missed = (1 - logits.softmax(-1)).clamp(min=torch.finfo(torch.float32).tiny)
         surprise = surprise * missed**loss.focal
     total = loss.ce * (votes * surprise).sum(-1)
-    weight = loss.ce * voted
+    weight = loss.ce * (voted if loss.unlabelled == "own_terms" else torch.ones_like(total))
     if teachers is not None and loss.kl + loss.cosine > 0:
         teachers = teachers.float() / loss.temperature
         if weights is None:
