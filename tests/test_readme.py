@@ -170,6 +170,9 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             return
         case ["formats", file]:
             done = run_in(folder, *start, "formats", str(Path(file).with_suffix(".csv")))
+        case ["verify", judge, "--server", address]:
+            assert judge.startswith("results/default/merged/") and address.startswith("http://")
+            return  # tests/test_vllm.py runs it
         case ["predict" | "verify" | "compare-answers" as command, judge, *rest]:
             assert judge.startswith("results/default/merged/")
             words = [
@@ -253,13 +256,24 @@ def of_source(words: list[str], folder: Path) -> None:
     assert "\nsetup: .venv/.ready" in (ROOT / "Makefile").read_text()
 
 
+def of_vllm(words: list[str], folder: Path) -> None:
+    """tests/test_doors.py serves with the options of this line."""
+    assert words[1] == "serve" and words[2].startswith("results/default/merged/")
+
+
+def of_pytest(words: list[str], folder: Path) -> None:
+    assert all((ROOT / word).exists() for word in words[1:] if not word.startswith("-"))
+
+
 HANDLERS: dict[str, Callable[[list[str], Path], None]] = {
     "make": of_make,
     "arena-distill": of_arena_distill,
     "python": of_python,
     "pip": of_pip,
     "export": of_export,
+    "pytest": of_pytest,
     "source": of_source,
+    "vllm": of_vllm,
     "scripts/fetch_tokenizers.sh": of_script,
     "scripts/fetch_weights.sh": of_script,
 }
