@@ -277,6 +277,9 @@ def test_the_folder_says_what_other_programs_need(family: str, make: Make) -> No
 def test_another_kind_of_rope_is_told_in_both_ways() -> None:
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
     said = for_other_programs({"rope_parameters": rope}, pointwise=False)
+    assert "_attn_implementation" not in said
+    capped = for_other_programs({"attn_logit_softcapping": 50.0}, pointwise=False)
+    assert capped["_attn_implementation"] == "eager"
     assert said["rope_theta"] == 500000.0
     assert said["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
 

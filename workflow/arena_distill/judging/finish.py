@@ -117,7 +117,8 @@ def for_other_programs(config: Mapping[str, Any], *, pointwise: bool) -> dict[st
 
     transformers 4 reads `rope_theta` and `rope_scaling` alone, and falls back to defaults without a
     word. Servers apply softmax to a classifier's outputs unless `problem_type` says that they are no
-    classes: those of a pointwise judge are a strength and a tie parameter.
+    classes: those of a pointwise judge are a strength and a tie parameter. transformers
+    4.57 and 5.19 run Gemma-2 by a kernel without soft-capping, unless `_attn_implementation` is eager.
     """
     added = dict(config)
     rope = config.get("rope_parameters") or {}
@@ -125,6 +126,8 @@ def for_other_programs(config: Mapping[str, Any], *, pointwise: bool) -> dict[st
         added["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if config.get("attn_logit_softcapping"):
+        added["_attn_implementation"] = "eager"
     if pointwise:
         added["problem_type"] = "regression"
     return added
