@@ -1,4 +1,4 @@
-"""A real vLLM as a server of one judge, on the CPU, in an environment of its own (`make vllm`)."""
+"""Servers of one judge, as processes: ours, and a real vLLM on the CPU (`make vllm`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -35,6 +36,12 @@ def documented_options() -> list[str]:
     (line,) = re.findall(r"^vllm serve (.*)$", page, re.MULTILINE)
     _folder, *options = shlex.split(line)
     return options
+
+
+def our_server(folder: Path, log: Path) -> AbstractContextManager[str]:
+    """`arena-distill serve`; gives the address."""
+    words = [sys.executable, "-m", "arena_distill", "serve", str(folder)]
+    return _running(words, dict(os.environ), log)
 
 
 def vllm_server(folder: Path, log: Path, *options: str) -> AbstractContextManager[str]:

@@ -22,7 +22,7 @@ import pytest
 from checkouts import ROOT
 from conftest import FAMILIES, battles_table
 from judges import Finished, finished_judge
-from servers import vllm_server
+from servers import our_server, vllm_server
 
 from arena_distill import Judge
 from arena_distill.cli import app
@@ -96,6 +96,11 @@ def predict(visit: Visit) -> np.ndarray:
     return visit.of_table(pq.read_table(output))
 
 
+def serve(visit: Visit) -> np.ndarray:
+    with our_server(visit.judge.folder, visit.folder / "log") as address:
+        return judge_on(visit.judge.folder, address).predict(visit.rows).probabilities
+
+
 def vllm(visit: Visit) -> np.ndarray:
     with vllm_server(visit.judge.folder, visit.folder / "log") as address:
         return judge_on(visit.judge.folder, address).predict(visit.rows).probabilities
@@ -132,6 +137,7 @@ DOORS: dict[str, tuple[Callable[[Visit], np.ndarray], float]] = {
     "workflow": (workflow, 1e-5),
     "`Judge`": (class_judge, 1e-5),
     "`predict`": (predict, 1e-5),
+    "`serve`": (serve, 1e-5),
     "vLLM": (vllm, 1e-4),
     "transformers": (plain(".venv"), 1e-5),
     "transformers 4": (plain(".venv-transformers4"), 1e-5),
