@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pyarrow as pa
 import pytest
 from checkouts import ROOT
 from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
@@ -22,7 +24,7 @@ from arena_distill.config.phases import AuditSettings
 from arena_distill.errors import InputError
 from arena_distill.evaluation.drawings import FIGURES, percent
 from arena_distill.evaluation.report import TABLES, render_report, signed
-from arena_distill.files.artifacts import write_json
+from arena_distill.files.artifacts import write_json, write_parquet
 from arena_distill.prediction.calibration import METHODS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -194,7 +196,9 @@ def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
     assert "://" not in page.replace("arXiv:", "")
     assert "@import" not in page
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "iframe", "img", "object"})
-    for _, attributes in parsed.tags:
+    for tag, attributes in parsed.tags:
+        if tag == "a":  # a link to a file of the run, followed by nobody but the reader
+            continue
         for name in ("href", "xlink:href", "src"):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
@@ -355,3 +359,42 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     width = re.search(r"<title>(\d+)</title>", shown.stdout)
     assert width is not None
     assert int(width[1]) <= 500  # the narrowest window a headless browser opens
+
+
+def test_the_page_says_what_the_run_took_and_how_it_trained(run: MadeUpRun, tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "train_teacher"
+    folder.mkdir(parents=True)
+    for fold, (seconds, memory) in enumerate([("61.2", "900.4"), ("30.1", "NA")]):
+        (folder / f"big_fold_{fold}.tsv").write_text(f"s\tmax_rss\n{seconds}\t{memory}\n")
+    (tmp_path / "benchmarks" / "evaluate.tsv").write_text("s\tmax_rss\n2.0\t-\n")
+    jobs = [{"rule": "train_teacher", "seconds": 40.0}] * 2
+    write_json({"jobs": jobs}, tmp_path / "plan.json")
+    write_parquet(
+        pa.table({"epoch": [0.5, 1.0], "loss": [1.1, 0.9], "choice_loss": [None, 1.0]}),
+        tmp_path / "adapters" / "big" / "fold_0" / "history.parquet",
+        {},
+    )
+    write_json(json.loads((run.folder / "metrics.json").read_text()), tmp_path / "metrics.json")
+    os.utime(tmp_path / "metrics.json", (1.8e9, 1.8e9))
+    render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    _, *rows = table(page, "Time and memory of the jobs")
+    assert rows == [
+        ["train_teacher", "2", "91", "80", "61", "900"],
+        ["evaluate", "1", "2", "–", "2", "–"],
+    ]
+    assert re.search(r"<h1>Run made-up, 1[45] January 2027</h1>", page)
+    assert 'aria-label="Loss of each fold by epoch: big."' in page
+    assert 'href="gptq/small/README.md"' in page
+
+
+def test_the_headline_is_no_flattered_figure(run: MadeUpRun, page: str, tmp_path: Path) -> None:
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    lead = page[page.index('class="lead"') : page.index('class="facts"')]
+    assert f"{metrics['headline']['log_loss']['value']:.4f}" in lead
+    assert f"{metrics['judges']['small']['oof']['log_loss']:.4f}" not in lead
+    write_json({**metrics, "headline": None, "test": None}, tmp_path / "metrics.json")
+    render_report(tmp_path / "metrics.json", tmp_path / "report.html")
+    assert (
+        "no score on battles that nothing was trained on" in (tmp_path / "report.html").read_text()
+    )

@@ -78,7 +78,7 @@ VERSIONS = {
     "comparison": 6,
     "curves": 3,
     "averaging": 1,
-    "report": 8,
+    "report": 9,
 }
 
 

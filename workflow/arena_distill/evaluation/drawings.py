@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
 from markupsafe import Markup
 
 from arena_distill.evaluation.evaluate import variant_records
@@ -112,7 +114,7 @@ def alt_text(name: str, metrics: Figures) -> str:
     return f"Dot chart of test log loss by variant: {', '.join(shown) or 'no test votes'}."
 
 
-def draw(name: str, make: Callable[[Figures], Figure], metrics: Figures) -> str:
+def draw(name: str, make: Callable[[Any], Figure], metrics: Any) -> str:
     """Make a figure and return it as SVG text: the same figures give the same bytes."""
     import matplotlib as mpl
 
@@ -302,6 +304,29 @@ def _cascade(metrics: Figures) -> Figure:
 def _points(metrics: Figures) -> list[Figures]:
     """The cascade's curve, if there is one."""
     return (metrics["test"] or {}).get("cascade") or []
+
+
+def training_curves(histories: Mapping[str, Sequence[pa.Table]]) -> Figure:
+    """A panel per judge: the smoothed loss of each fold, and the log loss of the battles for choices."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 0.3 + 2.2 * -(-len(histories) // 2)))
+    panels = figure.subplots(-(-len(histories) // 2), 2, squeeze=False).flatten()
+    for axes in panels[len(histories) :]:
+        axes.set_axis_off()
+    for axes, (judge, tables) in zip(panels, histories.items(), strict=False):
+        for table in tables:
+            epoch, loss = table["epoch"].to_numpy(), table["loss"].to_numpy()
+            width = max(1, len(loss) // 20)
+            smooth = np.convolve(loss, np.ones(width) / width, "valid")
+            axes.plot(epoch[width - 1 :], smooth, color=MUTED, lw=0.9, alpha=0.8)
+            if "choice_loss" in table.column_names:
+                seen = table.filter(table["choice_loss"].is_valid())
+                axes.plot(seen["epoch"], seen["choice_loss"], "o-", color=ACCENT, ms=3.5, lw=1)
+        axes.set_title(judge, loc="left", color=INK, size=10)
+        axes.set_xlabel("epochs")
+        axes.grid(True, axis="y")
+    return figure
 
 
 def rows_axis(axes: Axes, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ The page is self-contained: it includes style and drawings, loads nothing and ha
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,11 @@ from arena_distill.evaluation.drawings import (
     inline,
     overview,
     percent,
+    training_curves,
     variants_by_name,
 )
 from arena_distill.evaluation.evaluate import variant_records
+from arena_distill.evaluation.jobs import histories, job_costs
 from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.files.tables import guarded, table_csv
@@ -60,22 +63,40 @@ def render_report(
         InputError: `metrics` is missing, invalid, or of another version.
     """
     figures = read_json(metrics)
+    date = datetime.fromtimestamp(metrics.stat().st_mtime)
     with refusing(f"{metrics}: not the figures of a run; run the workflow again"):
-        page, files = render(figures, configuration.read_text() if configuration else None)
+        text = configuration.read_text() if configuration else None
+        page, files = render(figures, text, run=metrics.parent, date=f"{date:%-d %B %Y}")
     for name, text in files.items():
         write_text(text, (parts or output.parent / "report") / name)
     write_text(page, output)
     print(f"{output}: {len(page) / 1024:,.0f} KiB, readable offline")
 
 
-def render(metrics: Figures, configuration: str | None = None) -> tuple[str, dict[str, str]]:
-    """Render the page's HTML, and the text of the separate files by name."""
+def render(
+    metrics: Figures, configuration: str | None = None, *, run: Path, date: str
+) -> tuple[str, dict[str, str]]:
+    """Render the page's HTML, and the text of the separate files by name.
+
+    Args:
+        run: the run's folder, for what it took and how it trained.
+        date: of the figures.
+    """
+    trained = histories(run, list(metrics["judges"]))
     drawings = {name: draw(name, make, metrics) for name, make in FIGURES.items()}
     tables = _tables(metrics)
     final = metrics["judges"][metrics["final"]["judge"]]
     page = template("report.html.j2").render(
         metrics=metrics,
         final=final,
+        date=date,
+        costs=job_costs(run),
+        curves=inline(
+            draw("training", training_curves, trained),
+            f"Loss of each fold by epoch: {', '.join(trained)}.",
+        )
+        if trained
+        else None,
         classes=len(final["class_reliability"]),
         rows=overview(metrics),
         drawings={name: inline(svg, alt_text(name, metrics)) for name, svg in drawings.items()},
