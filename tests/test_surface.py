@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +11,11 @@ import pytest
 from made_up_run import SIZES, MadeUpRun, made_up_run
 
 from arena_distill.battles import surface_features as features
-from arena_distill.battles.folds import HELD_OUT, assign_folds
+from arena_distill.battles.folds import EVERY_FOLD, HELD_OUT, assign_folds
 from arena_distill.battles.surface_features import ANSWER, PROMPT, read_surface, surface_features
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.phases import Settings
+from arena_distill.evaluation import surface_trees as surface_trees_module
 from arena_distill.evaluation.baselines import read_probabilities
 from arena_distill.evaluation.surface_trees import surface_trees, write_surface
 from arena_distill.files.artifacts import read_parquet, write_parquet
@@ -123,3 +125,25 @@ def test_test_and_held_out_battles_are_predicted_too(tmp_path: Path) -> None:
     sources = table["source"].to_pylist()
     assert sources.count("test") == SIZES["test"]
     assert sources.count("train") == SIZES["train"]
+
+
+def test_no_held_out_prompt_is_learned_from_extra_battles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_up_run(tmp_path)
+    folds = assign_folds(run.battles, method="stratified_group", n=2, seed=1, holdout=0.3)
+    fold, groups = folds["fold"].to_numpy(), folds["group"].to_numpy().copy()
+    held_out, extra = groups[fold == HELD_OUT], np.flatnonzero(fold == EVERY_FOLD)
+    groups[extra[:5]] = held_out[:5]
+    place = folds.column_names.index("group")
+    folds = folds.set_column(place, folds.schema.field("group"), pa.array(groups))
+    write_parquet(folds, tmp_path / "folds.parquet", {})
+    learned = []
+
+    def trees(training: Any, votes: Votes, asked: Any) -> np.ndarray:
+        learned.append(len(votes))
+        return np.full((len(asked[0]), 3), 1 / 3)
+
+    monkeypatch.setattr(surface_trees_module, "surface_trees", trees)
+    predict(MadeUpRun(tmp_path, run.battles, folds, run.truth, run.settings))
+    assert learned[-1] == len(folds) - len(held_out) - 5

@@ -73,7 +73,7 @@ VERSIONS = {
     "prediction": 2,
     "submission": 1,
     "judge": 3,
-    "surface": 1,
+    "surface": 2,
     "evaluation": 7,
     "comparison": 6,
     "curves": 3,

@@ -4,7 +4,7 @@ The trees (Friedman 2001, Greedy function approximation, Ann. Statist. 29(5)) re
 ``battles.surface_features``, of each answer, their differences and those of the prompt. They learn every
 battle in both orders, and their prediction is the mean of both orders: exchanging the answers exchanges it
 exactly. Rows of a fold are predicted by trees that never saw its prompts, if the folds keep these whole;
-test and held-out battles by trees that learned all others.
+test and held-out battles by trees that learned no held-out prompt.
 
 On one thread, so the same rows give the same trees.
 """
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
-from arena_distill.battles.folds import HELD_OUT, training_rows, validation_rows
+from arena_distill.battles.folds import HELD_OUT, training_rows, undivided_groups, validation_rows
 from arena_distill.battles.surface_features import read_surface
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import Settings
@@ -48,7 +48,8 @@ def write_surface(folds: Path, battles: Path, output: Path, *, settings: Setting
         probabilities[known[asked]] = surface_trees(
             _of(surface, known[training]), votes[training], _of(surface, known[asked])
         )
-    training = np.flatnonzero(votes.known & (fold != HELD_OUT))
+    groups = undivided_groups(table)  # extra battles may have a held-out prompt
+    training = np.flatnonzero(votes.known & ~np.isin(groups, groups[fold == HELD_OUT]))
     columns = ["id", "source"]
     named = read_parquet(battles, columns)
     test = np.flatnonzero(pc.equal(named["source"], "test").to_numpy())
