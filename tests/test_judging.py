@@ -31,10 +31,11 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import file_sha256, read_json, write_json, write_parquet
 from arena_distill.judging.contract import FILE, read_contract
 from arena_distill.judging.finish import for_other_programs, score_predictions
+from arena_distill.judging.judge import Verdicts
 from arena_distill.judging.predict import predict_files
 from arena_distill.judging.vectors import compare_with_vectors
 from arena_distill.prediction.test_time import predict_test, score_test
-from arena_distill.verdicts import WINNERS, Votes, swap_classes
+from arena_distill.verdicts import CLASSES, ORDERS, WINNERS, Votes, swap_classes
 
 KINDS = {
     "joint": (JOINT, Encoding()),
@@ -208,6 +209,17 @@ def test_battles_may_be_held_in_any_way(form: str, make: Make) -> None:
 def test_what_is_no_battle_is_refused(battles: Any, words: str, make: Make) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         Judge.from_pretrained(make().folder).predict(battles)
+
+
+def test_verdicts_that_depend_on_the_order_are_told() -> None:
+    by_order = np.array([[[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]], [[0.6, 0.3, 0.1], [0.3, 0.6, 0.1]]])
+    whole = by_order.mean(axis=1)
+    said = Verdicts(pa.array(["x", "y"]), CLASSES, ORDERS, whole, by_order, by_order[:, None], {})
+    assert said.disputed.tolist() == [False, True]
+
+
+def test_a_pointwise_judge_does_not_depend_on_the_order(make: Make) -> None:
+    assert not make(kind="pointwise").judge.predict(ROWS).disputed.any()
 
 
 def test_no_battles_are_no_verdicts(make: Make) -> None:

@@ -133,6 +133,8 @@ class Answer(BaseHTTPRequestHandler):
                     for n, c in files.items()
                 ]
             )
+        if what == "revision" and about not in ("main", COMMIT):
+            return self.send({}, 404, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": n} for n in files]
         self.send({"id": name, "sha": COMMIT, "private": private, "siblings": siblings})
 
@@ -248,9 +250,17 @@ def test_a_judge_is_sent_and_is_the_same_for_whoever_loads_it(server: Server, ju
     assert private
     assert {n: c for n, c in files.items() if n != ".gitattributes"} == contents(judge)
     assert server.tokens == {"Bearer hf_mine"}
-    loaded = Judge.from_pretrained("hub:o/small-judge")
+    loaded = Judge.from_pretrained(f"hub:o/small-judge@{COMMIT}")
     said = loaded.compare("what is one ?", "one", "two and the sea")
     assert said == Judge.from_pretrained(judge).compare("what is one ?", "one", "two and the sea")
+
+
+def test_a_revision_that_is_not_there_is_one_line(server: Server) -> None:
+    server.repos["o/j"] = (True, {FILE: b"{}"})
+    with pytest.raises(InputError, match=r"hub:o/j@v9: cannot be downloaded: .*404") as told:
+        Judge.from_pretrained("hub:o/j@v9")
+    assert "\n" not in str(told.value)
+    assert "GET /api/models/o/j/revision/v9" in server.asked
 
 
 def test_a_second_judge_replaces_the_first(server: Server, judge: Path) -> None:

@@ -110,6 +110,12 @@ class Verdicts:
         """The likeliest class of each battle: str (rows,)."""
         return np.array(self.classes)[self.probabilities.argmax(axis=1)]
 
+    @property
+    def disputed(self) -> np.ndarray:
+        """Whether the likeliest class depends on which answer is read first: bool (rows,)."""
+        likeliest = self.by_order.argmax(axis=2)
+        return (likeliest != likeliest[:, :1]).any(axis=1)
+
     def to_arrow(self) -> pa.Table:
         """Columns `id`, a probability per class (as in submissions), `winner`, `cut_<field>`."""
         return pa.table(
@@ -174,7 +180,8 @@ class Judge:
         """Load a judge from its folder.
 
         Args:
-            folder: a folder with `judge.json`; or ``hub:ORG/NAME``, which is downloaded.
+            folder: a folder with `judge.json`; or ``hub:ORG/NAME``, which is downloaded, with ``@`` and
+                a commit, tag or branch if not the newest.
             device: such as ``cuda:1``; by default a GPU if there is one.
             dtype: of the weights; by default as they were saved. Another one changes the figures.
             attention: the kernel (see ``loading.choose_attention``).
@@ -327,12 +334,13 @@ def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forwa
 
 
 def local_folder(folder: str | Path) -> Path:
-    """The folder on this machine; ``hub:ORG/NAME`` is downloaded."""
-    repo = str(folder).removeprefix("hub:")
-    if repo == str(folder):
+    """The folder on this machine; ``hub:ORG/NAME``, or ``hub:ORG/NAME@REVISION``, is downloaded."""
+    if not str(folder).startswith("hub:"):
         return Path(folder)
+    repo, _, revision = str(folder).removeprefix("hub:").partition("@")
     try:  # neither pickles nor code
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        kinds = ["*.json", "*.safetensors", "*.model"]
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=kinds))
     except Exception as error:  # of the hub, of the network
         raise InputError(f"{folder}: cannot be downloaded: {brief(error)}") from None
 
