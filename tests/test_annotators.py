@@ -16,14 +16,17 @@ from arena_distill.battles.annotators import hash_sides, merge_annotators
 from arena_distill.battles.parts import SCHEMA, read_parts
 from arena_distill.battles.reading import read_battles, write_battles
 from arena_distill.battles.row_counts import count_rows
+from arena_distill.battles.simulation import simulate
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.data import Data
 from arena_distill.config.phases import VERSIONS, BattlesSettings
 from arena_distill.config.source import Source
+from arena_distill.evaluation.baselines import length_regression
 from arena_distill.files.artifacts import read_json
 from arena_distill.verdicts import NO_VOTE, Votes, swap_classes
 
 Row = dict[str, Any]
+WORDS = ("model_a", "model_b", "tie")
 ROWS = st.lists(
     st.tuples(
         st.integers(0, 3),  # which battle
@@ -231,6 +234,36 @@ def test_of_two_classes_ties_are_what_the_run_says(
     battles, _ = read_battles({"train": [source(tmp_path, rows, annotators="merge")]}, ties)
     assert battles["vote"].to_pylist() == [vote]
     assert battles["weight"].to_pylist() == [weight]
+
+
+def test_learning_from_shares_beats_learning_from_the_most_frequent_vote(tmp_path: Path) -> None:
+    """Five people vote on each battle of the arena; the score is expected, by the true probabilities."""
+    arena = simulate(rows=2_400, seed=11, voters="arena")
+    rng = np.random.default_rng(0)
+    drawn = rng.random((5, len(arena.frame), 1)) > arena.probabilities.cumsum(axis=1)[:, :2]
+    battles = arena.frame[["id", "prompt", "response_a", "response_b", "model_a", "model_b"]]
+    rows = [
+        {**row, "id": str(number), "winner": WORDS[vote]}
+        for said in drawn.sum(axis=2)[:, :1_600]
+        for number, (row, vote) in enumerate(
+            zip(battles.to_dict("records")[:1_600], said.tolist(), strict=True)
+        )
+    ]
+    read, _ = read_battles({"train": [source(tmp_path, rows, annotators="merge")]})
+    votes, features = votes_of(read), arena.qualities[:, 0] - arena.qualities[:, 1]
+    seen = features[np.array(read["id"].to_pylist(), int)]
+    assert votes.weights.min() == 5 and len(np.unique(votes.probabilities)) > 4
+    hard = Votes(np.eye(3)[votes.probabilities.argmax(axis=1)], votes.weights)
+    true = arena.probabilities[1_600:]
+    soft_loss, hard_loss, best = (
+        -(true * np.log(probabilities)).sum(axis=1).mean()
+        for probabilities in (
+            length_regression(seen, votes, features[1_600:]),
+            length_regression(seen, hard, features[1_600:]),
+            true,
+        )
+    )
+    assert best < soft_loss < hard_loss - 0.02
 
 
 def test_test_battles_are_not_merged() -> None:

@@ -235,6 +235,48 @@ def test_grades_are_symmetric_and_others_are_refused(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def of_annotators(*grades: Any, **more: Any) -> Row:
+    """A row as HelpSteer3 publishes it."""
+    each = [{"score": grade, "reasoning": "r", "feedback1": "f"} for grade in grades]
+    row = {
+        "domain": "code",
+        "language": "c",
+        "context": [user("q")],
+        "response1": "x",
+        "response2": "y",
+    }
+    return row | {"overall_preference": -1, "individual_preference": each} | more
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_grades_of_several_annotators_are_shares_when_asked(tmp_path: Path, suffix: str) -> None:
+    rows = [of_annotators(-2, -1, 1), of_annotators(3), of_annotators()]
+    path = tmp_path / f"t.{suffix}"
+    merged = read(path, rows, annotators="merge")
+    mean = np.mean([VOTES[-2], VOTES[-1], VOTES[1]], axis=0)
+    assert [b["vote"] for b in merged] == [mean.round(4).tolist(), list(VOTES[3]), list(VOTES[-1])]
+    assert [b["weight"] for b in merged] == [3, 1, 1]
+    kept = read(path, rows)
+    assert [(b["vote"], b["weight"]) for b in kept] == [(list(VOTES[-1]), 1)] * 3
+    named = [{**row, "grades": row.pop("individual_preference")} for row in map(dict, rows)]
+    assert read(path, named, annotators="merge") == merged
+    _, raw = understood(path, rows, annotators="merge", votes=False)
+    assert not raw.faults.found
+
+
+def test_a_grade_of_an_annotator_that_is_none_is_refused(tmp_path: Path) -> None:
+    rows = [
+        *(of_annotators(1, grade) for grade in (4, 0.5, "much", None, [1])),
+        *(of_annotators(individual_preference=cell) for cell in ("[1]", {"score": 1}, None)),
+        of_annotators(1, overall_preference=7),
+    ]
+    found = reasons(tmp_path / "t.jsonl", rows, annotators="merge")
+    assert [(row, column) for row, column, _ in found] == [
+        *((row, "individual_preference") for row in range(7)), (8, "overall_preference"),
+    ]  # fmt: skip
+    assert found[0][2] == "a list with a `score` from -3 to 3 of each annotator expected"
+
+
 # --- chosen and rejected --------------------------------------------------------------------------
 
 PREFERRED: dict[str, tuple[Row, list[str], list[str], list[str]]] = {
@@ -580,16 +622,17 @@ def test_unknown_and_ambiguous_columns_are_named(tmp_path: Path) -> None:
 # --- real files -----------------------------------------------------------------------------------
 
 
+PUBLISHED = {
+    "llmbar": ("llmbar/*.json", "battles", 419, 419),
+    "judgebench": ("judgebench/*.jsonl", "battles", 620, 620),
+    "rm-bench": ("rm-bench/*.json", "ranking", 286, 286 * 9),
+    "hh-rlhf": ("hh-rlhf/*.gz", "chosen_rejected", 300, 300),
+}
+"""Files as published: where, their format, rows, and battles of these."""
+
+
 @needs_data
-@pytest.mark.parametrize(
-    ("pattern", "shape", "rows", "battles"),
-    [
-        ("llmbar/*.json", "battles", 419, 419),
-        ("judgebench/*.jsonl", "battles", 620, 620),
-        ("rm-bench/*.json", "ranking", 286, 286 * 9),
-        ("hh-rlhf/*.gz", "chosen_rejected", 300, 300),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "shape", "rows", "battles"), PUBLISHED.values())
 def test_benchmarks_are_read_whole(pattern: str, shape: str, rows: int, battles: int) -> None:
     read_rows = read_battles = 0
     for file in sorted((DATA / "benchmarks").glob(pattern)):

@@ -682,7 +682,18 @@ SETTINGS = {
     "BOUNDS": '{"version": 1, "max_kl": 1, "max_flip_rate": 1}',
     "KFOLD": '{"version": 1, "method": "kfold", "n": 3, "seed": 1}',
 }
+
+
+def of_an_older_version(path: Path) -> None:
+    figures = json.loads(path.read_text())
+    figures["provenance"]["evaluation"]["settings"]["version"] = 4
+    del figures["baselines"], figures["test"]
+    path.write_text(json.dumps(figures))
+
+
 ONE_FILE: list[tuple[str, str, Damage, str]] = [
+    ("show-results FILE", "metrics.json", of_an_older_version,
+     "figures of version 4, and this program prints version"),
     *(("show-results FILE", "metrics.json", damage, words) for damage, words in JSON.values()),
     *(("phase render-report --metrics FILE --config FILE --output OUT --parts OUT", "metrics.json",
        damage, words) for damage, words in JSON.values()),
@@ -706,7 +717,7 @@ ONE_FILE: list[tuple[str, str, Damage, str]] = [
         (b"id,winner_model_a,winner_model_b,winner_tie\n", "holds no battle"),
         (b"id,winner\n1,model_a\n",
          r"solution\.csv: \d+ (of its ids are no test battles|test battles have no vote)"),
-        (b"id,winner\n1,model_a\n1,model_a\n", "row 2, column id: id is taken"),
+        (b"id,winner\n1,model_a\n1,model_a\n", "id is taken: 1, by row 1; where several people"),
         (b"id,winner\n,model_a\n", "row 1, column id: no id"),
         (b"id,prompt\n1,a\n", "columns id and winner_model_a"),
         (b"id,winner_model_a,winner_model_b,winner_tie\n1,1,1,0\n", "several winners"),

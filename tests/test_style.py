@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pytest
 from conftest import battles_table
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arena_distill.battles import style_features as module
 from arena_distill.battles.style_features import LENGTHS, style_features
+from arena_distill.files import artifacts
+from arena_distill.files.artifacts import write_parquet
+from arena_distill.files.keys import key
 
 texts = st.text(st.sampled_from(["a", " ", "\n", "*", "#", "-", "1", ".", "é", "😀"]), max_size=40)
 
@@ -34,3 +42,22 @@ def test_exchanging_the_answers_changes_every_sign(a: str, b: str) -> None:
 
 def test_no_battles_have_no_features() -> None:
     assert style_features(battles_table([]).cast(battles_table([{}]).schema)).shape == (0, 8)
+
+
+def test_styles_are_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = battles_table(
+        [{"response_a": "a " * (n % 5), "response_b": "**b**"} for n in range(40)]
+    )
+    monkeypatch.setattr(artifacts, "ROW_GROUP", 7)
+    write_parquet(table, tmp_path / "battles.parquet", {"phase": "battles"})
+    sizes = []
+
+    def measured(part: pa.Table) -> np.ndarray:
+        sizes.append(len(part))
+        return style_features(part)
+
+    monkeypatch.setattr(module, "style_features", measured)
+    rows = np.random.default_rng(0).permutation(40)[:25]
+    styles = module.read_styles(tmp_path / "battles.parquet", key(table).take(pa.array(rows)))
+    np.testing.assert_array_equal(styles, style_features(table)[rows])
+    assert sizes == [7, 7, 7, 7, 7, 5]

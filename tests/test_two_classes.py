@@ -463,6 +463,20 @@ def test_an_endpoint_is_asked_for_two_or_three_verdicts(
 ENDPOINT = {"url": "http://h/v1", "model": "m"}
 
 
+def test_without_ties_an_endpoint_is_asked_for_a_or_b_by_default() -> None:
+    def query(classes: int, **endpoint: Any) -> Any:
+        asked = judged(e={"external": {"endpoint": ENDPOINT | endpoint}}) | {"classes": classes}
+        external: Any = load(asked).judges["e"].external
+        return external.endpoint
+
+    assert query(2).verdicts == ("A", "B") and "{tie}" not in query(2).instructions
+    assert query(3).verdicts == ("A", "B", "C") and "{tie}" in query(3).instructions
+    assert query(2, verdicts=["X", "Y", "Z"]).verdicts == ("X", "Y", "Z")
+    own = "{a}, {b} or {tie}?"
+    assert query(2, instructions=own).verdicts == ("A", "B", "C")
+    assert query(2, instructions=own).instructions == own
+
+
 @pytest.mark.parametrize(
     ("broken", "line"),
     [

@@ -129,20 +129,26 @@ def status(
     raise typer.Exit(int(found.counts["failed"] > 0))
 
 
+# How a file of battles is read, for every command that reads one.
+Format = Annotated[str, typer.Option(help="What it is, where columns do not tell.")]
+Columns = Annotated[list[str] | None, typer.Option(help="OUR_NAME=NAME_IN_FILE (repeatable).")]
+Text = Annotated[str, typer.Option(help="auto, plain or turns.")]
+System = Annotated[str, typer.Option(help="turn or drop.")]
+Escape = Annotated[str, typer.Option(help="none or backslash.")]
+
+
 @app.command()
 def formats(
     file: Annotated[str, typer.Argument(help="A file, a folder of shards, or a quoted pattern.")],
-    format: Annotated[str, typer.Option(help="What it is, where columns do not tell.")] = "auto",
-    columns: Annotated[
-        list[str] | None, typer.Option(help="OUR_NAME=NAME_IN_FILE (repeatable).")
-    ] = None,
-    text: Annotated[str, typer.Option(help="auto, plain or turns.")] = "auto",
+    format: Format = "auto",
+    columns: Columns = None,
+    text: Text = "auto",
     ties: Annotated[
         list[str] | None, typer.Option(help="WORD=tie or WORD=drop (repeatable).")
     ] = None,
     missing_votes: Annotated[str, typer.Option(help="refuse or keep.")] = "refuse",
-    system: Annotated[str, typer.Option(help="turn or drop.")] = "turn",
-    escape: Annotated[str, typer.Option(help="none or backslash.")] = "none",
+    system: System = "turn",
+    escape: Escape = "none",
     votes: Annotated[bool, typer.Option(help="Whether it has votes.")] = True,
 ) -> None:
     """Show how a file of battles is understood: its format, counts, refused rows, three battles."""
@@ -182,13 +188,11 @@ def predict(
         str, typer.Option("--output", "-o", help=".parquet, .csv, .jsonl, or - for stdout.")
     ],
     server: Server = None,
-    format: Annotated[str, typer.Option(help="What it is, where columns do not tell.")] = "auto",
-    columns: Annotated[
-        list[str] | None, typer.Option(help="OUR_NAME=NAME_IN_FILE (repeatable).")
-    ] = None,
-    text: Annotated[str, typer.Option(help="auto, plain or turns.")] = "auto",
-    system: Annotated[str, typer.Option(help="turn or drop.")] = "turn",
-    escape: Annotated[str, typer.Option(help="none or backslash.")] = "none",
+    format: Format = "auto",
+    columns: Columns = None,
+    text: Text = "auto",
+    system: System = "turn",
+    escape: Escape = "none",
     device: Annotated[str | None, typer.Option(help="Such as cuda:1; default: a free GPU.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.", min=1)] = 16384,
 ) -> None:
@@ -331,11 +335,18 @@ def show_results(
     metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
 ) -> None:
     """Print the result table."""
+    from arena_distill.config.phases import VERSIONS
     from arena_distill.evaluation.terminal import print_table
     from arena_distill.files.artifacts import read_json
 
     figures = read_json(metrics)
     with refusing(f"{metrics}: not the figures of a run"):
+        made = figures["provenance"]["evaluation"]["settings"]["version"]
+        if made != VERSIONS["evaluation"]:
+            raise InputError(
+                f"{metrics}: figures of version {made}, and this program prints version "
+                f"{VERSIONS['evaluation']}: run the workflow again, which computes them anew"
+            )
         print_table(figures)
 
 

@@ -93,7 +93,12 @@ def read_solution(path: StrPath, ties: Ties = "class") -> tuple[pa.ChunkedArray,
         faults.add(int(nameless), "id", "no id")
     first, again = duplicates(ids)
     for position, seen in zip(again, first, strict=True):
-        faults.add(position, "id", f"id is taken: {ids[position]}, by row {raw.numbers[seen]}")
+        faults.add(
+            position,
+            "id",
+            f"id is taken: {ids[position]}, by row {raw.numbers[seen]}; where several people voted, give "
+            "one row with their shares in winner_model_a, winner_model_b, winner_tie",
+        )
     if lines := faults.lines("test"):
         raise InputError(
             f"{described(lines[0])}; every test battle needs one vote ({len(lines)} rows at fault)"

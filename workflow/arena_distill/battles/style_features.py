@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.artifacts import read_parquet_parts
 from arena_distill.files.keys import key, locate
 
 WORD = r"[^\s\x0b\x1c-\x1f\x85\p{Z}]+"
@@ -65,6 +65,11 @@ def _longer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def read_styles(battles: Path, keys: pa.Array) -> np.ndarray:
-    """:func:`style_features` of the battles of these keys, from `battles.parquet`: float64 (rows, 8)."""
-    table = read_parquet(battles, ["id", "source", "response_a", "response_b"])
-    return style_features(table.take(pa.array(locate(keys, key(table), str(battles)))))
+    """:func:`style_features` of the battles of these keys, from `battles.parquet`: float64 (rows, 8).
+
+    A part of the answers is in memory at a time.
+    """
+    names = ["id", "source", "response_a", "response_b"]
+    parts = [(key(part), style_features(part)) for part in read_parquet_parts(battles, names)]
+    known, features = zip(*parts, strict=True)
+    return np.concatenate(features)[locate(keys, pa.concat_arrays(known), str(battles))]

@@ -42,7 +42,8 @@ class Query(Section):
     )
     """The text before the battle. `{a}`, `{b}` and `{tie}` are the verdicts' tokens."""
     verdicts: tuple[str, str, str] | tuple[str, str] = ("A", "B", "C")
-    """Tokens for A, B and tie, or with `classes: 2` for A and B; case and outer white space are ignored."""
+    """Tokens for A, B and tie, or for A and B, which is the default with `classes: 2`. Case and outer white
+    space are ignored."""
     max_characters: Annotated[int, Field(ge=100)] = 6000
     """Characters of the question and of each answer; the middle of a longer one is left out."""
     max_tokens: PositiveInt = 1
@@ -93,6 +94,17 @@ class Query(Section):
             if not isinstance(self.parameters.get(name) or 0, int):
                 raise ValueError(f"parameters: {name} is a number of tokens")
         return self
+
+
+def asked_without_tie(judge: Any) -> Any:
+    """A judge, as read from YAML, of a run without ties: an endpoint is asked for A or B by default."""
+    external = judge.get("external") if isinstance(judge, Mapping) else None
+    if not isinstance(external, Mapping):
+        return judge
+    endpoint = external.get("endpoint")
+    if not isinstance(endpoint, Mapping) or "{tie}" in str(endpoint.get("instructions")):
+        return judge
+    return {**judge, "external": {**external, "endpoint": {"verdicts": ("A", "B"), **endpoint}}}
 
 
 class EndpointLimits(Section):

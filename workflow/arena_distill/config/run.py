@@ -29,7 +29,7 @@ from pydantic import (
 
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Audit, Data, Folds
-from arena_distill.config.external import EndpointLimits
+from arena_distill.config.external import EndpointLimits, asked_without_tie
 from arena_distill.config.judge import Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
@@ -172,6 +172,17 @@ class Config(Section):
             k: v if _is_external(v) else overlay(defaults, v) for k, v in value["judges"].items()
         }
         return {**value, "judges": judges}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tie_to_ask_for(cls, value: Any) -> Any:
+        """Without ties an endpoint is asked for two verdicts, unless its configuration says otherwise."""
+        if not isinstance(value, Mapping) or value.get("classes") != 2:
+            return value
+        judges = value.get("judges")
+        if not isinstance(judges, Mapping):
+            return value
+        return {**value, "judges": {name: asked_without_tie(j) for name, j in judges.items()}}
 
     @model_validator(mode="after")
     def _graph_of_judges(self) -> Config:

@@ -26,7 +26,16 @@ TEXT_COLUMNS = (
 )
 COLUMNS = (
     *("id", *TEXT_COLUMNS, "completions", "answers"),
-    *("winner", "winner_model_a", "winner_model_b", "winner_tie", "both_equal", "grade", "margin"),
+    *(
+        "winner",
+        "winner_model_a",
+        "winner_model_b",
+        "winner_tie",
+        "both_equal",
+        "grade",
+        "grades",
+        "margin",
+    ),
     *("score_chosen", "score_rejected", "weight"),
     *("model_a", "model_b", "model_chosen", "model_rejected"),
     *("language", "category", "turn", "judge"),
@@ -48,7 +57,8 @@ class Reading(Section):
     missing_votes: Literal["refuse", "keep"] = "refuse"
     """`keep`: rows without a vote become battles of `unlabelled`."""
     annotators: Literal["keep", "merge"] = "keep"
-    """`merge`: rows of the same texts and models become one battle; its vote is the mean of theirs."""
+    """`merge`: rows of the same texts and models become one battle; its vote is the mean of theirs. In a
+    graded file, also the grades of each annotator (`individual_preference`) count."""
     system: Literal["turn", "drop"] = "turn"
     """A system prompt is the first turn of the prompt, or is left out."""
     escape: Escape = "none"

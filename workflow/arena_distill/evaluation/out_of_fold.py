@@ -18,7 +18,7 @@ from arena_distill.battles.folds import (
     undivided_groups,
     validation_rows,
 )
-from arena_distill.battles.style_features import LENGTHS, style_features
+from arena_distill.battles.style_features import LENGTHS, read_styles
 from arena_distill.battles.votes import classes_of, votes_of
 from arena_distill.evaluation.baselines import Baseline
 from arena_distill.evaluation.slices import SLICED
@@ -35,26 +35,28 @@ class Run:
     """The battles of a run, and which of them validate.
 
     folds: `folds.parquet`.
-    battles: `battles.parquet` without its prompts.
-    styles: float64 (rows of `folds`, 8), :func:`style_features`.
+    battles: `battles.parquet` without its texts.
+    battle_styles: float64 (rows of `battles`, 8), :func:`read_styles`.
+    styles: the same for the rows of `folds`.
     validation: positions in `folds` of the out-of-fold rows: what every score is computed on.
     """
 
     folds: pa.Table
     battles: pa.Table
+    battle_styles: np.ndarray
     styles: np.ndarray
     validation: np.ndarray
 
     @classmethod
     def read(cls, folds_path: Path, battles_path: Path) -> Run:
         folds = read_parquet(folds_path)
-        battles = read_parquet(battles_path, ["id", "source", "response_a", "response_b", *SLICED])
+        battles = read_parquet(battles_path, ["id", "source", *SLICED])
         keys = key(folds)
         locate(keys, keys, str(folds_path))  # no row is there twice
         rows = locate(keys, key(battles), str(battles_path))
         validation = np.flatnonzero(folds["fold"].to_numpy() >= 0)
-        styles = style_features(battles.take(pa.array(rows)))
-        return cls(folds, battles, styles, validation)
+        styles = read_styles(battles_path, key(battles))
+        return cls(folds, battles, styles, styles[rows], validation)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -72,9 +74,8 @@ class Run:
         return read_out_of_fold(scored, paths, judge)
 
     def styles_of(self, keys: pa.Array) -> np.ndarray:
-        """Features of any battles of the run: float64 (rows, 8), :func:`style_features`."""
-        rows = locate(keys, key(self.battles), "battles")
-        return style_features(self.battles.take(pa.array(rows)))
+        """Features of any battles of the run: float64 (rows, 8), :func:`read_styles`."""
+        return self.battle_styles[locate(keys, key(self.battles), "battles")]
 
     def names_of(self, keys: pa.Array) -> pa.Table:
         """What any battles of the run are sliced by: the columns of `SLICED`."""

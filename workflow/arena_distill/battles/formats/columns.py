@@ -32,6 +32,7 @@ SYNONYMS: dict[tuple[str, ...], str] = {
     ("winner_model_a", "winner_model_b", "winner_tie"): "winner_model_a winner_model_b winner_tie",
     ("both_equal",): "both_equal",
     ("grade",): "overall_preference | preference_strength",
+    ("grades",): "individual_preference",
     ("margin",): "margin",
     (
         "score_chosen",
@@ -181,6 +182,15 @@ class Rows:
 
     def where(self, name: str) -> str:
         return f"{self.table.raw.path}, column {self.table.names[name]}"
+
+
+def finite(value: Any) -> float | None:
+    """A value of a list or an object as a number, if it is one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) else None
 
 
 def numbering(names: Iterable[str]) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from arena_distill.battles.formats import battles
 from arena_distill.battles.formats.canonical import Battles
-from arena_distill.battles.formats.columns import Rows
+from arena_distill.battles.formats.columns import Rows, finite
 from arena_distill.battles.formats.votes import NONE
 
 VOTES = {
@@ -23,7 +25,32 @@ VOTES = {
 
 
 def convert(rows: Rows) -> Battles:
-    return battles.with_votes(rows, _votes(rows))
+    """With `annotators: merge`, the vote is the mean of all annotators' and the weight their number."""
+    vote = _votes(rows)
+    if "grades" not in rows or not rows.table.votes or rows.reading.annotators == "keep":
+        return battles.with_votes(rows, vote)
+    row, votes = _of_annotators(rows)
+    count = np.bincount(row, minlength=rows.count)
+    sums = [np.bincount(row, share, rows.count) for share in votes.T]
+    graded = (count > 0) & ~np.isnan(vote[:, 0])
+    shares = np.stack(sums, axis=1) / np.maximum(count, 1)[:, None]
+    made = battles.with_votes(rows, np.where(graded[:, None], shares, vote))
+    return replace(made, weight=np.where(graded, count, 1).astype(float))
+
+
+def _of_annotators(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each annotator's grade, int64 (grades,), and its vote, float64 (grades, 3)."""
+    found = [(np.zeros(0, np.int64), np.zeros((0, 3)))]
+    bad = np.zeros(rows.count, bool)
+    for row, cell in enumerate(rows.objects("grades")):
+        given = cell if isinstance(cell, list) else []
+        scores = [finite(one.get("score") if isinstance(one, dict) else one) for one in given]
+        votes = [VOTES[int(score)] for score in scores if score is not None and score in VOTES]
+        bad[row] = len(votes) < len(scores) or not isinstance(cell, list | None)
+        found += [(np.full(len(votes), row), np.array(votes))] if votes else []
+    rows.refuse(bad, "grades", "a list with a `score` from -3 to 3 of each annotator expected")
+    rows_of, votes_of = zip(*found, strict=True)
+    return np.concatenate(rows_of), np.concatenate(votes_of)
 
 
 def _votes(rows: Rows) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from arena_distill.battles.formats.canonical import Battles
-from arena_distill.battles.formats.columns import Rows
+from arena_distill.battles.formats.columns import Rows, finite
 from arena_distill.battles.formats.pairs import Answers, all_pairs, battles_of_answers
 
 _SCORES = ("fine-grained_score", "score", "rating", "overall_score")
@@ -34,18 +34,10 @@ def convert(rows: Rows) -> Battles:
 def _score(completion: Mapping[str, Any]) -> float | None:
     """A completion's score, else the mean rating of its annotations."""
     for name in _SCORES:
-        if (score := _number(completion.get(name))) is not None:
+        if (score := finite(completion.get(name))) is not None:
             return score
     aspects = completion.get("annotations")
     values = aspects.values() if isinstance(aspects, dict) else ()
-    ratings = [_number(aspect.get("Rating")) for aspect in values if isinstance(aspect, dict)]
+    ratings = [finite(aspect.get("Rating")) for aspect in values if isinstance(aspect, dict)]
     known = [rating for rating in ratings if rating is not None]
     return float(np.mean(known)) if known else None
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) else None
