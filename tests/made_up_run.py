@@ -256,5 +256,5 @@ def _write_beside(run: MadeUpRun) -> None:
     ]
     rejected = pa.Table.from_pylist(lines, schema=REJECTED_SCHEMA)
     write_parquet(rejected, folder / "rejected.parquet", origin("made up", {}))
-    drift = {"kl": 2.5e-6, "max_kl": 4e-5, "flip_rate": 0.0, "rows": 512}
+    drift = {"kl": 2.5e-6, "kl_max": 4e-5, "flip_rate": 0.0, "rows": 512, "log_loss_change": 1e-4}
     write_json(drift | {"bytes_before": 4_300_000, "bytes": 1_900_000}, folder / "drift.json")

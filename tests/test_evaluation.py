@@ -123,12 +123,15 @@ def test_every_promised_figure_is_there(metrics: dict[str, Any]) -> None:
     assert final["calibration"] is None
     assert set(final["variants"]) == set(metrics["test"]["models"]["gptq"])
     gptq = final["gptq"]
-    assert {"kl", "flip_rate", "log_loss_change", "bytes", "bytes_before"} <= set(gptq)
+    drift = json.loads((run.folder / "drift.json").read_text())
+    assert {name: gptq[name] for name in drift} == drift  # of training battles alone
     test = metrics["test"]
     assert test["rows"] == SIZES["test"]
     assert test["submitted"] == {"model": "gptq", "variant": "256+512/AB+BA"}
     after, before = (test["models"][m]["256+512/AB+BA"]["log_loss"] for m in ("gptq", "merged"))
-    assert gptq["log_loss_change"] == pytest.approx(after - before)
+    assert gptq["test"]["rows"] == SIZES["test"]
+    assert gptq["test"]["log_loss_change"] == pytest.approx(after - before)
+    assert 0 < gptq["test"]["kl"] < gptq["test"]["kl_max"]
 
 
 def test_a_judge_is_scored_by_the_mean_of_both_orders_logits(

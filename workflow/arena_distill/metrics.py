@@ -43,13 +43,14 @@ def mean_over_views(logits: np.ndarray) -> np.ndarray:
 # --- votes ----------------------------------------------------------------------------------------
 
 
-def losses(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
-    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, classes).
+def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """Their logarithms, float64; as in scikit-learn, 0 counts as the smallest step of float64, 2.2e-16."""
+    return np.log(probabilities.astype(np.float64).clip(min=np.finfo(np.float64).eps))
 
-    As in scikit-learn, a probability of 0 counts as the smallest step of float64, 2.2e-16.
-    """
-    floor = np.finfo(np.float64).eps
-    return votes.cross_entropy(np.log(probabilities.astype(np.float64).clip(min=floor)))
+
+def losses(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
+    """Log loss of every battle, in nats: float64 (rows,) of probabilities (rows, classes)."""
+    return votes.cross_entropy(log_probabilities(probabilities))
 
 
 def log_loss(probabilities: np.ndarray, votes: Votes) -> float:
@@ -281,8 +282,7 @@ def truth_scores(truth: np.ndarray, probabilities: np.ndarray, votes: Votes) -> 
     `kl` is the expected value of `excess_log_loss` over votes: the expected log loss minus the entropy
     of the truth. It does not depend on the votes drawn.
     """
-    floor = np.finfo(np.float64).eps  # as in `losses`
-    ratio = np.log(truth.clip(min=floor)) - np.log(probabilities.clip(min=floor))
+    ratio = log_probabilities(truth) - log_probabilities(probabilities)
     excess = losses(probabilities, votes) - losses(truth, votes)
     return {
         "kl": float(votes.mean((truth * ratio).sum(axis=1))),

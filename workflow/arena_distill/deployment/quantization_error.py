@@ -19,8 +19,8 @@ def drift(before: np.ndarray, after: np.ndarray, votes: Votes | None = None) -> 
     """Compare logits before and after quantisation.
 
     Args:
-        before: float32 (rows, classes), the dense model's.
-        after: float32 (rows, classes), the quantised model's.
+        before: float32 or float64 (rows, classes), the dense model's.
+        after: alike, the quantised model's.
         votes: of these rows, or None.
 
     Returns:

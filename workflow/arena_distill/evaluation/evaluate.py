@@ -35,6 +35,7 @@ from arena_distill.battles.style_features import LENGTHS
 from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import EvaluationSettings
 from arena_distill.config.vocabulary import ModelKind
+from arena_distill.deployment import quantization_error
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
 from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
@@ -57,6 +58,7 @@ from arena_distill.metrics import (
     class_reliability,
     deployed_score,
     gap_closed,
+    log_probabilities,
     losses,
     mean_over_views,
     paired_difference,
@@ -163,10 +165,10 @@ def evaluate(
         if warning := _warning(seen[name], figures["oof"], baselines["class_prior"] or {}):
             figures["warning"] = warning
             print(f"warning: {name} {warning}", flush=True)
-    test = None
+    test = drifted = None
     if predictions and test_votes is not None:
         solved = Solution.read(test_votes)
-        test = _test(run, predictions, settings.model, solved, surface, truth)
+        test, drifted = _test(run, predictions, settings.model, solved, surface, truth)
         test["cascade"] = None
         if test_logits is not None:
             average = _settings(predictions[0]).get("average", "logits")
@@ -187,7 +189,9 @@ def evaluate(
         "slices": slice_scores(
             run.names_of(run.keys()), final, probabilities_of, votes, run.groups()
         ),
-        "final": _final(settings.final, settings.model, test, drift, held_out),
+        "final": _final(
+            settings.final, settings.model, test, held_out, _gptq(drift, drifted)
+        ),
         "held_out": held_out,
         "test": test,
         "audit": None if audit is None else read_json(audit),
@@ -328,12 +332,17 @@ def _test(
     solved: Solution,
     surface: Path,
     truth: Path | None,
-) -> Figures:
-    """Scores of every variant on the test battles, and of the baselines; what is submitted by slice."""
+) -> tuple[Figures, Figures | None]:
+    """Scores of every variant on the test battles, and of the baselines; what is submitted by slice.
+
+    Returns:
+        These, and the drift of what is submitted from the merged to the quantised model, if both are
+        scored.
+    """
     votes, keys = solved.votes, solved.keys
     models: dict[str, dict[str, Figures]] = {}
     submitted: dict[str, str] = {}
-    sliced = np.zeros((0, votes.classes))
+    deployed: dict[str, np.ndarray] = {}
     for file in predictions:
         winners = WINNERS[: votes.classes]
         table = read_parquet(file, ["id", "model", "variant", *winners, "submitted"])
@@ -344,8 +353,10 @@ def _test(
             rows = locate(solved.ids, part["id"].combine_chunks(), f"{file}, {variant}")
             probabilities = np.column_stack([part[name].to_numpy() for name in winners])[rows]
             models.setdefault(view["model"], {})[variant] = scores(probabilities, votes)
-            if view["submitted"] and view["model"] == model:
-                submitted, sliced = {"model": model, "variant": variant}, probabilities
+            if view["submitted"]:
+                deployed[view["model"]] = probabilities
+                if view["model"] == model:
+                    submitted = {"model": model, "variant": variant}
     if not submitted:
         raise InputError(f"{predictions[0].parent}: no variant of {model} is marked as submitted")
     seen = *run.voted(), run.styles_of(keys)[:, :LENGTHS]
@@ -355,24 +366,28 @@ def _test(
         known["bayes"] = read_probabilities(truth, keys)
     baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
     baselines.setdefault("bayes", None)
-    best = models[submitted["model"]][submitted["variant"]]
+    best, chosen = models[model][submitted["variant"]], deployed[model]
+    logs = {name: log_probabilities(p) for name, p in deployed.items()}
+    drifted = None
+    if len(logs) > 1:
+        drifted = quantization_error.drift(logs["merged"], logs["gptq"], votes)
     return {
         "rows": len(votes),
         "submitted": submitted,
-        "score": deployed_score(sliced, votes, solved.groups),
+        "score": deployed_score(chosen, votes, solved.groups),
         "baselines": baselines,
         "models": models,
-        "slices": slice_scores(run.names_of(keys), sliced, known, votes, solved.groups),
+        "slices": slice_scores(run.names_of(keys), chosen, known, votes, solved.groups),
         "gap_closed": gap_closed(best["log_loss"], baselines),
-    }
+    }, drifted
 
 
 def _final(
     judge: str,
     model: ModelKind,
     test: Figures | None,
-    drift: Path | None,
     held_out: Figures | None,
+    gptq: Figures | None,
 ) -> Figures:
     """The final judge: the submitted model's variants, their calibration, the drift of quantisation."""
     submitted = test["submitted"] if test else None
@@ -383,24 +398,20 @@ def _final(
         "submitted": submitted,
         "variants": variants,
         "calibration": None if method == "none" else method,
-        "gptq": _gptq(test, drift),
+        "gptq": gptq,
     }
 
 
-def _gptq(test: Figures | None, drift: Path | None) -> Figures | None:
-    if drift is None:
+def _gptq(path: Path | None, test: Figures | None) -> Figures | None:
+    """What quantising changed: on the training battles of ``drift.json``, and in `test` on the test battles."""
+    if path is None:
         return None
-    figures = read_json(drift)
+    figures = read_json(path)
     names = ("kl", "flip_rate", "bytes", "bytes_before")
     absent = [name for name in names if name not in figures]
     if absent:
-        raise InputError(f"{drift}: no {', '.join(absent)}; delete it and run the workflow again")
-    change = None
-    if test and {"gptq", "merged"} <= set(test["models"]):
-        variant = test["submitted"]["variant"]
-        after, before = (test["models"][m][variant]["log_loss"] for m in ("gptq", "merged"))
-        change = after - before
-    return {**figures, "log_loss_change": change}
+        raise InputError(f"{path}: no {', '.join(absent)}; delete it and run the workflow again")
+    return {**figures, "test": test}
 
 
 # --- tables ---------------------------------------------------------------------------------------

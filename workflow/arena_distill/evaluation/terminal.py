@@ -80,14 +80,15 @@ def describe_headline(metrics: Figures) -> str:
 
 
 def describe_drift(gptq: Figures) -> str:
-    """One line: size before and after, drift, and the change in log loss if known."""
+    """One line: size before and after; drift on the test battles, else on training battles."""
     before, after = gptq["bytes_before"], gptq["bytes"]
+    figures, battles = (gptq["test"], "test") if gptq["test"] else (gptq, "training")
     line = (
-        f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB ({before / after:.1f}× smaller), "
-        f"KL {gptq['kl']:.1e} nats, {gptq['flip_rate']:.2%} of verdicts change"
+        f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB ({before / after:.1f}× smaller), on {battles} "
+        f"battles KL {figures['kl']:.1e} nats, {figures['flip_rate']:.2%} of verdicts change"
     )
-    change = gptq["log_loss_change"]
-    return line if change is None else f"{line}, test log loss {change:+.5f}"
+    change = figures["log_loss_change"]
+    return line if change is None else f"{line}, log loss {change:+.5f}"
 
 
 def _judges_table(metrics: Figures) -> Table:
