@@ -658,7 +658,12 @@ def test_artifacts_in_an_evaluation(
     name, damage, words = case
     damage(run.folder / name)
     given = {"folds": "folds.parquet", "battles": "battles.parquet", "rejected": "rejected.parquet"}
-    given |= {"truth": "truth.parquet", "test-votes": "test_votes.parquet", "output": "x.json"}
+    given |= {
+        "truth": "truth.parquet",
+        "surface": "surface.parquet",
+        "test-votes": "test_votes.parquet",
+        "output": "x.json",
+    }
     given |= {"test-logits": "logits/small/gptq_test.npy", "quantized": "", "tables": "tables"}
     options = [part for key, file in given.items() for part in (f"--{key}", run.folder / file)]
     for model in ("merged", "gptq"):

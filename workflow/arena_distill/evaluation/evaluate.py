@@ -189,9 +189,7 @@ def evaluate(
         "slices": slice_scores(
             run.names_of(run.keys()), final, probabilities_of, votes, run.groups()
         ),
-        "final": _final(
-            settings.final, settings.model, test, held_out, _gptq(drift, drifted)
-        ),
+        "final": _final(settings.final, settings.model, test, held_out, _gptq(drift, drifted)),
         "held_out": held_out,
         "test": test,
         "audit": None if audit is None else read_json(audit),
@@ -403,7 +401,7 @@ def _final(
 
 
 def _gptq(path: Path | None, test: Figures | None) -> Figures | None:
-    """What quantising changed: on the training battles of ``drift.json``, and in `test` on the test battles."""
+    """What quantising changed: on training battles, and in `test` on the test battles."""
     if path is None:
         return None
     figures = read_json(path)
