@@ -727,7 +727,7 @@ def test_votes_of_test_battles_are_in_their_order_and_nowhere_else(asked: Path) 
         ((*range(7, 30),), "s.csv: 20 of its ids are no test battles: 10, 11, 12, 13, 14, …; "),
         (
             (7, 8, 8, 9),
-            "s.csv, row 3, column id: id is taken: 8, by row 2; every test battle needs one",
+            "s.csv, row 3, column id: id is taken: 8, by row 2; ",
         ),
     ],
 )

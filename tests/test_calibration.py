@@ -235,9 +235,8 @@ def test_parts_share_no_prompt(method: Any) -> None:
 
 def run_of(folds: pa.Table) -> Run:
     """A run of these folds, as the evaluation reads it."""
-    return Run(
-        folds, folds, np.zeros((len(folds), 8)), np.flatnonzero(folds["fold"].to_numpy() >= 0)
-    )
+    styles = np.zeros((len(folds), 8))
+    return Run(folds, folds, styles, styles, np.flatnonzero(folds["fold"].to_numpy() >= 0))
 
 
 @pytest.mark.parametrize(("prompts", "parts"), [(["p"], 1), (["p", "q"], 2)])

@@ -100,7 +100,7 @@ def test_a_vote_that_training_rows_lack_has_probability_zero() -> None:
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_every_promised_figure_is_there(metrics: dict[str, Any]) -> None:
+def test_every_promised_figure_is_there(run: MadeUpRun, metrics: dict[str, Any]) -> None:
     assert metrics["run"] == "made-up"
     assert metrics["rows"] == SIZES["train"]
     assert metrics["battles"] == SIZES
