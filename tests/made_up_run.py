@@ -18,6 +18,7 @@ from arena_distill.battles.reading import REJECTED_SCHEMA
 from arena_distill.battles.solution import write_test_votes
 from arena_distill.battles.votes import vote_columns, with_classes
 from arena_distill.config.phases import (
+    VERSIONS,
     CalibrationSettings,
     EvaluationSettings,
     PredictionSettings,
@@ -124,7 +125,7 @@ def made_up_run(
     write_parquet(battles, folder / "battles.parquet", about)
     write_parquet(folds, folder / "folds.parquet", about)
     settings = EvaluationSettings(
-        version=1, run="made-up", judges=JUDGES, final="small", model="gptq"
+        version=VERSIONS["evaluation"], run="made-up", judges=JUDGES, final="small", model="gptq"
     )
     run = MadeUpRun(folder, battles, folds, truth, settings)
     for judge, error in noise.items():

@@ -345,7 +345,7 @@ def test_judges_of_every_family_train_and_are_written_whole(
     assert "history.parquet" in names
     suffixes = {path.suffix for path in (tmp_path / "fold_0").rglob("*")}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl", ".pickle"}
-    assert {path.name for path in tmp_path.iterdir()} == {"fold_0"}
+    assert {path.name for path in tmp_path.iterdir()} == {"fold_0", "fold_0.tensorboard"}
     targets = read_json(tmp_path / "fold_0" / "adapter_config.json")["target_modules"]
     assert targets == sorted(targets)  # one order, whatever the process
     assert any("score" in name for name in weights)
