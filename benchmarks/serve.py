@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=40, help="the most words of an answer")
     how = parser.parse_args()
     words = [sys.executable, "-m", "arena_distill", "serve", how.judge, "--port", "0"]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         address = server.stdout.readline().split()[-1]

@@ -38,7 +38,7 @@ from arena_distill.models.hidden_states import Projections, capture
 from arena_distill.models.loading import load_classifier
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import gather_logits, predict_logits
-from arena_distill.training import examples, trainer
+from arena_distill.training import examples, judge_trainer, trainer
 from arena_distill.training.checkpoints import SEAL
 from arena_distill.training.examples import make_examples
 from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
@@ -619,12 +619,12 @@ def test_a_killed_student_goes_on_to_the_same_bytes(
         distil(run, teachers, tmp_path / "x", loss, launch, **options)
     at_batch(-1, interrupt)
     latest = checkpoints_of(tmp_path / "kept")[-1]
-    assert trainer.PROJECTIONS in (latest / SEAL).read_text()  # damage to it would be seen
+    assert judge_trainer.PROJECTIONS in (latest / SEAL).read_text()  # damage to it would be seen
     distil(run, teachers, tmp_path / "x", loss, launch, **options)
     assert (tmp_path / "x" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     histories = [read_parquet(tmp_path / name / "history.parquet") for name in ("x", "whole")]
     assert histories[0].equals(histories[1])
-    assert not (tmp_path / "x" / trainer.PROJECTIONS).exists()
+    assert not (tmp_path / "x" / judge_trainer.PROJECTIONS).exists()
 
 
 @pytest.mark.slow
