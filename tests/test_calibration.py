@@ -547,7 +547,7 @@ def test_held_out_battles_are_scored_and_calibrate_where_there_are_some(tmp_path
     checkout: Checkout = make_checkout(tmp_path / "checkout")
     plain = checkout.would_run()
     assert "fit_calibration" not in plain
-    checkout.edit("mini.yaml", "n: 2, seed: 42", "n: 2, seed: 42, holdout: 0.2")
+    checkout.edit("mini.yaml", "seed: 42", "seed: 42\n  holdout: 0.2")
     scored = {"score_held_out_merged": 1, "score_held_out_gptq": 1, "fit_calibration": 2}
     assert checkout.would_run() == {**plain, **scored}
     checkout.edit("mini.yaml", "average: logits", "average: logits\n  calibration: auto")

@@ -196,6 +196,7 @@ def test_another_fold_seed_rebuilds_everything_after_the_folds(checkout: Checkou
         "assign_folds": 1,
         "check_counts": 1,
         "audit_leaks": 1,
+        "predict_surface": 1,
         "train_teacher": 4,
         "predict_logits": 6,
         **STUDENT,
