@@ -1,6 +1,6 @@
 """Compare the usual row-wise preparation of sequences, in both orders, with this workflow's.
 
-    python benchmarks/preparation.py BATTLES.csv … --tokenizer FOLDER …
+    python benchmarks/preparation.py BATTLES.csv … --tokenizer models/tokenizers/{llama3,gemma2,qwen2_5}
 
 The row-wise side follows the published solutions: each row's text is cut by words, each of its fields is
 tokenised and cut, decoded, put into the template and tokenised again, once per order; it gets battles that

@@ -184,6 +184,10 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             words = [*start, "serve", str(finished_judge_in(folder)), *rest, "--port", "0"]
             served_until_stopped(words)
             return
+        case ["push" | "submit" as command, what, "--to", place]:
+            assert what.startswith("results/default") and place.startswith(("hub:", "kaggle:"))
+            done = run_in(folder, *start, command, "--help")  # tests/test_publishing.py runs them
+            assert "--to" in done.stdout
         case ["check", *arguments]:
             done = run_in(folder, *start, "check", *arguments)
         case ["plan" | "status" as command, *arguments]:
