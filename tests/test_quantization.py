@@ -374,9 +374,11 @@ class TestGPTQ:
     @pytest.mark.parametrize("name", ["llama-8", "qwen2-8", "gemma2-8", "gemma2-half", "llama-3"])
     def test_plain_transformers_load_the_same_model(self, work: Path, name: str) -> None:
         plain, loaded = logits(work, name, "plain"), logits(work, name, "loaded")
-        np.testing.assert_allclose(plain, loaded, atol=1e-5)
+        # Transformers' own head answers in the dtype of the weights, a judge's in float32.
+        rounding = 2**-8 if name.endswith("half") else 0
+        np.testing.assert_allclose(plain, loaded, rtol=rounding, atol=max(rounding, 1e-5))
         found = drift(logits(work, name, "dense"), loaded)
-        assert found["kl"] == pytest.approx(report(work, name)["kl"], rel=1e-3)
+        assert found["kl"] == pytest.approx(report(work, name)["kl"], rel=0.1 if rounding else 1e-3)
 
     def test_plain_four_bits_are_close(self, work: Path) -> None:
         # On a CPU transformers picks another kernel there, with scales in bfloat16.
