@@ -337,7 +337,7 @@ def test_figures_report_and_submission_of_two_classes(
     page = (tmp_path / "report.html").read_text()
     test = metrics["test"]
     best = test["models"]["gptq"][test["submitted"]["variant"]]["accuracy"]
-    assert f"<dt>accuracy</dt><dd>{100 * best:.1f}" in page
+    assert f"<dt>test accuracy, as deployed</dt><dd>{100 * best:.1f}" in page
     assert "Two equal probabilities score 0.6931" in page
     assert "vector" not in page
     print_table(metrics)
