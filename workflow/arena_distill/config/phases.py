@@ -445,36 +445,32 @@ class ScoringSettings(Settings):
         )
 
 
-class CalibrationSettings(Settings):
-    """What the deployed model's calibration is, and the views that it is fitted to."""
+class Views(Section):
+    """Which views of a battle are averaged, and how."""
 
     max_lengths: tuple[int, ...]
     orders: tuple[Order, ...]
     average: ViewAverage
     calibration: AskedCalibration = "none"
     cascade: Cascade | None = None
+
+
+class CalibrationSettings(Views, Settings):
+    """What the deployed model's calibration is, and the views that it is fitted to."""
 
     @classmethod
     def of(cls, config: Config, judge: str) -> CalibrationSettings:
-        return cls(
-            version=VERSIONS["calibration"], **config.prediction.model_dump(exclude={"model"})
-        )
+        views = config.prediction.model_dump(exclude={"model"})
+        return cls(version=VERSIONS["calibration"], **views)
 
 
-class PredictionSettings(Settings):
+class PredictionSettings(Views, Settings):
     """How test scores are averaged."""
-
-    max_lengths: tuple[int, ...]
-    orders: tuple[Order, ...]
-    average: ViewAverage
-    calibration: AskedCalibration = "none"
-    cascade: Cascade | None = None
 
     @classmethod
     def of(cls, config: Config, judge: str) -> PredictionSettings:
-        return cls(
-            version=VERSIONS["prediction"], **config.prediction.model_dump(exclude={"model"})
-        )
+        views = config.prediction.model_dump(exclude={"model"})
+        return cls(version=VERSIONS["prediction"], **views)
 
 
 class JudgeSettings(Settings):

@@ -37,9 +37,7 @@ from typing import get_args
 
 import numpy as np
 
-from arena_distill.config.vocabulary import (
-    CalibrationMethod,
-)
+from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.metrics import (
     Figures,
     calibration_scores,
