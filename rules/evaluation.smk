@@ -5,6 +5,7 @@ include: "inputs/evaluation.smk"
 REPORTED = {  # file of `render_report` → caption
     "log_loss.svg": "log_loss.rst",
     "reliability.svg": "reliability.rst",
+    "reliability_folds.svg": "reliability_folds.rst",
     "variants.svg": "variants.rst",
     "cascade.svg": "cascade.rst",
     "judges.csv": "judges.rst",

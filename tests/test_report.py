@@ -17,15 +17,20 @@ from xml.etree import ElementTree
 import pyarrow as pa
 import pytest
 from checkouts import ROOT
-from made_up_run import FOLDS, JUDGES, MadeUpRun, made_up_run
+from made_up_run import FOLDS, JUDGES, LENGTHS, MadeUpRun, made_up_run
 
 from arena_distill.battles.audit import write_audit
-from arena_distill.config.phases import AuditSettings
+from arena_distill.battles.votes import votes_of
+from arena_distill.config.phases import AuditSettings, PredictionSettings
 from arena_distill.errors import InputError
 from arena_distill.evaluation.drawings import FIGURES, percent
 from arena_distill.evaluation.report import TABLES, render_report, signed
 from arena_distill.files.artifacts import write_json, write_parquet
-from arena_distill.prediction.calibration import METHODS
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits
+from arena_distill.metrics import mean_over_views
+from arena_distill.prediction.calibration import METHODS, all_scores
+from arena_distill.prediction.test_time import predict_test
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -175,9 +180,66 @@ def test_a_calibrated_run_says_how(run: MadeUpRun, tmp_path: Path) -> None:
     render_report(tmp_path / "metrics.json", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "calibrated: vector scaling" in page
-    drawing = (tmp_path / "report" / "reliability.svg").read_text()
+    drawing = (tmp_path / "report" / "reliability_folds.svg").read_text()
     assert ">vector<" in drawing
     assert ">temperature<" not in drawing
+
+
+def test_reliability_is_of_the_deployed_model_and_says_of_which_battles(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path, holdout=0.4)
+    files = [run.calibrate(model, calibration="temperature") for model in ("merged", "gptq")]
+    logits, ids = read_logits(tmp_path / "logits" / "small" / "gptq_held_out.npy")
+    votes = votes_of(run.folds)[locate(key(ids), key(run.folds), "folds")]
+    seen = all_scores(mean_over_views(logits.reshape(len(ids), -1, 3)), votes)
+
+    def shown(metrics: Path) -> tuple[str, list[list[str]], list[dict[str, str]], str]:
+        render_report(metrics, tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        _, *rows = table(page, "The deployed models of small on")
+        text = (tmp_path / "report" / "calibration.csv").read_text()
+        (label,) = re.findall(r'Reliability diagrams"><svg role="img" aria-label="(.*?)"', page)
+        return " ".join(page.split()), rows, list(csv.DictReader(io.StringIO(text))), label
+
+    page, rows, written, label = shown(run.evaluate(test=False, calibrations=files))
+    assert f"as it is deployed, on {len(ids)} held-out battles" in page
+    assert f"uncalibrated, calibration error {seen['ece']:.3f}" in label
+    assert "; temperature, calibration error" in label
+    (raw,) = (row for row in rows if row[:2] == ["GPTQ", "uncalibrated"])
+    assert raw[2:] == [
+        f"{seen['log_loss']:.4f}",
+        percent(seen["accuracy"]),
+        f"{seen['brier']:.4f}",
+        *(f"{seen[name]:.3f}" for name in ("ece", "adaptive_ece", "classwise_ece")),
+    ]
+    (line,) = (r for r in written if (r["model"], r["logits"]) == ("GPTQ", "uncalibrated"))
+    assert (line["battles"], line["rows"]) == ("held-out battles", str(len(ids)))
+    assert float(line["ece"]) == round(seen["ece"], 5)
+
+    views = PredictionSettings(
+        version=1,
+        orders=("AB", "BA"),
+        max_lengths=LENGTHS,
+        average="logits",
+        calibration="temperature",
+    )
+    for model, file in zip(("merged", "gptq"), files, strict=True):
+        predict_test(
+            tmp_path / "logits" / "small" / f"{model}_test.npy",
+            tmp_path / f"{model}.parquet",
+            model=model,
+            settings=views,
+            calibration=file,
+            battles=tmp_path / "battles.parquet",
+        )
+    metrics = run.evaluate(calibrations=files)
+    tested = json.loads(metrics.read_text())["test"]
+    for name, variant in (("raw", "256+512/AB+BA"), ("temperature", "256+512/AB+BA/temperature")):
+        for model, figures in tested["calibration"].items():
+            assert figures[name]["log_loss"] == tested["models"][model][variant]["log_loss"]
+    page, rows, written, label = shown(metrics)
+    assert f"as it is deployed, on {tested['rows']} test battles" in page
+    assert f"calibration error {tested['score']['ece']:.3f}" in label.split("; temperature, ")[1]
+    assert {r["battles"] for r in written} == {"test battles", "held-out battles", "out of fold"}
 
 
 def test_slices_are_shown_with_their_baselines(page: str, metrics: dict[str, Any]) -> None:
@@ -252,6 +314,7 @@ def test_a_run_without_test_votes_has_a_report_and_all_its_files(tmp_path: Path)
     assert "is not quantised" in page
     assert "Bayes" not in page
     assert "true probabilities" not in page
+    assert "no votes on battles that nothing was trained on: nothing to show" in page
     assert len(list((tmp_path / "report").iterdir())) == len(FIGURES) + len(TABLES)
 
 
@@ -355,7 +418,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     )
     assert "CONSOLE" not in shown.stderr
     assert [row[0] for row in table(shown.stdout, "Log loss by fold")[4:7]] == list(JUDGES)
-    assert len(Page(shown.stdout).tables) == 13
+    assert len(Page(shown.stdout).tables) == 14
     drifts = table(shown.stdout, "Drift of quantisation")
     assert [row[1] for row in drifts] == ["rows", "512", "40"]
     width = re.search(r"<title>(\d+)</title>", shown.stdout)

@@ -74,11 +74,11 @@ VERSIONS = {
     "submission": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 8,
+    "evaluation": 9,
     "comparison": 6,
     "curves": 3,
     "averaging": 1,
-    "report": 10,
+    "report": 11,
 }
 
 

@@ -44,8 +44,12 @@ NAMES = {
 }
 MODELS = {"merged": "merged", "gptq": "GPTQ"}
 CALIBRATIONS: dict[str, str] = {"raw": "uncalibrated", **{method: method for method in METHODS}}
+NOT_SCORED = "no votes on battles that nothing was trained on: nothing to show"
 UNKNOWN = "unknown"
 """What stands for the ends of an interval of a single prompt."""
+
+BATTLES = {"test": "test battles", "held_out": "held-out battles"}
+"""Those that nothing was trained on."""
 
 CLASS_NAMES = {"model_a": "A wins", "model_b": "B wins", "tie": "tie"}
 
@@ -86,20 +90,31 @@ def calibrations_of(judge: Figures) -> dict[str, Figures]:
     }
 
 
+def deployed_calibrations(metrics: Figures) -> dict[str, dict[str, dict[str, Figures]]]:
+    """Of the deployed models by `BATTLES` and model: scores uncalibrated (`raw`) and by each method."""
+    test, held_out = metrics["test"], metrics["held_out"]
+    found = {"test": test["calibration"]} if test else {}
+    if held_out:
+        models = held_out["models"].items()
+        found["held_out"] = {model: {"raw": f["raw"], **f["methods"]} for model, f in models}
+    return found
+
+
 def alt_text(name: str, metrics: Figures) -> str:
     """A description of a drawing, for screen readers."""
     if name == "log_loss":
         shown = [f"{r['name']} {r['log_loss']:.3f}" for r in overview(metrics)]
         return f"Dot chart of log loss out of fold, lower is better: {', '.join(shown)}."
-    if name == "reliability":
-        final = metrics["final"]["judge"]
-        bins = metrics["judges"][final]["reliability"]
-        shown = [f"{b['confidence']:.2f}: {b['accuracy']:.2f}" for b in bins]
-        before, after = (calibrations_of(metrics["judges"][final])[k] for k in _shown(metrics))
+    if name.startswith("reliability"):
+        scored = _deployed(metrics) if name == "reliability" else _out_of_fold(metrics)
+        told = [
+            f"{CALIBRATIONS[method]}, calibration error {f['ece']:.3f}, verdicts' confidence: accuracy "
+            + ", ".join(f"{b['confidence']:.2f}: {b['accuracy']:.2f}" for b in f["reliability"])
+            for method, f in scored.items()
+        ]
         return (
-            f"Reliability diagrams of {final}, of its verdicts and of each class, before and after "
-            f"calibration. Verdicts before, confidence: accuracy. {', '.join(shown)}. "
-            f"Calibration error {before['ece']:.3f} before, {after['ece']:.3f} after."
+            f"Reliability diagrams of {metrics['final']['judge']}, of its verdicts and of each class. "
+            f"{'; '.join(told) or NOT_SCORED}."
         )
     if name == "cascade":
         shown = [
@@ -191,36 +206,57 @@ def _log_loss(metrics: Figures) -> Figure:
     return figure
 
 
-def _reliability(metrics: Figures) -> Figure:
-    """The final judge before and after calibration: its verdicts, then each class, and their spread."""
+def _deployed(metrics: Figures) -> dict[str, Figures]:
+    """The deployed model, uncalibrated and calibrated, on the battles of the headline; {} without them."""
+    headline = metrics["headline"]
+    if not headline:
+        return {}
+    return _shown(metrics, deployed_calibrations(metrics)[headline["battles"]][headline["model"]])
+
+
+def _out_of_fold(metrics: Figures) -> dict[str, Figures]:
+    """The folds' models of the final judge, uncalibrated and calibrated."""
+    return _shown(metrics, calibrations_of(metrics["judges"][metrics["final"]["judge"]]))
+
+
+def _shown(metrics: Figures, scored: dict[str, Figures]) -> dict[str, Figures]:
+    """What diagrams show: uncalibrated, and by the method that is used, else by temperature."""
+    methods = "raw", metrics["final"]["calibration"] or "temperature"
+    return {method: scored[method] for method in methods if method in scored}
+
+
+def _reliability(judge: dict[str, Figures]) -> Figure:
+    """A judge before and after calibration: its verdicts, then each class, and their spread."""
     from matplotlib.figure import Figure
 
-    before, after = _shown(metrics)
-    judge = calibrations_of(metrics["judges"][metrics["final"]["judge"]])
-    markers: dict[str, Any] = {
-        before: {"marker": "o", "ms": 6.5, "color": SECOND, "label": CALIBRATIONS[before]},
-        after: {"marker": "D", "ms": 4.8, "color": ACCENT, "label": CALIBRATIONS[after]},
-    }
-    bars: dict[str, Any] = {
-        before: {"color": SECOND, "alpha": 0.75, "ec": PAPER},
-        after: {"fc": "none", "ec": ACCENT, "lw": 1.3},
-    }
+    if not judge:
+        figure, axes = _figure(7.2, 1.5)
+        axes.text(0.5, 0.5, NOT_SCORED, ha="center", color=MUTED)
+        axes.set_axis_off()
+        return figure
+    markers: list[dict[str, Any]] = [
+        {"marker": "o", "ms": 6.5, "color": SECOND},
+        {"marker": "D", "ms": 4.8, "color": ACCENT},
+    ]
+    bars: list[dict[str, Any]] = [
+        {"color": SECOND, "alpha": 0.75, "ec": PAPER},
+        {"fc": "none", "ec": ACCENT, "lw": 1.3},
+    ]
     # Of two classes one is enough: the other's diagram is its mirror image.
-    shown = [None, *(CLASS_NAMES if len(judge[before]["class_reliability"]) == 3 else ("model_a",))]
+    shown = [None, *(CLASS_NAMES if len(judge["raw"]["class_reliability"]) == 3 else ("model_a",))]
     pairs = len(shown) // 2
     figure = Figure(figsize=(7.2, 3.9 * pairs))
     cells = figure.subplots(2 * pairs, 2, sharex=True, height_ratios=[4, 1] * pairs)
     for i, name in enumerate(shown):
         above, below = cells[i // 2 * 2 : i // 2 * 2 + 2, i % 2]
         above.plot([0, 1], [0, 1], color=MUTED, lw=0.9, dashes=(4, 3))
-        for method in (before, after):
-            figures = judge[method]
+        for (method, figures), marker, bar in zip(judge.items(), markers, bars, strict=False):
             bins = figures["class_reliability"][name] if name else figures["reliability"]
-            _diagram(above, bins, markers[method])
+            _diagram(above, bins, {**marker, "label": CALIBRATIONS[method]})
             rows = sum(b["rows"] for b in bins)
             left, widths = [b["lower"] for b in bins], [b["upper"] - b["lower"] for b in bins]
             shares = [b["rows"] / rows for b in bins]
-            below.bar(left, shares, widths, align="edge", **bars[method])
+            below.bar(left, shares, widths, align="edge", **bar)
         above.set_title(CLASS_NAMES[name] if name else "verdict", loc="left", color=INK, size=10)
         above.set(xlim=(0, 1), ylim=(0, 1))
         above.grid(True)
@@ -233,11 +269,6 @@ def _reliability(metrics: Figures) -> Figure:
     handles, labels = cells[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, labelcolor=INK, fontsize=9)
     return figure
-
-
-def _shown(metrics: Figures) -> tuple[str, str]:
-    """The two methods in the reliability diagrams: uncalibrated, and submitted or temperature."""
-    return "raw", metrics["final"]["calibration"] or "temperature"
 
 
 def _diagram(axes: Axes, bins: Sequence[Figures], style: dict[str, Any]) -> None:
@@ -341,7 +372,8 @@ def rows_axis(axes: Axes, names: Sequence[str]) -> None:
 
 FIGURES: dict[str, Callable[[Figures], Figure]] = {
     "log_loss": _log_loss,
-    "reliability": _reliability,
+    "reliability": lambda metrics: _reliability(_deployed(metrics)),
+    "reliability_folds": lambda metrics: _reliability(_out_of_fold(metrics)),
     "variants": _variants,
     "cascade": _cascade,
 }

@@ -68,7 +68,7 @@ from arena_distill.metrics import (
     softmax,
     truth_scores,
 )
-from arena_distill.prediction.calibration import cross_fitted, scores_by_method
+from arena_distill.prediction.calibration import all_scores, cross_fitted, scores_by_method
 from arena_distill.scoring.logits import read_out_of_fold
 from arena_distill.verdicts import ORDERS, WINNERS, Votes
 
@@ -338,9 +338,8 @@ def _test(
         scored.
     """
     votes, keys = solved.votes, solved.keys
-    models: dict[str, dict[str, Figures]] = {}
-    submitted: dict[str, str] = {}
-    deployed: dict[str, np.ndarray] = {}
+    seen: dict[str, dict[str, np.ndarray]] = {}
+    names: dict[str, str] = {}
     for file in predictions:
         winners = WINNERS[: votes.classes]
         table = read_parquet(file, ["id", "model", "variant", *winners, "submitted"])
@@ -350,34 +349,44 @@ def _test(
             part = table.filter(pc.field("variant") == variant)
             rows = locate(solved.ids, part["id"].combine_chunks(), f"{file}, {variant}")
             probabilities = np.column_stack([part[name].to_numpy() for name in winners])[rows]
-            models.setdefault(view["model"], {})[variant] = scores(probabilities, votes)
+            seen.setdefault(view["model"], {})[variant] = probabilities
             if view["submitted"]:
-                deployed[view["model"]] = probabilities
-                if view["model"] == model:
-                    submitted = {"model": model, "variant": variant}
-    if not submitted:
+                names[view["model"]] = variant
+    if model not in names:
         raise InputError(f"{predictions[0].parent}: no variant of {model} is marked as submitted")
-    seen = *run.voted(), run.styles_of(keys)[:, :LENGTHS]
-    known = {"class_prior": class_prior(*seen), "length": length_regression(*seen)}
+    models = {
+        name: {variant: scores(p, votes) for variant, p in by_variant.items()}
+        for name, by_variant in seen.items()
+    }
+    learned = *run.voted(), run.styles_of(keys)[:, :LENGTHS]
+    known = {"class_prior": class_prior(*learned), "length": length_regression(*learned)}
     known["surface"] = read_probabilities(surface, keys)
     if truth is not None:
         known["bayes"] = read_probabilities(truth, keys)
     baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
     baselines.setdefault("bayes", None)
-    best, chosen = models[model][submitted["variant"]], deployed[model]
-    logs = {name: log_probabilities(p) for name, p in deployed.items()}
+    best, chosen = models[model][names[model]], seen[model][names[model]]
+    logs = {name: log_probabilities(seen[name][variant]) for name, variant in names.items()}
     drifted = None
     if len(logs) > 1:
         drifted = quantization_error.drift(logs["merged"], logs["gptq"], votes)
     return {
         "rows": len(votes),
-        "submitted": submitted,
+        "submitted": {"model": model, "variant": names[model]},
         "score": deployed_score(chosen, votes, solved.groups),
+        "calibration": {n: _by_calibration(seen[n], v, votes) for n, v in names.items()},
         "baselines": baselines,
         "models": models,
         "slices": slice_scores(run.names_of(keys), chosen, known, votes, solved.groups),
         "gap_closed": gap_closed(best["log_loss"], baselines),
     }, drifted
+
+
+def _by_calibration(variants: dict[str, np.ndarray], submitted: str, votes: Votes) -> Figures:
+    """All scores of the submitted views: uncalibrated (`raw`) and, if it is so, as calibrated."""
+    lengths, orders, *method = submitted.split("/")
+    shown = {"raw": variants[f"{lengths}/{orders}"]} | dict.fromkeys(method, variants[submitted])
+    return {name: all_scores(p, votes) for name, p in shown.items()}
 
 
 def _final(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from arena_distill.battles.audit import COUNTS
 from arena_distill.errors import refusing
 from arena_distill.evaluation.drawings import (
+    BATTLES,
     CALIBRATIONS,
     FIGURES,
     MODELS,
@@ -22,6 +22,7 @@ from arena_distill.evaluation.drawings import (
     UNKNOWN,
     alt_text,
     calibrations_of,
+    deployed_calibrations,
     draw,
     inline,
     overview,
@@ -37,9 +38,6 @@ from arena_distill.files.tables import guarded, table_csv
 from arena_distill.metrics import Figures
 from arena_distill.prediction.calibration import methods
 from arena_distill.prediction.held_out import FEWEST as FEWEST_CALIBRATED
-
-if TYPE_CHECKING:
-    pass
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -105,7 +103,8 @@ def render(
         fewest=FEWEST,
         fewest_calibrated=FEWEST_CALIBRATED,
         calibrations={name: calibrations_of(f) for name, f in metrics["judges"].items()},
-        names=NAMES | MODELS | CALIBRATIONS,
+        deployed=deployed_calibrations(metrics),
+        names=NAMES | MODELS | CALIBRATIONS | BATTLES,
         methods=methods(len(final["class_reliability"])),
         audit=metrics.get("audit"),
         worst=_worst_leaks(metrics.get("audit")),
@@ -182,18 +181,34 @@ def _tables(metrics: Figures) -> dict[str, str]:
         for row in overview(metrics)
     ]
     variants = [_rounded(record) for record in variant_records(metrics)]
+    scored = [
+        (metrics["final"]["judge"], MODELS[model], BATTLES[battles], by_method)
+        for battles, models in deployed_calibrations(metrics).items()
+        for model, by_method in models.items()
+    ]
+    scored += [
+        (
+            name,
+            "external" if "external" in judge else "folds",
+            "out of fold",
+            calibrations_of(judge),
+        )
+        for name, judge in metrics["judges"].items()
+    ]
     calibration = [
         {
             "name": name,
+            "model": model,
+            "battles": battles,
             "logits": CALIBRATIONS[method],
             "temperature": figures.get("parameters", {}).get("temperature"),
-            **{k: figures[k] for k in ("log_loss", "accuracy", "brier")},
+            **{k: figures[k] for k in ("rows", "log_loss", "accuracy", "brier")},
             **{k: figures[k] for k in ("ece", "adaptive_ece", "classwise_ece")},
             **dict.fromkeys(("kl", "mean_absolute_error", "excess_log_loss")),
-            **(figures["truth"] or {}),
+            **(figures.get("truth") or {}),
         }
-        for name, judge in metrics["judges"].items()
-        for method, figures in calibrations_of(judge).items()
+        for name, model, battles, by_method in scored
+        for method, figures in by_method.items()
     ]
     position = [
         {
