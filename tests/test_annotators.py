@@ -11,18 +11,27 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_softmax
+from test_training import training_settings
 
 from arena_distill.battles.annotators import hash_sides, merge_annotators
+from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.parts import SCHEMA, read_parts
 from arena_distill.battles.reading import read_battles, write_battles
 from arena_distill.battles.row_counts import count_rows
 from arena_distill.battles.simulation import simulate
 from arena_distill.battles.votes import vote_columns, votes_of
+from arena_distill.config.backbone import TINY
 from arena_distill.config.data import Data
-from arena_distill.config.phases import VERSIONS, BattlesSettings
+from arena_distill.config.judge import Encoding, Lora
+from arena_distill.config.phases import VERSIONS, BattlesSettings, LogitsSettings, TokensSettings
 from arena_distill.config.source import Source
-from arena_distill.evaluation.baselines import length_regression
-from arena_distill.files.artifacts import read_json
+from arena_distill.encoding.tokenization import tokenize_battles
+from arena_distill.files.artifacts import read_json, write_parquet
+from arena_distill.files.logits import read_logits
+from arena_distill.runtime.launch import Launch
+from arena_distill.scoring.logits import predict_logits
+from arena_distill.training.trainer import train_fold
 from arena_distill.verdicts import NO_VOTE, Votes, swap_classes
 
 Row = dict[str, Any]
@@ -236,33 +245,54 @@ def test_of_two_classes_ties_are_what_the_run_says(
     assert battles["weight"].to_pylist() == [weight]
 
 
-def test_learning_from_shares_beats_learning_from_the_most_frequent_vote(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_judge_of_shares_beats_a_judge_of_the_most_frequent_vote(tmp_path: Path) -> None:
     """Five people vote on each battle of the arena; the score is expected, by the true probabilities."""
-    arena = simulate(rows=2_400, seed=11, voters="arena")
-    rng = np.random.default_rng(0)
+    arena, rng = simulate(rows=900, seed=1, voters="arena"), np.random.default_rng(1)
     drawn = rng.random((5, len(arena.frame), 1)) > arena.probabilities.cumsum(axis=1)[:, :2]
-    battles = arena.frame[["id", "prompt", "response_a", "response_b", "model_a", "model_b"]]
+    battles = arena.frame[["prompt", "response_a", "response_b", "model_a", "model_b"]]
     rows = [
         {**row, "id": str(number), "winner": WORDS[vote]}
-        for said in drawn.sum(axis=2)[:, :1_600]
-        for number, (row, vote) in enumerate(
-            zip(battles.to_dict("records")[:1_600], said.tolist(), strict=True)
-        )
+        for said in drawn.sum(axis=2).tolist()
+        for number, (row, vote) in enumerate(zip(battles.to_dict("records"), said, strict=True))
     ]
     read, _ = read_battles({"train": [source(tmp_path, rows, annotators="merge")]})
-    votes, features = votes_of(read), arena.qualities[:, 0] - arena.qualities[:, 1]
-    seen = features[np.array(read["id"].to_pylist(), int)]
-    assert votes.weights.min() == 5 and len(np.unique(votes.probabilities)) > 4
-    hard = Votes(np.eye(3)[votes.probabilities.argmax(axis=1)], votes.weights)
-    true = arena.probabilities[1_600:]
-    soft_loss, hard_loss, best = (
-        -(true * np.log(probabilities)).sum(axis=1).mean()
-        for probabilities in (
-            length_regression(seen, votes, features[1_600:]),
-            length_regression(seen, hard, features[1_600:]),
-            true,
-        )
+    folds = assign_folds(read, method="stratified_group", n=3, seed=1)
+    shares = votes_of(folds)
+    assert shares.weights.min() == 5 and len(np.unique(shares.probabilities)) > 4
+    even = rng.random((len(folds), 3)) / 1e3  # equal shares: neither class every time
+    hard = Votes(np.eye(3)[(shares.probabilities + even).argmax(axis=1)], shares.weights)
+    tokens, backbone = tmp_path / "tokens.parquet", TINY / "gemma2"
+    write_parquet(read, tmp_path / "battles.parquet", {})
+    tokenize_battles(
+        tmp_path / "battles.parquet", backbone, tokens, settings=TokensSettings(version=1)
     )
+    encoding = Encoding(max_length=256, template="markers", truncation="rounds")
+    settings = training_settings(
+        encoding=encoding, lora=Lora(r=16, alpha=32, dropout=0), lr=4e-3, batch_size=32,
+        warmup_steps=10, swap=False,
+    )  # fmt: skip
+    scoring = LogitsSettings(version=1, encoding=encoding, precision="fp32", rows=("validation",))
+
+    def loss_of_judge(votes: Votes, folder: Path) -> tuple[float, float]:
+        """The log loss of a judge of these votes, and the least that there is, on fresh battles."""
+        given = vote_columns(votes)
+        table = folds.drop_columns([*given])
+        for name, column in given.items():
+            table = table.append_column(folds.schema.field(name), column)
+        write_parquet(table.select(folds.column_names), tmp_path / "folds.parquet", {})
+        about = tokens, tmp_path / "folds.parquet", 0
+        train_fold(backbone, None, *about, folder, teachers={}, settings=settings, launch=Launch())
+        output = folder / "fold_0.npy"
+        predict_logits(backbone, folder, *about, output, settings=scoring, batch_tokens=8192)
+        logits, ids = read_logits(output)
+        true = arena.probabilities[np.array(ids["id"].to_pylist(), int)]
+        said = log_softmax(logits.mean(axis=1), axis=1)
+        return -(true * said).sum(axis=1).mean(), -(true * np.log(true)).sum(axis=1).mean()
+
+    soft_loss, best = loss_of_judge(shares, tmp_path / "soft")
+    hard_loss, _ = loss_of_judge(hard, tmp_path / "hard")
+    print(f"log loss: of shares {soft_loss:.3f}, of hard votes {hard_loss:.3f}, least {best:.3f}")
     assert best < soft_loss < hard_loss - 0.02
 
 
