@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +43,7 @@ from arena_distill.judging.server.batching import Batcher, Busy, Late, TooLarge,
 from arena_distill.judging.server.guard import TOKEN, Limits
 from arena_distill.judging.server.serving import application, serve, settings
 from arena_distill.judging.vectors import compare_with_vectors
+from arena_distill.metrics import softmax
 from arena_distill.scoring.endpoint import NO_PROXY
 
 KINDS = {
@@ -203,6 +205,45 @@ def test_it_is_a_server_of_the_models_part(
     here, there = map(pq.read_table, outputs)
     assert here["winner"].equals(there["winner"])
     np.testing.assert_allclose(here["winner_model_a"], there["winner_model_a"], atol=1e-5)
+
+
+OTHERS = ("mean of all tokens", "softmax", "other weights")
+
+
+@pytest.mark.parametrize("fault", OTHERS)
+def test_another_judge_behind_a_server_is_refused_before_any_row(
+    fault: str, make: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    folder = make("joint").folder
+    served = make("joint").judge
+    if fault == OTHERS[0]:
+        mean = shutil.copytree(folder, tmp_path / "mean")
+        contract = json.loads((mean / "judge.json").read_text())
+        contract["head"]["pooling"] = "mean"
+        (mean / "judge.json").write_text(json.dumps(contract))
+        served = Judge.from_pretrained(mean)
+    asked: list[int] = []
+
+    def run(sequences: Sequences) -> np.ndarray:
+        asked.append(len(sequences))
+        outputs = served.forward(sequences)
+        if fault == "softmax":
+            outputs = softmax(outputs).astype(np.float32)
+        return outputs[:, ::-1] if fault == "other weights" else outputs
+
+    (tmp_path / "battles.csv").write_text("prompt,response_a,response_b\n1 + 1?,2,3\n")
+    words = ["predict", str(folder), str(tmp_path / "battles.csv"), "-o", str(tmp_path / "p.csv")]
+    with running(served.answered_by(run)) as client:
+        url = str(client.base_url)
+        with pytest.raises(InputError, match="differ by .*run `arena-distill verify ") as refused:
+            command([*words, "--server", url], standalone_mode=False)
+        assert f"verify {folder} --server {url}`" in str(refused.value)
+        assert "\n" not in str(refused.value)
+        assert not [*tmp_path.glob("p.csv*")], "no row was asked"
+        count = sum(asked)
+        command([*words, "--server", url, "--tolerance", "1"], standalone_mode=False)
+        assert sum(asked) > 2 * count, "a tolerance that is asked for is granted"
+    assert (tmp_path / "p.csv").exists()
 
 
 def test_classify_answers_as_vllm_does(

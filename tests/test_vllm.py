@@ -41,6 +41,9 @@ def test_a_mean_of_all_tokens_needs_its_option(
         assert verify(judge.folder, address) == 0
     with vllm_server(judge.folder, tmp_path / "last.log") as address:
         assert verify(judge.folder, address) == 1
+        with pytest.raises(InputError, match="not the same judge: .*`arena-distill verify "):
+            app(["predict", str(judge.folder), "battles.csv", "-o", "p.csv", "--server", address],
+                standalone_mode=False)  # fmt: skip
     same, other = capsys.readouterr().out.splitlines()[-2:]
     assert same.endswith("the same judge") and other.endswith("NOT the same judge")
 

@@ -178,6 +178,12 @@ JudgeFolder = Annotated[str, typer.Argument(help="A finished judge: results/RUN/
 Server = Annotated[
     str | None, typer.Option(help="Ask this running server (vLLM, or ours) for the model's part.")
 ]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="How far a server's probabilities of the test vectors may be; default: by its dtype."
+    ),
+]
 
 
 @app.command()
@@ -188,6 +194,7 @@ def predict(
         str, typer.Option("--output", "-o", help=".parquet, .csv, .jsonl, or - for stdout.")
     ],
     server: Server = None,
+    tolerance: Tolerance = None,
     format: Format = "auto",
     columns: Columns = None,
     text: Text = "auto",
@@ -196,14 +203,17 @@ def predict(
     device: Annotated[str | None, typer.Option(help="Such as cuda:1; default: a free GPU.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass.", min=1)] = 16384,
 ) -> None:
-    """Judge the battles of files; after a kill, the same command goes on where it was."""
+    """Judge the battles of files; after a kill, the same command goes on where it was.
+
+    A server is first asked the judge's test vectors.
+    """
     from arena_distill.config.phases import parse
     from arena_distill.config.source import Reading
     from arena_distill.judging.predict import predict_files
 
     keys = {"format": format, "columns": _pairs(columns), "text": text}
     reading = parse(Reading, json.dumps({**keys, "system": system, "escape": escape}))
-    asked = _judge(judge, server, device=device, batch_tokens=batch_tokens)
+    asked = _checked(judge, server, tolerance, device=device, batch_tokens=batch_tokens)
     done = predict_files(asked.contract, asked.predict, battles, reading, output)
     print(f"{output}: {done.battles:,} battles judged by {asked.contract.judge}", file=sys.stderr)
 
@@ -250,18 +260,18 @@ def compare_answers(
     a: Annotated[str, typer.Option("--a", help="The first answer.")],
     b: Annotated[str, typer.Option("--b", help="The second answer.")],
     server: Server = None,
+    tolerance: Tolerance = None,
 ) -> None:
     """Judge one battle, and print the verdict as JSON."""
-    print(json.dumps(asdict(_judge(judge, server).compare(prompt, a, b)), indent=2))
+    asked = _checked(judge, server, tolerance)
+    print(json.dumps(asdict(asked.compare(prompt, a, b)), indent=2))
 
 
 @app.command()
 def verify(
     judge: JudgeFolder,
     server: Server = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Of probabilities; default: by the dtype of the weights.")
-    ] = None,
+    tolerance: Tolerance = None,
 ) -> None:
     """Compare a judge, or a server of it, with its test vectors; exits with 1 if they differ.
 
@@ -315,6 +325,16 @@ def _agree(yes: bool) -> Callable[[str], bool]:
             raise InputError("nobody answered, nothing was sent; in a script, give --yes") from None
 
     return (lambda _: True) if yes else asked
+
+
+def _checked(folder: str, server: str | None, tolerance: float | None, **options: Any) -> Judge:
+    """A judge to ask; a server has answered its test vectors."""
+    judge = _judge(folder, server, **options)
+    if server:
+        from arena_distill.judging.vectors import refuse_another_judge
+
+        refuse_another_judge(judge, folder, server, tolerance)
+    return judge
 
 
 def _judge(folder: str, server: str | None, **options: Any) -> Judge:

@@ -17,6 +17,7 @@ import numpy as np
 
 from arena_distill.encoding.sequences import FIELDS, Sequences
 from arena_distill.encoding.views import encode, views
+from arena_distill.errors import InputError
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, Vector, changed_files
 from arena_distill.judging.judge import Judge, Verdicts, judged
@@ -137,16 +138,40 @@ def compare_with_vectors(judge: Judge) -> Differences:
     )
 
 
+def allowed_difference(contract: Contract, tolerance: float | None = None) -> float:
+    """How far probabilities may be from the vectors': `tolerance`, or that of the dtype of the weights."""
+    return TOLERANCE.get(contract.dtype, 3e-2) if tolerance is None else tolerance
+
+
+def refuse_another_judge(
+    judge: Judge, folder: str, server: str, tolerance: float | None = None
+) -> None:
+    """Ask a server the judge's test vectors, before it is asked anything else.
+
+    Raises:
+        InputError: it says something else: another model, another pooling, a softmax, less precision.
+    """
+    allowed = allowed_difference(judge.contract, tolerance)
+    found = compare_with_vectors(judge)
+    if not found.within(allowed):
+        apart = f"{found.probabilities:.2g} (at most {allowed:g})"
+        raise InputError(
+            f"{server}: not the same judge: probabilities of its test vectors differ by {apart}, "
+            f"{len(found.ids)} have other token ids; run `arena-distill verify {folder} --server {server}` "
+            "and see docs/serving.md"
+        )
+
+
 def print_verification(
     judge: Judge, tolerance: float | None = None, folder: Path | None = None
 ) -> bool:
     """Print how far a judge is from its vectors; whether it is within `tolerance`.
 
     Args:
-        tolerance: of probabilities; by default `TOLERANCE` of the dtype of its weights.
+        tolerance: of probabilities; by default as :func:`allowed_difference`.
         folder: the judge's, whose files are compared with the fingerprints.
     """
-    allowed = TOLERANCE.get(judge.contract.dtype, 3e-2) if tolerance is None else tolerance
+    allowed = allowed_difference(judge.contract, tolerance)
     found = compare_with_vectors(judge)
     changed = changed_files(folder, judge.contract) if folder else []
     passed = found.within(allowed) and not changed
