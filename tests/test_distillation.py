@@ -163,12 +163,13 @@ def test_softmax_is_float32_also_for_half_precision_logits(loss: Loss) -> None:
 
 
 def test_smoothing_and_focal_by_hand() -> None:
-    z, y = np.array([[np.log(2.0), 0.0, 0.0]]), np.array([0])  # probabilities 1/2, 1/4, 1/4
+    z, y = np.log([[0.7, 0.2, 0.1]]), np.array([0])
     smooth = Loss(ce=1, kl=0, cosine=0, label_smoothing=0.3)
-    expected = -(0.8 * np.log(0.5) + 0.2 * np.log(0.25))  # 0.7 + 0.3/3 for the vote, 0.1 for others
+    # 0.7 + 0.3/3 for the vote, 0.1 for each other class.
+    expected = -(0.8 * np.log(0.7) + 0.1 * np.log(0.2) + 0.1 * np.log(0.1))
     assert mean_loss(z, y, None, smooth) == pytest.approx(expected, rel=1e-6)
     focal = Loss(ce=1, kl=0, cosine=0, focal=2)
-    assert mean_loss(z, y, None, focal) == pytest.approx(0.25 * np.log(2), rel=1e-6)
+    assert mean_loss(z, y, None, focal) == pytest.approx(-(0.3**2) * np.log(0.7), rel=1e-6)
 
 
 def test_without_teachers_the_votes_are_left() -> None:

@@ -23,8 +23,8 @@ from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import head_layer
 from arena_distill.models.loading import load_classifier
 from arena_distill.runtime.launch import Launch
-from arena_distill.training import judge_trainer, trainer
-from arena_distill.training.examples import make_examples
+from arena_distill.training import judge_trainer, linear_probe, trainer
+from arena_distill.training.examples import Examples, make_examples
 from arena_distill.training.linear_probe import (
     RIDGES,
     cross_validate,
@@ -34,6 +34,7 @@ from arena_distill.training.linear_probe import (
 )
 from arena_distill.training.losses import battle_losses
 from arena_distill.training.targets import VOTE_LOSS
+from arena_distill.training.trainer import train_fold
 from arena_distill.verdicts import Votes
 
 JOINT, MEAN = Head(kind="joint"), Head(kind="pointwise", pooling="mean")
@@ -183,6 +184,53 @@ def test_a_student_is_fitted_to_its_teachers(make_run: Callable[..., Run]) -> No
         said[by.kl] = (logits[:, 0] > logits[:, 1]) == longer
     assert said[1.0].mean() > 0.8
     assert said[1.0].mean() > said[0.0].mean()
+
+
+def test_a_fit_counts_battles_and_teachers_by_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scikit-learn's, with each class of the teachers' weighted mean as a row of its own."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng, ridge, rows = np.random.default_rng(4), 0.05, 120
+    features, _ = made_up(rows, 5, strength=1)
+    teachers = rng.normal(0, 2, (rows, 2, 3)).astype(np.float32)
+    weights = rng.dirichlet([0.3, 0.3], rows).astype(np.float32)
+    votes = Votes(rng.dirichlet(np.ones(3), rows), rng.integers(1, 9, rows).astype(float))
+    examples = Examples((), votes, teachers, weights, rows, groups=np.arange(rows))
+    layer = torch.nn.Linear(5, 3)
+    monkeypatch.setattr(linear_probe, "read_features", lambda *_: features)
+    monkeypatch.setattr(linear_probe, "head_layer", lambda judge: judge)
+    monkeypatch.setattr(linear_probe, "RIDGES", (ridge,))
+    loss = Loss(ce=1, kl=2, cosine=0, temperature=1, combine="mean_probabilities")
+    fit_head(layer, examples, loss=loss, head=JOINT, batch_tokens=1)
+    odds = np.exp(teachers.astype(np.float64))
+    taught = np.einsum("rj,rjc->rc", weights, odds / odds.sum(-1, keepdims=True))
+    target = votes.weights[:, None] * (votes.probabilities + 2 * taught) / 3
+    spread = features[:, 0].std(axis=0, ddof=1)
+    model = LogisticRegression(C=1 / ridge / rows, fit_intercept=False, max_iter=10_000, tol=1e-9)
+    flat = np.repeat(features[:, 0] / spread, 3, axis=0)
+    model.fit(flat, np.tile(np.arange(3), rows), sample_weight=target.ravel())
+    expected = model.coef_ / spread
+    np.testing.assert_allclose(
+        layer.weight.detach().numpy(), expected, atol=2e-3 * np.abs(expected).max()
+    )
+    assert layer.bias.tolist() == [0, 0, 0]
+
+
+def test_both_orders_of_a_prompts_battles_are_one_group(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, given = make_run("llama"), []
+    monkeypatch.setattr(trainer, "_fit", lambda _, examples, *__: given.append(examples))
+    train_fold(
+        run.backbone, None, run.tokens, run.folds, 0, tmp_path, teachers={},
+        settings=training_settings(fit_head=True), launch=Launch(),
+    )  # fmt: skip
+    folds = read_parquet(run.folds)
+    prompts = folds["group"].to_numpy()[training_rows(folds, 0)]
+    assert len(set(prompts.tolist())) < len(prompts)
+    assert given[0].groups.tolist() == [*prompts, *prompts]
 
 
 def test_an_interrupted_training_keeps_its_checkpoints_key(
