@@ -553,6 +553,37 @@ def test_busy_late_and_failed_have_their_status(make: Callable[[str], Finished])
         assert asked(client, [GOOD])
 
 
+def test_who_has_gone_away_is_not_computed(make: Callable[[str], Finished]) -> None:
+    judge, held, read = make("joint").judge, Held(), set[int]()
+
+    def run(sequences: Sequences) -> np.ndarray:
+        read.update(sequences.ids.tolist())
+        held(sequences)
+        return judge.forward(sequences)
+
+    def wait_for(client: httpx2.Client, figure: str) -> None:
+        deadline = time.monotonic() + 10
+        while f"\n{figure}\n" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline, figure
+            time.sleep(0.01)
+
+    with running(judge.answered_by(run)) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/classify", json={"input": [[5]]})
+        assert held.began.wait(10)
+        body = json.dumps({"input": [[6], [7, 7]]}).encode()
+        head = f"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        address = client.base_url.host, client.base_url.port
+        with socket.create_connection(address) as leaving:
+            leaving.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+            wait_for(client, "arena_queue_tokens 3.0")
+        wait_for(client, "arena_queue_tokens 0.0")
+        stays = pool.submit(client.post, "/classify", json={"input": [[8]]})
+        held.go.set()
+        assert {first.result(10).status_code, stays.result(10).status_code} == {200}
+        wait_for(client, 'arena_requests_total{path="/classify",status="499"} 1.0')
+    assert read == {5, 8}
+
+
 def test_many_clients_get_the_answers_of_one(
     make: Callable[[str], Finished], served: Callable[[str], httpx2.Client]
 ) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
 import jinja2
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.staticfiles import StaticFiles
@@ -24,10 +25,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from arena_distill.encoding.sequences import FIELDS, Sequences, offsets_of
 from arena_distill.errors import InputError
-from arena_distill.judging.judge import Judge
+from arena_distill.judging.judge import Forward, Judge
 from arena_distill.judging.kept import characters_kept
-from arena_distill.judging.server.batching import Batcher, Busy, Late, TooLarge
-from arena_distill.judging.server.guard import RETRY, Guard, Limits, refusal
+from arena_distill.judging.server.batching import Batcher, Busy, Gone, Late, TooLarge
+from arena_distill.judging.server.guard import GONE, NOBODY, RETRY, Guard, Limits, refusal
 from arena_distill.judging.server.messages import (
     About,
     Classified,
@@ -53,10 +54,20 @@ NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_co
 """FastAPI would send figures to where variables of the environment say."""
 
 
+async def _gone(request: Request) -> Future[None]:
+    found: Future[None] = request.scope[GONE]
+    return found
+
+
+Leaving = Annotated[Future[None], Depends(_gone)]
+"""Is done once the client of a request has gone away."""
+
+
 class Server:
     """A judge for many callers at a time: every request has a thread, and all share the model's.
 
-    Its methods check what pydantic cannot know, and raise InputError.
+    Its methods check what pydantic cannot know, and raise InputError; `gone` is done once the client has
+    gone away, and then they raise Gone.
     """
 
     def __init__(self, judge: Judge, batcher: Batcher, limits: Limits) -> None:
@@ -67,12 +78,10 @@ class Server:
     def alive(self) -> bool:
         return self._batcher.alive
 
-    def _asked(self) -> Judge:
-        """The judge for one request, whose time begins now."""
-        return self._judge.answered_by(partial(self._batcher.forward, until=self._until()))
-
-    def _until(self) -> float:
-        return time.monotonic() + self.limits.seconds
+    def _forward(self, gone: Future[None]) -> Forward:
+        """The model for one request, whose time begins now."""
+        until = time.monotonic() + self.limits.seconds
+        return partial(self._batcher.forward, until=until, gone=gone)
 
     def about(self) -> About:
         contract = self.contract
@@ -90,14 +99,14 @@ class Server:
             ],
         )
 
-    def judge(self, request: JudgeRequest) -> JudgeAnswer:
+    def judge(self, request: JudgeRequest, gone: Future[None]) -> JudgeAnswer:
         self._count("battles", request.battles)
         battles = [
             {"id": str(number if battle.id is None else battle.id)}
             | battle.model_dump(include={*FIELDS})
             for number, battle in enumerate(request.battles)
         ]
-        judge = self._asked()
+        judge = self._judge.answered_by(self._forward(gone))
         verdicts = judge.predict(battles)
         kept = characters_kept(judge, battles) if request.kept else None
         return JudgeAnswer(
@@ -111,12 +120,12 @@ class Server:
             ],
         )
 
-    def classify(self, request: ClassifyRequest) -> ClassifyAnswer:
+    def classify(self, request: ClassifyRequest, gone: Future[None]) -> ClassifyAnswer:
         contract = self.contract
         if request.model not in (None, contract.judge):
             raise HTTPException(404, f"model: this server has {contract.judge!r}")
         sequences = self._sequences(request.input)
-        outputs = self._batcher.forward(sequences, self._until()).astype(np.float64)
+        outputs = self._forward(gone)(sequences).astype(np.float64)
         if contract.head.kind == "joint" and request.use_activation is not False:
             outputs = softmax(outputs)
         labels = contract.head.outputs
@@ -132,7 +141,7 @@ class Server:
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
         )
 
-    def reward(self, request: RewardRequest) -> RewardAnswer:
+    def reward(self, request: RewardRequest, gone: Future[None]) -> RewardAnswer:
         self._count("query", request.query)
         if len(request.query) != len(request.prompts):
             raise InputError(
@@ -143,7 +152,8 @@ class Server:
             if not query.startswith(prompt):
                 raise InputError(f"query.{row}: does not begin with prompts.{row}")
         answers = [query[len(prompt) :] for query, prompt in pairs]
-        rewards = self._asked().rewards(request.prompts, answers).tolist()
+        judge = self._judge.answered_by(self._forward(gone))
+        rewards = judge.rewards(request.prompts, answers).tolist()
         return RewardAnswer(rewards=rewards, scores=rewards)
 
     def _count(self, name: str, items: Sequence[Any]) -> None:
@@ -207,9 +217,9 @@ def make_app(
     )
 
     @app.post("/v1/judge")
-    def judge(request: JudgeRequest) -> JudgeAnswer:
+    def judge(request: JudgeRequest, gone: Leaving) -> JudgeAnswer:
         """Judge battles: probabilities of the workflow's own predictions."""
-        return server.judge(request)
+        return server.judge(request, gone)
 
     @app.get("/v1/judge")
     async def about() -> About:
@@ -217,14 +227,14 @@ def make_app(
         return server.about()
 
     @app.post("/classify")
-    def classify(request: ClassifyRequest) -> ClassifyAnswer:
+    def classify(request: ClassifyRequest, gone: Leaving) -> ClassifyAnswer:
         """The model's part alone, as vLLM answers it."""
-        return server.classify(request)
+        return server.classify(request, gone)
 
     @app.post("/get_reward")
-    def reward(request: RewardRequest) -> RewardAnswer:
+    def reward(request: RewardRequest, gone: Leaving) -> RewardAnswer:
         """Rewards of answers, as OpenRLHF asks for them; of a pointwise judge."""
-        return server.reward(request)
+        return server.reward(request, gone)
 
     @app.get("/v1/models")
     async def models() -> Models:
@@ -283,6 +293,10 @@ def _refuse_in_one_line(app: FastAPI) -> None:
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
         return refusal(503, str(error), RETRY)
+
+    @app.exception_handler(Gone)
+    async def gone(_: Request, error: Gone) -> Response:
+        return refusal(NOBODY, "the client has gone away")
 
     @app.exception_handler(Late)
     async def late(_: Request, error: Late) -> Response:

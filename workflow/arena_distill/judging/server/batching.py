@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,10 @@ class Busy(Exception):
 
 class Late(Exception):
     """The time that a caller had is over."""
+
+
+class Gone(Exception):
+    """The caller went away before its answer."""
 
 
 class TooLarge(InputError):
@@ -100,11 +104,17 @@ class Batcher:
     def _waiting(self) -> int:
         return sum(call.waiting for call in self._queue)
 
-    def forward(self, sequences: Sequences, until: float) -> np.ndarray:
+    def forward(
+        self, sequences: Sequences, until: float, gone: Future[None] | None = None
+    ) -> np.ndarray:
         """The model's outputs, float32 (rows, outputs), by the time `until` of `time.monotonic`.
+
+        Args:
+            gone: is done once the caller has gone away; what still waits then leaves the queue.
 
         Raises:
             Busy: the queue is full.
+            Gone: `gone` is done.
             Late: it is `until`.
             TooLarge: the queue could never hold these sequences.
         """
@@ -123,15 +133,25 @@ class Batcher:
                 raise Busy("the queue is full: ask again later")
             self._queue.append(call)
             self._changed.notify()
+        if gone:
+            gone.add_done_callback(lambda _: self._drop(call))
         try:
             return call.done.result(max(0.0, until - time.monotonic()))
+        except CancelledError:
+            raise Gone from None
         except TimeoutError:
-            with self._changed:
-                if not call.done.cancel():
-                    return call.done.result()
-                if call in self._queue:
-                    self._queue.remove(call)
+            if not self._drop(call):
+                return call.done.result()
             raise Late from None
+
+    def _drop(self, call: _Call) -> bool:
+        """Take a call out of the queue; false if it is answered already."""
+        with self._changed:
+            if not call.done.cancel():
+                return False
+            if call in self._queue:
+                self._queue.remove(call)
+            return True
 
     def close(self) -> None:
         """Answer what waits, and end the thread."""

@@ -6,6 +6,9 @@ import asyncio
 import hmac
 import logging
 import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +26,12 @@ TOKEN = "ARENA_SERVER_TOKEN"
 """The variable with the bearer token that requests need, and that clients send."""
 
 RETRY = {"retry-after": "1"}
+
+GONE = "arena_distill.gone"
+"""The key of a POST request's scope with a future that is done once its client has gone away."""
+
+NOBODY = 499
+"""The status of what nobody is there to read: nginx's number for it."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -101,7 +110,7 @@ class Guard:
         try:
             await self._serve(scope, receive, sending)
         except ClientDisconnect:
-            status = 499  # nobody is there to read it; nginx's number for this
+            status = NOBODY
         except Exception as error:
             if status:
                 raise
@@ -126,7 +135,9 @@ class Guard:
                 if body is None:
                     refused = self._too_large()
                 else:
-                    receive = _replay(body, receive)
+                    async with _watching(receive) as scope[GONE]:
+                        await self._app(scope, _replay(body, receive), send)
+                    return
         if refused:
             await refusal(*refused)(scope, receive, send)
         else:
@@ -168,6 +179,23 @@ class Guard:
             if len(body) > self._limits.body_bytes:
                 return None
         return bytes(body)
+
+
+@asynccontextmanager
+async def _watching(receive: Receive) -> AsyncIterator[Future[None]]:
+    """A future that is done once the client of a request, whose body was read, has gone away."""
+    gone = Future[None]()
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set_result(None)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield gone
+    finally:
+        watching.cancel()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
