@@ -29,6 +29,7 @@ import torch
 from chat_server import Body, ChatServer, Reply, answer, chat_server, error
 from checkouts import Checkout
 from conftest import Run, made_up_battles
+from judges import Finished, finished_judge
 from made_up_run import MadeUpRun, made_up_run
 from rich.console import Console
 from safetensors import SafetensorError
@@ -40,9 +41,10 @@ from test_training import training_settings
 
 from arena_distill import cli
 from arena_distill.battles.folds import assign_folds
-from arena_distill.config.judge import Encoding
+from arena_distill.config.judge import JOINT, Encoding
 from arena_distill.config.phases import LogitsSettings, MergeSettings, ScoringSettings
 from arena_distill.config.run import load, overlay
+from arena_distill.deployment import gptq
 from arena_distill.errors import InputError
 from arena_distill.evaluation.report import render_report
 from arena_distill.evaluation.terminal import print_table
@@ -916,10 +918,10 @@ WEIGHTS: list[tuple[str, Damage, str]] = [
     ("a type without classifier", config(model_type="mamba"), "cannot be loaded as a judge"),
     ("Python code", with_code, "cannot be loaded as a judge"),
     ("no heads", config(num_attention_heads=0), "cannot be loaded as a judge"),
-    ("no width", config(hidden_size=0), "cannot be loaded as a judge"),
+    ("no width", config(hidden_size=0), r"shapes than the model: 20 .* is \[305, 32\], not \[305, 0\]"),
     ("negative width", config(hidden_size=-4), "cannot be loaded as a judge"),
     ("width as text", config(hidden_size="wide"), "cannot be loaded as a judge"),
-    ("another width", config(hidden_size=64), "cannot be loaded as a judge"),
+    ("another width", config(hidden_size=64), "tensors have other shapes than the model: 20"),
     ("absurd width", config(intermediate_size=10**12), "cannot be loaded as a judge"),
     ("absurd vocabulary", config(vocab_size=10**12), "cannot be loaded as a judge"),
     ("absurd layers", config(num_hidden_layers=10**9), "says 1000000000 layers, but its weights have"),
@@ -942,12 +944,14 @@ WEIGHTS: list[tuple[str, Damage, str]] = [
      "is not whole"),
     ("shards of nothing", index({"a": "b"}), "b is not there"),
     ("shards elsewhere", index(3), "has no weights"),
+    ("shards without a name", index({"a": "b", "c": 1}), "has no weights"),
+    ("no shards", index({}), "has no weights"),
     ("a tensor less", tensors(lambda w: w.pop(NORM)), r"tensors are missing: 1 \(model\.norm\.weight"),
     ("another name", tensors(lambda w: w.update(x=w.pop(NORM))), r"missing: 1 .* 1 \(x\) are unknown"),
     ("a bias more", tensors(lambda w: w.update({f"{Q}.bias": w[f"{Q}.weight"][0].clone()})),
      r"tensors are unused: 1 \(\S*q_proj\.bias"),
     ("another shape", tensors(lambda w: w.update({NORM: w[NORM][:3].clone()})),
-     "cannot be loaded as a judge"),
+     r"other shapes than the model: 1 \(model\.norm\.weight\); model\.norm\.weight is \[3\], not \[32\]:"),
     ("another dtype", tensors(lambda w: w.update({NORM: w[NORM].bool()})), r"backbone|not finite|judge"),
     ("NaN", tensors(lambda w: w[NORM].fill_(float("nan"))), "its logits are not finite"),
     ("another architecture", config(model_type="qwen2", architectures=["Qwen2Model"]),
@@ -1169,6 +1173,124 @@ def test_merged_models(case: tuple[str, Damage, str], judge: Judge, arena: Arena
     assert re.search(words, told), told
 
 
+# --- finished judges, quantised -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(backbones: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished judge with tensors of GPTQ's names, shapes and types: 8 bits, groups of 16."""
+    judge = finished_judge(
+        tmp_path_factory.mktemp("packed"), backbones("llama"), head=JOINT, encoding=Encoding()
+    )
+    about = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 8, "group_size": 16}
+    config(quantization_config=about)(judge.folder)
+    set_json(kind="gptq")(judge.folder / "judge.json")
+
+    def pack(weights: dict[str, Any]) -> None:
+        for name in [name for name in weights if name.endswith("_proj.weight")]:
+            (outputs, inputs), layer = weights.pop(name).shape, name.removesuffix(".weight")
+            weights[f"{layer}.qweight"] = torch.zeros(inputs // 4, outputs, dtype=torch.int32)
+            weights[f"{layer}.qzeros"] = torch.zeros(inputs // 16, outputs // 4, dtype=torch.int32)
+            weights[f"{layer}.scales"] = torch.zeros(inputs // 16, outputs)
+            weights[f"{layer}.g_idx"] = torch.arange(inputs, dtype=torch.int32) // 16
+
+    tensors(pack)(judge.folder)
+    return judge
+
+
+def packing(**changes: object) -> Damage:
+    return config(quantization_config=changes)
+
+
+def part(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return tensors(lambda w: w.update({DOWN + name: change(w[DOWN + name]).contiguous()}))
+
+
+DOWN = "model.layers.1.mlp.down_proj."
+MISFIT = r"/judge: model\.layers\.\d\.\S+_proj is not of {} bits in groups of {}, as .*: quantise"
+AS_IT_IS = MISFIT.format(8, 16)
+QUANTIZED: list[tuple[str, Damage, str]] = [
+    ("whole", lambda f: None, "gptqmodel is not installed"),
+    ("no config", no("config.json"), r"config\.json has no quantization_config of GPTQ: quantise"),
+    ("config is a list", inside("config.json", replaced(b"[]")), r"config\.json has no quantization_conf"),
+    ("config is cut", inside("config.json", cut), r"config\.json has no quantization_config"),
+    ("not said to be packed", config(quantization_config=None), "no quantization_config of GPTQ"),
+    ("packed by a word", config(quantization_config="gptq"), "no quantization_config of GPTQ"),
+    ("packed by others", packing(quant_method="awq"), "no quantization_config of GPTQ"),
+    ("packed in another way", packing(checkpoint_format="gptq_v2"),
+     r"config\.json: quantization_config\.checkpoint_format: one of gptq expected, not 'gptq_v2': quan"),
+    ("no bits", packing(bits=None), r"config\.json: quantization_config\.bits: one of 2, 3, 4, 8 exp"),
+    ("5 bits", packing(bits=5), r"config\.json: .*\.bits: one of 2, 3, 4, 8 expected, not '5'"),
+    ("a list of bits", packing(bits=[8]), r"config\.json: quantization_config\.bits: one of 2, 3, 4, 8"),
+    ("other bits", packing(bits=4), MISFIT.format(4, 16)),
+    ("other groups", packing(group_size=32), MISFIT.format(8, 32)),
+    ("groups of 0", packing(group_size=0), r"config\.json: quantization_config\.group_size: one of 16, 32"),
+    ("qweight is shorter", part("qweight", lambda w: w[:-1]), AS_IT_IS),
+    ("qweight is flat", part("qweight", torch.Tensor.flatten), AS_IT_IS),
+    ("qweight is no integer", part("qweight", torch.Tensor.float), AS_IT_IS),
+    ("qzeros of other groups", part("qzeros", lambda w: w[:1]), AS_IT_IS),
+    ("scales of other outputs", part("scales", lambda w: w[:, 1:]), AS_IT_IS),
+    ("scales are flat", part("scales", torch.Tensor.flatten), AS_IT_IS),
+    ("g_idx is shorter", part("g_idx", lambda w: w[:-1]), AS_IT_IS),
+    ("g_idx is a number", part("g_idx", lambda w: w[0]), AS_IT_IS),
+    ("weights are cut", inside("model.safetensors", cut), r"model\.safetensors is not whole, .*: fetch it"),
+    ("no weights", no("model.safetensors"), r"has no weights \(model\.safetensors\): fetch"),
+    ("a shard is not there", index({"a": "model-1.safetensors"}),
+     r"judge/model-1\.safetensors is not there: fetch"),
+    ("a pickle", as_pickle, r"pytorch_model\.bin alone, which is not read: save"),
+]  # fmt: skip
+JUDGE: list[tuple[str, Damage, str]] = [
+    ("no tokenizer", no("tokenizer.json"), "cannot load a tokenizer from this folder"),
+    ("no judge.json", no("judge.json"), r"has no judge\.json, .*; give a folder that"),
+    ("judge.json is cut", inside("judge.json", cut), r"judge\.json: not a JSON file"),
+    ("judge.json is a list", inside("judge.json", replaced(b"[]")), r"judge\.json: format None"),
+    ("judge.json of later", inside("judge.json", set_json(format=2)),
+     r"judge\.json: format 2, and this version of arena-distill reads 1; install"),
+    ("judge.json lacks a key", inside("judge.json", set_json(pad="x")), r"judge\.json: damaged: pad: "),
+    ("not a folder", lambda f: (shutil.rmtree(f), f.touch()), "judge: no such folder"),
+]  # fmt: skip
+DOORS = (
+    "verify JUDGE",
+    "phase score-test --quantized --model JUDGE --tokens TOKENS --output OUT --settings SCORING",
+    "predict JUDGE BATTLES --output OUT",
+    "serve JUDGE --port 0",
+    "compare-answers JUDGE --prompt p --a x --b y",
+)
+BY_ALL_DOORS = (
+    "whole",
+    "no config",
+    "other bits",
+    "weights are cut",
+    "no tokenizer",
+    "no judge.json",
+)
+
+
+@parametrized(QUANTIZED + JUDGE)
+def test_quantized_judges(
+    case: tuple[str, Damage, str],
+    packed: Finished,
+    tmp_path: Path,
+    arena: Arena,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told before GPTQModel is imported: what it makes of a whole folder, test_quantization.py shows."""
+    name, damage, words = case
+    monkeypatch.setattr(gptq.importlib.util, "find_spec", lambda name: None)
+    shutil.copytree(packed.folder, tmp_path / "judge")
+    damage(tmp_path / "judge")
+    (tmp_path / "battles.csv").write_bytes(GOOD)
+    places = {"JUDGE": tmp_path / "judge", "BATTLES": tmp_path / "battles.csv", "OUT": tmp_path / "out.csv",
+              "TOKENS": packed.tokens, "SCORING": packed.scoring.model_dump_json()}  # fmt: skip
+    for door in DOORS if name in BY_ALL_DOORS else DOORS[:2]:
+        if case in JUDGE and "score-test" in door:
+            continue  # it reads neither tokenizer nor judge.json
+        told = arena(*(places.get(word, word) for word in door.split()))
+        assert re.search(words, told), (door, told)
+        assert name == "whole" or str(tmp_path / "judge") in told
+    assert not (tmp_path / "judge/exploded").exists() and not (tmp_path / "out.csv").exists()
+
+
 def test_a_nan_before_the_first_update_blames_the_backbone(judge: Judge, arena: Arena) -> None:
     tensors(lambda w: w[NORM].fill_(float("nan")))(judge.folder / "backbone")
     told = arena(
@@ -1222,7 +1344,7 @@ def test_a_fault_of_ours_keeps_its_traceback(arena: Arena, monkeypatch: pytest.M
 
 def test_the_corpus_is_large() -> None:
     parts = (BATTLES, STRANGE, CONFIGURATIONS, ANSWERS, FRAMES, EVALUATED, ONE_FILE)
-    models = (WEIGHTS, TOKENIZER, ADAPTERS, GGUF, MERGED, MACHINE)
+    models = (WEIGHTS, TOKENIZER, ADAPTERS, GGUF, MERGED, QUANTIZED, JUDGE, MACHINE)
     count = sum(map(len, (*parts, *models)))
     print(f"{count} bad and hostile inputs")
     assert count >= 400

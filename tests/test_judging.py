@@ -222,6 +222,13 @@ def test_a_pointwise_judge_does_not_depend_on_the_order(make: Make) -> None:
     assert not make(kind="pointwise").judge.predict(ROWS).disputed.any()
 
 
+def test_what_is_no_number_is_no_verdict(make: Make) -> None:
+    broken = make().judge.answered_by(lambda rows: np.full((len(rows), 3), np.nan, np.float32))
+    for ask in (lambda: broken.predict(ROWS), lambda: compare_with_vectors(broken)):
+        with pytest.raises(InputError, match="^judge: its logits are not finite: its weights are"):
+            ask()
+
+
 def test_no_battles_are_no_verdicts(make: Make) -> None:
     found = Judge.from_pretrained(make().folder).predict([])
     assert (len(found), found.probabilities.shape, len(found.to_arrow())) == (0, (0, 3), 0)

@@ -191,8 +191,6 @@ def test_environment_without_gptqmodel(tmp_path: Path, monkeypatch: pytest.Monke
     options: dict[str, Any] = {"settings": settings, "batch_tokens": 64, "validation": [rows]}
     with pytest.raises(InputError, match=r"gptqmodel is not installed .*environments\.gptq"):
         gptq.quantize_model(tmp_path, tmp_path / "o", calibration=rows, **options)
-    with pytest.raises(InputError, match="gptqmodel is not installed"):
-        gptq.load_quantized(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -407,7 +405,10 @@ class TestGPTQ:
         a, b = tensors(work / "llama-8"), tensors(work / "llama-8-seed")
         assert any(not a[name].equal(b[name]) for name in a)
 
-    def test_a_folder_that_lacks_a_tensor_is_refused(self, work: Path, tmp_path: Path) -> None:
+    def test_a_folder_that_lacks_a_tensor_or_a_group_is_refused(
+        self, work: Path, tmp_path: Path
+    ) -> None:
+        import torch
         from safetensors.torch import save_file
 
         whole = tensors(work / "llama-8")
@@ -416,8 +417,13 @@ class TestGPTQ:
             shutil.copytree(work / "llama-8", tmp_path / name)
             rest = {other: tensor for other, tensor in whole.items() if other != name}
             save_file(rest, tmp_path / name / "model.safetensors", {"format": "pt"})
+        wrong = f"{lost[1].removesuffix('qweight')}g_idx"
+        for value in (-1, 99):
+            shutil.copytree(work / "llama-8", tmp_path / f"{value}")
+            moved = whole | {wrong: whole[wrong].clone().index_fill_(0, torch.tensor([5]), value)}
+            save_file(moved, tmp_path / f"{value}" / "model.safetensors", {"format": "pt"})
         done = subprocess.run(
-            [interpreter(), "-c", LOAD_ALL, *lost],
+            [interpreter(), "-c", LOAD_ALL, *lost, "./-1", "99"],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")},
             capture_output=True,
@@ -425,6 +431,7 @@ class TestGPTQ:
         )
         for name in lost:
             assert f"refused: {name}: tensors are missing: 1 ({name}): its" in done.stdout
+        assert done.stdout.count(f": {wrong} names groups that are not among its 2: quant") == 2
 
     def test_folder_says_what_it_is(self, work: Path) -> None:
         config = json.loads((work / "llama-8" / "config.json").read_text())

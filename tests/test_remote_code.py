@@ -69,6 +69,7 @@ def model(tmp_path: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     named = {"AutoConfig": "mine.Config", "AutoModelForSequenceClassification": "mine.Model"}
     changed = {"model_type": "mine", "auto_map": named | {"AutoModel": "mine.Model"}}
+    changed["quantization_config"] = {"quant_method": "gptq", "bits": 8, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config | changed))
     return folder
 

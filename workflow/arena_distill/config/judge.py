@@ -23,7 +23,7 @@ from pydantic import (
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.external import External
 from arena_distill.config.section import Distinct, Name, Section, Seed, Share, Word
-from arena_distill.config.vocabulary import FoldAverage, FoldHeads, GroupSize
+from arena_distill.config.vocabulary import Bits, FoldAverage, FoldHeads, GroupSize
 from arena_distill.errors import InputError
 from arena_distill.verdicts import CLASSES, Classes
 
@@ -263,7 +263,7 @@ class CalibrationRows(Section):
 class Quantization(CalibrationRows):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323)."""
 
-    bits: Literal[2, 3, 4, 8] = 8
+    bits: Bits = 8
     """Per weight; the head stays as it is."""
     group_size: GroupSize = 128
     """Weights that share a scale; must divide every quantised layer's input size."""

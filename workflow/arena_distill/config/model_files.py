@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from arena_distill.config.vocabulary import Bits, GroupSize
 
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -25,6 +27,7 @@ WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
 _UNREAD = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.\d+\.")
 _HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+_PACKED = ("qweight", "qzeros", "scales", "g_idx")  # what GPTQ makes of a layer's weight
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,47 @@ class ModelFolder:
                 "fetch the model again"
             )
 
+    def gptq_problems(self) -> Iterator[str]:
+        """What keeps a judge's GPTQ weights from being unpacked as they were packed.
+
+        A layer that lacks a tensor is left to the loading of the model, which names it.
+        """
+        again = "quantise the judge again, or fetch it again"
+        about = (
+            self.described.get("quantization_config") if isinstance(self.described, dict) else None
+        )
+        if not isinstance(about, dict) or about.get("quant_method") != "gptq":
+            yield f"{self.path}/config.json has no quantization_config of GPTQ: {again}"
+            return
+        bits: Any = about.get("bits")
+        size: Any = about.get("group_size")
+        for key, value, known in (
+            ("bits", bits, get_args(Bits)),
+            ("group_size", size, get_args(GroupSize)),
+            ("checkpoint_format", about.get("checkpoint_format", "gptq"), ("gptq",)),
+        ):
+            if value not in known:
+                yield (
+                    f"{self.path}/config.json: quantization_config.{key}: one of "
+                    f"{', '.join(map(str, known))} expected, not {str(value)[:60]!r}: {again}"
+                )
+                return
+        tensors = {
+            n: about for header in self.headers.values() for n, about in (header or {}).items()
+        }
+        for name in tensors:
+            layer, _, last = name.rpartition(".")
+            parts = [tensors[n] for part in _PACKED if (n := f"{layer}.{part}") in tensors]
+            if last == "qweight" and len(parts) == len(_PACKED) and not _packed(parts, bits, size):
+                found = ", ".join(
+                    f"{part} {about.get('dtype')} {about.get('shape')}"
+                    for part, about in zip(_PACKED, parts, strict=True)
+                )
+                yield (
+                    f"{self.path}: {layer} is not of {bits} bits in groups of {size}, as config.json has "
+                    f"it ({found}): {again}"
+                )
+
     @cached_property
     def described(self) -> Any:
         """Its config.json; None if that is none."""
@@ -100,9 +144,11 @@ class ModelFolder:
         if (self.path / WEIGHTS).exists():
             return [self.path / WEIGHTS]
         index = _json(self.path / SHARDS)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        of_tensor = index.get("weight_map") if isinstance(index, dict) else None
+        names = of_tensor.values() if isinstance(of_tensor, dict) else ()
+        if not names or not all(isinstance(name, str) for name in names):
             return None
-        return [self.path / name for name in sorted(set(index["weight_map"].values()))]
+        return [self.path / name for name in sorted(set(names))]
 
     @cached_property
     def headers(self) -> dict[Path, dict[str, Any] | None]:
@@ -173,6 +219,19 @@ def classifiers() -> frozenset[str]:
         _, _, table = source.partition("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES = ")
         return frozenset(re.findall(r'\("([^"]+)", "', table.partition("\n)\n")[0]))
     return frozenset()
+
+
+def _packed(parts: list[dict[str, Any]], bits: int, size: int) -> bool:
+    """Whether `_PACKED` of a layer have the shapes and integers of these bits and groups."""
+    shapes: list[Any] = [part.get("shape") for part in parts]
+    try:
+        (_, outputs), (inputs,) = shapes[2:]
+        groups = -(-inputs // size)
+        words = [[inputs * bits // 32, outputs], [groups, outputs * bits // 32]]
+    except (TypeError, ValueError):
+        return False
+    integers = all(parts[i].get("dtype") == "I32" for i in (0, 1, 3))
+    return integers and shapes[:3] == [*words, [groups, outputs]]
 
 
 def _json(file: Path) -> Any:

@@ -19,6 +19,9 @@ FoldHeads = Literal["average", "first"]
 ModelKind = Literal["merged", "gptq"]
 """The two models that can be deployed."""
 
+Bits = Literal[2, 3, 4, 8]
+"""Of a weight in GPTQ."""
+
 GroupSize = Literal[16, 32, 64, 128, 256, 512, 1024]
 """Weights that share a scale in GPTQ."""
 

@@ -173,9 +173,10 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
         device: by default the first GPU, or the CPU if there is none.
 
     Raises:
-        InputError: gptqmodel is not installed, the folder has no GPTQ model or lacks tensors, or
-            the kernel is not available.
+        InputError: the folder has no whole GPTQ model, gptqmodel is not installed, or the kernel is not
+            available.
     """
+    refuse_weights(folder, quantized=True)
     _prepare_gptqmodel()
     import torch
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -184,7 +185,6 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
     with refusing(f"{folder}: cannot read a GPTQ model from this folder"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.quantization_config["backend"] = "gptq_torch"
-    refuse_weights(folder)
     with (
         refusing(f"{folder}: cannot be loaded as a judge"),
         patch.object(TorchLinear, "optimize", lambda *_, **__: None),
@@ -199,9 +199,18 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
             use_safetensors=True,  # never unpickle
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # check_tensors names them
             output_loading_info=True,
         )
         check_tensors(folder, loaded, model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, TorchLinear):
+            groups = layer.g_idx  # a negative one would count from the end
+            if groups.min() < 0 or groups.max() >= len(layer.scales):
+                raise InputError(
+                    f"{folder}: {name}.g_idx names groups that are not among its {len(layer.scales)}: "
+                    "quantise the judge again, or fetch it again"
+                )
     head_in_float32(model)
     if getattr(config, "head_pooling", "last") == "mean":
         pool_mean(model)

@@ -31,7 +31,7 @@ from arena_distill.encoding.views import encode, tokens_cut, views
 from arena_distill.errors import InputError, brief
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, read_contract
-from arena_distill.models.loading import load_classifier
+from arena_distill.models.loading import load_classifier, refuse_weights
 from arena_distill.models.scoring import score
 from arena_distill.prediction.averages import mean_of_views
 from arena_distill.prediction.test_time import score_variants
@@ -193,9 +193,11 @@ class Judge:
         """
         folder = local_folder(folder)
         contract = read_contract(folder)
+        refuse_weights(folder, quantized=contract.kind == "gptq")
+        tokenizer = load_tokenizer(folder)  # first: the weights may take minutes
         model = _load(folder, contract, device, dtype, attention)
         forward = partial(score, model, batch_tokens=batch_tokens, progress=progress)
-        return cls(contract, load_tokenizer(folder), forward)
+        return cls(contract, tokenizer, forward)
 
     def answered_by(self, forward: Forward) -> Judge:
         """This judge, with another function that runs the model."""
@@ -229,7 +231,7 @@ class Judge:
                 `prompt`, `response_a`, `response_b` (a text, or a list of turns) and perhaps `id`.
 
         Raises:
-            InputError: a field is missing or not text.
+            InputError: a field is missing or not text, or the model's outputs are not finite.
         """
         table = battles_table(battles)
         return judged(self.contract, table, self.encode(table), self.forward)
@@ -305,6 +307,11 @@ def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forwa
     lengths, orders = contract.lengths, contract.orders
     if len(tokens):
         logits, _ = score_variants(tokens, contract.scoring, forward)
+        if not np.isfinite(logits).all():
+            raise InputError(
+                f"{contract.judge}: its logits are not finite: its weights are damaged, or too large for "
+                "their dtype; `arena-distill verify` compares its files"
+            )
     else:
         logits = np.zeros((0, len(lengths), len(orders), len(contract.classes)), np.float32)
     calibrate = contract.calibration.map() if contract.calibration else None

@@ -118,6 +118,7 @@ def load_classifier(
             label2id={name: i for i, name in enumerate(names)},
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # check_tensors names them
             output_loading_info=True,
             **options,
         )
@@ -148,25 +149,29 @@ def load_classifier(
     return model
 
 
-def refuse_weights(folder: Path) -> None:
+def refuse_weights(folder: Path, *, quantized: bool = False) -> None:
     """Refuse weights that are not whole, or not safetensors, before a library reads them.
+
+    Args:
+        quantized: also weights that are not packed by GPTQ as its config.json says.
 
     Raises:
         InputError: says which file, and what to do.
     """
-    for problem in ModelFolder(folder).weight_problems():
+    model = ModelFolder(folder)
+    for problem in (*model.weight_problems(), *(model.gptq_problems() if quantized else ())):
         raise InputError(problem)
 
 
 def check_tensors(
     source: Path,
-    loaded: Mapping[str, Collection[str]],
+    loaded: Mapping[str, Collection[Any]],
     model: torch.nn.Module,
     *,
     fresh_head: bool = False,
     cut: bool = False,
 ) -> None:
-    """Refuse a model that lacks tensors, or has unused ones: with either it is another model.
+    """Refuse a model that lacks tensors, or has unused ones or other shapes: then it is another model.
 
     Transformers would draw the missing ones at random in every job, and drop the unused ones without a
     word. Tied tensors, and those that transformers computes by itself, are not missing.
@@ -181,6 +186,13 @@ def check_tensors(
     Raises:
         InputError: gives the number of these tensors, and names the first.
     """
+    if other := sorted(loaded["mismatched_keys"]):
+        name, stored, expected = other[0]
+        raise InputError(
+            f"{source}: tensors have other shapes than the model: {_some([key for key, *_ in other])}; "
+            f"{name} is {list(stored)}, not {list(expected)}: its config.json or its weights belong to "
+            "another model; download or make it again"
+        )
     missing, unused = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
     if fresh_head:
         missing = [name for name in missing if name.partition(".")[0] not in HEADS]
