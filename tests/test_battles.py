@@ -602,7 +602,7 @@ def test_every_format_gives_the_same_battles(tmp_path: Path) -> None:
 
 def test_parquet_lists_of_anything_but_lists(tmp_path: Path) -> None:
     cells = {
-        "prompt": [[True, None], None],
+        "prompt": [[True, None], []],
         "response_a": [[1], []],
         "response_b": [[None], [None]],
     }
@@ -610,7 +610,7 @@ def test_parquet_lists_of_anything_but_lists(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "t.parquet")
     one, two = read(tmp_path / "t.parquet")[0]
     assert (one["prompt"], one["response_a"], one["response_b"]) == (["true", ""], ["1"], [""])
-    assert (two["prompt"], two["response_a"], two["response_b"]) == ([""], [], [""])
+    assert (two["prompt"], two["response_a"], two["response_b"]) == ([], [], [""])
     nested = table.set_column(1, "prompt", pa.array([[["a"]], []]))
     pq.write_table(nested, tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"t\.parquet, column prompt: holds list<.*list<"):

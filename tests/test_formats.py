@@ -667,10 +667,10 @@ def test_cases() -> None:
         InputError, match=r"column response_a: holds date32\[day\], which is no text"
     ):
         case("pq-date-text.parquet")
-    rows, _, _ = case("pq-float-nan-text.parquet")
-    assert rows[0]["response_a"] == [""] and rows[1]["response_a"] == ["1"]
-    rows, _, _ = case("j-nan.jsonl")
-    assert (rows[0]["prompt"], rows[0]["response_b"]) == ([""], [""])
+    rows, _, raw = case("pq-float-nan-text.parquet")
+    assert raw.faults.found[0][0] == "response_a" and rows[1]["response_a"] == ["1"]
+    _, _, raw = case("j-nan.jsonl")
+    assert raw.faults.found[0] == ("response_b", 'missing; an empty text is written as ""')
     rows, votes, raw = case("wsdm.csv")
     assert votes.tolist() == [A, B] * 6 and not raw.faults.found
     _, votes, raw = case("winner-odd.csv")

@@ -51,7 +51,7 @@ from arena_distill.verdicts import Classes, Order, Ties
 VERSIONS = {
     "simulate": 1,
     "fetch": 3,
-    "battles": 4,
+    "battles": 5,
     "solution": 1,
     "folds": 2,
     "counts": 1,

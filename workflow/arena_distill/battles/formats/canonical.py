@@ -45,7 +45,8 @@ def compose(
 
     Where `a` has turns of a user, these are the prompt, and those of `b` must be the same; elsewhere
     `prompt` is. Earlier answers in the prompt come first in both answers, so that turns meet their answers
-    by position. A system prompt becomes the first turn, or is left out, as `system` says.
+    by position. A missing text is no empty one: its row is refused. A system prompt becomes the first turn,
+    or is left out, as `system` says.
 
     Args:
         names: of the columns that `a` and `b` are from.
@@ -54,6 +55,8 @@ def compose(
         The turns of the prompt and of both answers, list<string> each.
     """
     count = rows.count
+    for name in names:
+        rows.refuse_missing(name)
     questions = [x.of(USER, SYSTEM) for x in (a, b)]
     differ = pc.not_equal(*(pc.binary_join(x.turns(), "\x1f") for x in questions))
     differ = differ.to_numpy(zero_copy_only=False) | (questions[0].count() != questions[1].count())
@@ -62,6 +65,8 @@ def compose(
     if prompt is None:
         rows.refuse(~whole, names[0], "no turn of a user, and there is no column prompt")
     else:
+        if "prompt" in rows:
+            rows.refuse_missing("prompt", ~whole)
         prompt = prompt.where(~whole[prompt.row])
     for side, name in zip((a, b), names, strict=True):
         unanswered = (side.of(USER, SYSTEM).count() > 0) & (side.last_role() != ASSISTANT)

@@ -157,12 +157,26 @@ class Rows:
         """A column of texts, turns or messages; what has no role of its own gets `role`."""
 
         def report(position: int, error: ValueError) -> bool:
-            keep = self.table.keep_unreadable
-            self._add(position, name, (KEPT_AS_RAW_TEXT if keep else "") + str(error))
-            return keep
+            return self._unreadable(position, name, str(error))
 
         kind = self.table.kinds.get(name, "plain")
         return read_messages(self.cells(name), role, kind, report, self.where(name))
+
+    def refuse_missing(self, name: str, needed: np.ndarray | None = None) -> None:
+        """Refuse the rows whose cell of a column of texts is missing, all or those `needed` (bool)."""
+        cells = self.cells(name)
+        if isinstance(cells, list):
+            missing = np.array([cell is None for cell in cells], bool)
+        else:
+            missing = cells.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+        for position in np.flatnonzero(missing if needed is None else missing & needed):
+            self._unreadable(int(position), name, 'missing; an empty text is written as ""')
+
+    def _unreadable(self, position: int, name: str, reason: str) -> bool:
+        """Refuse a row, or say that its raw text is kept: whether it is."""
+        keep = self.table.keep_unreadable
+        self._add(position, name, (KEPT_AS_RAW_TEXT if keep else "") + reason)
+        return keep
 
     def refuse(self, bad: np.ndarray, name: str, reason: str) -> None:
         """Refuse the rows where `bad` (bool)."""

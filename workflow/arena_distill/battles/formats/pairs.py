@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,11 @@ class Answers:
         row, text, model, score = zip(*found, strict=True) if found else ((), (), (), ())
         scores = np.array(score, np.float64)
         return cls(np.array(row, np.int64), strings(text), strings(model), scores)
+
+
+def is_answer(value: Any) -> bool:
+    """Whether a value is a text or a number, and not missing."""
+    return not (value is None or isinstance(value, list | dict))
 
 
 def all_pairs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +100,7 @@ def battles_of_answers(
         pairs: positions in `answers`.
     """
     first, second = pairs
+    rows.refuse_missing("prompt")
     asked, earlier = split_prompt(rows, [rows.messages("prompt", USER)])
     prompt, turns = asked.turns(), _turns(answers, earlier)
     of_row = np.bincount(answers.row, minlength=rows.count)

@@ -12,6 +12,7 @@ from arena_distill.battles.formats.pairs import (
     Answers,
     all_pairs,
     battles_of_answers,
+    is_answer,
     pairs_between,
 )
 from arena_distill.files.raw_tables import plain_text
@@ -27,10 +28,15 @@ def _by_rank(rows: Rows) -> Battles:
     for row, answers in enumerate(rows.objects("answers")):
         try:
             ranked = [
-                (row, str(a["answer"]), a.get("model") and str(a["model"]), -float(a["rank"]))
+                (
+                    row,
+                    plain_text(a["answer"]),
+                    a.get("model") and str(a["model"]),
+                    -float(a["rank"]),
+                )
                 for a in answers
             ]
-            bad[row] = len(ranked) < 2
+            bad[row] = len(ranked) < 2 or not all(is_answer(a["answer"]) for a in answers)
         except (AttributeError, KeyError, TypeError, ValueError):
             bad[row] = True
             continue
@@ -58,8 +64,4 @@ def _by_list(rows: Rows) -> Battles:
 
 
 def _texts(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and not any(isinstance(v, list | dict) for v in value)
-    )
+    return isinstance(value, list) and bool(value) and all(map(is_answer, value))

@@ -9,7 +9,13 @@ import numpy as np
 
 from arena_distill.battles.formats.canonical import Battles
 from arena_distill.battles.formats.columns import Rows, finite
-from arena_distill.battles.formats.pairs import Answers, all_pairs, battles_of_answers
+from arena_distill.battles.formats.pairs import (
+    Answers,
+    all_pairs,
+    battles_of_answers,
+    is_answer,
+)
+from arena_distill.files.raw_tables import plain_text
 
 _SCORES = ("fine-grained_score", "score", "rating", "overall_score")
 """The first that is there counts. UltraFeedback's `overall_score` was found to be wrong in places."""
@@ -20,10 +26,10 @@ def convert(rows: Rows) -> Battles:
     found = []
     for row, completions in enumerate(rows.objects("completions")):
         for completion in completions if isinstance(completions, list) else ():
-            if isinstance(completion, dict) and completion.get("response") is not None:
+            if isinstance(completion, dict) and is_answer(completion.get("response")):
                 score = _score(completion)
                 if score is not None or not rows.table.votes:
-                    text, model = str(completion["response"]), completion.get("model")
+                    text, model = plain_text(completion["response"]), completion.get("model")
                     found.append((row, text, model and str(model), score or 0.0))
     answers = Answers.of(found)
     counts = np.bincount(answers.row, minlength=rows.count)
