@@ -33,6 +33,7 @@ RUN = layout.Layout(f"{CONFIG.results}/{CONFIG.run}")
 FOLDS = range(CONFIG.folds.n)
 TRAINED = {name: judge for name, judge in GRAPH.judges.items() if not judge.external}
 EXTERNAL = {name: judge.external for name, judge in GRAPH.judges.items() if judge.external}
+FROZEN = [name for name, judge in TRAINED.items() if judge.frozen]
 TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
 BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
 MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]

@@ -13,6 +13,8 @@ rule merge_folds:
         RUN.log("merge_folds/{judge}"),
     benchmark:
         RUN.benchmark("merge_folds/{judge}")
+    wildcard_constraints:
+        judge=one_of(TRAINED, but=FROZEN),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")

@@ -42,7 +42,7 @@ rule train_teacher:
     benchmark:
         RUN.benchmark("train_teacher/{judge}_fold_{fold}")
     wildcard_constraints:
-        judge=one_of(TEACHERS),
+        judge=one_of(TEACHERS, but=FROZEN),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
@@ -77,6 +77,6 @@ use rule train_teacher as distill_student with:
     benchmark:
         RUN.benchmark("distill_student/{judge}_fold_{fold}")
     wildcard_constraints:
-        judge=one_of(STUDENTS),
+        judge=one_of(STUDENTS, but=FROZEN),
     message:
         f"Distilling student {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"

@@ -1,6 +1,6 @@
 # Inputs of rules/logits.smk: shards and hidden states of a fold.
-SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1]
-WHOLE = [name for name in TRAINED if name not in SHARDED]
+SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1 and name not in FROZEN]
+WHOLE = [name for name in TRAINED if name not in (*SHARDED, *FROZEN)]
 CAPTURED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 
 

@@ -91,6 +91,10 @@ class Layout:
         """The PEFT adapter and head of one fold, with its metrics and history."""
         return f"{self.root}/adapters/{judge}/fold_{fold}"
 
+    def features(self, judge: str) -> str:
+        """What a frozen backbone says of every battle; judges that read the same share it."""
+        return f"{self.root}/features/{judge}"
+
     def logits(self, judge: str, fold: Number) -> str:
         """Float32 (rows, orders, classes); rows are named in ``ids``, hidden states are in ``states``."""
         return f"{self.root}/logits/{judge}/fold_{fold}.npy"

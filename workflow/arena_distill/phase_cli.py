@@ -35,6 +35,11 @@ Tokens = Annotated[Path, typer.Option(help="tokens/<tokenizer>/battles.parquet")
 Battles = Annotated[Path, typer.Option(help="battles.parquet")]
 Folds = Annotated[Path, typer.Option(help="folds.parquet")]
 TestVotes = Annotated[Path | None, typer.Option(help="test_votes.parquet, where they are known.")]
+Features = Annotated[Path, typer.Option(help="features/<judge>")]
+TeacherLogits = Annotated[
+    list[str] | None,
+    typer.Option(help="A student's targets: <teacher>=logits/<teacher>/fold_<k>.npy"),
+]
 Fold = Annotated[int, typer.Option(help="0 to n - 1.", min=0)]
 Output = Annotated[Path, typer.Option(help="What to write.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens per forward pass, padding included.", min=1)]
@@ -206,10 +211,7 @@ def train_fold(
     settings: Settings,
     how: Launch,
     pretrained: Annotated[Path | None, typer.Option(help="Post-pretrained adapter.")] = None,
-    teacher_logits: Annotated[
-        list[str] | None,
-        typer.Option(help="A student's targets: <teacher>=logits/<teacher>/fold_<k>.npy"),
-    ] = None,
+    teacher_logits: TeacherLogits = None,
 ) -> None:
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
     from arena_distill.training.trainer import train_fold
@@ -226,6 +228,77 @@ def train_fold(
         settings=parsed,
         launch=how,
     )
+
+
+@app.command()
+def read_features(
+    backbone: Backbone,
+    tokens: Tokens,
+    output: Output,
+    settings: Settings,
+    batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
+    attention: Attention = "auto",
+) -> None:
+    """Read every battle once with the backbone of a frozen judge."""
+    launch.claim_gpus(gpus)
+    from arena_distill.training.features import write_features
+
+    write_features(
+        _folder(backbone),
+        tokens,
+        output,
+        settings=parse(phase.FeatureSettings, settings),
+        batch_tokens=batch_tokens,
+        attention=attention,
+    )
+
+
+@app.command()
+def fit_probe(
+    features: Features,
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+    teacher_logits: TeacherLogits = None,
+) -> None:
+    """Fit the head of a frozen judge's fold: on votes, or on its teachers' logits."""
+    from arena_distill.training.probe import fit_probe
+
+    parsed = parse(phase.ProbeSettings, settings)
+    teachers = _by_judge(teacher_logits or (), parsed.teachers)
+    fit_probe(features, folds, fold, output, teachers=teachers, settings=parsed)
+
+
+@app.command()
+def score_probe(
+    features: Features,
+    probe: Annotated[Path, typer.Option(help="The fold's head.")],
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+) -> None:
+    """Score a fold's battles with a frozen judge's head, in both orders."""
+    from arena_distill.scoring.logits import score_probe
+
+    parsed = parse(phase.LogitsSettings, settings)
+    score_probe(features, probe, folds, fold, output, settings=parsed)
+
+
+@app.command()
+def merge_probes(
+    backbone: Backbone,
+    output: Output,
+    settings: Settings,
+    probes: Annotated[list[Path], typer.Argument(help="The folds' heads.")],
+) -> None:
+    """Put the mean of a frozen judge's heads on its backbone."""
+    from arena_distill.deployment.frozen import merge_probes
+
+    parsed = parse(phase.MergeSettings, settings)
+    merge_probes(_folder(backbone), probes, output, settings=parsed)
 
 
 @app.command()

@@ -176,6 +176,12 @@ def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[
             f"judges.{name}.backbone.layers",
             f"{judge.backbone.layers}, but {folder.path} has {layers} layers: lower it",
         )
+    deepest = max(judge.frozen.layers or (0,)) if judge.frozen else 0
+    if layers and deepest > min(layers, judge.backbone.layers or layers):
+        yield (
+            f"judges.{name}.frozen.layers",
+            f"{deepest}, but {folder.path} has {judge.backbone.layers or layers} layers: lower it",
+        )
     for own in {"score", "classifier"} & set(folder.matrices):  # of decoders, of encoders
         outputs, ours = folder.matrices[own][0], len(config.head_of(name).outputs)
         if outputs != ours:
@@ -194,7 +200,7 @@ def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[
                 key,
                 f"{longest}, but {folder.path} has positions for {positions} tokens: lower it",
             )
-    if judge.lora.target_modules != "all-linear":
+    if judge.lora.target_modules != "all-linear" and not judge.frozen:
         for target in folder.lacking(judge.lora.target_modules):
             names = sorted(folder.linear_layers())
             yield (

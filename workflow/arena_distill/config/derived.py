@@ -177,9 +177,9 @@ def curves(config: Config, family: JudgeFamily) -> dict[str, dict[float, str]]:
     Without `curve_judges`: the final judge trained on votes, with its own head and with the other kind.
     """
     final = _on_votes(config.judges[config.final])
-    heads = {kind: HeadKeys(kind=kind) for kind in ("joint", "pointwise")} | {
-        final.head.kind: final.head
-    }
+    heads = {final.head.kind: final.head}
+    if not final.frozen:
+        heads = {kind: HeadKeys(kind=kind) for kind in ("joint", "pointwise")} | heads
     chosen = {name: config.judges[name] for name in config.studies.curve_judges} or {
         f"{config.final}.{kind}": final.model_copy(update={"head": head})
         for kind, head in heads.items()
@@ -200,6 +200,8 @@ def averaging(config: Config, family: JudgeFamily) -> dict[str, dict[float, str]
     post-pretrained, which would be a shared start.
     """
     judge = _on_votes(config.judges[config.final]).model_copy(update={"pretraining": None})
+    if judge.frozen:  # the mean of linear heads is exact
+        return {}
     return {
         start: {
             epochs: family.add(

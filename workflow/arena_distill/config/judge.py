@@ -37,6 +37,8 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Targets = Literal["out_of_fold", "in_sample"]
 Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
+Pooling = Literal["mean", "answer", "last"]
+"""Of the hidden states of a layer, see ``models.layer_reads``."""
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 
 
@@ -73,8 +75,9 @@ class HeadKeys(Section):
     """`joint`: both answers in one sequence, a logit per class; `pointwise`: one answer, one strength."""
     ties: Literal["davidson", "rao_kupper"] = "davidson"
     """The model of ties that turns two strengths and a tie parameter into three logits (`classes: 3`)."""
-    pooling: Literal["last", "mean"] = "last"
-    """The head reads the last token's hidden state, or (decoders) the mean over the sequence's tokens."""
+    pooling: Literal["last", "mean", "layers"] = "last"
+    """The head reads the last token's hidden state, or (decoders) the mean over the sequence's tokens;
+    `layers`: as a frozen judge's head does, which has it by itself."""
 
 
 class Head(HeadKeys):
@@ -95,6 +98,19 @@ JOINT = Head(kind="joint")
 
 def _head(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
+
+
+class Frozen(Section):
+    """A judge without adapter: its head reads hidden states of several layers, see ``training.probe``."""
+
+    layers: Distinct[Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] | None = None
+    """Layers that the head may read; null: those at 0.5, 0.6 and 0.7 of the backbone's depth."""
+    poolings: Distinct[Annotated[tuple[Pooling, ...], Field(min_length=1)]] = (
+        "mean",
+        "answer",
+        "last",
+    )
+    """How: the mean over all tokens, the mean over the answer's, the last token. The fit chooses."""
 
 
 class Lora(Section):
@@ -232,6 +248,15 @@ class Merge(Section):
     """Weights of folds: by validation loss, or a greedy soup on battles apart (folds.choices)."""
 
 
+FROZEN = {
+    "head": HeadKeys(kind="pointwise", pooling="layers").model_dump(),
+    "lora": Lora().model_dump(),
+    "pretraining": None,
+    "merge": Merge().model_dump(),
+}
+"""What a frozen judge has of the keys that only an adapter, or another head, needs."""
+
+
 class CalibrationRows(Section):
     """How many battles GPTQ reads."""
 
@@ -366,13 +391,16 @@ class Judge(JudgeDefaults):
     """Instead of a backbone: a file of logits, or an endpoint."""
     backbone: Backbone | None = Field(None, validate_default=True)
     """The pretrained model under it; required unless the judge is external."""
+    frozen: Frozen | None = None
+    """`{}` or the keys below: no adapter is trained, a pointwise head is fitted to the frozen backbone."""
     teachers: Distinct[tuple[Name, ...]] = ()
     """Judges whose logits it learns from; empty: it learns from votes."""
 
     def before_folds(self) -> tuple[Any, ...]:
         """What decides the post-pretrained adapter. (What becomes of its head, the folds decide.)"""
         pretraining = self.pretraining and self.pretraining.model_copy(update={"keep_head": False})
-        return self.backbone, self.encoding, self.head, self.lora, self.precision, pretraining
+        start = self.backbone, self.encoding, self.head, self.lora, self.precision, pretraining
+        return *start, self.frozen
 
     def learns_pseudo_labels(self) -> bool:
         """Whether it learns battles without votes, where there are any, from teachers."""
@@ -406,6 +434,19 @@ class Judge(JudgeDefaults):
         if self.compute.gpus == 0:
             return 0
         return self.logits.gpus or (self.compute.gpus if self.compute.fsdp else 1)
+
+    @model_validator(mode="after")
+    def _frozen_is_a_head_alone(self) -> Judge:
+        if (self.frozen is not None) != (self.head.pooling == "layers"):
+            raise ValueError("head.pooling: layers is for frozen judges: give `frozen: {}`")
+        if self.frozen is not None and self.loss.states():
+            raise ValueError("loss.features and loss.attention train a backbone: a frozen judge has none "
+                             "to train: set them to 0")  # fmt: skip
+        if self.frozen is not None and self.precision == "nf4":
+            raise ValueError(
+                "precision: nf4 packs weights for training: a frozen judge trains none; set bf16"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nf4_is_not_spread(self) -> Judge:

@@ -26,6 +26,7 @@ from arena_distill.config.judge import (
     Lora,
     Loss,
     Merge,
+    Pooling,
     Precision,
     Pretraining,
     Quantization,
@@ -59,6 +60,8 @@ VERSIONS = {
     "backbone": 1,
     "tokens": 4,
     "pretraining": 6,
+    "features": 1,
+    "probe": 1,
     "training": 6,
     "distillation": 7,
     "logits": 2,
@@ -225,7 +228,7 @@ class CountSettings(Settings):
                 unlabelled=config.learns_unlabelled(name),
             )
             for name, judge in config.judges.items()
-            if not judge.external
+            if not judge.external and not judge.frozen
         }
         quantization = _part(CalibrationRows, config.judges[config.final].quantization)
         return cls(version=VERSIONS["counts"], judges=judges, quantization=quantization)
@@ -296,6 +299,56 @@ class TrainingSettings(Settings):
             teachers=node.teachers,
             targets=node.targets if student else None,
             loss=node.loss if student else node.loss.on_votes(),
+            pseudo_labels=config.learns_unlabelled(judge),
+        )
+
+
+class FeatureSettings(Settings):
+    """What is read of a frozen backbone."""
+
+    encoding: Encoding
+    head: Head
+    precision: Precision
+    layers: tuple[int, ...] | None = None
+    poolings: tuple[Pooling, ...]
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> FeatureSettings:
+        node = config.judges[judge]
+        assert node.frozen
+        return cls(
+            version=VERSIONS["features"],
+            encoding=node.encoding,
+            head=config.head_of(judge),
+            precision=node.precision,
+            **node.frozen.model_dump(),
+        )
+
+
+class ProbeSettings(Settings):
+    """How a frozen judge's head is fitted, on votes or on teachers."""
+
+    head: Head
+    share: float = 1.0
+    """Of the fold's battles."""
+    seed: int = 2025
+    """Chooses them."""
+    teachers: tuple[Name, ...] = ()
+    targets: Targets | None = None
+    loss: Loss
+    pseudo_labels: bool = False
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> ProbeSettings:
+        node = config.judges[judge]
+        return cls(
+            version=VERSIONS["probe"],
+            head=config.head_of(judge),
+            share=node.training.share,
+            seed=node.training.seed,
+            teachers=node.teachers,
+            targets=node.targets if node.teachers else None,
+            loss=node.loss if node.teachers else node.loss.on_votes(),
             pseudo_labels=config.learns_unlabelled(judge),
         )
 

@@ -30,7 +30,7 @@ from pydantic import (
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Audit, Data, Folds
 from arena_distill.config.external import EndpointLimits, asked_without_tie
-from arena_distill.config.judge import Head, Judge, JudgeDefaults, State
+from arena_distill.config.judge import FROZEN, Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
 from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share, Word
@@ -169,7 +169,8 @@ class Config(Section):
             return value
         defaults = value.get("defaults") or {}
         judges = {
-            k: v if _is_external(v) else overlay(defaults, v) for k, v in value["judges"].items()
+            k: v if _is_external(v) else _as_frozen(k, v, overlay(defaults, v))
+            for k, v in value["judges"].items()
         }
         return {**value, "judges": judges}
 
@@ -253,6 +254,7 @@ class Config(Section):
                 if state == "attention":
                     pairs["encoding"] = judge.encoding, other.encoding
                     pairs["tokenizer"] = self.tokenizer_name(name), self.tokenizer_name(teacher)
+                pairs["frozen"] = False, other.frozen is not None
                 unlike = [f"{k} ({a} / {b})" for k, (a, b) in pairs.items() if a != b]
                 if unlike:
                     shown = "the very same tokens" if state == "attention" else "the same views"
@@ -397,6 +399,11 @@ class Config(Section):
             return None
         return self._pretraining_owners[self.judges[judge].before_folds()]
 
+    def features_owner(self, judge: str) -> str:
+        """The first judge that reads the same of the same backbone: its features are shared."""
+        wanted = _reading(self.judges[judge])
+        return next(name for name, node in self.judges.items() if _reading(node) == wanted)
+
     def _unique_name(self, backbone: Backbone) -> str:
         stem, described = backbone.stem(), backbone.as_params()
         if self._backbones[stem] == {described}:
@@ -431,6 +438,24 @@ def overlay(base: Any, top: Any) -> Any:
     if not (isinstance(base, Mapping) and isinstance(top, Mapping)):
         return top
     return {**base, **{k: overlay(base[k], v) if k in base else v for k, v in top.items()}}
+
+
+def _reading(judge: Judge) -> tuple[Any, ...]:
+    """What decides a frozen judge's features."""
+    return judge.frozen, judge.backbone, judge.encoding, judge.precision
+
+
+def _as_frozen(name: str, given: Any, judge: Any) -> Any:
+    """A judge with its defaults; of a frozen one, without what only an adapter has."""
+    if not isinstance(given, Mapping) or not isinstance(judge, Mapping):
+        return judge
+    if judge.get("frozen") is None:
+        return judge
+    if unused := [k for k, v in FROZEN.items() if k in given and overlay(v, given[k]) != v]:
+        raise ValueError(
+            f"judges.{name}: a frozen judge has a pointwise head and no adapter: remove {', '.join(unused)}"
+        )
+    return {**judge, **FROZEN}
 
 
 def _is_external(judge: Any) -> bool:

@@ -202,7 +202,8 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
             ignore_mismatched_sizes=True,  # check_tensors names them
             output_loading_info=True,
         )
-        check_tensors(folder, loaded, model)
+        pooling = getattr(config, "head_pooling", "last")
+        check_tensors(folder, loaded, model, fresh_head=pooling == "layers")
     for name, layer in model.named_modules():
         if isinstance(layer, TorchLinear):
             groups = layer.g_idx  # a negative one would count from the end
@@ -212,8 +213,12 @@ def load_quantized(folder: Path, *, attention: Attention | None = None, device: 
                     "quantise the judge again, or fetch it again"
                 )
     head_in_float32(model)
-    if getattr(config, "head_pooling", "last") == "mean":
+    if pooling == "mean":
         pool_mean(model)
+    elif pooling == "layers":
+        from arena_distill.models.layer_reads import load_head
+
+        load_head(model, folder)
     return model
 
 

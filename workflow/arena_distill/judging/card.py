@@ -88,6 +88,12 @@ def _about(contract: Contract) -> str:
 def _merging(merging: dict[str, Any]) -> list[str]:
     if not merging:
         return []
+    if reads := merging.get("reads"):
+        shown = ", ".join(f"{pooling} at layer {layer}" for layer, pooling in reads)
+        return [
+            f"- Not trained, but read: the mean of {merging['folds']} linear heads on its hidden states "
+            f"({shown}). Layers after the last of these are left out."
+        ]
     how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
     heads = {"average": "the mean of the folds' heads", "first": "the head of the first one"}
     return [
@@ -169,8 +175,7 @@ judge.compare("What is 2 + 2?", "4", "5").probabilities
         size = (
             '\n        tokens += ids(judge["template"]["size"].format(len(ids(field)))) * (i > 0)'
         )
-    pooled = contract.head.pooling == "last"
-    read = _READ["last" if pooled else "mean"]
+    read = _READ[contract.head.pooling]
     if joint:
         exchanged = [1, 0, 2][: len(contract.classes)]
         asked = _ASK_JOINT.format(exchanged=exchanged, names=", ".join(contract.classes))
@@ -233,6 +238,20 @@ _READ = {
     "mean": """\
 states = model.base_model(torch.tensor([tokens])).last_hidden_state
     return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one""",
+    "layers": """\
+from safetensors.torch import load_file
+    states, reads, marker = {}, model.config.head_reads, model.config.head_marker
+    for layer in {layer for layer, _ in reads}:
+        model.base_model.layers[layer - 1].register_forward_hook(
+            lambda *seen, layer=layer: states.update({layer: seen[-1][0].view(len(tokens), -1)})
+        )
+    model.base_model(torch.tensor([tokens]))
+    places = range(len(tokens) - len(marker) + 1)
+    start = max(i + len(marker) for i in places if tokens[i : i + len(marker)] == marker)
+    part = {"mean": 0, "answer": min(start, len(tokens) - 1), "last": -1}
+    pooled = [states[layer][part[pooling] :].float().mean(0) for layer, pooling in reads]
+    head = load_file(f"{folder}/model.safetensors")
+    return head["score.linear.weight"] @ torch.cat(pooled) + head["score.linear.bias"]""",
 }
 
 _ASK_JOINT = """\

@@ -122,7 +122,8 @@ def load_classifier(
             output_loading_info=True,
             **options,
         )
-        check_tensors(folder, loaded, model, fresh_head=head_seed is not None)
+        other_head = head_seed is not None or head.pooling == "layers"
+        check_tensors(folder, loaded, model, fresh_head=other_head)
         if shards > 1:
             _hold_whole_head(model)
         if precision == "nf4":
@@ -132,6 +133,11 @@ def load_classifier(
     head_in_float32(model)
     if head.pooling == "mean":
         pool_mean(model)
+    elif head.pooling == "layers":
+        if head_seed is None:
+            from arena_distill.models.layer_reads import load_head
+
+            load_head(model, folder)
     elif hasattr(model.config, "head_pooling"):  # a judge used as a backbone
         model.config.head_pooling = head.pooling
     if hasattr(model.config, "use_cache"):

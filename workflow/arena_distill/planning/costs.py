@@ -10,7 +10,7 @@ NF4's unpacking, communication and all else that keeps a GPU below its peak.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ ON_THE_HOST = frozenset(
         *("assign_folds", "check_counts", "audit_leaks"),
         *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
         *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),
+        *("fit_probe", "score_probe", "merge_probes"),
         *("check_drift", "fit_calibration", "predict_test", "write_submission"),
         *("write_config", "predict_surface", "evaluate", "render_report", "write_plan"),
         *("draw_averaging", "draw_curves", "compare_judges"),
@@ -106,6 +107,7 @@ class Costs:
             "predict_logits_states": score,
             "predict_shard": score,
             "predict_shard_states": score,
+            "read_features": self._read_features,
             "merge_folds": self._merge,
             "quantize_model": self._quantize,
             "score_test_merged": self._score_test,
@@ -201,6 +203,16 @@ class Costs:
             width = sizes.hidden if state == "features" else judge.encoding.max_length
             stored += sum(battles.values()) / part * 2 * width * 2
         return self._score(job, judge, device, work, stored)
+
+    def _read_features(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        name, frozen = job.wildcards["judge"], judge.frozen
+        assert frozen
+        learned = {s: float(n) for s, n in self.battles.counts.items() if s not in ("test", "ut")}
+        work = self.battles.work(name, learned, shown=2)
+        reads = len(frozen.layers or (1, 2, 3)) * len(frozen.poolings)
+        stored = sum(learned.values()) * 2 * reads * self.sizes(name).hidden * 2.0
+        cost = self._score(job, judge, device, work, stored, dense=True)
+        return replace(cost, host=cost.host + stored)
 
     def _score_test(self, job: Planned, judge: Judge, device: Device) -> Cost:
         prediction, battles = self.config.prediction, {"test": float(self.battles.counts["test"])}

@@ -25,6 +25,7 @@ from arena_distill.files.artifacts import (
     check_made_from,
     fingerprint,
     provenance,
+    read_json,
     read_parquet,
     read_provenance,
 )
@@ -104,6 +105,28 @@ def predict_logits(
     about, named = _about(settings, fold, table), rows.take(pa.array(ours))
     write_logits(output, logits, named, about, _checked(states, ours, adapter))
     print(f"{output}: {len(ours):,} battles in {len(ORDERS)} orders")
+
+
+def score_probe(
+    features: Path, probe: Path, folds: Path, fold: int, output: Path, *, settings: LogitsSettings
+) -> None:
+    """Score a fold's rows with a frozen judge's head → as :func:`predict_logits`.
+
+    Args:
+        features: the folder of ``training.features``.
+        probe: the fold's head (``training.probe``).
+    """
+    from arena_distill.training.features import Features
+    from arena_distill.training.probe import read_probe
+
+    table = read_parquet(folds)
+    rows = fold_rows(table, fold, settings)
+    made_from = read_json(probe / "metrics.json")["provenance"]
+    check_made_from(made_from, probe, folds=fingerprint(table), fold=fold)
+    read = Features.read(features)
+    outputs = read_probe(probe).outputs(read.of(rows), read.reads)
+    write_logits(output, verdicts(outputs, settings.head), rows, _about(settings, fold, table))
+    print(f"{output}: {len(rows):,} battles in {len(ORDERS)} orders")
 
 
 def gather_logits(

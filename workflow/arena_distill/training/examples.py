@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -155,6 +156,14 @@ def make_examples(
         len(tokens),
         {name: tuple(map(by_order, each)) for name, each in states.items()},
     )
+
+
+def part_of(rows: pa.Table, share: float, seed: int) -> pa.Table:
+    """The battles to train on: the fold's, or the first of a shuffle of them."""
+    if share == 1:
+        return rows
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    return rows.take(pa.array(np.sort(shuffled[: max(1, round(share * len(rows)))])))
 
 
 def optimization(settings: PretrainingSettings | TrainingSettings) -> Optimization:

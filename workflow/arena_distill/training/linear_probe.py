@@ -25,6 +25,7 @@ from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import capture, head_layer
 from arena_distill.models.scoring import score_batches
 from arena_distill.training.losses import battle_losses
+from arena_distill.verdicts import Votes
 
 if TYPE_CHECKING:
     from arena_distill.training.examples import Examples
@@ -51,21 +52,9 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
     """
     assert examples.groups is not None
     features = torch.from_numpy(read_features(judge, examples.views, batch_tokens))
-    votes, counts = (
-        torch.from_numpy(array.astype(np.float32))
-        for array in (examples.votes.probabilities, examples.votes.weights)
+    objective = objective_of(
+        examples.votes, examples.teachers, examples.weights, loss=loss, head=head
     )
-    teachers, weights = (
-        None if array is None else torch.from_numpy(array)
-        for array in (examples.teachers, examples.weights)
-    )
-
-    def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        targets = None if teachers is None else teachers[rows]
-        shares = None if weights is None else weights[rows]
-        each = battle_losses(battle_logits(outputs, head), votes[rows], targets, shares, loss)
-        return each * counts[rows]
-
     layer = head_layer(judge)
     fitted, ridge, found = cross_validate(features, objective, layer.out_features, examples.groups)
     with torch.no_grad():
@@ -73,6 +62,36 @@ def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_to
         if layer.bias is not None:
             layer.bias.zero_()
     print(f"head fitted to frozen features: ridge {ridge:.3g}, loss {found:.4f} cross-validated")
+
+
+def objective_of(
+    votes: Votes,
+    teachers: np.ndarray | None,
+    weights: np.ndarray | None,
+    *,
+    loss: Loss,
+    head: Head,
+) -> Objective:
+    """What a head is fitted by: a judge's own loss.
+
+    Args:
+        votes: of the battles as shown.
+        teachers: float32 (rows, teachers, classes), logits, or None.
+        weights: float32 (rows, teachers), or None.
+    """
+    shares = torch.from_numpy(votes.probabilities.astype(np.float32))
+    counts = torch.from_numpy(votes.weights.astype(np.float32))
+    taught, trusted = (
+        None if array is None else torch.from_numpy(array) for array in (teachers, weights)
+    )
+
+    def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        targets = None if taught is None else taught[rows]
+        trust = None if trusted is None else trusted[rows]
+        each = battle_losses(battle_logits(outputs, head), shares[rows], targets, trust, loss)
+        return each * counts[rows]
+
+    return objective
 
 
 def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -> np.ndarray:
@@ -104,7 +123,11 @@ def read_features(judge: Any, views: tuple[Sequences, ...], batch_tokens: int) -
 
 
 def cross_validate(
-    features: torch.Tensor, objective: Objective, outputs: int, groups: np.ndarray
+    features: torch.Tensor,
+    objective: Objective,
+    outputs: int,
+    groups: np.ndarray,
+    ridges: tuple[float, ...] = RIDGES,
 ) -> tuple[torch.Tensor, float, float]:
     """Fit weights with the ridge that predicts best.
 
@@ -112,6 +135,7 @@ def cross_validate(
         features: float32 (rows, views, features).
         objective: of the outputs (rows, views, outputs).
         groups: int (rows,); rows of a group are never on both sides.
+        ridges: to choose from, descending.
 
     Returns:
         float32 (outputs, features), fitted to all rows; the ridge; its cross-validated mean loss.
@@ -121,16 +145,16 @@ def cross_validate(
     rows = np.arange(len(groups))
     parts = min(PARTS, len(np.unique(groups)))
     if parts < 2:  # no cross-validation
-        return fit_weights(features, objective, outputs, rows, RIDGES[:1])[-1], RIDGES[0], np.nan
-    scores = np.zeros(len(RIDGES))
+        return fit_weights(features, objective, outputs, rows, ridges[:1])[-1], ridges[0], np.nan
+    scores = np.zeros(len(ridges))
     for known, held_out in GroupKFold(parts).split(rows, groups=groups):
         asked = torch.from_numpy(held_out)
-        for i, fitted in enumerate(fit_weights(features, objective, outputs, known, RIDGES)):
+        for i, fitted in enumerate(fit_weights(features, objective, outputs, known, ridges)):
             scores[i] += float(objective(features[asked] @ fitted.T, asked).sum()) / len(rows)
     best = int(np.argmin(scores))
     # Through the stronger ridges, as in the cross-validation: each fit starts from the last.
-    fitted = fit_weights(features, objective, outputs, rows, RIDGES[: best + 1])[-1]
-    return fitted, RIDGES[best], float(scores[best])
+    fitted = fit_weights(features, objective, outputs, rows, ridges[: best + 1])[-1]
+    return fitted, ridges[best], float(scores[best])
 
 
 def fit_weights(
@@ -144,7 +168,8 @@ def fit_weights(
     chosen = torch.from_numpy(rows)
     known = features[chosen]
     # The mean is not removed: a head without a bias needs it.
-    spread = known.flatten(0, 1).std(0).clamp(min=1e-6)
+    spread = known.flatten(0, 1).std(0)
+    spread[spread < 1e-6] = 1.0  # of a constant
     known = known / spread
     weights = torch.zeros(outputs, features.shape[-1], requires_grad=True)
     fitted = []

@@ -45,7 +45,6 @@ from arena_distill.config.judge import (
     Optimization,
     Precision,
     State,
-    Training,
 )
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases import PretrainingSettings, TrainingSettings
@@ -77,6 +76,7 @@ from arena_distill.training.examples import (
     collator,
     make_examples,
     optimization,
+    part_of,
 )
 from arena_distill.training.judge_trainer import CHOICE_LOSS, JudgeTrainer, Progress
 from arena_distill.training.linear_probe import fit_head
@@ -131,7 +131,7 @@ def train_fold(
     """
     table = read_parquet(folds)
     chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
-    rows = _part(table.take(chosen), settings.training)
+    rows = part_of(table.take(chosen), settings.training.share, settings.training.seed)
     every = read_tokens(tokens)
     read = every.take(locate(key(rows), every.keys(), f"tokens in {tokens}"))
     votes = votes_of(rows)
@@ -173,14 +173,6 @@ def train_fold(
     made_from = {"folds": fingerprint(table), "fold": fold}
     about["made_from"] = made_from | {"backbone": ModelFolder(backbone).fingerprint()}
     _fit(model, examples, output, settings, settings.loss, launch, about, choices)
-
-
-def _part(rows: pa.Table, training: Training) -> pa.Table:
-    """The battles to train on: the fold's, or the first of a shuffle of them."""
-    if training.share == 1:
-        return rows
-    shuffled = np.random.default_rng(training.seed).permutation(len(rows))
-    return rows.take(pa.array(np.sort(shuffled[: max(1, round(training.share * len(rows)))])))
 
 
 def _fit(

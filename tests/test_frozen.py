@@ -1,0 +1,219 @@
+"""Frozen judges: what they read, how their heads are fitted and merged, and the model that is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+
+from arena_distill.battles.folds import validation_rows
+from arena_distill.battles.votes import votes_of
+from arena_distill.config.judge import Encoding, Frozen, Head
+from arena_distill.config.phases import (
+    FeatureSettings,
+    LogitsSettings,
+    MergeSettings,
+    ProbeSettings,
+)
+from arena_distill.config.run import load
+from arena_distill.deployment.frozen import merge_probes
+from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.views import encode_views
+from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.keys import key, locate
+from arena_distill.files.logits import read_logits
+from arena_distill.models.layer_reads import Reader, blocks, default_layers
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.scoring import score
+from arena_distill.scoring.logits import score_probe
+from arena_distill.training.features import Features, write_features
+from arena_distill.training.probe import Probe, _choose, fit_probe, mean_probe, read_probe
+from arena_distill.training.targets import VOTE_LOSS
+
+HEAD = Head(kind="pointwise", pooling="layers")
+ENCODING = Encoding(template="winners", max_length=96)
+SETTINGS = FeatureSettings(
+    version=1, encoding=ENCODING, head=HEAD, precision="fp32", layers=(1, 2),
+    poolings=("mean", "answer", "last"),
+)  # fmt: skip
+
+
+def written(run: Run, folder: Path) -> Path:
+    if not (folder / "features").exists():
+        write_features(
+            run.backbone, run.tokens, folder / "features", settings=SETTINGS, batch_tokens=500
+        )
+    return folder / "features"
+
+
+def fitted(run: Run, folder: Path, fold: int = 0, **changes: Any) -> Path:
+    settings = ProbeSettings(version=1, head=HEAD, loss=VOTE_LOSS)
+    output = folder / f"fold_{fold}"
+    fit_probe(written(run, folder), run.folds, fold, output, teachers={},
+              settings=settings.model_copy(update=changes))  # fmt: skip
+    return output
+
+
+def test_features_are_pooled_hidden_states_whatever_the_padding(run: Run, tmp_path: Path) -> None:
+    read = Features.read(written(run, tmp_path))
+    assert read.reads == tuple((n, p) for n in (1, 2) for p in ("mean", "answer", "last"))
+    tokens = read_tokens(run.tokens)
+    tokens = tokens.take(locate(read.keys, tokens.keys(), "tokens"))
+    model: Any = load_classifier(run.backbone, head_seed=0).eval()
+    states: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(blocks(model), start=1):
+        block.register_forward_hook(
+            lambda *seen, n=layer: states.update(
+                {n: seen[-1][0][0] if isinstance(seen[-1], tuple) else seen[-1][0]}
+            )
+        )
+    marker = list(tokens.vocabulary.one_answer["winners"][1])
+    for view, sequences in enumerate(encode_views(tokens, ENCODING, HEAD)):
+        for row in (0, 3, len(sequences) - 1):
+            ids = sequences[row].tolist()
+            with torch.no_grad():
+                model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
+            places = range(len(ids) - len(marker) + 1)
+            start = max(i for i in places if ids[i : i + len(marker)] == marker) + len(marker)
+            for (layer, pooling), found in zip(read.reads, read.values[row, view], strict=True):
+                part = {"mean": slice(None), "answer": slice(start, None), "last": slice(-1, None)}
+                expected = states[layer][part[pooling]].mean(0).numpy()
+                np.testing.assert_allclose(found, expected, atol=3e-3, rtol=3e-3)
+
+
+def test_the_answer_starts_after_the_last_marker() -> None:
+    model = torch.nn.Module()
+    model.config = type("C", (), {"get_text_config": lambda _: type("T", (), {"num_hidden_layers": 1})})()  # type: ignore[assignment]  # fmt: skip
+    model.layers = torch.nn.ModuleList([torch.nn.Identity()])
+    reader = Reader(model, [(1, "answer")], (7, 8))
+    ids = torch.tensor([[1, 7, 8, 7, 8, 3], [7, 8, 2, 2, 7, 8], [1, 2, 3, 7, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]).bool()
+    assert reader._starts(ids, mask).tolist() == [5, 2, 0]
+    assert reader._starts(ids[:, :1], mask[:, :1]).tolist() == [0, 0, 0]
+
+
+def test_the_mean_head_gives_the_mean_of_the_outputs() -> None:
+    rng = np.random.default_rng(0)
+    reads = ((1, "mean"), (1, "last"), (4, "answer"))
+    features = rng.normal(size=(5, 2, 3, 8)).astype(np.float32)
+    one = Probe(reads[:2], (1,), torch.randn(2, 16), torch.randn(2))
+    other = Probe(reads[:0:-1], (1,), torch.randn(2, 16), torch.randn(2))
+    mean = mean_probe([one, other], [0.25, 0.75])
+    expected = 0.25 * one.outputs(features, reads) + 0.75 * other.outputs(features, reads)
+    np.testing.assert_allclose(mean.outputs(features, reads), expected, atol=1e-5)
+    assert set(mean.reads) == set(reads)
+
+
+def test_what_knows_something_is_read_and_noise_is_not() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 1, (400, 2, 4, 6)).astype(np.float32)
+    strength = 2 * values[:, :, 2, 0]
+    won = strength[:, 0] + rng.logistic(size=400) > strength[:, 1]
+
+    def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        lead = outputs[:, 0, 0] - outputs[:, 1, 0]
+        sign = torch.from_numpy(np.where(won, 1.0, -1.0).astype(np.float32))[rows]
+        return torch.nn.functional.softplus(-sign * lead)
+
+    reads = tuple((layer, "mean") for layer in (1, 2, 3, 4))
+    read = Features(Path(), None, values, reads, (1,), {})
+    probe, _, loss = _choose(read, values, objective, 1, np.arange(400))
+    assert probe.reads == ((3, "mean"),)
+    assert loss < 0.55
+    lead = probe.outputs(values, reads)[..., 0]
+    assert ((lead[:, 0] > lead[:, 1]) == won).mean() > 0.7
+
+
+def test_the_merged_model_says_what_the_heads_say(run: Run, tmp_path: Path) -> None:
+    """From the features in files, and from the model alone, cut after the last layer that it reads."""
+    folds = [fitted(run, tmp_path, fold) for fold in range(3)]
+    settings = MergeSettings(
+        version=1, judge="x", encoding=ENCODING, head=HEAD, precision="fp32", average="factors",
+        heads="first", weights="equal",
+    )  # fmt: skip
+    merge_probes(run.backbone, folds, tmp_path / "merged", settings=settings)
+    model: Any = load_classifier(tmp_path / "merged", head=HEAD)
+    probe = mean_probe([read_probe(folder) for folder in folds], [1 / 3] * 3)
+    assert len(blocks(model)) == max(layer for layer, _ in probe.reads)
+    read = Features.read(tmp_path / "features")
+    tokens = read_tokens(run.tokens)
+    tokens = tokens.take(locate(read.keys, tokens.keys(), "tokens"))
+    views = encode_views(tokens, ENCODING, HEAD)
+    outputs = np.stack([score(model, view, batch_tokens=700) for view in views], axis=1)
+    expected = probe.outputs(np.asarray(read.values, np.float32), read.reads)
+    np.testing.assert_allclose(outputs, expected, atol=0.02 * np.abs(expected).max())
+    with pytest.raises(InputError, match="not two folds of one judge"):
+        merge_probes(run.backbone, folds[::-1], tmp_path / "other", settings=settings)
+
+
+def test_a_fold_is_scored_by_a_head_that_never_saw_it(make_run: Any, tmp_path: Path) -> None:
+    run = make_run("llama")
+    probe = fitted(run, tmp_path, 1)
+    settings = LogitsSettings(
+        version=1, encoding=ENCODING, head=HEAD, precision="fp32", rows=("validation",)
+    )
+    output = tmp_path / "fold_1.npy"
+    score_probe(tmp_path / "features", probe, run.folds, 1, output, settings=settings)
+    logits, ids = read_logits(output)
+    folds = read_parquet(run.folds)
+    rows = validation_rows(folds, 1)
+    assert key(ids).to_pylist() == key(folds).take(rows).to_pylist()
+    np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
+    assert np.isfinite(logits).all()
+    assert votes_of(folds).known[rows].all()
+    with pytest.raises(InputError, match="another fold"):
+        score_probe(tmp_path / "features", probe, run.folds, 0, output, settings=settings)
+    (probe / "probe.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="not what the fit wrote"):
+        score_probe(tmp_path / "features", probe, run.folds, 1, output, settings=settings)
+
+
+def test_damaged_features_and_missing_layers_are_refused(make_run: Any, tmp_path: Path) -> None:
+    run = make_run("llama")
+    folder = written(run, tmp_path)
+    np.save(folder / "features.npy", np.zeros(3))
+    with pytest.raises(InputError, match="not what was written"):
+        Features.read(folder)
+    settings = SETTINGS.model_copy(update={"layers": (9,)})
+    with pytest.raises(InputError, match="frozen.layers: 9, but .* has 2 layers"):
+        write_features(run.backbone, run.tokens, folder, settings=settings, batch_tokens=500)
+    assert default_layers(30) == (15, 18, 21)
+    assert default_layers(1) == (1,)
+
+
+def config(**judge: Any) -> Any:
+    judges = {"f": {"backbone": {"tiny": "llama"}, "frozen": {}, **judge},
+              "g": {"backbone": {"tiny": "llama"}, "frozen": {}, "teachers": ["f"]}}  # fmt: skip
+    return load(
+        {
+            "data": {"arena": {}},
+            "defaults": {"lora": {"r": 3}},
+            "judges": judges,
+            "final": "g",
+        }
+    )
+
+
+def test_a_frozen_judge_has_no_adapter() -> None:
+    found = config()
+    judge = found.judges["f"]
+    assert judge.frozen == Frozen()
+    assert judge.head.pooling == "layers"
+    assert judge.pretraining is None
+    assert found.features_owner("g") == "f"
+    assert config(encoding={"max_length": 64}).features_owner("g") == "g"
+    assert load(found.model_dump()).judges == found.judges  # as config.yaml describes it
+    for key_, value in (("lora", {"r": 8}), ("pretraining", {}), ("head", "joint")):
+        with pytest.raises(InputError, match=f"judges.f: a frozen judge .* remove {key_}"):
+            config(**{key_: value})
+    with pytest.raises(InputError, match="nf4"):
+        config(precision="nf4")
+    with pytest.raises(InputError, match="frozen judge has none to train"):
+        config(loss={"features": 1})
+    with pytest.raises(InputError, match="pooling: layers is for frozen"):
+        config(frozen=None, head={"kind": "pointwise", "pooling": "layers"})
