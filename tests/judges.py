@@ -16,9 +16,11 @@ from conftest import made_up_battles
 from arena_distill import Judge
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.phases import JudgeSettings, ScoringSettings, TokensSettings
+from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id, tokenize_battles
 from arena_distill.files.artifacts import write_parquet
 from arena_distill.judging.finish import finish_judge
+from arena_distill.models.layer_reads import Read, attach_head
 from arena_distill.models.loading import load_classifier
 
 LENGTHS = (96, 140)
@@ -71,9 +73,16 @@ def finished_judge(
     tokenizer = load_tokenizer(backbone)
     pad = safe_pad_id(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    model = load_classifier(backbone, head=head, pad_token_id=pad, head_seed=1)
-    with torch.no_grad():
-        model.score.weight.mul_(8)  # decided judges: what is wrong with an input shows
+    model: Any = load_classifier(backbone, head=head, pad_token_id=pad, head_seed=1)
+    if head.pooling == "layers":
+        reads: list[Read] = [(1, "answer"), (2, "mean"), (2, "last")]
+        marker = read_tokens(tokens).vocabulary.one_answer[encoding.template][1]
+        rng, width = torch.Generator().manual_seed(1), model.config.hidden_size
+        weight = torch.randn(len(head.outputs), 3 * width, generator=rng) / width**0.5
+        attach_head(model, reads, marker, weight, torch.ones(len(head.outputs)))
+    else:
+        with torch.no_grad():
+            model.score.weight.mul_(8)  # decided judges: what is wrong with an input shows
     weights = folder / "weights"
     model.save_pretrained(weights)
     tokenizer.save_pretrained(weights)

@@ -48,6 +48,7 @@ KINDS = {
     "pointwise": (Head(kind="pointwise"), Encoding(template="winners")),
     "two classes": (Head(kind="joint", classes=2), Encoding()),
     "bradley_terry": (Head(kind="pointwise", classes=2), Encoding()),
+    "frozen": (Head(kind="pointwise", pooling="layers"), Encoding(template="winners", sizes=True)),
     "rao_kupper": (Head(kind="pointwise", ties="rao_kupper"), Encoding(sizes=True)),
 }
 Make = Callable[..., Finished]

@@ -175,7 +175,9 @@ judge.compare("What is 2 + 2?", "4", "5").probabilities
         size = (
             '\n        tokens += ids(judge["template"]["size"].format(len(ids(field)))) * (i > 0)'
         )
-    read = _READ[contract.head.pooling]
+    read, imports, head = _READ[contract.head.pooling], "", ""
+    if contract.head.pooling == "layers":
+        imports, head = "from pathlib import Path\nfrom safetensors import safe_open\n", _HEAD
     if joint:
         exchanged = [1, 0, 2][: len(contract.classes)]
         asked = _ASK_JOINT.format(exchanged=exchanged, names=", ".join(contract.classes))
@@ -188,14 +190,14 @@ With transformers alone, for battles that need no truncation, one length, and wi
 
 ```python
 import json
-import torch
+{imports}import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 with open(f"{{folder}}/judge.json") as file:
     judge = json.load(file)
-
+{head}
 def ids(text):  # text is data: special tokens in it are ordinary text
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
@@ -239,20 +241,23 @@ _READ = {
 states = model.base_model(torch.tensor([tokens])).last_hidden_state
     return model.score(states.mean(1))[0]  # of all tokens; model(…) itself reads the last one""",
     "layers": """\
-from safetensors.torch import load_file
-    states, reads, marker = {}, model.config.head_reads, model.config.head_marker
-    for layer in {layer for layer, _ in reads}:
-        model.base_model.layers[layer - 1].register_forward_hook(
-            lambda *seen, layer=layer: states.update({layer: seen[-1][0].view(len(tokens), -1)})
-        )
-    model.base_model(torch.tensor([tokens]))
-    places = range(len(tokens) - len(marker) + 1)
-    start = max(i + len(marker) for i in places if tokens[i : i + len(marker)] == marker)
-    part = {"mean": 0, "answer": min(start, len(tokens) - 1), "last": -1}
-    pooled = [states[layer][part[pooling] :].float().mean(0) for layer, pooling in reads]
-    head = load_file(f"{folder}/model.safetensors")
-    return head["score.linear.weight"] @ torch.cat(pooled) + head["score.linear.bias"]""",
+states = model.base_model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    marker = model.config.head_marker
+    ends = range(len(marker), len(tokens) + 1)
+    start = max(end for end in ends if tokens[end - len(marker) : end] == marker)
+    first = {"mean": 0, "answer": min(start, len(tokens) - 1), "last": -1}
+    read = [states[i][0, first[name] :].float().mean(0) for i, name in model.config.head_reads]
+    return head["score.linear.weight"] @ torch.cat(read) + head["score.linear.bias"]""",
 }
+
+_HEAD = """
+head = {}
+for file in Path(folder).glob("*.safetensors"):
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if name.startswith("score.")]
+        head |= {name: tensors.get_tensor(name) for name in names}
+model.base_model.norm = torch.nn.Identity()  # hidden states are read before it
+"""
 
 _ASK_JOINT = """\
 there, back = ask(prompt, answer_a, answer_b), ask(prompt, answer_b, answer_a)
