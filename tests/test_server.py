@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from arena_distill.judging.clients import judge_on
 from arena_distill.judging.kept import characters_kept
 from arena_distill.judging.server.batching import Batcher, Busy, Late, TooLarge, distinct
 from arena_distill.judging.server.guard import TOKEN, Limits
+from arena_distill.judging.server.messages import Model
 from arena_distill.judging.server.serving import application, serve, settings
 from arena_distill.judging.vectors import compare_with_vectors
 from arena_distill.metrics import softmax
@@ -51,6 +53,7 @@ KINDS = {
     "winners": (JOINT, Encoding(template="winners", truncation="winners")),
     "pointwise": (Head(kind="pointwise"), Encoding(template="winners")),
     "two classes": (Head(kind="joint", classes=2), Encoding()),
+    "frozen": (Head(kind="pointwise", pooling="layers"), Encoding(template="winners")),
 }
 LIMITS = Limits(requests=80, items=40, body_bytes=200_000, body_seconds=1.0, seconds=60)
 BATTLES: list[dict[str, Any]] = [
@@ -145,7 +148,7 @@ def test_a_server_says_what_the_judge_says(
         for order, probabilities in own.orders.items():
             assert verdict["orders"][order] == pytest.approx(probabilities, abs=1e-5)
     own = expected[0].orders
-    assert (own["AB"] == own["BA"]) == (kind == "pointwise")
+    assert (own["AB"] == own["BA"]) == (KINDS[kind][0].kind == "pointwise")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -603,6 +606,25 @@ def test_many_clients_get_the_answers_of_one(
         before = process.memory_info().rss
         list(pool.map(ask, list(range(64)) * 3))
     assert process.memory_info().rss - before < 30 << 20
+
+
+def test_a_frozen_judge_is_asked_of_our_server_alone(
+    make: Callable[[str], Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM, which has no such head, lists its model as its own."""
+    judge = make("frozen")
+    refusal = pytest.raises(InputError, match="^http.*/v1/models: status 401")
+    with running(judge.judge, token="sesame") as client, refusal:
+        judge_on(judge.folder, str(client.base_url))
+    monkeypatch.setattr("arena_distill.judging.server.app.Model", partial(Model, owned_by="vllm"))
+    with running(judge.judge) as client:
+        address = str(client.base_url)
+        with pytest.raises(InputError, match="reads several layers, which only") as refused:
+            judge_on(judge.folder, address)
+        assert "\n" not in str(refused.value)
+        assert judge_on(make("pointwise").folder, address), "another one needs no such question"
+    with pytest.raises(InputError, match="/v1/models: no answer"):
+        judge_on(judge.folder, address)
 
 
 # --- who may ask --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from arena_distill.errors import InputError
 from arena_distill.judging.contract import read_contract
 from arena_distill.judging.judge import Judge, local_folder
 from arena_distill.judging.server.guard import TOKEN
+from arena_distill.judging.server.messages import OURS
 from arena_distill.scoring.endpoint import NO_PROXY
 
 REQUEST_TOKENS = 16384
@@ -49,13 +50,16 @@ def judge_on(folder: str | Path, server: str) -> Judge:
         server: the server's address, such as http://127.0.0.1:8000.
 
     Raises:
-        InputError: the folder is not a finished judge.
+        InputError: the folder is not a finished judge, or the server cannot run its head.
     """
     folder = local_folder(folder)
     contract = read_contract(folder)
-    return Judge(
-        contract, load_tokenizer(folder), Client(server, len(contract.head.outputs)).forward
-    )
+    client = Client(server, len(contract.head.outputs))
+    if contract.head.pooling == "layers" and client.owner() != OURS:
+        raise InputError(
+            f"{server}: {contract.judge} reads several layers, which only `arena-distill serve` runs"
+        )
+    return Judge(contract, load_tokenizer(folder), client.forward)
 
 
 class Client:
@@ -67,7 +71,8 @@ class Client:
     """
 
     def __init__(self, server: str, outputs: int) -> None:
-        self._url = f"{server.rstrip('/')}/classify"
+        self._server = server.rstrip("/")
+        self._url = f"{self._server}/classify"
         self._outputs = outputs
         token = os.environ.get(TOKEN)
         self._http = httpx2.Client(
@@ -75,6 +80,24 @@ class Client:
             timeout=httpx2.Timeout(SECONDS, connect=10),
             mounts=NO_PROXY,
         )
+
+    def owner(self) -> Any:
+        """What the server calls itself, in OpenAI's list of models; None if it says nothing.
+
+        Raises:
+            InputError: it cannot be reached, or refuses.
+        """
+        url = f"{self._server}/v1/models"
+        try:
+            response = self._http.get(url)
+        except httpx2.HTTPError as error:
+            raise InputError(f"{url}: no answer: {error or type(error).__name__}") from None
+        if response.status_code != 200:
+            raise InputError(f"{url}: status {response.status_code}: {response.text[:300]!r}")
+        try:
+            return response.json()["data"][0]["owned_by"]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
 
     def forward(self, sequences: Sequences) -> np.ndarray:
         """The outputs of the head: float32 (rows, outputs).

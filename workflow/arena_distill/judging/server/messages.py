@@ -10,6 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from arena_distill.verdicts import Order
 
+OURS = "arena-distill"
+"""Whose models a server lists; a client asks for it."""
+
 
 def _whole(text: str) -> str:
     """Refuse what JSON can write but UTF-8 cannot."""
@@ -128,7 +131,7 @@ class RewardAnswer(Message):
 class Model(Message):
     id: str
     object: str = "model"
-    owned_by: str = "arena-distill"
+    owned_by: str = OURS
 
 
 class Models(Message):
