@@ -83,7 +83,7 @@ class Reader:
         chosen = {"mean": mask, "last": is_last, "answer": after | is_last}
         weights = {name: (m / m.sum(1, keepdim=True)).float() for name, m in chosen.items()}
         pooled = [
-            torch.einsum("bt,bth->bh", weights[pooling], self._states[layer].float())
+            torch.einsum("bt,bth->bh", weights[pooling], self._states[layer].to(ids.device).float())
             for layer, pooling in self.reads
         ]
         return torch.cat(pooled, dim=-1)
@@ -122,7 +122,7 @@ class LayerHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """The same outputs for every token: float32 (sequences, tokens, outputs)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            outputs = self.linear(self.reader.features())
+            outputs = self.linear(self.reader.features().to(hidden.device))
         return outputs[:, None].expand(-1, hidden.shape[1], -1)
 
 

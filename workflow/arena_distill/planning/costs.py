@@ -74,7 +74,6 @@ ON_THE_HOST = frozenset(
         *("assign_folds", "check_counts", "audit_leaks"),
         *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
         *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),
-        *("fit_probe", "score_probe", "merge_probes"),
         *("check_drift", "fit_calibration", "predict_test", "write_submission"),
         *("write_config", "predict_surface", "evaluate", "render_report", "write_plan"),
         *("draw_averaging", "draw_curves", "compare_judges"),
@@ -108,7 +107,10 @@ class Costs:
             "predict_shard": score,
             "predict_shard_states": score,
             "read_features": self._read_features,
+            "fit_probe": self._fit_probe,
+            "score_probe": self._fit_probe,
             "merge_folds": self._merge,
+            "merge_probes": self._merge,
             "quantize_model": self._quantize,
             "score_test_merged": self._score_test,
             "score_test_gptq": self._score_test,
@@ -205,14 +207,26 @@ class Costs:
         return self._score(job, judge, device, work, stored)
 
     def _read_features(self, job: Planned, judge: Judge, device: Device) -> Cost:
-        name, frozen = job.wildcards["judge"], judge.frozen
-        assert frozen
         learned = {s: float(n) for s, n in self.battles.counts.items() if s not in ("test", "ut")}
-        work = self.battles.work(name, learned, shown=2)
-        reads = len(frozen.layers or (1, 2, 3)) * len(frozen.poolings)
-        stored = sum(learned.values()) * 2 * reads * self.sizes(name).hidden * 2.0
+        work = self.battles.work(job.wildcards["judge"], learned, shown=2)
+        stored = sum(learned.values()) * 2.0 * self._features(job, judge)
         cost = self._score(job, judge, device, work, stored, dense=True)
         return replace(cost, host=cost.host + stored)
+
+    def _fit_probe(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        """The features of a fold's battles in memory, in float32; a fit holds parts of them thrice more."""
+        name, fold = job.wildcards["judge"], int(job.wildcards["fold"])
+        fits = job.phase == "fit_probe"
+        battles = self.battles.training(name, fold) if fits else self.battles.scored(name, fold)
+        held = sum(battles.values()) * 4.0 * self._features(job, judge) * (4 if fits else 2)
+        cost = self._host(job)
+        return replace(cost, host=cost.host + held)
+
+    def _features(self, job: Planned, judge: Judge) -> float:
+        """How many numbers a frozen judge reads of a battle."""
+        assert judge.frozen
+        layers, poolings = judge.frozen.layers or (1, 2, 3), judge.frozen.poolings
+        return 2.0 * len(layers) * len(poolings) * self.sizes(job.wildcards["judge"]).hidden
 
     def _score_test(self, job: Planned, judge: Judge, device: Device) -> Cost:
         prediction, battles = self.config.prediction, {"test": float(self.battles.counts["test"])}
@@ -272,10 +286,11 @@ class Costs:
         name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
         size = _dense_bytes(judge)
         written = size * (sizes.base + sizes.head)
+        folds = 0 if judge.frozen else self.config.folds.n  # adapters
         largest = 3 * 4.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
         # A fold's factors are multiplied, one matrix after another.
         rank = judge.lora.r
-        flops = 2.0 * rank * sizes.linear * self.config.folds.n
+        flops = 2.0 * rank * sizes.linear * folds
         if judge.merge.weights == "greedy":
             soups = self.config.folds.n * (self.config.folds.n + 1) / 2
             work = self.battles.work(name, self.battles.for_choices(), shown=2) * soups
@@ -287,8 +302,8 @@ class Costs:
             cores=job.threads,
             flops=flops,
             seconds=seconds,
-            memory={"weights": written, "adapters": 4.0 * sizes.lora * self.config.folds.n},
-            host=1.0 * GIB + written + largest + 4.0 * sizes.lora * self.config.folds.n,
+            memory={"weights": written, "adapters": 4.0 * sizes.lora * folds},
+            host=1.0 * GIB + written + largest + 4.0 * sizes.lora * folds,
             stored=written,
         )
 
