@@ -35,9 +35,7 @@ rule compare_soups:
 
 rule draw_averaging:
     input:
-        soups=[
-            RUN.soups(judge) for points in STUDIES.averaging.values() for judge in points.values()
-        ],
+        soups=soups,
     output:
         figures=RUN.study("averaging", "averaging.json"),
         table=RUN.study("averaging", "averaging.csv"),

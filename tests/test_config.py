@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Data, Folds
-from arena_distill.config.judge import Compute, Encoding, JudgeDefaults, Loss
+from arena_distill.config.judge import Compute, Encoding, Judge, JudgeDefaults, Loss
 from arena_distill.config.phases import (
     VERSIONS,
     ArenaSettings,
@@ -31,6 +31,7 @@ from arena_distill.config.phases import (
     CurveSettings,
     DriftSettings,
     EvaluationSettings,
+    FeatureSettings,
     FetchSettings,
     FoldsSettings,
     JudgeSettings,
@@ -38,6 +39,7 @@ from arena_distill.config.phases import (
     MergeSettings,
     PredictionSettings,
     PretrainingSettings,
+    ProbeSettings,
     QuantizationSettings,
     QuerySettings,
     ScoringSettings,
@@ -331,6 +333,17 @@ def test_without_ut_battles_nothing_is_post_pretrained() -> None:
 # --- settings of a phase ----------------------------------------------------------------------------
 
 
+def has_phase(judge: Judge, model: type[Settings]) -> bool:
+    """Whether a judge goes through the phase with these settings."""
+    if model is QuerySettings:
+        return judge.external is not None
+    if model is PretrainingSettings:
+        return judge.pretraining is not None
+    if model in (FeatureSettings, ProbeSettings):
+        return judge.frozen is not None
+    return model is not TrainingSettings or judge.frozen is None
+
+
 def all_settings(config: Config) -> dict[tuple[str, str], Any]:
     """Every phase's settings, per judge where it has one."""
     found = {}
@@ -341,9 +354,9 @@ def all_settings(config: Config) -> dict[tuple[str, str], Any]:
             continue
         if model is ArenaSettings and not config.data.arena:
             continue
-        judges = tuple(config.judges) if "judge" in asked else ("",)
-        if model is QuerySettings:  # of judges that are asked alone
-            judges = tuple(name for name, judge in config.judges.items() if judge.external)
+        judges = [name for name, judge in config.judges.items() if has_phase(judge, model)]
+        if "judge" not in asked:
+            judges = [""]
         for judge in judges:
             found[phase, judge] = model.of(config, judge) if judge else model.of(config)
     return found
@@ -366,6 +379,16 @@ def test_compute_is_in_no_settings() -> None:
     assert changed(defaults={"compute": compute}) == set()
     for settings in all_settings(load(raw())).values():
         assert not set(compute) & set(settings.model_dump())
+
+
+def test_a_change_reaches_the_head_of_a_frozen_judge_or_its_features() -> None:
+    frozen = judged(l={"frozen": {}}, q={"frozen": {}})
+    assert {p for p, _ in changed(frozen, defaults={"training": {"lr": 1e-3}})} == {"training"}
+    assert changed(frozen, judges={"l": {"training": {"share": 0.5}}}) == {("probe", "l")}
+    assert changed(frozen, judges={"l": {"frozen": {"layers": [1]}}}) == {("feature", "l")}
+    assert {("feature", "l"), ("logits", "l"), ("merge", "l")} <= changed(
+        frozen, judges={"l": {"encoding": {"max_length": 64}}}
+    )
 
 
 def test_shards_and_their_gpus_are_in_no_settings() -> None:
@@ -439,7 +462,7 @@ PHASES = {
     "simulate": ArenaSettings, "fetch": FetchSettings, "backbone": BackboneSettings,
     "battles": BattlesSettings, "solution": SolutionSettings, "folds": FoldsSettings,
     "counts": CountSettings, "audit": AuditSettings, "tokens": TokensSettings,
-    "pretraining": PretrainingSettings,
+    "pretraining": PretrainingSettings, "features": FeatureSettings, "probe": ProbeSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,

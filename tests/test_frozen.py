@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Run
 
 from arena_distill.battles.folds import validation_rows
@@ -192,7 +194,12 @@ def config(**judge: Any) -> Any:
     return load(
         {
             "data": {"arena": {}},
-            "defaults": {"lora": {"r": 3}},
+            "defaults": {
+                "lora": {"r": 3},
+                "training": {"keep": "best", "patience": 2, "seed": 7},
+                "logits": {"shards": 3},
+                "head": {"kind": "joint", "ties": "rao_kupper"},
+            },
             "judges": judges,
             "final": "g",
         }
@@ -205,11 +212,22 @@ def test_a_frozen_judge_has_no_adapter() -> None:
     assert judge.frozen == Frozen()
     assert judge.head.pooling == "layers"
     assert judge.pretraining is None
+    assert (judge.training.keep, judge.training.seed, judge.logits.shards) == ("last", 7, 1)
+    assert judge.head.ties == "rao_kupper"
     assert found.features_owner("g") == "f"
     assert config(encoding={"max_length": 64}).features_owner("g") == "g"
-    assert load(found.model_dump()).judges == found.judges  # as config.yaml describes it
-    for key_, value in (("lora", {"r": 8}), ("pretraining", {}), ("head", "joint")):
-        with pytest.raises(InputError, match=f"judges.f: a frozen judge .* remove {key_}"):
+    assert load(yaml.safe_load(found.described())).judges == found.judges
+    assert load(json.loads(found.as_params())).judges == found.judges
+    for key_, value, named in (
+        ("lora", {"r": 8}, "lora.r"),
+        ("pretraining", {}, "pretraining"),
+        ("head", "joint", "head"),
+        ("head", {"kind": "joint"}, "head.kind"),
+        ("training", {"lr": 1e-3, "keep": "best", "share": 0.5}, "training.lr, training.keep"),
+        ("logits", {"shards": 2}, "logits.shards"),
+        ("merge", {"weights": "greedy"}, "merge.weights"),
+    ):
+        with pytest.raises(InputError, match=f"judges.f: a frozen judge .* remove {named}$"):
             config(**{key_: value})
     with pytest.raises(InputError, match="nf4"):
         config(precision="nf4")

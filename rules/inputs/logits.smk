@@ -1,5 +1,5 @@
 # Inputs of rules/logits.smk: shards and hidden states of a fold.
-SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1 and name not in FROZEN]
+SHARDED = [name for name, judge in TRAINED.items() if judge.logits.shards > 1]
 WHOLE = [name for name in TRAINED if name not in (*SHARDED, *FROZEN)]
 CAPTURED = [name for name in GRAPH.judges if GRAPH.states_of(name)]
 

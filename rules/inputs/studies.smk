@@ -17,6 +17,15 @@ def compared_files(wildcards):
     ]
 
 
+def soups(wildcards):
+    """The soups that the study of averages reads."""
+    if CONFIG.judges[CONFIG.final].frozen:
+        raise WorkflowError(
+            f"averaging: {CONFIG.final} is frozen: its folds have one backbone, and the mean of their heads is exact"
+        )
+    return [RUN.soups(judge) for points in STUDIES.averaging.values() for judge in points.values()]
+
+
 def curve_files(wildcards):
     """The files that learning curves read: the folds of every point."""
     judges = [judge for points in STUDIES.curves.values() for judge in points.values()]

@@ -248,15 +248,6 @@ class Merge(Section):
     """Weights of folds: by validation loss, or a greedy soup on battles apart (folds.choices)."""
 
 
-FROZEN = {
-    "head": HeadKeys(kind="pointwise", pooling="layers").model_dump(),
-    "lora": Lora().model_dump(),
-    "pretraining": None,
-    "merge": Merge().model_dump(),
-}
-"""What a frozen judge has of the keys that only an adapter, or another head, needs."""
-
-
 class CalibrationRows(Section):
     """How many battles GPTQ reads."""
 
@@ -344,6 +335,17 @@ class Logits(Section):
     """Number of jobs that share the scoring of a fold; the result is the same."""
     gpus: PositiveInt | None = None
     """GPUs per scoring job; several share the layers of the judge. null: one, or all with fsdp."""
+
+
+FROZEN = {
+    "head": {"kind": "pointwise", "pooling": "layers"},
+    "lora": Lora().model_dump(mode="json"),
+    "pretraining": None,
+    "training": Training().model_dump(mode="json", exclude={"share", "seed"}),
+    "logits": Logits().model_dump(mode="json", include={"shards"}),
+    "merge": Merge().model_dump(mode="json"),
+}
+"""What a frozen judge has of the keys that only an adapter, or another head, needs."""
 
 
 class JudgeDefaults(Section):

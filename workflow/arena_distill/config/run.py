@@ -451,11 +451,18 @@ def _as_frozen(name: str, given: Any, judge: Any) -> Any:
         return judge
     if judge.get("frozen") is None:
         return judge
-    if unused := [k for k, v in FROZEN.items() if k in given and overlay(v, given[k]) != v]:
+    unused: list[str] = []
+    for key, own in FROZEN.items():
+        if isinstance(own, Mapping) and isinstance(found := given.get(key), Mapping):
+            unused += [f"{key}.{k}" for k, v in own.items() if k in found and found[k] != v]
+        elif key in given and given[key] != own:
+            unused.append(key)
+    if unused:
         raise ValueError(
-            f"judges.{name}: a frozen judge has a pointwise head and no adapter: remove {', '.join(unused)}"
+            f"judges.{name}: a frozen judge has a pointwise head and trains no adapter: remove "
+            f"{', '.join(unused)}"
         )
-    return {**judge, **FROZEN}
+    return {**judge, **{key: overlay(judge.get(key), own) for key, own in FROZEN.items()}}
 
 
 def _is_external(judge: Any) -> bool:
