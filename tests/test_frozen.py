@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkouts import GPTQ, Checkout, make_checkout, write
 from conftest import Run
 
-from arena_distill.battles.folds import validation_rows
+from arena_distill import Judge
+from arena_distill.battles.folds import held_out_rows, validation_rows
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Frozen, Head
 from arena_distill.config.phases import (
@@ -26,9 +28,11 @@ from arena_distill.deployment.frozen import merge_probes
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.artifacts import read_json, read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
+from arena_distill.judging.contract import read_contract
+from arena_distill.judging.vectors import compare_with_vectors
 from arena_distill.models.layer_reads import Reader, blocks, default_layers
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
@@ -235,3 +239,49 @@ def test_a_frozen_judge_has_no_adapter() -> None:
         config(loss={"features": 1})
     with pytest.raises(InputError, match="pooling: layers is for frozen"):
         config(frozen=None, head={"kind": "pointwise", "pooling": "layers"})
+
+
+# --- a whole run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frozen_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """Of a frozen teacher and a frozen student, with battles held out and for choices."""
+    checkout = make_checkout(tmp_path_factory.mktemp("frozen") / "checkout")
+    given = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    given["data"]["arena"] |= {"train": 300, "unlabelled": 20}
+    given["folds"] |= {"method": "stratified_group", "holdout": 0.3, "choices": 0.1}
+    given["defaults"]["training"]["keep"] = "best"
+    given["judges"] = {
+        "teacher": {"backbone": {"tiny": "llama"}, "frozen": {}},
+        "student": {"backbone": {"tiny": "gemma2"}, "frozen": {"poolings": ["answer"]},
+                    "teachers": ["teacher"]},
+    }  # fmt: skip
+    given |= {"final": "student"}
+    given["prediction"]["calibration"] = "temperature"
+    write(checkout.folder / "mini.yaml", yaml.safe_dump(given).encode())
+    checkout.run("all")
+    return checkout
+
+
+@pytest.mark.slow
+@pytest.mark.gptq
+@pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}")
+def test_a_run_of_frozen_judges(frozen_run: Checkout) -> None:
+    """Calibrated on held-out battles that no head saw, quantised, finished, submitted."""
+    results = frozen_run.results
+    held_out = len(held_out_rows(read_parquet(results / "folds.parquet")))
+    for kind in ("merged", "gptq"):
+        contract = read_contract(results / kind / "student")
+        assert contract.calibration and contract.calibration.method == "temperature"
+        assert contract.calibration.fitted_on.startswith(f"{held_out} battles")
+        assert contract.head.pooling == "layers"
+    assert compare_with_vectors(Judge.from_pretrained(results / "merged/student")).within(1e-5)
+    assert read_json(results / "checks/student_drift.json")
+    assert len((results / "submission.csv").read_text().splitlines()) == 41
+    refused = frozen_run.snakemake("averaging", "-n")
+    assert refused.returncode == 1 and "averaging: student is frozen" in refused.stdout
+    frozen_run.edit("mini.yaml", "n: 2", "n: 3")
+    assert "read_features" not in frozen_run.would_run(), (
+        "features are read once, whatever the folds"
+    )

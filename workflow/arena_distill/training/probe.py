@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +24,18 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     REBUILD,
     atomic_directory,
-    check_made_from,
     file_sha256,
     fingerprint,
     provenance,
     read_json,
     read_parquet,
-    read_provenance,
     write_json,
 )
-from arena_distill.files.logits import ids_path
 from arena_distill.models.layer_reads import Read
 from arena_distill.training.examples import part_of
 from arena_distill.training.features import Features
 from arena_distill.training.linear_probe import RIDGES, Objective, cross_validate, objective_of
-from arena_distill.training.targets import select_rows, teacher_logits, teacher_weights
+from arena_distill.training.targets import weighted_targets
 
 FILE = "probe.safetensors"
 
@@ -98,11 +94,9 @@ def fit_probe(
     rows = part_of(table.take(chosen), settings.share, settings.seed)
     votes, targets, weights = votes_of(rows), None, None
     if settings.teachers and settings.targets:
-        for file in chain.from_iterable(teachers.values()):
-            check_made_from(read_provenance(ids_path(file)), file, folds=fingerprint(table))
-        targets = teacher_logits(select_rows(teachers, rows, settings.targets))
-        held_out = np.array(rows["source"].to_pylist()) == "train"
-        weights = teacher_weights(targets, votes, held_out, settings.loss)
+        _, targets, weights = weighted_targets(
+            teachers, rows, table, targets=settings.targets, loss=settings.loss
+        )
         targets = targets.mean(axis=2)  # of both orders
     objective = objective_of(votes, targets, weights, loss=settings.loss, head=settings.head)
     read = Features.read(features)

@@ -17,15 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Loss, State, Targets
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.artifacts import (
+    check_made_from,
+    fingerprint,
+    read_parquet,
+    read_provenance,
+)
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states
 from arena_distill.verdicts import Votes
@@ -91,6 +98,33 @@ def select_rows(
     """
     select = {"out_of_fold": _out_of_fold, "in_sample": _in_sample}[targets]
     return [select(name, files, key(rows)) for name, files in teachers.items()]
+
+
+def weighted_targets(
+    teachers: Mapping[str, Sequence[Path]],
+    rows: pa.Table,
+    folds: pa.Table,
+    *,
+    targets: Targets,
+    loss: Loss,
+) -> tuple[list[Selection], np.ndarray, np.ndarray]:
+    """A student's targets: their places, the logits (see :func:`teacher_logits`), and weights per battle.
+
+    Args:
+        teachers: see :func:`select_rows`.
+        rows: the training rows, of `folds`.
+
+    Raises:
+        InputError: a file is missing, damaged or of other folds, or a row is in no file.
+    """
+    for file in chain.from_iterable(teachers.values()):
+        check_made_from(read_provenance(ids_path(file)), file, folds=fingerprint(folds))
+    selected = select_rows(teachers, rows, targets)
+    logits = teacher_logits(selected)
+    # Every fold's teacher was trained on the extra battles: they do not enter the fit of weights.
+    # (Battles without a vote do not either.)
+    held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
+    return selected, logits, teacher_weights(logits, votes_of(rows), held_out, loss)
 
 
 def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +52,15 @@ from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     atomic_directory,
-    check_made_from,
     file_sha256,
     fingerprint,
     provenance,
     read_parquet,
-    read_provenance,
     report_full_disk,
     write_json,
     write_parquet,
 )
 from arena_distill.files.keys import key, locate
-from arena_distill.files.logits import ids_path
 from arena_distill.models.adapters import ADAPTER_FILES, check_adapter, load_adapter, new_judge
 from arena_distill.models.hidden_states import capture, project
 from arena_distill.models.loading import check_length, load_classifier
@@ -82,10 +78,8 @@ from arena_distill.training.judge_trainer import CHOICE_LOSS, JudgeTrainer, Prog
 from arena_distill.training.linear_probe import fit_head
 from arena_distill.training.targets import (
     VOTE_LOSS,
-    select_rows,
-    teacher_logits,
     teacher_states,
-    teacher_weights,
+    weighted_targets,
 )
 
 
@@ -127,7 +121,7 @@ def train_fold(
 
     Args:
         pretrained: the post-pretrained adapter to start from; None: a fresh one.
-        teachers: each teacher's logits files (see ``distillation.select_rows``).
+        teachers: each teacher's logits files (see ``targets.select_rows``).
     """
     table = read_parquet(folds)
     chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
@@ -138,15 +132,10 @@ def train_fold(
     targets = weights = None
     states: dict[State, tuple[np.ndarray, ...]] = {}
     if settings.teachers and settings.targets:
-        for file in chain.from_iterable(teachers.values()):
-            check_made_from(read_provenance(ids_path(file)), file, folds=fingerprint(table))
-        selected = select_rows(teachers, rows, settings.targets)
-        targets = teacher_logits(selected)
+        selected, targets, weights = weighted_targets(
+            teachers, rows, table, targets=settings.targets, loss=settings.loss
+        )
         states = {name: teacher_states(selected, name) for name in settings.loss.states()}
-        # Every fold's teacher was trained on the extra battles: they do not enter the fit of weights.
-        # (Battles without a vote do not either.)
-        held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
-        weights = teacher_weights(targets, votes, held_out, settings.loss)
     examples = make_examples(read, votes, targets, weights, settings, states)
     if settings.training.fit_head:
         groups = undivided_groups(rows)
