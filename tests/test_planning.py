@@ -327,6 +327,34 @@ def test_every_kind_of_job_has_a_cost() -> None:
     assert 0.5 < packed / dense < 0.6  # 8 bits, but for the embeddings
 
 
+def test_a_frozen_judge_reads_once_and_merges_no_adapter() -> None:
+    raw = tiny()
+    raw["judges"]["j"]["frozen"] = {"layers": [1, 2], "poolings": ["last"]}
+    costs = costs_of(raw)
+    read, merge = (
+        costs.of(planned(rule, costs.config, judge="j"))
+        for rule in ("read_features", "merge_probes")
+    )
+    counts, width = costs.battles.counts, costs.sizes("j").hidden
+    floats = (counts["train"] + counts["extra"]) * 2 * 2 * width  # answers, layers
+    assert read.stored == 2 * floats and read.flops > 0
+    assert merge.memory["adapters"] == 0 and merge.stored > 0
+    fit, score = (
+        costs.of(planned(rule, costs.config, judge="j", fold="0"))
+        for rule in ("fit_probe", "score_probe")
+    )
+    of_a_battle, base = (
+        4 * 2 * 2 * width,
+        costs.of(planned("assign_folds", costs.config, judge="j")),
+    )
+    for cost, battles, held in (
+        (fit, costs.battles.training("j", 0), 5),
+        (score, costs.battles.scored("j", 0), 2),
+    ):
+        in_memory = cost.host - base.host
+        assert in_memory == pytest.approx(held * of_a_battle * sum(battles.values()))
+
+
 def test_sequences_beyond_the_models_positions_are_refused() -> None:
     raw = tiny() | {"prediction": {"max_lengths": [5000]}}
     costs = costs_of(raw)

@@ -214,11 +214,11 @@ class Costs:
         return replace(cost, host=cost.host + stored)
 
     def _fit_probe(self, job: Planned, judge: Judge, device: Device) -> Cost:
-        """The features of a fold's battles in memory, in float32; a fit holds parts of them thrice more."""
+        """The features of a fold's battles in memory, in float32; a fit of all held them 4.7 times."""
         name, fold = job.wildcards["judge"], int(job.wildcards["fold"])
         fits = job.phase == "fit_probe"
         battles = self.battles.training(name, fold) if fits else self.battles.scored(name, fold)
-        held = sum(battles.values()) * 4.0 * self._features(job, judge) * (4 if fits else 2)
+        held = sum(battles.values()) * 4.0 * self._features(job, judge) * (5 if fits else 2)
         cost = self._host(job)
         return replace(cost, host=cost.host + held)
 
