@@ -18,8 +18,8 @@ from arena_distill.config.run import overlay
 pytestmark = pytest.mark.slow
 
 
-def snakemake(folder: Path, *arguments: str, python: str | None = None) -> str:
-    command = [python or warm_python(), "-m", "snakemake", *arguments]
+def snakemake(folder: Path, *arguments: str) -> str:
+    command = [warm_python(), "-m", "snakemake", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
@@ -90,7 +90,10 @@ def test_another_repository_uses_it_as_a_module(
     checkout = repository.parent / "arena-distill"
     shutil.rmtree(checkout / "workflow/arena_distill")
     before = set(checkout.rglob("*"))
-    snakemake(repository, "--cores", "2", python=sys.executable)
+    where = [warm_python(), "-c", "import arena_distill; print(arena_distill.__file__)"]
+    found = subprocess.run(where, cwd=repository, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()).is_relative_to(site)
+    snakemake(repository, "--cores", "2")
 
     judge = repository / "judges/results/support"
     made = {path.name for path in repository.iterdir()}

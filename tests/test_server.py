@@ -686,17 +686,20 @@ def test_an_address_that_is_taken_is_told_at_once(make: Callable[[str], Finished
 # --- figures, and the end ------------------------------------------------------------------------------
 
 
+def figures(client: httpx2.Client) -> dict[tuple[str, ...], float]:
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
 def test_prometheus_can_read_the_figures(make: Callable[[str], Finished]) -> None:
     with running(make("joint").judge) as client:
         asked(client, [GOOD, GOOD])
         client.post("/v1/judge", content="x", headers=JSON)
         client.get("/a/path/of/an/attacker")
-        text = client.get("/metrics").text
-    samples = {
-        (s.name, *sorted(s.labels.values())): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
+        samples = figures(client)
     assert samples["arena_requests_total", "/v1/judge", "200"] == 1
     assert samples["arena_requests_total", "/v1/judge", "400"] == 1
     assert samples["arena_requests_total", "404", "other"] == 1
@@ -720,6 +723,8 @@ def test_a_signal_ends_it_after_the_last_answer(
         str(make("joint").folder),
         "--port",
         "0",
+        "--batch-tokens",
+        "512",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "workflow"), TOKEN: "sesame"}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
@@ -734,7 +739,9 @@ def test_a_signal_ends_it_after_the_last_answer(
             many = [{**GOOD, "prompt": f"{i} sea " * 40} for i in range(200)]
             with ThreadPoolExecutor(1) as pool:
                 last = pool.submit(asked, client, many)
-                time.sleep(0.3)
+                while not figures(client)["arena_queue_tokens",]:
+                    assert not last.done()
+                    time.sleep(0.01)
                 process.send_signal(number)
                 assert len(last.result()["verdicts"]) == 200
         assert process.wait(60) == 0

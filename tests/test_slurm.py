@@ -242,6 +242,11 @@ class Victim:
     def wait_for_a_checkpoint(self, times: int = 1) -> None:
         wait_for(lambda: self.log.count(": saved") >= times)
 
+    def hold_at_a_checkpoint(self) -> None:
+        """Stop the training where it cannot end by itself before something ends it: Slurm wakes it then."""
+        self.wait_for_a_checkpoint()
+        os.kill(self.process, signal.SIGSTOP)
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Victim:
@@ -280,7 +285,7 @@ def victim(prepared: Victim) -> Iterator[Victim]:
 
 def test_a_cancelled_training_is_tried_again_and_goes_on(victim: Victim) -> None:
     victim.start()
-    victim.wait_for_a_checkpoint()
+    victim.hold_at_a_checkpoint()
     ask("scancel", victim.slurm_id)
     assert "Trying to restart job" in victim.finish()
     assert "going on from there" in victim.log
@@ -288,7 +293,7 @@ def test_a_cancelled_training_is_tried_again_and_goes_on(victim: Victim) -> None
 
 def test_a_lost_node_costs_nothing_but_time(victim: Victim) -> None:
     victim.start()
-    victim.wait_for_a_checkpoint()
+    victim.hold_at_a_checkpoint()
     job, node = victim.slurm_id, victim.node
     cluster("lose", node)
     try:
@@ -378,7 +383,7 @@ def test_a_snakemake_that_was_killed_does_not_start_its_jobs_twice(victim: Victi
 
 def test_a_stopped_snakemake_takes_its_jobs_with_it_and_goes_on_later(victim: Victim) -> None:
     victim.start()
-    victim.wait_for_a_checkpoint()
+    victim.hold_at_a_checkpoint()
     os.killpg(victim.snakemakes[-1].pid, signal.SIGINT)
     assert victim.snakemakes[-1].wait(120) != 0
     wait_for(lambda: not victim.queued("pending,running,completing"))
