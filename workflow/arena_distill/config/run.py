@@ -314,7 +314,7 @@ class Config(Section):
     def _how(self) -> dict[str, Any]:
         """What decides no result of `all`. (And `defaults`, which are in the judges.)"""
         untold: dict[str, Any] = dict.fromkeys(
-            (*JudgeDefaults.model_fields, "backbone", "teachers"), True
+            (*JudgeDefaults.model_fields, "backbone", "teachers", "frozen"), True
         )
         untold["external"] = {"endpoint": dict.fromkeys(EndpointLimits.model_fields, True)}
         trained = {"compute": True, "external": True}
