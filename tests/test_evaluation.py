@@ -26,6 +26,7 @@ from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.terminal import print_table
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
+from arena_distill.files.keys import key
 from arena_distill.files.logits import ids_path, read_logits, write_logits
 from arena_distill.metrics import softmax
 from arena_distill.prediction.calibration import METHODS
@@ -186,6 +187,34 @@ def test_a_judge_that_knows_the_truth_closes_the_gap(tmp_path: Path) -> None:
     assert errors == sorted(errors)
     assert judges["small"]["gap_closed"] < judges["other-big"]["gap_closed"]
     assert judges["big"]["versus_final"]["high"] < 0
+
+
+def test_differences_to_the_final_judge_by_hand(
+    whole_run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    """Of both orders' mean logits on the same battles, with an interval by prompt."""
+    folds = whole_run.folds
+    rows = folds.filter(pc.greater_equal(folds["fold"], 0))
+    labels, groups = votes_of(rows).labels, rows["group"].to_numpy()
+    loss = {}
+    for judge, paths in whole_run.logits.items():
+        seen = {}
+        for path in paths:
+            logits, ids = read_logits(path)
+            own = ids["validation"].to_numpy()
+            names = key(ids.filter(ids["validation"])).to_pylist()
+            seen |= dict(zip(names, logits[own].mean(1, dtype=np.float64), strict=True))
+        z = np.array([seen[name] for name in key(rows).to_pylist()])
+        loss[judge] = np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels]
+    for judge, values in loss.items():
+        apart = values - loss["small"]
+        sums = np.array([(apart - apart.mean())[groups == g].sum() for g in np.unique(groups)])
+        half = 1.96 * np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(apart)
+        found = metrics["judges"][judge]["versus_final"]
+        mean = apart.mean()
+        expected = {"difference": mean, "low": mean - half, "high": mean + half}
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert metrics["judges"]["big"]["versus_final"]["difference"] != 0
 
 
 def test_the_order_of_rows_in_files_changes_nothing(

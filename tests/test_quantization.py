@@ -11,10 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from arena_distill.deployment.gptq import check_layers
 from arena_distill.deployment.quantization_error import check_drift, drift
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
+from arena_distill.models.scoring import score
 from arena_distill.verdicts import Votes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +120,85 @@ def test_drift_that_is_not_a_number_is_beyond_any_bound(drifted: Path, tmp_path:
     drifted.write_text(drifted.read_text().replace("0.12", "NaN"))
     with pytest.raises(InputError, match="mean KL nan"):
         check_drift(drifted, tmp_path / "ok.json", settings=bounds(1, 1))
+
+
+# --- what is calibrated on ------------------------------------------------------------------------
+
+
+class Tokens:
+    """Stands for tokens: which rows are taken."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.sources = pa.array(["train" if row % 3 else "extra" for row in rows.tolist()])
+        self.votes = Votes.hard(rows % 3)
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        return Tokens(self.rows[rows])
+
+
+def test_drift_is_measured_on_other_battles_than_calibrate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(gptq, "read_tokens", lambda _: Tokens(np.arange(120)))
+    monkeypatch.setattr(gptq, "encode_views", lambda tokens, *_: [tokens.rows.tolist()])
+    monkeypatch.setattr(gptq, "quantize_model", lambda *_, **kwargs: given.append(kwargs))
+    for seed in (0, 1):
+        settings = QuantizationSettings(
+            version=1, encoding=Encoding(), bits=8, group_size=32, seed=seed, samples=40,
+            validation_rows=30,
+        )  # fmt: skip
+        gptq.quantize_judge(Path(), Path(), Path(), settings=settings, batch_tokens=1)
+    drawn = []
+    for call in given:
+        calibration, (validation,) = call["calibration"], call["validation"]
+        assert sorted(calibration + validation) == [row for row in range(120) if row % 3]
+        assert len(validation) == 30
+        assert call["votes"].labels.tolist() == [row % 3 for row in validation]
+        drawn.append(validation)
+    assert drawn[0] != drawn[1]
+
+
+def test_each_block_is_calibrated_on_what_the_rounded_blocks_before_it_make(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its inputs are the hidden states of the finished model, whose later blocks cannot change them."""
+    import torch
+    from test_merging import base_model
+
+    def config(**given: Any) -> SimpleNamespace:
+        return SimpleNamespace(**given, sym=True, desc_act=False, damp_percent=0.05)
+
+    modules = {"quantization": {"QuantizeConfig": config}, "version": {"__version__": "0"}}
+    monkeypatch.setitem(sys.modules, "gptqmodel", ModuleType("gptqmodel"))
+    for name, content in modules.items():
+        module = ModuleType(f"gptqmodel.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    seen: list[tuple[Any, list[Any]]] = []
+
+    def rounded(block: Any, group: list[str], _: Any) -> Any:
+        if not seen or seen[-1][0] is not block.module:
+            seen.append((block.module, list(block.hidden)))
+        for name in group:
+            layer = block.layers[name]
+            layer.weight.data = (layer.weight * 20).round() / 20
+            yield name, layer
+
+    monkeypatch.setattr(gptq, "_round", rounded)
+    model = base_model("llama")
+    rows = [np.array([3, 4, 5, 6]), np.array([7, 8])]
+    offsets = np.array([0, 4, 6])
+    before = [p.clone() for p in model.parameters()]
+    gptq._quantize(model, Sequences(np.concatenate(rows).astype(np.int32), offsets), 4, 16)
+    assert any(not one.equal(p) for one, p in zip(before, model.parameters(), strict=True))
+    assert [module for module, _ in seen] == list(model.model.layers)
+    for row, ids in enumerate(rows):
+        with torch.no_grad():
+            states = model.model(torch.from_numpy(ids)[None], output_hidden_states=True)
+        for number, (_, hidden) in enumerate(seen):
+            torch.testing.assert_close(hidden[row], states.hidden_states[number])
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -357,6 +438,31 @@ class TestGPTQ:
         divergences = [report(work, f"llama-{bits}")["kl"] for bits in (8, 4, 3, 2)]
         assert divergences == sorted(divergences) and divergences[1] > 10 * divergences[0]
         assert report(work, "llama-4")["bytes"] < report(work, "llama-8")["bytes"]
+
+    @pytest.mark.parametrize(("bits", "better"), [(8, 2), (4, 2)])
+    def test_it_drifts_less_than_plain_rounding_to_its_grid(
+        self, work: Path, bits: int, better: float
+    ) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        model = AutoModelForSequenceClassification.from_pretrained(work / "llama")
+        grid = tensors(work / f"llama-{bits}")
+        for name, layer in model.named_modules():
+            if f"{name}.scales" in grid:
+                step = grid[f"{name}.scales"].float()[grid[f"{name}.g_idx"].long()].T
+                levels = (
+                    (layer.weight / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+                )
+                layer.weight.data = levels * step
+        with np.load(work / "sequences.npz") as stored:
+            sequences = Sequences(stored["ids"], stored["offsets"])
+        held_out = sequences.take(np.arange(len(sequences) // 2, len(sequences)))
+        with torch.inference_mode():
+            plain = score(model, held_out, batch_tokens=2048)
+        found = drift(logits(work, f"llama-{bits}", "dense"), plain)
+        print(bits, found["kl"], report(work, f"llama-{bits}")["kl"])
+        assert found["kl"] > better * report(work, f"llama-{bits}")["kl"]
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_only_layers_of_blocks_change(self, work: Path, family: str) -> None:

@@ -128,6 +128,19 @@ def test_the_truth_covers_every_battle_once(folder: Path) -> None:
         assert truth.loc[truth["source"] == source, "id"].tolist() == ids.tolist()
 
 
+def test_ut_battles_have_voters_of_their_own(folder: Path) -> None:
+    """In truth and votes; no other battles have them."""
+    truth = pd.read_parquet(folder / "truth.parquet")
+    seeds = np.random.SeedSequence(3).generate_state(4)
+    for (source, rows), seed in zip(SIZES.items(), seeds.tolist(), strict=True):
+        voters = "ut" if source == "ut" else "arena"
+        expected = simulate(rows=rows, seed=seed, voters=voters)
+        found = truth.loc[truth["source"] == source].filter(like="p_")
+        np.testing.assert_allclose(found, expected.probabilities, rtol=1e-12)
+        votes = pd.read_csv(folder / ("test_solution.csv" if source == "test" else f"{source}.csv"))
+        pd.testing.assert_frame_equal(votes[list(WINNERS)], expected.frame[list(WINNERS)])
+
+
 def test_an_arena_is_written_alike_twice(folder: Path, tmp_path: Path) -> None:
     write_arena(tmp_path, settings=ArenaSettings(version=1, seed=3, **SIZES))
     for path in folder.iterdir():

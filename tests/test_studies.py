@@ -7,18 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import yaml
 from checkouts import make_checkout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_run import made_up_run
 
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.derived import DerivedStudies, JudgeFamily, derive
-from arena_distill.config.phases import CompareSettings, LogitsSettings, TrainingSettings
+from arena_distill.config.phases import (
+    CompareSettings,
+    CurveSettings,
+    LogitsSettings,
+    TrainingSettings,
+)
 from arena_distill.config.run import Config, load
 from arena_distill.deployment import fold_weights
 from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_parquet, write_json
+from arena_distill.files.keys import key
+from arena_distill.files.logits import read_logits
+from arena_distill.layout import Layout
 from arena_distill.metrics import bootstrap
+from arena_distill.studies import comparison, learning_curves
 from arena_distill.verdicts import Votes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,6 +267,82 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
         )
         covered += low <= 0 <= high
     assert 0.89 < covered / 200 < 0.98
+
+
+def bootstrap_by_hand(
+    values: np.ndarray, votes: Votes, groups: np.ndarray, resamples: int, seed: int = 0
+) -> np.ndarray:
+    """Whole prompts as often as they are drawn, a battle after the other: (resamples, judges)."""
+    rng, prompts = np.random.default_rng(seed), np.unique(groups)
+    draws = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples)
+    means = []
+    for times in draws:
+        rows = np.concatenate(
+            [np.tile(np.flatnonzero(groups == g), n) for g, n in zip(prompts, times, strict=True)]
+        )
+        means.append((votes.weights[rows] * values[:, rows]).sum(1) / votes.weights[rows].sum())
+    return np.array(means)
+
+
+def test_a_bootstrap_draws_prompts_by_its_seed_alike_for_all_judges() -> None:
+    rng = np.random.default_rng(4)
+    values, groups = rng.exponential(size=(3, 40)), rng.integers(10, 22, 40)
+    votes = Votes(np.eye(3)[rng.integers(0, 3, 40)], rng.integers(1, 5, 40).astype(float))
+    for seed in (0, 9):
+        found = bootstrap(values, votes, groups, resamples=70, seed=seed)
+        expected = bootstrap_by_hand(values, votes, groups, 70, seed)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_difference_has_the_sign_of_its_interval() -> None:
+    """The better judge's is negative: its loss minus the other's, in figure and interval."""
+    rng = np.random.default_rng(6)
+    labels, groups = rng.integers(0, 3, 90), np.arange(90) // 3
+    votes = Votes.hard(labels)
+    good = 0.5 * np.eye(3)[labels] + 0.5 * rng.dirichlet(np.ones(3), 90)
+    p = {"good": good, "bad": np.full((90, 3), 1 / 3), "luck": rng.dirichlet(np.ones(3), 90)}
+    settings = CompareSettings(version=1, run="x", entries=(), runs=(), resamples=100)
+    rows = comparison._table(p, votes, groups, settings, None)["differences"]
+    loss = np.stack([-np.log(each[np.arange(90), labels]) for each in p.values()])
+    drawn = dict(zip(p, bootstrap_by_hand(loss, votes, groups, 100).T, strict=True))
+    mean = dict(zip(p, loss.mean(1), strict=True))
+    assert len(rows) == 6
+    for row in rows:
+        one, other = row["judge"], row["against"]
+        low, high = np.quantile(drawn[one] - drawn[other], [0.025, 0.975])
+        assert row["difference"] == pytest.approx(mean[one] - mean[other])
+        assert (row["low"], row["high"]) == pytest.approx((low, high))
+    assert rows[0]["high"] < 0 < rows[2]["low"]
+
+
+def test_the_intervals_of_a_curve_are_by_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_up_run(tmp_path)
+    files, folds = Layout(str(tmp_path)), read_parquet(tmp_path / "folds.parquet")
+    for judge in ("big", "small"):
+        for fold in range(2):
+            metrics = Path(files.adapter(judge, fold)) / "metrics.json"
+            write_json({"battles": 10 * (fold + 1)}, metrics)
+    monkeypatch.setattr(learning_curves, "draw", lambda *_: "")
+    asked = CurveSettings(version=1, curves={"c": {"0.5": "big", "1": "small"}}, folds=2)
+    learning_curves.draw_curves(tmp_path, tmp_path / "curves", settings=asked, truth=None)
+    points = json.loads((tmp_path / "curves/curves.json").read_text())["points"]
+    rows = folds.filter(pc.is_in(folds["fold"], pa.array([0, 1], folds["fold"].type)))
+    votes, groups = votes_of(rows), rows["group"].to_numpy()
+    assert len(set(groups.tolist())) < len(groups)
+    for point, judge in zip(points, ("big", "small"), strict=True):
+        seen = {}
+        for path in run.logits[judge][:2]:
+            logits, ids = read_logits(path)
+            seen |= dict(zip(key(ids).to_pylist(), logits.mean(1, dtype=np.float64), strict=True))
+        z = np.array([seen[name] for name in key(rows).to_pylist()])
+        loss = np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), votes.labels]
+        drawn = bootstrap_by_hand(loss[None], votes, groups, 2000)
+        assert point["log_loss"] == pytest.approx(loss.mean(), rel=1e-5)
+        expected = np.quantile(drawn, [0.025, 0.975])
+        assert (point["low"], point["high"]) == pytest.approx(expected, rel=1e-5)
+        assert (point["battles"], point["judge"]) == (15, judge)
 
 
 # --- soups ----------------------------------------------------------------------------------------
