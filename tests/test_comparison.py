@@ -78,3 +78,9 @@ def test_on_test_battles_a_judge_is_listed_raw_and_calibrated(tmp_path: Path) ->
     page = (tmp_path / "report.html").read_text()
     assert '<th scope="row">small, style</th><td class="text">big, style</td>' in page
     assert "A name that ends in <code>, style</code>" in page
+    known = found["style"]
+    known["entries"][1]["repeats"] = known["entries"][0]["label"]
+    (tmp_path / "style.json").write_text(json.dumps(known))
+    render_comparison(tmp_path / "style.json", tmp_path)
+    assert "<td>2</td>" in (tmp_path / "report.html").read_text().split('id="trainings"')[1]
+    assert "the luck of\nthe battles, not that of training (<code>compare.seeds</code>" in page

@@ -32,7 +32,7 @@ from arena_distill.files.keys import key
 from arena_distill.files.logits import read_logits
 from arena_distill.layout import Layout
 from arena_distill.metrics import bootstrap
-from arena_distill.studies import comparison, learning_curves
+from arena_distill.studies import comparison, comparison_report, learning_curves
 from arena_distill.verdicts import Votes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +96,33 @@ def test_seeds_repeat_every_entry() -> None:
         seed = graph.judges[entry.judge].training.seed
         assert entry.label.endswith(f"seed {seed}")
         assert entry.against is None or entry.against.endswith(f"seed {seed}")
+        assert entry.label == f"{entry.repeats}, seed {seed}"
+
+
+def test_a_seed_varies_the_student_or_all_that_made_it() -> None:
+    recipe = {"recipes": ["summary"], "votes": False, "seeds": [7]}
+    found = {}
+    for vary in ("student", "all"):
+        _, studies, graph = derived(compare=recipe | {"vary": vary})
+        names = {entry.label: entry.judge for entry in studies.compared}
+        found[vary] = [graph.judges[names[label]] for label in ("summary", "summary, seed 7")]
+        for before, after in zip(*(judge.teachers for judge in found[vary]), strict=True):
+            one, other = graph.judges[before], graph.judges[after]
+            seeds = one.training.seed if vary == "student" else 7
+            assert other == one.model_copy(
+                update={
+                    "training": one.training.model_copy(update={"seed": seeds}),
+                    "pretraining": one.pretraining
+                    and one.pretraining.model_copy(
+                        update={"seed": 7 if vary == "all" else one.pretraining.seed}
+                    ),
+                }
+            )
+    for vary, (once, again) in found.items():
+        assert (once.training.seed, again.training.seed) == (2025, 7)
+        assert once.pretraining and again.pretraining
+        assert again.pretraining.seed == (7 if vary == "all" else once.pretraining.seed)
+        assert (again.teachers == once.teachers) == (vary == "student")
 
 
 def test_a_variant_differs_in_its_keys_alone() -> None:
@@ -313,6 +340,33 @@ def test_a_difference_has_the_sign_of_its_interval() -> None:
         assert row["difference"] == pytest.approx(mean[one] - mean[other])
         assert (row["low"], row["high"]) == pytest.approx((low, high))
     assert rows[0]["high"] < 0 < rows[2]["low"]
+
+
+def test_the_luck_of_training_is_the_spread_over_seeds() -> None:
+    losses = {"s": 0.8, "s, seed 1": 0.9, "s, seed 2": 1.0, "v": 0.95, "v, seed 1": 0.95}
+    losses |= {"v, seed 2": 1.25, "t": 0.7}
+    entries = [
+        {"label": label, "repeats": label[0] if "seed" in label else None, "calibration": "none"}
+        | {"against": label.replace("s", "v", 1) if label[0] == "s" else None}
+        for label in losses
+    ]
+    table = {
+        "judges": {label: {"log_loss": loss} for label, loss in losses.items()},
+        "differences": [
+            {"judge": a, "against": b, "difference": losses[a] - losses[b], "low": 0, "high": 0}
+            for a in losses
+            for b in losses
+            if a != b
+        ],
+    }
+    figures = {"entries": entries, "out_of_fold": table, "test": None}
+    student, votes = comparison_report.trainings(figures)
+    assert (student["label"], student["part"], student["trainings"]) == ("s", "out_of_fold", 3)
+    assert student["log_loss"] == pytest.approx({"mean": 0.9, "deviation": 0.1})
+    gains = [-0.15, -0.05, -0.25]
+    assert student["gain"] == pytest.approx({"mean": -0.15, "deviation": np.std(gains, ddof=1)})
+    assert (votes["label"], votes["gain"]) == ("v", None)
+    assert votes["log_loss"]["deviation"] == pytest.approx(np.std([0.95, 0.95, 1.25], ddof=1))
 
 
 def test_the_intervals_of_a_curve_are_by_prompt(

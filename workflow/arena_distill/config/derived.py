@@ -36,6 +36,7 @@ class Compared:
     against: the label of the same judge without teachers, where this one has some.
     prediction: how its recipe averages test predictions.
     tested: its merged model is scored on the test battles too.
+    repeats: the label of the entry of which this is another training.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Compared:
     prediction: Prediction
     against: str | None = None
     tested: bool = True
+    repeats: str | None = None
 
 
 @dataclass
@@ -157,11 +159,11 @@ def compared(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> lis
         entries.append(Compared(recipe, final, family.trained_as(final), under.prediction, against))
     repeated = []
     for seed, entry in itertools.product(config.compare.seeds, entries):
-        seeded = _trained(family.judges[entry.judge], seed=seed)
-        name = family.add(f"{entry.judge}.seed{seed}", seeded, merged=True)
+        name = _seeded(entry.judge, seed, family, teachers=config.compare.vary == "all")
         against = entry.against and f"{entry.against}, seed {seed}"
         label, folds = f"{entry.label}, seed {seed}", family.trained_as(name)
-        repeated.append(Compared(label, name, folds, entry.prediction, against))
+        again = Compared(label, name, folds, entry.prediction, against, repeats=entry.label)
+        repeated.append(again)
     shown = {entry.judge for entry in entries}
     others = [
         Compared(name, name, name, config.prediction, tested=name == config.final)
@@ -220,6 +222,18 @@ def _recipe(name: str) -> Mapping[str, Any]:
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise InputError(f"config: compare.recipes: no recipe {name!r}; there are {known}")
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
+def _seeded(name: str, seed: int, family: JudgeFamily, *, teachers: bool) -> str:
+    """The same judge, trained with another seed; with `teachers` also they and all post-pretraining."""
+    judge = family.judges[name]
+    if judge.external:
+        return name
+    if teachers:
+        taught = [_seeded(teacher, seed, family, teachers=True) for teacher in judge.teachers]
+        start = judge.pretraining and judge.pretraining.model_copy(update={"seed": seed})
+        judge = judge.model_copy(update={"teachers": tuple(taught), "pretraining": start})
+    return family.add(f"{name}.seed{seed}", _trained(judge, seed=seed), merged=True)
 
 
 def _teachers_first(config: Config, judge: str) -> list[str]:

@@ -78,7 +78,7 @@ VERSIONS = {
     "judge": 3,
     "surface": 2,
     "evaluation": 9,
-    "comparison": 6,
+    "comparison": 7,
     "curves": 3,
     "averaging": 1,
     "report": 11,
@@ -606,6 +606,8 @@ class Entry(Section):
     calibration: Calibration = "none"
     """Of its folds' models, cross-fitted: a diagnostic."""
     prediction: Prediction
+    repeats: str | None = None
+    """The label of the entry of which this is another training."""
 
 
 class CompareSettings(Settings):
@@ -632,6 +634,7 @@ class CompareSettings(Settings):
                     optimistic=config.is_optimistic(entry.judge),
                     calibration=config.fold_calibration(entry.judge),
                     prediction=entry.prediction.model_copy(update={"calibration": "none"}),
+                    repeats=entry.repeats,
                 )
                 for entry in studies.compared
             ),

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -98,7 +98,9 @@ class Compare(Section):
     votes: bool = True
     """Beside each student the same judge trained on votes alone: what distillation adds."""
     seeds: Distinct[tuple[Seed, ...]] = Field((), max_length=20)
-    """Also train each judge with these seeds (training.seed), to see the variation by chance."""
+    """Also train each judge with these seeds (training.seed): no interval covers the luck of training."""
+    vary: Literal["student", "all"] = "student"
+    """Whose seed: the compared judge's, or also those of its teachers and of all post-pretraining."""
     runs: Distinct[tuple[FilePath, ...]] = ()
     """Folders of other runs, whose judges are compared on the common battles."""
     resamples: Annotated[int, Field(ge=100)] = 2000

@@ -15,6 +15,8 @@ from arena_distill.metrics import Figures
 SLICES_SHOWN = 8
 """Slices of a kind that are printed, the largest ones."""
 
+LUCK = "Intervals are by prompt: the luck of the battles, not of training"
+
 
 def print_table(metrics: Figures, console: Console | None = None) -> None:
     """Print the results of `metrics.json`: judges and baselines, test variants, quantisation."""
@@ -57,7 +59,7 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         console.print(f"\n[bold]{final['judge']}[/bold]: by slice, {of}\n")
         console.print(_slices_table(shown))
         legend = f"slices of fewer than {FEWEST} battles are pooled as {OTHER}"
-        console.print(f"{legend}; all in tables/slices.csv", style="dim")
+        console.print(f"{legend}; all in tables/slices.csv. {LUCK}", style="dim")
     if final["gptq"]:
         console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
 

@@ -1,7 +1,8 @@
 """Compare judges on the same battles, with intervals for their differences.
 
 Every difference is paired (two judges, the same battle) and has an interval from a bootstrap over whole
-prompts: battles with one prompt are not independent, so a bootstrap over battles would be too narrow.
+prompts: battles with one prompt are not independent, so a bootstrap over battles would be too narrow. It
+covers the luck of the battles, not that of training: another seed may differ by more (`compare.seeds`).
 
 References:
     Efron and Tibshirani 1993, An Introduction to the Bootstrap (percentile intervals).
@@ -111,7 +112,7 @@ def compare(
         "entries": [
             {"label": e.label, "judge": e.judge, "teachers": list(e.teachers)}
             | {"against": e.against, "tested": e.tested, "optimistic": e.optimistic}
-            | {"calibration": e.calibration}
+            | {"calibration": e.calibration, "repeats": e.repeats}
             | _cost(files, e, folds)
             for e in settings.entries
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.evaluation.drawings import (
@@ -39,6 +40,7 @@ def render_comparison(path: Path, output: Path) -> None:
         entries={entry["label"]: entry for entry in figures["entries"]},
         methods=sorted({entry["calibration"] for entry in figures["entries"]} - {"none"}),
         gains=gains(figures),
+        trainings=trainings(figures),
         drawing=inline(drawing, _alt(figures)),
         difference=difference,
     )
@@ -63,6 +65,38 @@ def gains(figures: Figures) -> list[Figures]:
         for part in PARTS
         if figures[part] and {judge, against} <= set(figures[part]["judges"])
     ]
+
+
+def trainings(figures: Figures) -> list[Figures]:
+    """The luck of training: mean and standard deviation over an entry and its repeats with other seeds.
+
+    Returns:
+        per entry and part `trainings`, their number; `log_loss` and `gain` (to the same judge on votes
+        alone, of the same seed), each `mean` and `deviation`; `gain` is None where there is none.
+    """
+    by_label = {entry["label"]: entry for entry in figures["entries"]}
+    records = []
+    for label in by_label:
+        again = [e for e in figures["entries"] if e["repeats"] == label]
+        for part in PARTS if again else ():
+            table = figures[part]
+            runs = [e for e in (by_label[label], *again) if table and e["label"] in table["judges"]]
+            if len(runs) < 2:
+                continue
+            losses = [table["judges"][e["label"]]["log_loss"] for e in runs]
+            gained = [
+                difference(table, e["label"], e["against"])["difference"]
+                for e in runs
+                if e["against"] in table["judges"]
+            ]
+            gain = _spread(gained) if len(gained) == len(runs) else None
+            records.append({"label": label, "part": part, "trainings": len(runs)})
+            records[-1] |= {"log_loss": _spread(losses), "gain": gain}
+    return records
+
+
+def _spread(values: list[float]) -> Figures:
+    return {"mean": fmean(values), "deviation": stdev(values)}
 
 
 def difference(table: Figures, judge: str, against: str) -> Figures:
