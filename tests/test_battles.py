@@ -718,6 +718,22 @@ def test_votes_of_test_battles_are_in_their_order_and_nowhere_else(asked: Path) 
     assert battles["vote"].is_valid().to_pylist() == [True, False, False, False]
 
 
+def test_several_votes_on_a_test_battle_are_merged_when_asked(asked: Path) -> None:
+    votes = ((9, "tie"), (7, "b"), (8, "a"), (7, "a"), (7, "b"), (7, "b"))
+    solution = write_csv(asked.parent / "s.csv", [{"id": i, "winner": w} for i, w in votes])
+    output, told = asked.parent / "v.parquet", SolutionSettings(version=1, annotators="merge")
+    write_test_votes(solution, asked, output, told)
+    solved = Solution.read(output)
+    assert solved.ids.to_pylist() == ["7", "8", "9"]
+    assert solved.votes.probabilities.tolist() == [[0.25, 0.75, 0], [1, 0, 0], [0, 0, 1]]
+    assert solved.votes.weights.tolist() == [4, 1, 1]
+    assert read_solution(solution, "drop", merge=True)[1].known.tolist() == [False, True, True]
+    with pytest.raises(
+        InputError, match=r"row 4, .* give data\.solution as a section: \{path: …, anno"
+    ):
+        read_solution(solution)
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

@@ -362,7 +362,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"run": ""}, "run: String should match"),
     ({"run": "a\x00"}, "run: String should match"),
     ({"data": {"train": ["mine/train.csv", ""]}}, "data.train.1.path: a path expected"),
-    ({"data": {"solution": "~/x.csv"}}, "data.solution: ~ is not expanded"),
+    ({"data": {"solution": "~/x.csv"}}, "data.solution.path: ~ is not expanded"),
     ({"data": {"extra": {"path": "x", "without": ["all"]}}}, "without.0: Input should be 'train', "),
     ({"environments": {"gptq": "~/gptq"}}, "environments.gptq: ~ is not expanded"),
     ({"compare": {"runs": ["{x}"]}}, "compare.runs.0: { and } are wildcards"),

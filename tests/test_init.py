@@ -64,7 +64,8 @@ def test_battles_without_ties_make_a_run_of_two_classes(classes: Literal[3, 2]) 
 def test_prompts_are_held_out_whole_and_votes_kept(here: Path) -> None:
     propose(BATTLES, OUTPUT, holdout_test=0.1)
     config = written()
-    assert [config.data.train[0].path, config.data.test[0].path, config.data.solution] == SPLIT
+    given = (config.data.train[0], config.data.test[0], config.data.solution)
+    assert [file and file.path for file in given] == SPLIT
     whole, _ = read_battles({"train": [BATTLES]})
     parts, rejected = read_battles({"train": [SPLIT[0]], "test": [SPLIT[1]]})
     assert not len(rejected)

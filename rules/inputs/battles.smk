@@ -18,7 +18,8 @@ def battle_files(source):
 
 def solution(wildcards):
     """The file with the votes of the test battles."""
-    return RUN.arena("test_solution") if CONFIG.data.arena else existing(CONFIG.data.solution)
+    given = CONFIG.data.solution
+    return existing(given.path) if given else RUN.arena("test_solution")
 
 
 TEST_VOTES = RUN.test_votes if CONFIG.data.arena or CONFIG.data.solution else []

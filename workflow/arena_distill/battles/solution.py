@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arena_distill.battles.annotators import merge_annotators
 from arena_distill.battles.formats.columns import Table, columns_found, resolve
 from arena_distill.battles.formats.votes import read_votes
 from arena_distill.battles.parts import duplicates, refuse_ties, votes_as_read
@@ -46,7 +47,7 @@ def write_test_votes(
     """
     battles = read_parquet(battles_path, ["id", "source", "group"])
     test = battles.filter(pc.equal(battles["source"], "test"))
-    ids, votes = read_solution(solution, settings.ties)
+    ids, votes = read_solution(solution, settings.ties, merge=settings.annotators == "merge")
     for problem, of, among in (
         ("of its ids are no test battles", ids, test["id"]),
         ("test battles have no vote in it", test["id"], ids),
@@ -66,17 +67,21 @@ def write_test_votes(
     print(f"{output}: {len(table)} votes of {solution}{left_out}")
 
 
-def read_solution(path: StrPath, ties: Ties = "class") -> tuple[pa.ChunkedArray, Votes]:
+def read_solution(
+    path: StrPath, ties: Ties = "class", *, merge: bool = False
+) -> tuple[pa.ChunkedArray, Votes]:
     """Read a file of votes on test battles.
 
     Args:
         ties: as in `read_battles`.
+        merge: rows with the same id become one, see :func:`merge_annotators`.
 
     Returns:
         ids (string) and votes, in the file's order; no vote where ties are none.
 
     Raises:
-        InputError: as `read_battles`; also if any row has no id, an id seen before, or no vote.
+        InputError: as `read_battles`; also if any row has no id or no vote, or, unless they are merged, an
+            id seen before.
     """
     raw = read_table(Path(path))
     names = resolve(raw, {})
@@ -92,15 +97,20 @@ def read_solution(path: StrPath, ties: Ties = "class") -> tuple[pa.ChunkedArray,
     for nameless in np.flatnonzero(pc.equal(ids, "").to_numpy()):
         faults.add(int(nameless), "id", "no id")
     first, again = duplicates(ids)
-    for position, seen in zip(again, first, strict=True):
+    for position, seen in () if merge else zip(again, first, strict=True):
         faults.add(
             position,
             "id",
             f"id is taken: {ids[position]}, by row {raw.numbers[seen]}; where several people voted, give "
-            "one row with their shares in winner_model_a, winner_model_b, winner_tie",
+            "data.solution as a section: {path: …, annotators: merge}",
         )
     if lines := faults.lines("test"):
         raise InputError(
             f"{described(lines[0])}; every test battle needs one vote ({len(lines)} rows at fault)"
         )
-    return ids, as_read.among(ties)
+    votes = as_read.among(ties)
+    if not merge:
+        return ids, votes
+    battle = ids.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.uint64)
+    rows, votes = merge_annotators(np.stack([battle, battle], axis=1), votes)
+    return ids.take(pa.array(rows)), votes

@@ -111,7 +111,7 @@ def named_files(config: Config) -> Iterator[Named]:
             for file in source.inputs():
                 yield Named(f"data.{kind}", str(file), battles)
     if config.data.solution:
-        yield Named("data.solution", config.data.solution, battles)
+        yield Named("data.solution", config.data.solution.path, battles)
     correct = "put it there or correct the path"
     for name, judge in config.judges.items():
         if judge.external and judge.external.file:

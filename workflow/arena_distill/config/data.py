@@ -29,6 +29,15 @@ class Arena(Section):
     """Battles without votes, for students."""
 
 
+class Solution(Section):
+    """The votes of the test battles. A path alone means `{path: …}`."""
+
+    path: FilePath
+    """A file with columns `id` and of votes."""
+    annotators: Literal["keep", "merge"] = "keep"
+    """`merge`: rows with the same id are votes of several annotators; the battle's vote is their mean."""
+
+
 def _sources(value: Any) -> Any:
     """One file is a list of one, a path alone a section."""
     entries = [value] if isinstance(value, str | Mapping) else value
@@ -41,6 +50,10 @@ Sources = Annotated[
     tuple[Source, ...],
     BeforeValidator(_sources, json_schema_input_type=str | Source | list[str | Source]),
 ]
+
+
+def _solution(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
 
 
 class Data(Section):
@@ -58,7 +71,10 @@ class Data(Section):
     """Battles to predict."""
     unlabelled: Sources = ()
     """Battles without votes: students learn them from their teachers (see `pseudo_labels`)."""
-    solution: FilePath | None = None
+    solution: Annotated[
+        Solution | None,
+        BeforeValidator(_solution, json_schema_input_type=str | Solution | None),
+    ] = None
     """The votes of the test battles, if known: the report then scores every variant on them."""
     max_refused: Share = 0.05
     """The largest share of a source's rows that may be rejected; a larger share is an error."""

@@ -163,10 +163,16 @@ class SolutionSettings(Settings):
     """How the votes of the test battles are read."""
 
     ties: Ties = "class"
+    annotators: Literal["keep", "merge"] = "keep"
 
     @classmethod
     def of(cls, config: Config) -> SolutionSettings:
-        return cls(version=VERSIONS["solution"], ties=config.ties())
+        given = config.data.solution
+        return cls(
+            version=VERSIONS["solution"],
+            ties=config.ties(),
+            annotators=given.annotators if given else "keep",
+        )
 
 
 class FoldsSettings(Settings, Folds):
