@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,17 @@ from judges import Finished, finished_judge
 from safetensors.torch import load_file, save_file
 
 from arena_distill import Judge
+from arena_distill.battles.formats import columns
+from arena_distill.battles.formats.conversion import convert
 from arena_distill.battles.votes import Solution, vote_columns
 from arena_distill.cli import app
 from arena_distill.config.judge import JOINT, Encoding, Head
 from arena_distill.config.phases import PredictionSettings
 from arena_distill.config.source import Reading
 from arena_distill.errors import InputError
+from arena_distill.files import csv_files, parquet_files
 from arena_distill.files.artifacts import file_sha256, read_json, write_json, write_parquet
+from arena_distill.files.readers import read_table
 from arena_distill.judging.contract import FILE, read_contract
 from arena_distill.judging.finish import for_other_programs, score_predictions
 from arena_distill.judging.judge import Verdicts
@@ -477,6 +483,80 @@ def test_a_killed_prediction_goes_on_where_it_was(make: Make, csv: Path, tmp_pat
     assert found["id"].to_pylist() == [i for ids in asked for i in ids]
     assert whole.equals(found)
     assert not list(tmp_path.glob("*.parts"))
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of each battle, what was read of it."""
+
+    battles: pa.Table
+
+    def to_arrow(self) -> pa.Table:
+        return self.battles
+
+
+@pytest.mark.parametrize("packed", [".csv", ".csv.gz", ".parquet", ".jsonl"])
+def test_a_file_is_read_in_pieces_as_it_is_as_a_whole(
+    packed: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": json.dumps([f"é {i}", None]), "response_a": "ü" * (i % 50), "response_b": "b"}
+        for i in range(300)
+    ]
+    rows[131]["prompt"] = '["cut off'
+    table, path = pa.Table.from_pylist(rows), tmp_path / f"battles{packed}"
+    if packed == ".parquet":
+        pq.write_table(table, path, row_group_size=70)
+    elif packed == ".jsonl":
+        path.write_text("no battle\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        text = io.BytesIO()
+        pa_csv.write_csv(table, text)
+        head, first, *rest = text.getvalue().splitlines(keepends=True)
+        content = b"".join([head, first, b"ragged\n", *rest])
+        path.write_bytes(gzip.compress(content) if packed.endswith(".gz") else content)
+    raw = read_table(path)
+    whole = convert(raw, Reading(), votes=False)
+    expected = whole.battles.filter(pa.array(raw.faults.kept()[whole.row]))
+    for module, name, value in (
+        (columns, "ROWS_AT_ONCE", 16), (parquet_files, "ROWS_AT_ONCE", 16), (csv_files, "BLOCK", 999),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    output, contract = tmp_path / "out.parquet", make().judge.contract
+    done = predict_files(contract, Said, str(path), Reading(), str(output), part=50)  # type: ignore[arg-type]
+    lost = packed != ".parquet"
+    assert (done.battles, done.refused) == (299, 1 + lost)
+    found = pq.read_table(output)
+    assert found.equals(expected.select(found.column_names))
+    refused = pq.read_table(f"{output}.rejected.parquet").to_pylist()
+    assert refused == raw.faults.lines("predict")
+    assert refused[-1]["row"] == 132 + lost
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_memory_does_not_depend_on_the_rows_of_a_file(
+    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, path = 1_000, tmp_path / f"battles.{kind}"
+    answers = [f"{i} " * 500 for i in range(rows)]
+    table = pa.table({"prompt": ["?"] * rows, "response_a": answers, "response_b": answers})
+    (pq.write_table if kind == "parquet" else pa_csv.write_csv)(table, path)
+    whole = table.nbytes
+    del table, answers
+    for module, name, value in (
+        (columns, "ROWS_AT_ONCE", 64), (parquet_files, "ROWS_AT_ONCE", 64), (csv_files, "BLOCK", 1 << 18),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    before, most = pa.total_allocated_bytes(), [0]
+
+    def ask(battles: pa.Table) -> Any:
+        most.append(pa.total_allocated_bytes() - before)
+        return Said(battles.select(["id"]))
+
+    output, contract = str(tmp_path / "out.parquet"), make().judge.contract
+    assert predict_files(contract, ask, str(path), Reading(), output, part=128).battles == rows
+    assert max(most) < whole / 10, (max(most), whole)
 
 
 def test_parts_of_other_files_or_another_judge_are_not_taken(

@@ -16,14 +16,18 @@ from arena_distill.files.raw_tables import (
     ROWS_AT_ONCE,
     Column,
     Faults,
+    InMemory,
     RawTable,
     is_list,
     most_unpacked,
     refuse_twice,
 )
 
+BUFFER = 1 << 20
+"""Bytes of a column that are read at a time; by default all of a row group are."""
 
-def read_parquet_file(path: Path) -> RawTable:
+
+def read_parquet_file(path: Path, store: InMemory) -> RawTable:
     with _whole_parquet(path), pq.ParquetFile(path) as file:
         about, names = file.metadata, file.schema_arrow.names
         rows, limit = about.num_rows, most_unpacked(path)
@@ -34,8 +38,8 @@ def read_parquet_file(path: Path) -> RawTable:
                 "is right, split it"
             )
     refuse_twice(names, path)
-    columns = _ParquetColumns(path, names, rows)
-    return RawTable(path, columns, rows, Faults(path, np.arange(1, rows + 1)))
+    columns = _ParquetColumns(path, names, rows, store)
+    return RawTable(path, columns, rows, Faults(path, np.arange(1, rows + 1)), store)
 
 
 class _ParquetColumns(Mapping[str, Column]):
@@ -44,8 +48,8 @@ class _ParquetColumns(Mapping[str, Column]):
     Published files have columns of many GB, such as images, that nobody needs here.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], rows: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, names: Sequence[str], rows: int, store: InMemory) -> None:
+        self._path, self._store = path, store
         self._rows = rows
         self._columns: dict[str, pa.ChunkedArray | None] = dict.fromkeys(names)
 
@@ -58,12 +62,18 @@ class _ParquetColumns(Mapping[str, Column]):
     def __getitem__(self, name: str) -> pa.ChunkedArray:
         if (column := self._columns[name]) is None:
             where = f"{self._path}, column {name}"
-            with _whole_parquet(self._path), pq.ParquetFile(self._path) as file:
-                kind = _plain_type(file.schema_arrow.field(name).type)
+            with (
+                _whole_parquet(self._path),
+                pq.ParquetFile(self._path, buffer_size=BUFFER) as file,
+            ):
+                schema = pa.schema([(name, _plain_type(file.schema_arrow.field(name).type))])
                 # In batches, as texts of more than 2 GB do not fit into one Arrow array.
                 batches = file.iter_batches(ROWS_AT_ONCE, columns=[name])
-                chunks = [_plain(batch.column(name), where) for batch in batches]
-            column = pa.chunked_array(chunks, kind)
+                plain = (
+                    pa.record_batch([_plain(batch.column(name), where)], schema=schema)
+                    for batch in batches
+                )
+                column = self._store.table(plain, schema)[name]
             if len(column) != self._rows:
                 raise InputError(
                     f"{where}: has {len(column):,} of {self._rows:,} rows: not a whole parquet file"

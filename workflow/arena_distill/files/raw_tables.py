@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.errors import InputError, shown
+from arena_distill.files.artifacts import report_full_disk
 
 KEPT_AS_RAW_TEXT = "kept as raw text: "
 """How the reason of a row begins that is faulty and used all the same (test battles only)."""
 
 DROPPED = "dropped: "
 """How the reason of a row begins that is left out because the configuration says so."""
+
+Content: TypeAlias = bytes | bytearray | mmap.mmap
 
 Column: TypeAlias = pa.ChunkedArray | list[Any]
 """An Arrow column (CSV, parquet) or Python values as JSON gives them (JSON lines)."""
@@ -33,6 +39,58 @@ UNPACKED_RATIO = 50
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+class InMemory:
+    """Where a file's content and its columns wait until they are used: in memory."""
+
+    def content(self, blocks: Iterable[bytes]) -> Content:
+        content = bytearray()
+        for block in blocks:
+            content += block
+        return content
+
+    def table(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+        return pa.Table.from_batches(list(batches), schema)
+
+    def release(self) -> None:
+        """Give back memory; what waits is there all the same."""
+
+
+class OnDisk(InMemory):
+    """The same in files without names, mapped into memory: only what is used between releases takes any."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: list[mmap.mmap] = []
+
+    def content(self, blocks: Iterable[bytes]) -> Content:
+        with self._file() as file:
+            for block in blocks:
+                file.write(block)
+            if not file.tell():
+                return b""
+        return self._maps[-1]
+
+    def table(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+        with self._file() as file, pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                self.release()
+        return pa.ipc.open_file(pa.py_buffer(self._maps[-1])).read_all()
+
+    def release(self) -> None:
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    @contextmanager
+    def _file(self) -> Iterator[IO[bytes]]:
+        """A file to write, mapped at the end."""
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            with report_full_disk(self._folder):
+                yield file
+                file.flush()
+            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
 @dataclass
 class RawTable:
     """A file as read: its columns, uninterpreted."""
@@ -41,6 +99,7 @@ class RawTable:
     columns: Mapping[str, Column]
     rows: int  # in the file, those lost in reading included
     faults: Faults
+    store: InMemory = field(default_factory=InMemory)
 
     @property
     def numbers(self) -> np.ndarray:
@@ -157,9 +216,9 @@ def refuse_twice(names: Sequence[str], path: Path) -> None:
         raise InputError(f"{path}: column {', '.join(map(shown, twice[:9]))} appears twice")
 
 
-def decoded(content: bytes | bytearray, path: Path) -> str:
+def decoded(content: Content, path: Path) -> str:
     try:
-        return content.decode()
+        return str(content, "utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start} ({error.reason}); save it as UTF-8"

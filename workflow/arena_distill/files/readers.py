@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,11 +14,14 @@ from arena_distill.errors import InputError, brief
 from arena_distill.files.csv_files import read_csv_file
 from arena_distill.files.json_files import read_json_file
 from arena_distill.files.parquet_files import read_parquet_file
-from arena_distill.files.raw_tables import RawTable, decoded, most_unpacked
+from arena_distill.files.raw_tables import InMemory, OnDisk, RawTable, decoded, most_unpacked
 
 
-def read_table(path: Path, *, escape: Escape = "none") -> RawTable:
+def read_table(path: Path, *, escape: Escape = "none", folder: Path | None = None) -> RawTable:
     """Read one file by its suffix.
+
+    Args:
+        folder: where the columns of CSV and parquet files wait on disk; None: in memory.
 
     Raises:
         InputError: it is missing, no ordinary file, damaged, of an unknown kind or empty, unpacks to
@@ -30,16 +34,20 @@ def read_table(path: Path, *, escape: Escape = "none") -> RawTable:
         kind, packed = packed, ""
     if kind not in KINDS or (packed and kind == "parquet"):
         raise InputError(f"{path}: unknown kind of file; {EXPECTED}")
+    store = OnDisk(folder) if folder else InMemory()
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device may never end
             raise InputError(f"{path}: is no ordinary file; give a file")
         if kind == "parquet":
-            raw = read_parquet_file(path)
+            raw = read_parquet_file(path, store)
         elif kind in ("csv", "tsv"):
             delimiter = "," if kind == "csv" else "\t"
-            raw = read_csv_file(path, _content(path, packed), delimiter, escape)
+            raw = read_csv_file(
+                path, store.content(_blocks(path, packed)), delimiter, escape, store
+            )
         else:
-            raw = read_json_file(path, decoded(_content(path, packed), path), kind)
+            text = decoded(InMemory().content(_blocks(path, packed)), path)
+            raw = read_json_file(path, text, kind)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, MemoryError) as error:
@@ -49,18 +57,16 @@ def read_table(path: Path, *, escape: Escape = "none") -> RawTable:
     return raw
 
 
-def _content(path: Path, packed: str) -> bytes | bytearray:
-    """Return the bytes of a file, unpacked; InputError where these are suspiciously many."""
-    if not packed:
-        return path.read_bytes()
-    limit = most_unpacked(path)
-    content = bytearray()
-    with pa.CompressedInputStream(pa.OSFile(str(path)), PACKED[packed]) as stream:
+def _blocks(path: Path, packed: str) -> Iterator[bytes]:
+    """The bytes of a file, unpacked; InputError where these are suspiciously many."""
+    limit, seen = most_unpacked(path), 0
+    file = pa.OSFile(str(path))
+    with pa.CompressedInputStream(file, PACKED[packed]) if packed else file as stream:
         while block := stream.read(1 << 24):
-            content += block
-            if len(content) > limit:
+            seen += len(block)
+            if packed and seen > limit:
                 size = path.stat().st_size
                 raise InputError(
                     f"{path}: {size:,} bytes unpack to more than {limit:,}; if this is right, unpack it"
                 )
-    return content
+            yield block

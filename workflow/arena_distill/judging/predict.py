@@ -2,7 +2,11 @@
 
 Each part of `PART` battles is written as it is done, to a folder beside the output. A second start with
 the same judge and the same files goes on after the last whole part. At the end the parts become one
-file. Memory holds one input file and one part.
+file.
+
+Columns of CSV and parquet files wait on disk, and `ROWS_AT_ONCE` of their rows are in memory; JSON is read
+whole, and so is a CSV file with backslashes or unusual quotes. A file is converted twice: before its first
+battle is judged, all that is wrong with it is known.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from arena_distill.battles.formats.conversion import convert
+from arena_distill.battles.formats.conversion import convert_pieces
 from arena_distill.battles.reading import REJECTED_SCHEMA
 from arena_distill.config.source import Reading, Source
 from arena_distill.errors import InputError
@@ -34,7 +38,7 @@ from arena_distill.files.artifacts import (
     write_json,
     write_parquet,
 )
-from arena_distill.files.raw_tables import Faults, described
+from arena_distill.files.raw_tables import RawTable, described
 from arena_distill.files.readers import read_table
 from arena_distill.judging.contract import Contract
 from arena_distill.judging.judge import Verdicts
@@ -117,26 +121,37 @@ def _judge_all(
     rows = number = 0
     with tqdm(unit="battle", mininterval=1, disable=not sys.stderr.isatty()) as bar:
         for file in files:
-            battles, faults, read = _read(file, reading, rows)
-            rejected += faults.lines("predict")
-            rows += read
-            bar.total = (bar.total or 0) + len(battles)
-            for start in range(0, len(battles), size):
-                piece = battles.slice(start, size)
+            raw = read_table(file, escape=reading.escape, folder=parts)
+            bar.total = (bar.total or 0) + sum(map(len, _battles(raw, reading, rows)))
+            for piece in _cut(_battles(raw, reading, rows), size):
                 made = parts / f"{number:06}.parquet"
                 if not made.exists():
                     write_parquet(ask(piece).to_arrow(), made, {"phase": "predict"})
                 number += 1
                 bar.update(len(piece))
+            rejected += raw.faults.lines("predict")
+            rows += raw.rows
     return sum(pq.read_metadata(p).num_rows for p in sorted(parts.glob("*.parquet"))), rejected
 
 
-def _read(file: Path, reading: Reading, before: int) -> tuple[pa.Table, Faults, int]:
-    """The battles of one file that could be read, its faults, and its number of rows."""
-    raw = read_table(file, escape=reading.escape)
-    found = convert(raw, reading, votes=False, rows_before=before)
-    battles = found.battles.select(["id", "prompt", "response_a", "response_b"])
-    return battles.filter(pa.array(raw.faults.kept()[found.row])), raw.faults, raw.rows
+def _battles(raw: RawTable, reading: Reading, before: int) -> Iterator[pa.Table]:
+    """The battles of one file that could be read, a few at a time."""
+    for found in convert_pieces(raw, reading, votes=False, rows_before=before):
+        battles = found.battles.select(["id", "prompt", "response_a", "response_b"])
+        yield battles.filter(pa.array(raw.faults.kept()[found.row]))
+
+
+def _cut(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The rows of tables in others of `size` rows; the last one may have fewer."""
+    rest: list[pa.Table] = []
+    for table in tables:
+        rows = pa.concat_tables([*rest, table])
+        whole = len(rows) - len(rows) % size
+        for start in range(0, whole, size):
+            yield rows.slice(start, size)
+        rest = [rows.slice(whole)]
+    if rest and len(rest[0]):
+        yield rest[0]
 
 
 @contextmanager
@@ -145,13 +160,14 @@ def _input(path: str) -> Iterator[list[Path]]:
     if path != STREAM:
         yield Source(path=path).shards()
         return
-    content = sys.stdin.buffer.read()
-    start = content.lstrip()[:1]
-    kind = {b"{": "jsonl", b"[": "json"}.get(start, "csv")
+    first = sys.stdin.buffer.read(1 << 16)
+    kind = {b"{": "jsonl", b"[": "json"}.get(first.lstrip()[:1], "csv")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"stdin.{kind}"
-        file.write_bytes(content)
-        yield [file]
+        stored = Path(folder) / f"stdin.{kind}"
+        with stored.open("wb") as file:
+            file.write(first)
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield [stored]
 
 
 def _start(

@@ -102,6 +102,7 @@ class Table:
         count = len(self.raw.numbers)
         for start in range(0, max(count, 1), ROWS_AT_ONCE):
             yield Rows(self, start, min(ROWS_AT_ONCE, count - start))
+            self.raw.store.release()
 
 
 @dataclass(frozen=True)

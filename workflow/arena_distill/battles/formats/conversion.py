@@ -104,26 +104,54 @@ def convert(
         InputError: the format is unknown or ambiguous, a column is missing or holds no text, or a column
             is neither nearly all turns nor nearly all plain texts.
     """
+    parts = list(
+        convert_pieces(
+            raw, reading, votes=votes, keep_unreadable=keep_unreadable, rows_before=rows_before
+        )
+    )
+    return Converted(
+        parts[0].format,
+        parts[0].names,
+        pa.concat_tables([part.battles for part in parts]),
+        np.concatenate([part.vote for part in parts]),
+        np.concatenate([part.weight for part in parts]),
+        np.concatenate([part.row for part in parts]),
+    )
+
+
+def convert_pieces(
+    raw: RawTable,
+    reading: Reading,
+    *,
+    votes: bool = True,
+    keep_unreadable: bool = False,
+    rows_before: int = 0,
+) -> Iterator[Converted]:
+    """Convert a file, `ROWS_AT_ONCE` rows at a time; arguments and errors are those of :func:`convert`.
+
+    What is decided for a column as a whole is decided before the first of them.
+    """
     names = resolve(raw, reading.columns)
     kind = detect(raw, names, votes=votes) if reading.format == "auto" else reading.format
     _require(raw, kind, names, votes=votes)
-    texts = {
-        name: text_kind(raw.columns[names[name]], reading.text, f"{raw.path}, column {names[name]}")
-        for name in TEXT_COLUMNS
-        if name in names and not (kind == "ranking" and name in ("chosen", "rejected"))
-    }
+    texts = {}
+    for name in TEXT_COLUMNS:
+        if name in names and not (kind == "ranking" and name in ("chosen", "rejected")):
+            where = f"{raw.path}, column {names[name]}"
+            column = raw.columns[names[name]]
+            texts[name] = text_kind(column, reading.text, where, raw.store.release)
     table = Table(raw, names, texts, reading, votes, keep_unreadable)
     ids = _ids(raw, names, reading, rows_before)
-    parts = [(rows, FORMATS[kind].convert(rows)) for rows in table.pieces()]
-    columns = [_columns(rows, part, ids) for rows, part in parts]
-    return Converted(
-        kind,
-        names,
-        pa.Table.from_batches(columns, SCHEMA),
-        np.concatenate([part.vote for _, part in parts]),
-        np.concatenate([_weights(rows, part) for rows, part in parts]),
-        np.concatenate([rows.start + part.row for rows, part in parts]),
-    )
+    for rows in table.pieces():
+        part = FORMATS[kind].convert(rows)
+        yield Converted(
+            kind,
+            names,
+            pa.Table.from_batches([_columns(rows, part, ids)]),
+            part.vote,
+            _weights(rows, part),
+            rows.start + part.row,
+        )
 
 
 _TURNS = pa.list_(pa.string())

@@ -91,12 +91,15 @@ def joined(rows: int, parts: Iterable[Messages]) -> Messages:
     return Messages(rows, row[order], role[order], text.take(pa.array(order)))
 
 
-def text_kind(column: Column, setting: str, where: str) -> TextKind:
+def text_kind(
+    column: Column, setting: str, where: str, release: Callable[[], None] = lambda: None
+) -> TextKind:
     """Decide what the cells of a column are, the column as a whole.
 
     Args:
         setting: `auto`, `plain` or `turns`.
         where: the file and column, for the message.
+        release: is called after each chunk of an Arrow column.
 
     Raises:
         InputError: with `auto`, a part of the cells are JSON lists of turns, a part are not.
@@ -109,7 +112,10 @@ def text_kind(column: Column, setting: str, where: str) -> TextKind:
         if not pa.types.is_string(column.type):
             return "plain"
         step = max(1, len(column) // _SAMPLE)
-        some = [text for chunk in column.chunks for text in chunk[::step].to_pylist()]
+        some = []
+        for chunk in column.chunks:
+            some += chunk[::step].to_pylist()
+            release()
     else:
         if any(isinstance(cell, list | dict) for cell in column):
             return "plain"  # JSON has said already which cells are lists.
