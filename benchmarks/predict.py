@@ -1,12 +1,13 @@
 """Measure `arena-distill predict` on more and more battles, and kill it twice on the way.
 
     python benchmarks/predict.py results/default/merged/gemma2-student                  # 10,000 and 100,000
-    python benchmarks/predict.py JUDGE --rows 100000 --files 10 --batch-tokens 8192
+    python benchmarks/predict.py JUDGE --rows 100000 --files 10 --kind jsonl --batch-tokens 8192
 
 The battles are those of the synthetic arena. Each size is judged at once, and a second time by a process
 that is killed (SIGKILL) after a third and after two thirds of the parts, and started again. Both must write
 the same bytes. Memory is the resident set at its peak, libraries included; it should not grow with the
-battles. The command reads `--files` files, whose battles together are the size.
+battles, but for JSON lines, which are read whole. The command reads `--files` files, whose battles
+together are the size.
 
 Times depend on the machine, and on what else it does: compare CPU seconds.
 """
@@ -28,8 +29,8 @@ from arena_distill.battles.simulation import simulate
 from arena_distill.judging.predict import PART
 
 
-def make_up(folder: Path, rows: int, files: int, seed: int) -> None:
-    """Write battles as CSV in the Kaggle schema."""
+def make_up(folder: Path, rows: int, files: int, kind: str, seed: int) -> None:
+    """Write battles in the Kaggle schema."""
     folder.mkdir(parents=True)
     for number in range(files):
         first, end = (rows * n // files for n in (number, number + 1))
@@ -38,7 +39,11 @@ def make_up(folder: Path, rows: int, files: int, seed: int) -> None:
         ).frame[["id", "prompt", "response_a", "response_b"]]
         for name in ("prompt", "response_a", "response_b"):
             frame[name] = frame[name].map(json.dumps)
-        frame.to_csv(folder / f"{number:04}.csv", index=False)
+        path = folder / f"{number:04}.{kind}"
+        if kind == "csv":
+            frame.to_csv(path, index=False)
+        else:
+            frame.to_json(path, orient="records", lines=True)
 
 
 def start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
@@ -80,6 +85,7 @@ def main() -> None:
     parser.add_argument("judge", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--files", type=int, default=1)
+    parser.add_argument("--kind", choices=("csv", "jsonl"), default="csv")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     arguments = parser.parse_args()
@@ -91,7 +97,8 @@ def main() -> None:
             folder = Path(temporary, str(rows))
             # In a process of its own: a child's peak counts what its parent held when it began.
             maker = multiprocessing.get_context("spawn").Process(
-                target=make_up, args=(folder, rows, arguments.files, arguments.seed)
+                target=make_up,
+                args=(folder, rows, arguments.files, arguments.kind, arguments.seed),
             )
             maker.start()
             maker.join()
