@@ -66,6 +66,7 @@ class Section(BaseModel):
         frozen=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,  # JSON, in which settings are handed over, has neither
+        defer_build=True,  # a command needs few of the many sections
     )
 
     @field_validator("*", mode="before")
