@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
-from test_training import training_settings
+from test_training import Spy, spy, training_settings  # noqa: F401
 
 from arena_distill.battles.annotators import hash_sides, merge_annotators
-from arena_distill.battles.folds import assign_folds
+from arena_distill.battles.folds import assign_folds, write_folds
+from arena_distill.battles.formats.graded import VOTES
 from arena_distill.battles.parts import SCHEMA, read_parts
 from arena_distill.battles.reading import read_battles, write_battles
 from arena_distill.battles.row_counts import count_rows
@@ -24,10 +26,16 @@ from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.backbone import TINY
 from arena_distill.config.data import Data
 from arena_distill.config.judge import Encoding, Lora
-from arena_distill.config.phases import VERSIONS, BattlesSettings, LogitsSettings, TokensSettings
+from arena_distill.config.phases import (
+    VERSIONS,
+    BattlesSettings,
+    FoldsSettings,
+    LogitsSettings,
+    TokensSettings,
+)
 from arena_distill.config.source import Source
 from arena_distill.encoding.tokenization import tokenize_battles
-from arena_distill.files.artifacts import read_json, write_parquet
+from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.logits import read_logits
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
@@ -243,6 +251,38 @@ def test_of_two_classes_ties_are_what_the_run_says(
     battles, _ = read_battles({"train": [source(tmp_path, rows, annotators="merge")]}, ties)
     assert battles["vote"].to_pylist() == [vote]
     assert battles["weight"].to_pylist() == [weight]
+
+
+def test_graded_votes_reach_the_training(
+    tmp_path: Path,
+    backbones: Callable[[str], Path],
+    spy: Spy,  # noqa: F811
+) -> None:
+    """From a file with the grades of several annotators, by the functions of the phases."""
+    grades = [(-3, -1), (2,), (0, 0, 3), (1, -2)] * 2
+    rows = [
+        {
+            "context": f"q{number}", "response1": "x", "response2": "y", "overall_preference": said[0],
+            "individual_preference": [{"score": grade} for grade in said],
+        }
+        for number, said in enumerate(grades)
+    ]  # fmt: skip
+    files = [tmp_path / name for name in ("battles", "rejected", "reading", "folds", "tokens")]
+    given = {"train": [source(tmp_path, rows, annotators="merge")]}
+    write_battles(given, *files[:3], BattlesSettings(version=1))
+    write_folds(files[0], files[3], settings=FoldsSettings(version=1, n=2))
+    llama = backbones("llama")
+    tokenize_battles(files[0], llama, files[4], settings=TokensSettings(version=1))
+    train_fold(
+        llama, None, files[4], files[3], 0, tmp_path / "x", teachers={},
+        settings=training_settings(swap=False), launch=Launch(),
+    )  # fmt: skip
+    folds = read_parquet(files[3]).to_pylist()
+    ours = [int(row["id"][3:]) - 1 for row in folds if row["fold"] != 0]
+    expected = [np.mean([VOTES[grade] for grade in grades[row]], axis=0) for row in ours]
+    (examples,) = spy.examples
+    np.testing.assert_allclose(examples.votes.probabilities, expected, atol=1e-6)
+    assert examples.votes.weights.tolist() == [len(grades[row]) for row in ours]
 
 
 @pytest.mark.slow
