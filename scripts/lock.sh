@@ -26,7 +26,7 @@ freeze() { # ENVIRONMENT LOCK
 
 freeze .venv requirements.lock
 freeze .venv-gptq requirements-gptq.lock
-for lock in requirements-{qlora,publish,auto-gptq,vllm,transformers4}.lock; do
+for lock in requirements-{qlora,publish,mutmut,auto-gptq,vllm,transformers4}.lock; do
     pins "$lock" >"$scratch/pins"
     compile "$scratch/pins" "$lock" --no-deps
 done

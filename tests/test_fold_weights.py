@@ -61,6 +61,9 @@ def test_validation_weights_by_hand(tmp_path: Path) -> None:
     assert 0.01 < min(found) < 0.5 * max(found)
 
 
+ADAPTERS = [Path(f"fold_{k}") for k in range(4)]
+
+
 class Tokens:
     """Stands for tokens, of which only the rows are asked for."""
 
@@ -79,7 +82,9 @@ class Pot:
 
     models = (0.0, 1.3, 0.8, 5.0)
 
-    def __init__(self, backbone: Path, adapters: list[Path], tokens: Tokens, *_: object) -> None:
+    def __init__(self, backbone: Path, adapters: list[Path], tokens: Tokens, *rest: object) -> None:
+        assert (backbone, adapters) == (Path("base"), ADAPTERS)
+        assert rest == (settings_of("products", "average"), 7)
         assert tokens.rows.to_pylist() == ["train:4", "train:1"]
 
     def log_loss(self, some: list[int], votes: Votes) -> float:
@@ -93,16 +98,20 @@ def test_greedy_weights_are_chosen_on_the_battles_for_choices(
     names = pa.table({"id": list("345126"), "source": ["train"] * 5 + ["extra"]})
     tokens = Tokens(key(names).take(pa.array([5, 3, 1, 4, 2, 0])))
     monkeypatch.setattr(fold_weights, "FoldMerger", Pot)
-    monkeypatch.setattr(fold_weights, "read_tokens", lambda _: tokens)
+    monkeypatch.setattr(fold_weights, "read_tokens", {Path("t"): tokens}.get)
     votes = vote_columns(Votes.hard(np.array([0, 2, 1, 0, 1, 1])))
-    adapters = [Path()] * len(Pot.models)
 
     def weights_of(folds: list[int]) -> list[float]:
         table = pa.table({n: names[n] for n in names.column_names} | votes | {"fold": folds})
         write_parquet(table, tmp_path / "folds.parquet", {})
         settings = settings_of("products", "average")
         return greedy_weights(
-            Path(), adapters, Path(), tmp_path / "folds.parquet", settings=settings, batch_tokens=1
+            Path("base"),
+            ADAPTERS,
+            Path("t"),
+            tmp_path / "folds.parquet",
+            settings=settings,
+            batch_tokens=7,
         )
 
     assert weights_of([0, CHOICE, 1, CHOICE, 0, EVERY_FOLD]) == [0, 0.5, 0.5, 0]

@@ -380,6 +380,7 @@ def test_a_run_with_ties_can_be_compared_with_one_without(tmp_path: Path) -> Non
     figures = read_json(tmp_path / "c.json")
     assert {"small, style", "style alone", "Bayes limit"} <= set(figures["test"]["judges"])
     (theirs,) = (part for part in figures["runs"] if part["judge"] == "big")
+    assert theirs["run"] == str(three.folder)
     votes, losses = votes_of(two.folds), []
     for file in three.logits["big"]:
         logits, ids = read_logits(file)
