@@ -285,6 +285,35 @@ def verify(
     raise typer.Exit(int(not passed))
 
 
+@app.command()
+def benchmark(
+    judge: JudgeFolder,
+    benchmarks: Annotated[
+        list[str],
+        typer.Argument(help="NAME=PATH of each: a file, a folder of shards, or a quoted pattern."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Also write the figures there, JSON.")] = None,
+    learned: Annotated[
+        Path | None, typer.Option(help="results/RUN/battles.parquet: count prompts it learned.")
+    ] = None,
+    server: Server = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; default: a free GPU.")] = None,
+) -> None:
+    """Count how often a judge prefers the better answer: LLMBar, JudgeBench, RM-Bench, RewardBench, PPE."""
+    from arena_distill.evaluation.benchmarks import benchmark, learned_prompts, print_benchmarks
+    from arena_distill.files.artifacts import write_json
+
+    files = _pairs(benchmarks)
+    if unnamed := [name for name, path in files.items() if not path]:
+        raise InputError(f"{unnamed[0]}: NAME=PATH expected, such as llmbar={unnamed[0]}")
+    sources = {name: [_source(str(path))] for name, path in files.items()}
+    prompts = learned_prompts(learned) if learned else None
+    found = benchmark(_judge(judge, server, device=device).predict, sources, prompts)
+    print_benchmarks(found)
+    if output:
+        write_json(found, output)
+
+
 Yes = Annotated[bool, typer.Option("--yes", help="Send without a question, in scripts.")]
 
 
