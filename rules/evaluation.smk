@@ -14,6 +14,7 @@ REPORTED = {  # file of `render_report` → caption
     "variants.csv": "variants_table.rst",
     "slices.csv": "slices.rst",
     "folds.csv": "folds.rst",
+    "benchmarks.csv": "benchmarks.rst",
     "audit.csv": "audit.rst",
     "rejected.csv": "rejected.rst",
 }
@@ -69,6 +70,7 @@ rule evaluate:
         predictions=[RUN.predictions(CONFIG.final, model) for model in MODELS],
         test_logits=RUN.test_logits(CONFIG.final, CONFIG.prediction.model),
         test_votes=TEST_VOTES,
+        benchmarked=RUN.benchmarked(CONFIG.final, CONFIG.prediction.model) if BENCHMARKED else [],
         quantized=RUN.weights(CONFIG.final, "gptq") if "gptq" in MODELS else [],
         truth=TRUTH,
         audit=RUN.audit,
@@ -91,7 +93,15 @@ rule evaluate:
     params:
         settings=settings_of(phase.EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
-        files=as_options("predictions", "test_votes", "quantized", "truth", "audit", "calibrations"),
+        files=as_options(
+            "predictions",
+            "test_votes",
+            "quantized",
+            "truth",
+            "audit",
+            "calibrations",
+            "benchmarked",
+        ),
         logits=judged_folds,
     message:
         "Evaluating judges, variants and quantisation"

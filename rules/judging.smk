@@ -1,4 +1,5 @@
 # The final judge becomes a folder that says how it is asked, and proves it: judge.json, test vectors, card.
+include: "inputs/judging.smk"
 
 
 rule finish_merged:
@@ -54,3 +55,51 @@ use rule finish_merged as finish_gptq with:
         run="arena_gptq finish-judge --kind gptq",
     message:
         f"Finishing {{wildcards.judge}}, quantised{ASKS}"
+
+
+rule benchmark_merged:
+    input:
+        judge=RUN.finished("{judge}", "merged"),
+        battles=RUN.battles,
+        files=benchmark_files,
+    output:
+        found=RUN.benchmarked("{judge}", "merged"),
+    log:
+        RUN.log("benchmark/{judge}_merged"),
+    benchmark:
+        RUN.benchmark("benchmark/{judge}_merged")
+    conda:
+        "../envs/arena.yaml"
+    threads: compute("threads")
+    resources:
+        **SCORING,
+    params:
+        run="arena run-benchmarks",
+        settings=settings_of(phase.BenchmarkSettings),
+        files=named_benchmarks,
+    message:
+        f"Asking {{wildcards.judge}}, merged, the benchmarks{ASKS}"
+    shell:
+        "{params.run} --judge {input.judge:q} --battles {input.battles:q} --output {output.found:q}"
+        f" --settings {{params.settings:q}} {SCORING_OPTIONS} {{params.files:q}} > {{log:q}} 2>&1"
+
+
+use rule benchmark_merged as benchmark_gptq with:
+    input:
+        judge=RUN.finished("{judge}", "gptq"),
+        battles=RUN.battles,
+        files=benchmark_files,
+    output:
+        found=RUN.benchmarked("{judge}", "gptq"),
+    log:
+        RUN.log("benchmark/{judge}_gptq"),
+    benchmark:
+        RUN.benchmark("benchmark/{judge}_gptq")
+    conda:
+        "../envs/gptq.yaml"
+    resources:
+        **job_of(quantizing_gpus, "batch_tokens", "attention"),
+    params:
+        run="arena_gptq run-benchmarks",
+    message:
+        f"Asking {{wildcards.judge}}, quantised, the benchmarks{ASKS}"

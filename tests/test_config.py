@@ -25,6 +25,7 @@ from arena_distill.config.phases import (
     AveragingSettings,
     BackboneSettings,
     BattlesSettings,
+    BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
     CountSettings,
@@ -467,7 +468,8 @@ PHASES = {
     "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
     "calibration": CalibrationSettings,
-    "prediction": PredictionSettings, "judge": JudgeSettings, "evaluation": EvaluationSettings,
+    "prediction": PredictionSettings, "judge": JudgeSettings, "benchmarks": BenchmarkSettings,
+    "evaluation": EvaluationSettings,
     "comparison": CompareSettings, "curves": CurveSettings, "averaging": AveragingSettings,
 }  # fmt: skip
 DEFAULTS = Path(__file__).with_name("defaults.jsonl")

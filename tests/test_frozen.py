@@ -12,6 +12,7 @@ import torch
 import yaml
 from checkouts import GPTQ, Checkout, make_checkout, write
 from conftest import Run
+from test_benchmarks import ROWS, llmbar
 
 from arena_distill import Judge
 from arena_distill.battles.folds import held_out_rows, validation_rows
@@ -259,6 +260,7 @@ def frozen_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     }  # fmt: skip
     given |= {"final": "student"}
     given["prediction"]["calibration"] = "temperature"
+    given["benchmarks"] = {"bar": Path(llmbar(checkout.folder / "bar.json").path).name}
     write(checkout.folder / "mini.yaml", yaml.safe_dump(given).encode())
     checkout.run("all")
     return checkout
@@ -279,6 +281,13 @@ def test_a_run_of_frozen_judges(frozen_run: Checkout) -> None:
     assert compare_with_vectors(Judge.from_pretrained(results / "merged/student")).within(1e-5)
     assert read_json(results / "checks/student_drift.json")
     assert len((results / "submission.csv").read_text().splitlines()) == 41
+    *_, whole = read_json(results / "metrics.json")["benchmarks"]
+    assert (whole["benchmark"], whole["battles"], whole["known"]) == ("bar", len(ROWS), 0)
+    assert f"{whole['accuracy']:.1%}" in (results / "report.html").read_text()
+    llmbar(frozen_run.folder / "bar.json", ROWS[1:])
+    assert frozen_run.would_run() == dict.fromkeys(
+        ("benchmark_gptq", "evaluate", "render_report"), 1
+    )
     refused = frozen_run.snakemake("averaging", "-n")
     assert refused.returncode == 1 and "averaging: student is frozen" in refused.stdout
     frozen_run.edit("mini.yaml", "n: 2", "n: 3")

@@ -1,5 +1,10 @@
 # Inputs of rules/fetch.smk: files to fetch.
-FETCHED = {str(Path(source.path)): source for source in CONFIG.data.files() if source.is_remote}
+FETCHED = {
+    str(Path(source.path)): source
+    for sources in CONFIG.sources().values()
+    for source in sources
+    if source.is_remote
+}
 
 
 def check_downloads():

@@ -121,6 +121,10 @@ class Layout:
         """The judge to deploy: `weights` with `judge.json` and model card; `model` is merged or gptq."""
         return f"{self.root}/{model}/{judge}"
 
+    def benchmarked(self, judge: str, model: str) -> str:
+        """How often a finished judge prefers the better answer of public benchmarks."""
+        return f"{self.root}/benchmarked/{judge}_{model}.json"
+
     def drift_check(self, judge: str) -> str:
         """Written once the quantisation error is within its bounds."""
         return f"{self.root}/checks/{judge}_drift.json"

@@ -550,6 +550,27 @@ def finish_judge(
 
 
 @app.command()
+def run_benchmarks(
+    judge: Annotated[Path, typer.Option(help="The finished judge's folder.")],
+    battles: Battles,
+    output: Output,
+    settings: Settings,
+    files: Annotated[list[str], typer.Argument(help="<benchmark>=<file>, of every file.")],
+    batch_tokens: BatchTokens = 16384,
+    gpus: Gpus = 0,
+    attention: Attention = "auto",
+) -> None:
+    """Count how often a finished judge prefers the better answer of benchmarks."""
+    launch.claim_gpus(gpus)
+    from arena_distill.evaluation.benchmarks import write_benchmarks
+    from arena_distill.judging.judge import Judge
+
+    sources = parse(phase.BenchmarkSettings, settings).files_of(files)
+    asked = Judge.from_pretrained(judge, attention=attention, batch_tokens=batch_tokens)
+    write_benchmarks(asked.predict, sources, battles, output)
+
+
+@app.command()
 def fit_calibration(
     folds: Folds,
     battles: Battles,
@@ -631,6 +652,9 @@ def evaluate(
     test_logits: Annotated[
         Path | None, typer.Option(help="logits/<judge>/<model>_test.npy of the submitted model.")
     ] = None,
+    benchmarked: Annotated[
+        Path | None, typer.Option(help="benchmarked/<judge>_<model>.json of the submitted model.")
+    ] = None,
 ) -> None:
     """Compute every figure of the run."""
     from arena_distill.deployment.quantization_error import DRIFT
@@ -653,6 +677,7 @@ def evaluate(
         audit=audit,
         calibrations=calibrations or (),
         test_logits=test_logits,
+        benchmarked=benchmarked,
     )
 
 

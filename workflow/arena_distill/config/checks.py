@@ -19,7 +19,6 @@ from typing import get_args
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.run import Config
-from arena_distill.config.source import SOURCES
 from arena_distill.config.vocabulary import GroupSize
 
 
@@ -106,10 +105,10 @@ def backbone_files(backbone: Backbone) -> Iterator[tuple[str, str]]:
 def named_files(config: Config) -> Iterator[Named]:
     """The files and folders that the configuration names and that must exist."""
     battles = "put the file there, correct the path, or say with hub or kaggle where it comes from"
-    for kind in SOURCES:
-        for source in getattr(config.data, kind):
+    for key, sources in config.sources().items():
+        for source in sources:
             for file in source.inputs():
-                yield Named(f"data.{kind}", str(file), battles)
+                yield Named(key, str(file), battles)
     if config.data.solution:
         yield Named("data.solution", config.data.solution.path, battles)
     correct = "put it there or correct the path"

@@ -8,7 +8,7 @@ a new key rebuilds nothing; the command line reads them back with :func:`parse`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -75,13 +75,14 @@ VERSIONS = {
     "calibration": 4,
     "prediction": 2,
     "submission": 1,
+    "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 9,
+    "evaluation": 10,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,
-    "report": 11,
+    "report": 12,
 }
 
 
@@ -135,28 +136,38 @@ class BattlesSettings(Settings):
 
     @classmethod
     def of(cls, config: Config) -> BattlesSettings:
-        given = {name: getattr(config.data, name) for name in SOURCES}
-        told = {
-            name: tuple(source for source in sources if source != Source(path=source.path))
-            for name, sources in given.items()
-        }
         return cls(
             version=VERSIONS["battles"],
             max_refused=config.data.max_refused,
             ties=config.ties(),
-            sources={name: sources for name, sources in told.items() if sources},
+            sources=_told({name: getattr(config.data, name) for name in SOURCES}),
         )
 
     def files_of(self, name: str, files: Sequence[Path]) -> list[Source]:
         """The files of a source, each as its entry in the configuration interprets it."""
-        entries = reversed(self.sources.get(name, ()))  # of two entries the first counts
-        known = {file: entry for entry in entries for file in entry.inputs()}
-        return [
-            known[file].model_copy(update={"path": str(file)})
-            if file in known
-            else Source(path=str(file))
-            for file in files
-        ]
+        return _interpreted(self.sources.get(name, ()), files)
+
+
+def _told(given: Mapping[str, Sequence[Source]]) -> dict[str, tuple[Source, ...]]:
+    """The entries that say more of a file than its path, by name."""
+    told = {
+        name: tuple(source for source in sources if source != Source(path=source.path))
+        for name, sources in given.items()
+    }
+    return {name: sources for name, sources in told.items() if sources}
+
+
+def _interpreted(entries: Sequence[Source], files: Sequence[Path]) -> list[Source]:
+    """Files, each as its entry in the configuration interprets it."""
+    known = {
+        file: entry for entry in reversed(entries) for file in entry.inputs()
+    }  # the first counts
+    return [
+        known[file].model_copy(update={"path": str(file)})
+        if file in known
+        else Source(path=str(file))
+        for file in files
+    ]
 
 
 class SolutionSettings(Settings):
@@ -563,6 +574,24 @@ class JudgeSettings(Settings):
             card=card,
             **config.prediction.model_dump(exclude={"model", "calibration"}),
         )
+
+
+class BenchmarkSettings(Settings):
+    """How files of benchmarks are read."""
+
+    sources: dict[str, tuple[Source, ...]] = {}
+    """What is not understood by default: by benchmark, its files."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> BenchmarkSettings:
+        return cls(version=VERSIONS["benchmarks"], sources=_told(config.benchmarks))
+
+    def files_of(self, named: Sequence[str]) -> dict[str, list[Source]]:
+        """The files of each benchmark: NAME=PATH of each, in the order of the configuration."""
+        files: dict[str, list[Path]] = {}
+        for name, _, path in (one.partition("=") for one in named):
+            files.setdefault(name, []).append(Path(path))
+        return {name: _interpreted(self.sources.get(name, ()), of) for name, of in files.items()}
 
 
 class EvaluationSettings(Settings):

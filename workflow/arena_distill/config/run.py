@@ -28,12 +28,13 @@ from pydantic import (
 )
 
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.data import Audit, Data, Folds
+from arena_distill.config.data import Audit, Data, Folds, Sources
 from arena_distill.config.external import EndpointLimits, asked_without_tie
 from arena_distill.config.judge import FROZEN, Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
 from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share, Word
+from arena_distill.config.source import SOURCES, Source
 from arena_distill.config.vocabulary import AskedCalibration, Calibration, ModelKind, ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Classes, Order, Ties
@@ -155,6 +156,9 @@ class Config(Section):
     """The judge that is merged, quantised and submitted."""
     prediction: Prediction = Prediction()
     """How test battles are scored and averaged."""
+    benchmarks: dict[Name, Sources] = {}
+    """Battles whose better answer is known, by the benchmark's name: files as in `data`. The final judge's
+    accuracy on them is in the report."""
     card: Card = Card()
     """What the model card of the finished judge says beside its figures."""
     compare: Compare = Compare()
@@ -323,6 +327,11 @@ class Config(Section):
         judges = {n: untold if judge.external else trained for n, judge in self.judges.items()}
         parts = ("environments", "compare", "studies", "plan", "defaults")
         return {**dict.fromkeys(parts, True), "judges": judges}
+
+    def sources(self) -> dict[str, tuple[Source, ...]]:
+        """Every file of battles that the configuration names, by the key that names it."""
+        given = {f"data.{name}": getattr(self.data, name) for name in SOURCES}
+        return given | {f"benchmarks.{name}": files for name, files in self.benchmarks.items()}
 
     def ordered(self) -> list[str]:
         """Judges' names, every teacher before its students."""

@@ -21,12 +21,17 @@ from arena_distill.battles.prompts import number_digests, prompt_digests
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
-from arena_distill.files.artifacts import read_parquet
+from arena_distill.files.artifacts import read_parquet, write_json
 from arena_distill.judging.judge import Verdicts
 from arena_distill.metrics import Figures, mean_interval
-from arena_distill.verdicts import Order, Votes
+from arena_distill.verdicts import ORDERS, Order, Votes
 
 ALL = "all"
+
+BENCHMARK_COLUMNS = (
+    *("benchmark", "subset", "battles", "ties", "accuracy", "low", "high"),
+    *(*ORDERS, "consistent", "known"),
+)
 
 Ask = Callable[[pa.Table], Verdicts]
 
@@ -136,6 +141,21 @@ def learned_prompts(battles: Path) -> pa.ChunkedArray:
     """
     table = read_parquet(battles, ["source", "prompt"])
     return table.filter(pc.not_equal(table["source"], "test"))["prompt"]
+
+
+def write_benchmarks(
+    ask: Ask, benchmarks: Mapping[str, Sequence[Source]], battles: Path, output: Path
+) -> None:
+    """Score a judge on benchmarks → JSON, the records of :func:`benchmark`.
+
+    Args:
+        battles: the run's battles.parquet, whose prompts the judge learned.
+    """
+    records = benchmark(ask, benchmarks, learned_prompts(battles))
+    write_json(records, output)
+    whole = (record for record in records if record["subset"] == ALL)
+    told = ", ".join(f"{record['benchmark']} {record['accuracy']:.1%}" for record in whole)
+    print(f"{output}: right answers: {told}")
 
 
 def print_benchmarks(records: Sequence[Figures], console: Console | None = None) -> None:

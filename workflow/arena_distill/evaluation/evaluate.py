@@ -96,6 +96,7 @@ def evaluate(
     audit: Path | None = None,
     calibrations: Sequence[Path] = (),
     test_logits: Path | None = None,
+    benchmarked: Path | None = None,
 ) -> None:
     """Compute every figure of a run → `metrics.json`, and `judges`, `variants`, `cascade` and `slices.csv`.
 
@@ -115,6 +116,7 @@ def evaluate(
         audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
         calibrations: the final judge's scores on held-out battles, a file per model.
         test_logits: the submitted model's scores of the test battles, for the cascade's curve.
+        benchmarked: what :mod:`arena_distill.evaluation.benchmarks` found of the submitted model, as JSON.
 
     Raises:
         InputError: a judge or fold has no logits, or a row is missing, there twice, or unknown.
@@ -192,6 +194,7 @@ def evaluate(
         "final": _final(settings.final, settings.model, test, held_out, _gptq(drift, drifted)),
         "held_out": held_out,
         "test": test,
+        "benchmarks": [] if benchmarked is None else read_json(benchmarked),
         "audit": None if audit is None else read_json(audit),
         "provenance": {
             "evaluation": provenance("evaluation", settings.model_dump(mode="json")),

@@ -13,6 +13,7 @@ import jinja2
 
 from arena_distill.battles.audit import COUNTS
 from arena_distill.errors import refusing
+from arena_distill.evaluation.benchmarks import BENCHMARK_COLUMNS
 from arena_distill.evaluation.drawings import (
     BATTLES,
     CALIBRATIONS,
@@ -41,7 +42,10 @@ from arena_distill.prediction.held_out import FEWEST as FEWEST_CALIBRATED
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-TABLES = ("judges", "calibration", "position", "variants", "slices", "folds", "audit", "rejected")
+TABLES = (
+    *("judges", "calibration", "position", "variants", "slices", "benchmarks"),
+    *("folds", "audit", "rejected"),
+)
 """Tables, `<name>.csv`."""
 
 
@@ -226,6 +230,10 @@ def _tables(metrics: Figures) -> dict[str, str]:
             variants, ["model", "variant", "rows", "log_loss", "accuracy", "submitted"]
         ),
         "slices": table_csv([_rounded(r) for r in slice_records(metrics)], SLICE_COLUMNS),
+        "benchmarks": table_csv(
+            [_rounded(record | record["orders"]) for record in metrics["benchmarks"]],
+            BENCHMARK_COLUMNS,
+        ),
         "folds": table_csv(metrics["folds"]),
         "audit": table_csv(metrics["audit"]["relations"] if metrics.get("audit") else [], COUNTS),
         "rejected": table_csv(metrics["rejected"], ["source", "column", "reason", "rows"]),

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from arena_distill.evaluation.benchmarks import print_benchmarks
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.slices import FEWEST, OTHER, slice_records
 from arena_distill.metrics import Figures
@@ -60,6 +61,9 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         console.print(_slices_table(shown))
         legend = f"slices of fewer than {FEWEST} battles are pooled as {OTHER}"
         console.print(f"{legend}; all in tables/slices.csv. {LUCK}", style="dim")
+    if metrics["benchmarks"]:
+        console.print(f"\n[bold]{final['judge']}[/bold]: right answers on benchmarks\n")
+        print_benchmarks(metrics["benchmarks"], console)
     if final["gptq"]:
         console.print(f"\nGPTQ of {final['judge']}: {describe_drift(final['gptq'])}")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from arena_distill.battles.parts import read_parts
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.judge import JOINT, Judge, Lora, Optimization, Training
 from arena_distill.config.phases import LogitsSettings
@@ -118,6 +119,8 @@ class Costs:
             "score_held_out_gptq": self._score_test,
             "finish_merged": self._finish,
             "finish_gptq": self._finish,
+            "benchmark_merged": self._benchmark,
+            "benchmark_gptq": self._benchmark,
             "compare_soups": self._compare_soups,
             "query_endpoint": self._ask,
         }
@@ -232,10 +235,7 @@ class Costs:
         prediction, battles = self.config.prediction, {"test": float(self.battles.counts["test"])}
         if job.phase.startswith("score_held_out"):
             battles = self.battles.held_out()
-        orders = 2 if judge.head.kind == "pointwise" else len(prediction.orders)
-        work = Work()
-        for length in prediction.max_lengths:
-            work += self.battles.work(job.wildcards["judge"], battles, orders, length)
+        work = self._views(job, judge, battles)
         stored = (
             sum(battles.values()) * len(prediction.max_lengths) * len(prediction.orders) * 3 * 4.0
         )
@@ -243,12 +243,24 @@ class Costs:
 
     def _finish(self, job: Planned, judge: Judge, device: Device) -> Cost:
         """The test vectors are seven battles; the weights are linked."""
+        return self._score(
+            job, judge, device, self._views(job, judge, {"test": 7.0}), 0.0, dense=True
+        )
+
+    def _benchmark(self, job: Planned, judge: Judge, device: Device) -> Cost:
+        """Battles of benchmarks are counted, and taken to be as long as those of `test`."""
+        parts = read_parts({"extra": [s for of in self.config.benchmarks.values() for s in of]})
+        battles = {"test": float(sum(part.good().sum() for part in parts))}
+        return self._score(job, judge, device, self._views(job, judge, battles), 0.0, dense=True)
+
+    def _views(self, job: Planned, judge: Judge, battles: dict[str, float]) -> Work:
+        """Battles in every view of the submission."""
         prediction = self.config.prediction
         orders = 2 if judge.head.kind == "pointwise" else len(prediction.orders)
         work = Work()
         for length in prediction.max_lengths:
-            work += self.battles.work(job.wildcards["judge"], {"test": 7.0}, orders, length)
-        return self._score(job, judge, device, work, 0.0, dense=True)
+            work += self.battles.work(job.wildcards["judge"], battles, orders, length)
+        return work
 
     def _compare_soups(self, job: Planned, judge: Judge, device: Device) -> Cost:
         test = {"test": float(self.battles.counts["test"])}

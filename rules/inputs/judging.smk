@@ -1,0 +1,16 @@
+# Inputs of rules/judging.smk: the files of benchmarks.
+BENCHMARKED = [
+    (name, str(file))
+    for name, sources in CONFIG.benchmarks.items()
+    for source in sources
+    for file in source.inputs()
+]
+
+
+def benchmark_files(wildcards):
+    return [existing(file) for _, file in BENCHMARKED]
+
+
+def named_benchmarks(wildcards, input):
+    """The files of benchmarks, each with the name of its own."""
+    return [f"{name}={file}" for (name, _), file in zip(BENCHMARKED, input.files, strict=True)]
