@@ -15,12 +15,12 @@ from arena_distill.battles.folds import EVERY_FOLD, HELD_OUT, assign_folds
 from arena_distill.battles.surface_features import ANSWER, PROMPT, read_surface, surface_features
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.phases import Settings
-from arena_distill.evaluation import surface_trees as surface_trees_module
-from arena_distill.evaluation.baselines import read_probabilities
-from arena_distill.evaluation.surface_trees import surface_trees, write_surface
 from arena_distill.files.artifacts import read_parquet, write_parquet
 from arena_distill.files.keys import key
+from arena_distill.files.probabilities import read_probabilities
 from arena_distill.metrics import losses
+from arena_distill.scoring import surface_trees as surface_trees_module
+from arena_distill.scoring.surface_trees import surface_trees, write_surface
 from arena_distill.verdicts import Votes, swap_classes
 
 RICH = """# Title

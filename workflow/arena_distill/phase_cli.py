@@ -622,7 +622,7 @@ def write_submission(
 @app.command()
 def predict_surface(folds: Folds, battles: Battles, output: Output, settings: Settings) -> None:
     """Predict battles by trees over what shows on their surface."""
-    from arena_distill.evaluation.surface_trees import write_surface
+    from arena_distill.scoring.surface_trees import write_surface
 
     write_surface(folds, battles, output, settings=parse(phase.Settings, settings))
 

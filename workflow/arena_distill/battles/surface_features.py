@@ -1,7 +1,7 @@
 """Count what shows on the surface of a prompt and of its two answers: lengths, layout, phrases, words.
 
 No judge is needed for these. What a judge claims to have understood is claimed against trees over them
-(``evaluation.surface_trees``), which see the same of answer A as of answer B.
+(``scoring.surface_trees``), which see the same of answer A as of answer B.
 
 Of each answer, in this order (`ANSWER`):
 

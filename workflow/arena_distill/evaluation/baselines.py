@@ -2,26 +2,19 @@
 
 `class_prior` predicts the shares of the votes, `length_regression` uses the lengths of the answers, and the
 true probabilities, if known, give the Bayes limit. The first two are fitted to training rows and predict
-others. The trees over surface features are in ``evaluation.surface_trees``.
+others. The trees over surface features are in ``scoring.surface_trees``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from arena_distill.files.artifacts import read_parquet
-from arena_distill.files.keys import key, locate
-from arena_distill.verdicts import CLASSES, Votes
+from arena_distill.verdicts import Votes
 
 Baseline = Callable[[np.ndarray, Votes, np.ndarray], np.ndarray]
 """(features of the training rows, their votes, features of the rows to predict) → probabilities."""
-
-PROBABILITIES = tuple(f"p_{name}" for name in CLASSES)
-"""Columns of files with probabilities."""
 
 
 def class_prior(training: np.ndarray, votes: Votes, rows: np.ndarray) -> np.ndarray:
@@ -45,11 +38,3 @@ def length_regression(training: np.ndarray, votes: Votes, rows: np.ndarray) -> n
     probabilities = np.zeros((len(rows), votes.classes))
     probabilities[:, model.classes_] = model.predict_proba(scale.transform(rows))
     return probabilities
-
-
-def read_probabilities(path: Path, keys: pa.Array) -> np.ndarray:
-    """Probabilities of the given rows in `truth.parquet` or `surface.parquet`: float64 (rows, classes)."""
-    table = read_parquet(path)
-    names = [name for name in PROBABILITIES if name in table.column_names]
-    probabilities = np.column_stack([table[name].to_numpy() for name in names]).astype(np.float64)
-    return probabilities[locate(keys, key(table), str(path))]

@@ -9,7 +9,7 @@ alone, so every judge stands between four baselines scored on the very rows it i
 
 - `class_prior`: the shares of the votes among the rows that train a fold;
 - `length`: a logistic regression on how much longer one answer is than the other;
-- `surface`: boosted trees over what shows on the surface of a battle (``evaluation.surface_trees``);
+- `surface`: boosted trees over what shows on the surface of a battle (``scoring.surface_trees``);
 - `bayes`: the true vote probabilities, known for synthetic battles only: nobody does better, but
   for luck. There each judge is also compared with the truth itself.
 
@@ -37,7 +37,7 @@ from arena_distill.config.phases import EvaluationSettings
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.deployment import quantization_error
 from arena_distill.errors import InputError
-from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
+from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
 from arena_distill.evaluation.out_of_fold import Run, _fold
 from arena_distill.evaluation.slices import SLICE_COLUMNS, slice_records, slice_scores
@@ -51,6 +51,7 @@ from arena_distill.files.artifacts import (
 )
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path
+from arena_distill.files.probabilities import read_probabilities
 from arena_distill.files.tables import table_csv
 from arena_distill.metrics import (
     Figures,

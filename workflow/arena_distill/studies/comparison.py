@@ -24,11 +24,12 @@ from arena_distill.battles.votes import Solution
 from arena_distill.config.phases import CompareSettings, Entry
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
-from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
+from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, write_json
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
+from arena_distill.files.probabilities import read_probabilities
 from arena_distill.layout import Layout
 from arena_distill.metrics import (
     Figures,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arena_distill.config.phases import CurveSettings
-from arena_distill.evaluation.baselines import class_prior, length_regression, read_probabilities
+from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.drawings import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.evaluation.out_of_fold import Run
 from arena_distill.files.artifacts import provenance, read_json, write_json, write_text
+from arena_distill.files.probabilities import read_probabilities
 from arena_distill.files.tables import table_csv
 from arena_distill.layout import Layout
 from arena_distill.metrics import (

@@ -1,4 +1,4 @@
-"""The baseline to beat: gradient-boosted trees over what shows on the surface of a battle.
+"""The baseline to beat, and a member of stacks: boosted trees over what shows on the surface of a battle.
 
 The trees (Friedman 2001, Greedy function approximation, Ann. Statist. 29(5)) read the features of
 ``battles.surface_features``, of each answer, their differences and those of the prompt. They learn every
@@ -22,9 +22,9 @@ from arena_distill.battles.folds import HELD_OUT, training_rows, undivided_group
 from arena_distill.battles.surface_features import read_surface
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.phases import Settings
-from arena_distill.evaluation.baselines import PROBABILITIES, class_prior
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
+from arena_distill.files.probabilities import PROBABILITIES
 from arena_distill.verdicts import ORDERS, Order, Votes, exchange, swap_classes
 
 Surface = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -82,7 +82,7 @@ def surface_trees(training: Surface, votes: Votes, asked: Surface) -> np.ndarray
     # Trees know hard votes with weights only: a soft vote is one of each class.
     battle, kind = np.nonzero(shares)
     if len(np.unique(kind)) < 2:
-        return class_prior(inputs, votes, asked[0])
+        return np.tile(votes.mean(votes.probabilities), (len(asked[0]), 1))
     counts = np.tile(votes.weights, 2)[battle] * shares[battle, kind]
     trees = HistGradientBoostingClassifier(
         learning_rate=0.03,
