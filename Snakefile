@@ -25,7 +25,7 @@ rule all:
         RUN.submission,
         RUN.metrics,
         RUN.report,
-        [RUN.finished(CONFIG.final, model) for model in MODELS],
+        [RUN.finished(CONFIG.final, model) for model in MODELS if CONFIG.final in TRAINED],
 
 
 include: "rules/fetch.smk"
@@ -35,6 +35,7 @@ include: "rules/encoding.smk"
 include: "rules/training.smk"
 include: "rules/logits.smk"
 include: "rules/external.smk"
+include: "rules/stacks.smk"
 include: "rules/calibration.smk"
 include: "rules/merging.smk"
 include: "rules/frozen.smk"

@@ -31,12 +31,13 @@ GRAPH = CONFIG.with_judges(FAMILY.judges)
 
 RUN = layout.Layout(f"{CONFIG.results}/{CONFIG.run}")
 FOLDS = range(CONFIG.folds.n)
-TRAINED = {name: judge for name, judge in GRAPH.judges.items() if not judge.external}
+TRAINED = {name: judge for name, judge in GRAPH.judges.items() if judge.backbone}
 EXTERNAL = {name: judge.external for name, judge in GRAPH.judges.items() if judge.external}
+STACKS = {name: judge.stack for name, judge in GRAPH.judges.items() if judge.stack}
 FROZEN = [name for name, judge in TRAINED.items() if judge.frozen]
 TOKENIZERS = {name: GRAPH.tokenizer_name(name) for name in TRAINED}
 BACKBONES = {GRAPH.backbone_name(name): judge.backbone for name, judge in TRAINED.items()}
-MODELS = ["merged", "gptq"] if CONFIG.judges[CONFIG.final].quantization else ["merged"]
+MODELS = ["merged", "gptq"] if CONFIG.is_quantized(CONFIG.final) else ["merged"]
 DOWNLOADS = {GRAPH.download_name(b): b.download() for b in BACKBONES.values() if b.download()}
 
 

@@ -71,12 +71,17 @@ rule evaluate:
         test_logits=RUN.test_logits(CONFIG.final, CONFIG.prediction.model),
         test_votes=TEST_VOTES,
         benchmarked=RUN.benchmarked(CONFIG.final, CONFIG.prediction.model) if BENCHMARKED else [],
-        quantized=RUN.weights(CONFIG.final, "gptq") if "gptq" in MODELS else [],
+        quantized=(
+            RUN.weights(CONFIG.final, "gptq")
+            if "gptq" in MODELS and CONFIG.final in TRAINED
+            else []
+        ),
         truth=TRUTH,
         audit=RUN.audit,
         calibrations=[
             RUN.calibration(CONFIG.final, model) for model in MODELS if CONFIG.folds.holdout
         ],
+        stacks=[RUN.stack(judge) for judge in STACKS if judge in CONFIG.judges],
     output:
         # Snakemake would delete the last figures before the job, and a failed job leave none.
         metrics=update(RUN.metrics),
@@ -100,6 +105,7 @@ rule evaluate:
             "truth",
             "audit",
             "calibrations",
+            "stacks",
             "benchmarked",
         ),
         logits=judged_folds,

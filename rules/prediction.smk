@@ -14,6 +14,8 @@ rule score_test_merged:
         RUN.log("score_test/{judge}_merged"),
     benchmark:
         RUN.benchmark("score_test/{judge}_merged")
+    wildcard_constraints:
+        judge=one_of(TRAINED),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")

@@ -28,13 +28,13 @@ rule students:
 rule merged:
     input:
         RUN.counts,
-        RUN.finished(CONFIG.final, "merged"),
+        [RUN.finished(judge, "merged") for judge in CONFIG.deployed()],
 
 
 rule quantized:
     input:
         RUN.counts,
-        RUN.finished(CONFIG.final, "gptq") if "gptq" in MODELS else [],
+        [RUN.finished(judge, "gptq") for judge in CONFIG.deployed() if CONFIG.is_quantized(judge)],
 
 
 rule submission:

@@ -47,6 +47,9 @@ from arena_distill.config.phases import (
     Settings,
     SolutionSettings,
     SoupSettings,
+    StackedLogitsSettings,
+    StackedViewsSettings,
+    StackSettings,
     TokensSettings,
     TrainingSettings,
     parse,
@@ -338,6 +341,8 @@ def has_phase(judge: Judge, model: type[Settings]) -> bool:
     """Whether a judge goes through the phase with these settings."""
     if model is QuerySettings:
         return judge.external is not None
+    if model in (StackSettings, StackedLogitsSettings, StackedViewsSettings):
+        return judge.stack is not None
     if model is PretrainingSettings:
         return judge.pretraining is not None
     if model in (FeatureSettings, ProbeSettings):
@@ -465,7 +470,9 @@ PHASES = {
     "counts": CountSettings, "audit": AuditSettings, "tokens": TokensSettings,
     "pretraining": PretrainingSettings, "features": FeatureSettings, "probe": ProbeSettings,
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
-    "endpoint": QuerySettings, "merging": MergeSettings, "soups": SoupSettings,
+    "stack": StackSettings, "stacked_logits": StackedLogitsSettings,
+    "stacked_views": StackedViewsSettings, "endpoint": QuerySettings,
+    "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
     "calibration": CalibrationSettings,
     "prediction": PredictionSettings, "judge": JudgeSettings, "benchmarks": BenchmarkSettings,

@@ -19,6 +19,8 @@ def compared_files(wildcards):
 
 def soups(wildcards):
     """The soups that the study of averages reads."""
+    if CONFIG.final not in TRAINED:
+        raise WorkflowError(f"averaging: {STUDIES.problem}")
     if CONFIG.judges[CONFIG.final].frozen:
         raise WorkflowError(
             f"averaging: {CONFIG.final} is frozen: its folds have one backbone, and the mean of their heads is exact"
@@ -28,6 +30,8 @@ def soups(wildcards):
 
 def curve_files(wildcards):
     """The files that learning curves read: the folds of every point."""
+    if CONFIG.final not in TRAINED:
+        raise WorkflowError(f"curves: {STUDIES.problem}")
     judges = [judge for points in STUDIES.curves.values() for judge in points.values()]
     folds = range(min(CONFIG.studies.curve_folds, CONFIG.folds.n))
     return [

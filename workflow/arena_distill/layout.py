@@ -107,6 +107,10 @@ class Layout:
         """The logits of an external judge, for all its battles."""
         return f"{self.root}/external/{judge}/logits.npy"
 
+    def stack(self, judge: str) -> str:
+        """The weights of a stack's members, and what it is worth."""
+        return f"{self.root}/stacks/{judge}.json"
+
     def cost(self, judge: str) -> str:
         """The tokens and the cost of an endpoint's answers."""
         return f"{self.root}/external/{judge}/cost.json"

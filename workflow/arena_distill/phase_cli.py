@@ -404,6 +404,64 @@ def split_external_logits(
     )
 
 
+# --- stacks -----------------------------------------------------------------------------------------
+
+
+MembersLogits = Annotated[
+    list[Path], typer.Argument(help="The members' .npy files, in their order.")
+]
+StackWeights = Annotated[Path, typer.Option(help="stacks/<judge>.json")]
+
+
+@app.command()
+def fit_stack(
+    folds: Folds,
+    output: Output,
+    settings: Settings,
+    logits: Annotated[
+        list[str], typer.Argument(help="<judge>=logits/<judge>/fold_<k>.npy, in the folds' order.")
+    ],
+    surface: Annotated[Path | None, typer.Option(help="surface.parquet")] = None,
+) -> None:
+    """Fit the weights of a stack's members, and score it out of fold."""
+    from arena_distill.scoring.stacks import fit_stack
+
+    parsed = parse(phase.StackSettings, settings)
+    fit_stack(_by_judge(logits, parsed.members), folds, output, settings=parsed, surface=surface)
+
+
+@app.command()
+def combine_fold(
+    stack: StackWeights,
+    folds: Folds,
+    fold: Fold,
+    output: Output,
+    settings: Settings,
+    logits: MembersLogits,
+    battles: Annotated[Path | None, typer.Option(help="battles.parquet, for trees.")] = None,
+) -> None:
+    """Combine a fold's logits of a stack's members."""
+    from arena_distill.scoring.stacks import combine_fold
+
+    parsed = parse(phase.StackedLogitsSettings, settings)
+    combine_fold(logits, stack, folds, fold, output, settings=parsed, battles=battles)
+
+
+@app.command()
+def combine_views(
+    stack: StackWeights,
+    output: Output,
+    settings: Settings,
+    logits: MembersLogits,
+    surface: Annotated[Path | None, typer.Option(help="surface.parquet")] = None,
+) -> None:
+    """Combine the final scores of a stack's members."""
+    from arena_distill.prediction.stacked import combine_views
+
+    parsed = parse(phase.StackedViewsSettings, settings)
+    combine_views(logits, stack, output, settings=parsed, surface=surface)
+
+
 # --- the deployable model ---------------------------------------------------------------------------
 
 
@@ -649,6 +707,9 @@ def evaluate(
     calibrations: Annotated[
         list[Path] | None, typer.Option(help="calibration/<judge>/<model>.json (repeatable).")
     ] = None,
+    stacks: Annotated[
+        list[Path] | None, typer.Option(help="stacks/<judge>.json (repeatable).")
+    ] = None,
     test_logits: Annotated[
         Path | None, typer.Option(help="logits/<judge>/<model>_test.npy of the submitted model.")
     ] = None,
@@ -676,6 +737,7 @@ def evaluate(
         truth=truth,
         audit=audit,
         calibrations=calibrations or (),
+        stacks=stacks or (),
         test_logits=test_logits,
         benchmarked=benchmarked,
     )

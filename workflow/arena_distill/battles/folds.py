@@ -29,7 +29,7 @@ import pyarrow as pa
 from arena_distill.battles.prompts import distinct_prompts
 from arena_distill.battles.similarity import near_groups
 from arena_distill.battles.votes import VOTE_FIELDS, vote_columns, votes_of, with_classes
-from arena_distill.config.phases import FoldsSettings, LogitsSettings
+from arena_distill.config.phases import FoldsSettings, LogitsSettings, StackedLogitsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet
@@ -351,7 +351,9 @@ def _prompts(folds: pa.Table) -> int:
     return len(np.unique(undivided_groups(folds)))
 
 
-def fold_rows(folds: pa.Table, fold: int, settings: LogitsSettings) -> pa.Table:
+def fold_rows(
+    folds: pa.Table, fold: int, settings: LogitsSettings | StackedLogitsSettings
+) -> pa.Table:
     """The rows a fold's judge has to score: columns `id`, `source`, `validation` (bool)."""
     validation = validation_rows(folds, fold)
     wanted = [validation]

@@ -156,7 +156,7 @@ def _interpreters(config: Config) -> Iterator[tuple[str, str, str]]:
             config.environments.main,
             "correct the path, or leave the key out",
         )
-    if config.judges[config.final].quantization:
+    if config.is_quantized(config.final):
         yield (
             "environments.gptq",
             config.environments.gptq,
@@ -191,7 +191,7 @@ def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[
             )
     positions = model.get("max_position_embeddings")
     lengths = {f"judges.{name}.encoding.max_length": judge.encoding.max_length}
-    if name == config.final:
+    if name in config.deployed():
         lengths["prediction.max_lengths"] = max(config.prediction.max_lengths)
     for key, longest in lengths.items():
         if positions and longest > positions:
@@ -206,7 +206,7 @@ def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[
                 f"judges.{name}.lora.target_modules",
                 f"{target}: {folder.path} has no such module; it has {', '.join(names)}",
             )
-    if name == config.final and judge.quantization:
+    if name in config.deployed() and judge.quantization:
         inputs, size = folder.linear_layers(), judge.quantization.group_size
         uneven = [layer for layer, width in inputs.items() if width % size]
         if uneven:

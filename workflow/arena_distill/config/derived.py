@@ -80,8 +80,8 @@ class JudgeFamily:
 
 def _folds(judge: Judge) -> tuple[Any, ...]:
     """What decides a judge's folds: neither how jobs run, nor the loss of teachers it lacks."""
-    if judge.external:
-        return (judge.external.as_params(),)
+    if not judge.backbone:
+        return judge.external, judge.stack
     student = bool(judge.teachers)
     return (
         judge.before_folds(),
@@ -102,7 +102,7 @@ class DerivedStudies:
     curves: dict[str, dict[float, str]]
     averaging: dict[str, dict[float, str]]
     problem: str = ""
-    """Why there is no comparison: a recipe does not fit this configuration."""
+    """Why there is no comparison: a recipe does not fit this configuration, or nothing is trained."""
 
 
 def derive(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> DerivedStudies:
@@ -110,6 +110,9 @@ def derive(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> Deriv
 
     A recipe that does not fit is no reason to refuse a run that compares nothing.
     """
+    if config.judges[config.final].stack:
+        told = f"{config.final} is a stack, which is not trained: let `final` name a judge to study"
+        return DerivedStudies([], {}, {}, told)
     entries: list[Compared] = []
     problem = ""
     try:
@@ -144,6 +147,10 @@ def compared(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> lis
         for judge in _teachers_first(under, under.final):
             node = under.judges[judge]
             renamed = node.model_copy(update={"teachers": tuple(names[t] for t in node.teachers)})
+            if node.stack:
+                members = tuple(names[member] for member in node.stack.judges)
+                stack = node.stack.model_copy(update={"judges": members})
+                renamed = node.model_copy(update={"stack": stack})
             merged = judge == under.final
             names[judge] = family.add(f"{judge}.{recipe}", renamed, merged=merged)
         final = names[under.final]
@@ -237,10 +244,10 @@ def _seeded(name: str, seed: int, family: JudgeFamily, *, teachers: bool) -> str
 
 
 def _teachers_first(config: Config, judge: str) -> list[str]:
-    """A judge and all that teach it, directly or through others."""
+    """A judge and all that it is made of, directly or through others."""
     needed, open_ = {judge}, [judge]
     while open_:
-        new = [t for t in config.judges[open_.pop()].teachers if t not in needed]
+        new = [source for source in config.judges[open_.pop()].sources() if source not in needed]
         needed.update(new)
         open_.extend(new)
     return [name for name in config.ordered() if name in needed]

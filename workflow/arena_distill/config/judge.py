@@ -113,6 +113,21 @@ class Frozen(Section):
     """How: the mean over all tokens, the mean over the answer's, the last token. The fit chooses."""
 
 
+class Stack(Section):
+    """Judges, and trees, combined into one by a weighted geometric mean, see ``scoring.stacks``."""
+
+    judges: Distinct[Annotated[tuple[Name, ...], Field(min_length=1)]]
+    """Its members: judges of any kind, other stacks included."""
+    surface: bool = False
+    """Boosted trees over what shows on the surface of a battle are a member too."""
+
+    @model_validator(mode="after")
+    def _at_least_two(self) -> Stack:
+        if len(self.judges) + self.surface < 2:
+            raise ValueError("a single judge is no stack: name another one, or set surface: true")
+        return self
+
+
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -386,13 +401,19 @@ class JudgeDefaults(Section):
         return "bf16" if self.precision == "nf4" else self.precision
 
 
+NOT_TRAINED = ("external", "stack")
+"""What a judge has instead of a backbone; defaults mean nothing to it."""
+
+
 class Judge(JudgeDefaults):
     """A node of the graph. Without teachers it learns from votes, with teachers it is distilled."""
 
     external: External | None = None
     """Instead of a backbone: a file of logits, or an endpoint."""
+    stack: Stack | None = None
+    """Instead of a backbone: other judges, which are combined."""
     backbone: Backbone | None = Field(None, validate_default=True)
-    """The pretrained model under it; required unless the judge is external."""
+    """The pretrained model under it; required unless the judge is external or a stack."""
     frozen: Frozen | None = None
     """`{}` or the keys below: no adapter is trained, a pointwise head is fitted to the frozen backbone."""
     teachers: Distinct[tuple[Name, ...]] = ()
@@ -411,25 +432,34 @@ class Judge(JudgeDefaults):
     @field_validator("backbone")
     @classmethod
     def _backbone_or_external(cls, value: Backbone | None, info: ValidationInfo) -> Backbone | None:
-        if value is None and "external" in info.data and info.data["external"] is None:
+        if value is None and all(info.data.get(kind, "broken") is None for kind in NOT_TRAINED):
             raise ValueError(
-                "missing: give `backbone`, or `external` where the logits come from elsewhere"
+                "missing: give `backbone`, or `external` where the logits come from elsewhere, or `stack` "
+                "to combine other judges"
             )
         return value
 
     @model_validator(mode="after")
-    def _external_alone(self) -> Judge:
-        if self.external is None:
+    def _not_trained_alone(self) -> Judge:
+        kinds = [kind for kind in NOT_TRAINED if getattr(self, kind) is not None]
+        if not kinds:
             return self
-        if self.backbone is not None:
-            raise ValueError("give `backbone` or `external`, not both")
+        kind, *more = kinds
+        if self.backbone is not None or more:
+            other = "backbone" if self.backbone else more[0]
+            raise ValueError(f"give `{other}` or `{kind}`, not both")
+        what = {"external": "an external judge", "stack": "a stack"}[kind]
         if self.teachers:
-            raise ValueError("teachers: an external judge learns from nobody: remove them")
-        if given := self.model_fields_set - {"external", "backbone", "teachers"}:
+            raise ValueError(f"teachers: {what} learns from nobody: remove them")
+        if given := self.model_fields_set - {*NOT_TRAINED, "backbone", "teachers"}:
             raise ValueError(
-                f"an external judge is not trained or run here: remove {', '.join(sorted(given))}"
+                f"{what} is not trained or run here: remove {', '.join(sorted(given))}"
             )
         return self
+
+    def sources(self) -> tuple[str, ...]:
+        """The judges that it is made of: its teachers, or the members of a stack."""
+        return self.stack.judges if self.stack else self.teachers
 
     def scoring_gpus(self) -> int:
         """GPUs of a job that scores battles: it is one process, and what several hold is one judge."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -65,6 +65,9 @@ VERSIONS = {
     "training": 6,
     "distillation": 7,
     "logits": 2,
+    "stack": 1,
+    "stacked_logits": 1,
+    "stacked_views": 1,
     "endpoint": 1,
     "external_logits": 1,
     "merging": 4,
@@ -245,9 +248,17 @@ class CountSettings(Settings):
                 unlabelled=config.learns_unlabelled(name),
             )
             for name, judge in config.judges.items()
-            if not judge.external and not judge.frozen
+            if judge.backbone and not judge.frozen
         }
-        quantization = _part(CalibrationRows, config.judges[config.final].quantization)
+        # Of several that a stack combines, the one that takes most battles.
+        asked = [
+            _part(CalibrationRows, config.judges[name].quantization) for name in config.deployed()
+        ]
+        quantization = max(
+            filter(None, asked),
+            key=lambda rows: (rows.samples or 0) + (rows.validation_rows or 0),
+            default=None,
+        )
         return cls(version=VERSIONS["counts"], judges=judges, quantization=quantization)
 
 
@@ -385,23 +396,55 @@ class LogitsSettings(Settings):
     @classmethod
     def of(cls, config: Config, judge: str) -> LogitsSettings:
         node = config.judges[judge]
-        students = config.students_of(judge)
-        needed = {config.judges[student].targets for student in students}
-        rows: tuple[Rows, ...] = ("validation",)
-        if "in_sample" in needed:
-            rows += ("training",)
-        if "out_of_fold" in needed and "extra" in config.data.sources():
-            rows += ("extra",)
-        if any(map(config.learns_unlabelled, students)):
-            rows += ("unlabelled",)
         return cls(
             version=VERSIONS["logits"],
             encoding=node.encoding,
             head=config.head_of(judge),
             precision=node.precision,
-            rows=rows,
+            rows=_scored_rows(config, judge),
             states=config.states_of(judge),
         )
+
+
+class StackSettings(Settings):
+    """What is combined."""
+
+    judge: Name
+    members: tuple[Name, ...]
+    surface: bool = False
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> StackSettings:
+        return cls(version=VERSIONS["stack"], judge=judge, **_members(config, judge))
+
+
+class StackedLogitsSettings(Settings):
+    """What a stack's fold combines, and of which rows."""
+
+    members: tuple[Name, ...]
+    surface: bool = False
+    rows: tuple[Rows, ...]
+    """As of its members' logits."""
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> StackedLogitsSettings:
+        rows = _scored_rows(config, judge)
+        return cls(version=VERSIONS["stacked_logits"], rows=rows, **_members(config, judge))
+
+
+class StackedViewsSettings(Settings):
+    """What a stack combines of its members' final predictions."""
+
+    members: tuple[Name, ...]
+    surface: bool = False
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    cascade: Cascade | None = None
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> StackedViewsSettings:
+        views = config.prediction.model_dump(include={"max_lengths", "orders", "cascade"})
+        return cls(version=VERSIONS["stacked_views"], **views, **_members(config, judge))
 
 
 class QuerySettings(Settings, Query):
@@ -617,7 +660,7 @@ class EvaluationSettings(Settings):
             run=config.run,
             judges={name: config.judges[name].teachers for name in config.ordered()},
             external=tuple(name for name, judge in config.judges.items() if judge.external),
-            privileged=tuple(n for n, j in config.judges.items() if j.encoding.privileged),
+            privileged=tuple(n for n in config.judges if config.is_privileged(n)),
             optimistic=tuple(filter(config.is_optimistic, config.judges)),
             final=config.final,
             model=config.prediction.model,
@@ -725,6 +768,27 @@ def parse(model: type[T], text: str) -> T:
         return model.model_validate_json(text)
     except ValidationError as error:
         raise InputError("\n".join(explain(error, of=model))) from None
+
+
+def _scored_rows(config: Config, judge: str) -> tuple[Rows, ...]:
+    """The rows that a judge's folds score, for evaluation and for those that learn from it."""
+    students = config.students_of(judge)
+    needed = {config.judges[student].targets for student in students}
+    rows: tuple[Rows, ...] = ("validation",)
+    if "in_sample" in needed:
+        rows += ("training",)
+    if "out_of_fold" in needed and "extra" in config.data.sources():
+        rows += ("extra",)
+    if any(map(config.learns_unlabelled, students)):
+        rows += ("unlabelled",)
+    return rows
+
+
+def _members(config: Config, judge: str) -> dict[str, Any]:
+    """What a stack combines."""
+    stack = config.judges[judge].stack
+    assert stack, "only of stacks"
+    return {"members": stack.judges, "surface": stack.surface}
 
 
 def _quantization(config: Config, judge: str) -> Quantization:

@@ -30,7 +30,7 @@ from pydantic import (
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Audit, Data, Folds, Sources
 from arena_distill.config.external import EndpointLimits, asked_without_tie
-from arena_distill.config.judge import FROZEN, Head, Judge, JudgeDefaults, State
+from arena_distill.config.judge import FROZEN, NOT_TRAINED, Head, Judge, JudgeDefaults, State
 from arena_distill.config.mistakes import explain, repeated_keys
 from arena_distill.config.plan import Plan
 from arena_distill.config.section import Distinct, FilePath, Name, Section, Seed, Share, Word
@@ -175,7 +175,7 @@ class Config(Section):
             return value
         defaults = value.get("defaults") or {}
         judges = {
-            k: v if _is_external(v) else _as_frozen(k, v, overlay(defaults, v))
+            k: v if _is_not_trained(v) else _as_frozen(k, v, overlay(defaults, v))
             for k, v in value["judges"].items()
         }
         return {**value, "judges": judges}
@@ -202,10 +202,11 @@ class Config(Section):
                 "name a judge that is trained"
             )
         for name, judge in self.judges.items():
-            for teacher in judge.teachers:
-                if teacher not in self.judges:
+            key = "stack.judges" if judge.stack else "teachers"
+            for source in judge.sources():
+                if source not in self.judges:
                     raise ValueError(
-                        f"judges.{name}.teachers: unknown judge {teacher!r}; known judges: {known}"
+                        f"judges.{name}.{key}: unknown judge {source!r}; known judges: {known}"
                     )
         try:
             self.ordered()
@@ -213,9 +214,12 @@ class Config(Section):
             cycle = " → ".join(reversed(error.args[1]))
             raise ValueError(
                 f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself"
+                + (", or be a part of itself" if any(j.stack for j in self.judges.values()) else "")
             ) from None
+        self._check_stacks()
+        deployed = self.deployed()
         for name, judge in self.judges.items():
-            if judge.encoding.privileged and (judge.teachers or name == self.final):
+            if judge.encoding.privileged and (judge.teachers or name in deployed):
                 whose = "a student" if judge.teachers else "the final judge"
                 raise ValueError(
                     f"judges.{name}.encoding.privileged: {whose} must judge without the models' names, "
@@ -236,11 +240,12 @@ class Config(Section):
                 raise ValueError(
                     f"studies.curve_judges: unknown judge {name!r}; known judges: {known}"
                 )
-            if self.judges[name].external:
-                raise ValueError(f"studies.curve_judges: {name} is external: it learns nothing")
-        if self.prediction.model == "gptq" and self.judges[self.final].quantization is None:
+            if not self.judges[name].backbone:
+                kind = "a stack" if self.judges[name].stack else "external"
+                raise ValueError(f"studies.curve_judges: {name} is {kind}: it learns nothing")
+        if self.prediction.model == "gptq" and not self.is_quantized(self.final):
             raise ValueError(
-                f"prediction.model: gptq, but judges.{self.final}.quantization is null; "
+                f"prediction.model: gptq, but judges.{deployed[0]}.quantization is null; "
                 "set `prediction: {model: merged}`"
             )
         if self.prediction.calibration != "none" and not self.folds.holdout:
@@ -249,6 +254,22 @@ class Config(Section):
                 "the judge nor its teachers learned; set folds.holdout, 0.1 for example"
             )
         return self
+
+    def _check_stacks(self) -> None:
+        """Refuse members whose logits out of fold, or final predictions, are not there or not honest."""
+        for name, judge in self.judges.items():
+            for member in judge.sources() if judge.stack else ():
+                if self.is_optimistic(member):
+                    raise ValueError(
+                        f"judges.{name}.stack.judges: {member} is optimistic out of fold, where "
+                        "weights are fitted: combine its teachers, or give it targets: in_sample"
+                    )
+        for member in self.deployed():
+            if self.judges[member].external:
+                raise ValueError(
+                    f"final: {self.final} combines {member}, which is external: it predicts no test "
+                    f"battle; name a judge without it, which {self.final} may teach"
+                )
 
     @model_validator(mode="after")
     def _states_can_be_compared(self) -> Config:
@@ -261,6 +282,7 @@ class Config(Section):
                     pairs["encoding"] = judge.encoding, other.encoding
                     pairs["tokenizer"] = self.tokenizer_name(name), self.tokenizer_name(teacher)
                 pairs["frozen"] = False, other.frozen is not None
+                pairs["stack"] = False, other.stack is not None
                 unlike = [f"{k} ({a} / {b})" for k, (a, b) in pairs.items() if a != b]
                 if unlike:
                     shown = "the very same tokens" if state == "attention" else "the same views"
@@ -319,12 +341,19 @@ class Config(Section):
 
     def _how(self) -> dict[str, Any]:
         """What decides no result of `all`. (And `defaults`, which are in the judges.)"""
-        untold: dict[str, Any] = dict.fromkeys(
-            (*JudgeDefaults.model_fields, "backbone", "teachers", "frozen"), True
-        )
-        untold["external"] = {"endpoint": dict.fromkeys(EndpointLimits.model_fields, True)}
-        trained = {"compute": True, "external": True}
-        judges = {n: untold if judge.external else trained for n, judge in self.judges.items()}
+        limits = {"endpoint": dict.fromkeys(EndpointLimits.model_fields, True)}
+        trained = dict.fromkeys(("compute", *NOT_TRAINED), True)
+        untold = dict.fromkeys(Judge.model_fields, True)
+        kinds: dict[str, dict[str, Any]] = {
+            "external": untold | {"external": limits},
+            "stack": {key: True for key in untold if key != "stack"},
+        }
+        judges = {
+            name: next(
+                (told for k, told in kinds.items() if getattr(judge, k) is not None), trained
+            )
+            for name, judge in self.judges.items()
+        }
         parts = ("environments", "compare", "studies", "plan", "defaults")
         return {**dict.fromkeys(parts, True), "judges": judges}
 
@@ -334,8 +363,8 @@ class Config(Section):
         return given | {f"benchmarks.{name}": files for name, files in self.benchmarks.items()}
 
     def ordered(self) -> list[str]:
-        """Judges' names, every teacher before its students."""
-        graph = {name: judge.teachers for name, judge in self.judges.items()}
+        """Judges' names, every teacher before its students, every member before its stack."""
+        graph = {name: judge.sources() for name, judge in self.judges.items()}
         return list(graphlib.TopologicalSorter(graph).static_order())
 
     def with_judges(self, more: Mapping[str, Judge]) -> Config:
@@ -344,7 +373,32 @@ class Config(Section):
         return Config.model_construct(**fields | {"judges": {**self.judges, **more}})
 
     def students_of(self, teacher: str) -> list[str]:
-        return [name for name, judge in self.judges.items() if teacher in judge.teachers]
+        """The judges that learn from its logits, alone or in stacks."""
+        found = [name for name, judge in self.judges.items() if teacher in judge.teachers]
+        stacks = [
+            name for name, node in self.judges.items() if node.stack and teacher in node.sources()
+        ]
+        more = (self.students_of(stack) for stack in stacks)
+        return list(dict.fromkeys(itertools.chain(found, *more)))
+
+    def trained_parts(self, judge: str) -> list[str]:
+        """The judges that predict for it: itself, or the members of a stack, all the way down."""
+        stack = self.judges[judge].stack
+        if stack is None:
+            return [judge]
+        return list(dict.fromkeys(itertools.chain(*map(self.trained_parts, stack.judges))))
+
+    def deployed(self) -> list[str]:
+        """The judges that are merged and quantised: the final one, or all that it combines."""
+        return self.trained_parts(self.final)
+
+    def is_privileged(self, judge: str) -> bool:
+        """Whether a judge, or a part of a stack, reads the models' names."""
+        return any(self.judges[part].encoding.privileged for part in self.trained_parts(judge))
+
+    def is_quantized(self, judge: str) -> bool:
+        """Whether there is a quantised model of a judge, or of a part of a stack."""
+        return any(self.judges[part].quantization is not None for part in self.trained_parts(judge))
 
     def is_optimistic(self, judge: str) -> bool:
         """Whether a judge's score out of fold is better than the judge.
@@ -353,6 +407,8 @@ class Config(Section):
         then scored by (see ``training.targets``), and what it learns is handed on to its own students.
         """
         node = self.judges[judge]
+        if node.stack:
+            return any(map(self.is_optimistic, node.stack.judges))
         return any(
             self.is_optimistic(teacher)
             or (node.targets == "out_of_fold" and self.judges[teacher].external is None)
@@ -370,11 +426,11 @@ class Config(Section):
         """A judge's backbone.
 
         Raises:
-            InputError: it is external, and has none.
+            InputError: it is external or a stack, and has none.
         """
         backbone = self.judges[judge].backbone
         if backbone is None:
-            raise InputError(f"judges.{judge} is external: it has no backbone, nothing is trained")
+            raise InputError(f"judges.{judge} has no backbone: nothing is trained")
         return backbone
 
     def learns_unlabelled(self, judge: str) -> bool:
@@ -406,7 +462,7 @@ class Config(Section):
         owns it. So an ablation (same backbone, another loss) costs no second post-pretraining.
         """
         node = self.judges[judge]
-        if node.external or node.pretraining is None or "ut" not in self.data.sources():
+        if not node.backbone or node.pretraining is None or "ut" not in self.data.sources():
             return None
         return self._pretraining_owners[self.judges[judge].before_folds()]
 
@@ -439,7 +495,7 @@ class Config(Section):
         """The first judge of each kind, by what decides its post-pretrained adapter."""
         owners: dict[tuple[Any, ...], str] = {}
         for name, judge in self.judges.items():
-            if not judge.external:
+            if judge.backbone:
                 owners.setdefault(judge.before_folds(), name)
         return owners
 
@@ -476,9 +532,9 @@ def _as_frozen(name: str, given: Any, judge: Any) -> Any:
     return {**judge, **{key: overlay(judge.get(key), own) for key, own in FROZEN.items()}}
 
 
-def _is_external(judge: Any) -> bool:
+def _is_not_trained(judge: Any) -> bool:
     """Whether a judge, as read from YAML, is one for which the defaults mean nothing."""
-    return isinstance(judge, Mapping) and judge.get("external") is not None
+    return isinstance(judge, Mapping) and any(judge.get(kind) is not None for kind in NOT_TRAINED)
 
 
 def load(raw: Mapping[str, Any], files: Iterable[str | Path] = ()) -> Config:

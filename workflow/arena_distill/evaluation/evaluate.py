@@ -96,6 +96,7 @@ def evaluate(
     truth: Path | None = None,
     audit: Path | None = None,
     calibrations: Sequence[Path] = (),
+    stacks: Sequence[Path] = (),
     test_logits: Path | None = None,
     benchmarked: Path | None = None,
 ) -> None:
@@ -116,6 +117,7 @@ def evaluate(
             `p_model_b`, with ties `p_tie`).
         audit: the leaks that :mod:`arena_distill.audit` found, as JSON.
         calibrations: the final judge's scores on held-out battles, a file per model.
+        stacks: what stacks are worth (``scoring.stacks.fit_stack``), a file per stack.
         test_logits: the submitted model's scores of the test battles, for the cascade's curve.
         benchmarked: what :mod:`arena_distill.evaluation.benchmarks` found of the submitted model, as JSON.
 
@@ -149,6 +151,8 @@ def evaluate(
         judges[name]["external"] = True
     for name in settings.privileged:
         judges[name]["privileged"] = True
+    for found in map(read_json, stacks):
+        judges[found["judge"]]["stack"] = found
     for name in settings.optimistic:
         judges[name]["optimistic"] = True
     baselines: dict[str, Figures | None] = {

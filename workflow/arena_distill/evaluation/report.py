@@ -39,6 +39,7 @@ from arena_distill.files.tables import guarded, table_csv
 from arena_distill.metrics import Figures
 from arena_distill.prediction.calibration import methods
 from arena_distill.prediction.held_out import FEWEST as FEWEST_CALIBRATED
+from arena_distill.scoring.stacks import describe as describe_stack
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -109,6 +110,7 @@ def render(
         calibrations={name: calibrations_of(f) for name, f in metrics["judges"].items()},
         deployed=deployed_calibrations(metrics),
         names=NAMES | MODELS | CALIBRATIONS | BATTLES,
+        stacks=[describe_stack(f["stack"]) for f in metrics["judges"].values() if "stack" in f],
         methods=methods(len(final["class_reliability"])),
         audit=metrics.get("audit"),
         worst=_worst_leaks(metrics.get("audit")),
@@ -167,6 +169,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
         {
             "name": row["name"],
             "taught by": ", ".join(row.get("teachers", ()))
+            or ", ".join(row.get("stack", {}).get("members", ()))
             or ("external" if row.get("external") else "votes" if "teachers" in row else ""),
             **{
                 f"fold {k}": round(f["log_loss"], 4)

@@ -12,6 +12,7 @@ from arena_distill.evaluation.benchmarks import print_benchmarks
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.slices import FEWEST, OTHER, slice_records
 from arena_distill.metrics import Figures
+from arena_distill.scoring.stacks import describe as describe_stack
 
 SLICES_SHOWN = 8
 """Slices of a kind that are printed, the largest ones."""
@@ -42,6 +43,8 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
             "these votes (the test battles are not affected)",
             style="dim",
         )
+    for stack in [judge["stack"] for judge in metrics["judges"].values() if "stack" in judge]:
+        console.print(describe_stack(stack), style="dim" if stack["pays"] else "")
     privileged = [name for name, judge in metrics["judges"].items() if judge.get("privileged")]
     if privileged:
         console.print(
@@ -106,6 +109,8 @@ def _judges_table(metrics: Figures) -> Table:
         teachers = figures["teachers"]
         learned = "external" if figures.get("external") else "votes"
         taught_by = f"{len(teachers)} judges" if len(teachers) > 1 else (*teachers, learned)[0]
+        if "stack" in figures:
+            taught_by = f"stack of {len(figures['stack']['members'])}"
         rows.append((name, taught_by, figures, figures["oof"]))
     for name, teachers, figures, overall in rows:
         closed = figures["gap_closed"]

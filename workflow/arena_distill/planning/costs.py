@@ -75,6 +75,7 @@ ON_THE_HOST = frozenset(
         *("assign_folds", "check_counts", "audit_leaks"),
         *("download_backbone", "prepare_backbone", "cut_download", "tokenize_battles"),
         *("gather_logits", "gather_logits_states", "read_external_logits", "split_external_logits"),
+        *("fit_stack", "combine_fold", "combine_test", "combine_held_out"),
         *("check_drift", "fit_calibration", "predict_test", "write_submission"),
         *("write_config", "predict_surface", "evaluate", "render_report", "write_plan"),
         *("draw_averaging", "draw_curves", "compare_judges"),

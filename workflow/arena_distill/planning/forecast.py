@@ -160,7 +160,7 @@ def forecast(arguments: Sequence[str]) -> Forecast:
         for job, cost, start in zip(graph.jobs, found, schedule, strict=True)
     ]
     working = dict.fromkeys(job.wildcards.get("judge", "") for job in graph.jobs)
-    trained = [name for name in working if name and not config.judges[name].external]
+    trained = [name for name in working if name and config.judges[name].backbone]
     parameters = {
         name: {"base": sizes.base, "adapter": sizes.lora, "head": sizes.head}
         for name in trained

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from arena_distill.config.phases import Views
+from arena_distill.config.phases import StackedViewsSettings, Views
 from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import REBUILD, read_provenance
@@ -47,7 +47,7 @@ def mean_of_views(logits: np.ndarray, average: ViewAverage) -> np.ndarray:
     return np.asarray(softmax(logits).mean(axis=1))
 
 
-def read_views(path: Path, settings: Views) -> tuple[np.ndarray, pa.Table]:
+def read_views(path: Path, settings: Views | StackedViewsSettings) -> tuple[np.ndarray, pa.Table]:
     """Read a file of `score_test`, and check its lengths, orders and cascade against `settings`.
 
     Returns:

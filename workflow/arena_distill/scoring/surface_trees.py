@@ -64,6 +64,24 @@ def write_surface(folds: Path, battles: Path, output: Path, *, settings: Setting
     print(f"{output}: {len(rows):,} battles by trees over their surface")
 
 
+def score_surface(folds: pa.Table, battles: Path, fold: int, wanted: pa.Array) -> np.ndarray:
+    """Predict any battles by trees that learned what a fold's judges do: float64 (rows, classes).
+
+    Args:
+        folds: the table of `folds.parquet`.
+        battles: `battles.parquet`.
+        wanted: keys of the rows to predict.
+
+    Raises:
+        InputError: `battles` lacks a row.
+    """
+    keys, surface = read_surface(battles)
+    training = training_rows(folds, fold)
+    learned = locate(key(folds.take(pa.array(training))), keys, str(battles))
+    asked = locate(wanted, keys, str(battles))
+    return surface_trees(_of(surface, learned), votes_of(folds)[training], _of(surface, asked))
+
+
 def surface_trees(training: Surface, votes: Votes, asked: Surface) -> np.ndarray:
     """Predict battles by trees fitted to others: float64 (rows, classes).
 
