@@ -34,7 +34,7 @@ Every key with its default and meaning. `scripts/write_config_reference.py` writ
 - `defaults` holds the settings of all judges. A judge overrides them key by key, and `null` switches a part
   off.
 - `compute` sets how a job runs, never what it computes: a change of it rebuilds nothing.
-- An `external` judge has no other keys, and no defaults.
+- An `external` judge, or a `stack`, has no other keys, and no defaults.
 
 | file | content |
 |---|---|
@@ -94,7 +94,7 @@ def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseMode
         if inner is not None and model is not Judge:
             key = f"{name}.<judge>" if inner is Judge else name
             found += sections(inner, f"{path}.{key}".lstrip("."))
-        elif name in ("external", "backbone") and inner is not None:
+        elif name in ("external", "stack", "backbone", "frozen") and inner is not None:
             found += sections(inner, f"{path}.{name}")
     return found
 

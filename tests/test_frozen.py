@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from arena_distill.models.layer_reads import Reader, blocks, default_layers
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.scoring.logits import score_probe
+from arena_distill.scoring.stacks import describe
 from arena_distill.training.features import Features, write_features
 from arena_distill.training.probe import Probe, _choose, fit_probe, mean_probe, read_probe
 from arena_distill.training.targets import VOTE_LOSS
@@ -247,16 +249,17 @@ def test_a_frozen_judge_has_no_adapter() -> None:
 
 @pytest.fixture(scope="module")
 def frozen_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """Of a frozen teacher and a frozen student, with battles held out and for choices."""
+    """Of frozen judges and a stack with trees, with battles held out and for choices."""
     checkout = make_checkout(tmp_path_factory.mktemp("frozen") / "checkout")
     given = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
     given["data"]["arena"] |= {"train": 300, "unlabelled": 20}
     given["folds"] |= {"method": "stratified_group", "holdout": 0.3, "choices": 0.1}
     given["defaults"]["training"]["keep"] = "best"
     given["judges"] = {
-        "teacher": {"backbone": {"tiny": "llama"}, "frozen": {}},
+        "teacher": {"backbone": {"tiny": "llama"}, "frozen": {}, "quantization": None},
+        "stack": {"stack": {"judges": ["teacher"], "surface": True}},
         "student": {"backbone": {"tiny": "gemma2"}, "frozen": {"poolings": ["answer"]},
-                    "teachers": ["teacher"]},
+                    "teachers": ["stack"]},
     }  # fmt: skip
     given |= {"final": "student"}
     given["prediction"]["calibration"] = "temperature"
@@ -281,6 +284,9 @@ def test_a_run_of_frozen_judges(frozen_run: Checkout) -> None:
     assert compare_with_vectors(Judge.from_pretrained(results / "merged/student")).within(1e-5)
     assert read_json(results / "checks/student_drift.json")
     assert len((results / "submission.csv").read_text().splitlines()) == 41
+    figures = read_json(results / "metrics.json")["judges"]["stack"]
+    assert figures["oof"]["log_loss"] == pytest.approx(figures["stack"]["log_loss"], abs=1e-5)
+    assert describe(figures["stack"]) in html.unescape((results / "report.html").read_text())
     *_, whole = read_json(results / "metrics.json")["benchmarks"]
     assert (whole["benchmark"], whole["battles"], whole["known"]) == ("bar", len(ROWS), 0)
     assert f"{whole['accuracy']:.1%}" in (results / "report.html").read_text()
@@ -294,3 +300,33 @@ def test_a_run_of_frozen_judges(frozen_run: Checkout) -> None:
     assert "read_features" not in frozen_run.would_run(), (
         "features are read once, whatever the folds"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.gptq
+@pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}")
+def test_a_stack_is_submitted(frozen_run: Checkout) -> None:
+    """Its members' scores are combined, calibrated on held-out battles and scored; it has no folder."""
+    results = frozen_run.results
+    given = yaml.safe_load((frozen_run.folder / "mini.yaml").read_text()) | {"final": "stack"}
+    given["folds"]["n"] = 2
+    given["prediction"]["model"] = "merged"
+    write(frozen_run.folder / "mini.yaml", yaml.safe_dump(given).encode())
+    before = (results / "submission.csv").read_text()
+    frozen_run.run("all")
+    assert (results / "submission.csv").read_text() != before
+    assert not (results / "merged/stack").exists()
+    figures = read_json(results / "metrics.json")
+    assert figures["headline"]["battles"] == "test"
+    assert figures["held_out"]["models"]["merged"]["judge"] == "stack"
+    assert figures["final"]["gptq"] is None
+    assert "which combines teacher and surface trees," in (results / "report.html").read_text()
+    logits, _ = read_logits(results / "logits/stack/merged_test.npy")
+    assert logits.shape == (40, 2, 2, 3)
+    assert set(frozen_run.would_run("merged")) == {
+        "finish_merged",
+        "predict_test",
+        "fit_calibration",
+    }
+    refused = frozen_run.snakemake("compare", "-n")
+    assert refused.returncode == 1 and "stack is a stack, which is not trained" in refused.stdout
