@@ -97,11 +97,11 @@ def test_a_member_of_weight_1_gives_its_logits_back() -> None:
 
 
 def test_what_says_nothing_has_no_votes_to_fit_and_no_effect() -> None:
-    members, votes = drawn(300, (0.5,))
+    members, votes = drawn(3000, (0.5,))
     nothing = np.zeros_like(members)
     weights, temperature = fit(np.concatenate([members, nothing], axis=1), votes)
     alone, same = fit(members, votes)
-    assert weights[0] / temperature == pytest.approx(alone[0] / same, abs=1e-3)
+    assert weights[0] / temperature == pytest.approx(alone[0] / same, abs=0.01)
     weights, temperature = fit(members[:0], votes[np.arange(0)])
     assert (weights.tolist(), temperature) == ([1.0], 1.0)
 
@@ -228,10 +228,10 @@ def test_a_stack_is_scored_by_the_weights_of_other_folds(tmp_path: Path) -> None
         votes = votes_of(folds)[locate(key(ids.take(mine)), key(folds), "folds")]
         total += log_loss(mean_over_views(logits[mine]), votes) * len(mine)
     assert figures["log_loss"] == pytest.approx(total / figures["rows"], abs=1e-6)
-    versus, best = figures["versus_best"], figures["members"][figures["best"]]
-    assert versus["difference"] == pytest.approx(figures["log_loss"] - best["tempered"])
-    assert best["tempered"] == min(member["tempered"] for member in figures["members"].values())
-    assert figures["pays"] == (versus["high"] < 0)
+    best = {n: min(m["log_loss"], m["tempered"]) for n, m in figures["members"].items()}
+    assert best[figures["best"]] == min(best.values())
+    difference = figures["log_loss"] - best[figures["best"]]
+    assert figures["versus_best"]["difference"] == pytest.approx(difference)
 
 
 def test_files_of_other_members_or_folds_are_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from arena_distill.files.artifacts import (
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits, write_logits
 from arena_distill.files.probabilities import read_probabilities
-from arena_distill.metrics import Figures, log_loss, losses, paired_difference, softmax
+from arena_distill.metrics import Figures, losses, paired_difference, softmax
 from arena_distill.scoring.logits import read_out_of_fold
 from arena_distill.scoring.surface_trees import score_surface
 from arena_distill.verdicts import ORDERS, Votes
@@ -42,8 +42,9 @@ from arena_distill.verdicts import ORDERS, Votes
 SURFACE = "surface trees"
 """The member that is no judge; no judge can have this name."""
 
-RIDGE = 1e-6
-"""Of the squared distance from equal weights: members that say the same have the same weight."""
+RIDGE = 10.0
+"""Weight of half the squared distance from the plain geometric mean, relative to the log loss of all
+battles: few battles move the weights little, and members that say the same have the same weight."""
 
 NEGLIGIBLE = 1e-4
 """Nats, a difference that no table shows."""
@@ -101,19 +102,21 @@ def worth(
     Returns:
         `rows`; by member (`members`) its `weight`, fitted to all rows, its weights in the `folds`, its
         `log_loss`, and that with its own temperature (`tempered`); the `temperature` and those of the
-        `folds`; the stack's `log_loss`; the `best` member, tempered, and the difference from it with its
-        interval of 95 % (`versus_best`); and whether all of that is a gain (`pays`). All is cross-fitted.
+        `folds`; the stack's `log_loss`; the `best` member, tempered or not, and the difference from it with
+        its interval of 95 % (`versus_best`); and whether all of that is a gain (`pays`). Losses are
+        cross-fitted.
     """
     seen = np.stack(list(members.values()), axis=1)
     crossed, fitted = cross_fit(seen, votes, fold, groups)
     loss = losses(softmax(crossed), votes)
-    alone = {
+    raw = {name: losses(softmax(found), votes) for name, found in members.items()}
+    tempered = {
         name: losses(softmax(cross_fit(found[:, None], votes, fold, groups)[0]), votes)
         for name, found in members.items()
     }
-    tempered = {name: float(votes.mean(found)) for name, found in alone.items()}
-    best = min(tempered, key=tempered.__getitem__)
-    versus = paired_difference(loss, alone[best], votes, groups)
+    alone = [*raw.items(), *tempered.items()]
+    best, least = min(alone, key=lambda found: float(votes.mean(found[1])))
+    versus = paired_difference(loss, least, votes, groups)
     weights, temperature = fit(seen, votes)
     return {
         "rows": len(votes),
@@ -121,10 +124,10 @@ def worth(
             name: {
                 "weight": float(weights[i]),
                 "folds": [float(found[i]) for found, _ in fitted.values()],
-                "log_loss": log_loss(softmax(found), votes),
-                "tempered": tempered[name],
+                "log_loss": float(votes.mean(raw[name])),
+                "tempered": float(votes.mean(tempered[name])),
             }
-            for i, (name, found) in enumerate(members.items())
+            for i, name in enumerate(members)
         },
         "temperature": temperature,
         "folds": [found for _, found in fitted.values()],
@@ -271,17 +274,18 @@ def fit(members: np.ndarray, votes: Votes) -> tuple[np.ndarray, float]:
     from scipy.optimize import minimize
     from scipy.special import log_softmax
 
-    count = members.shape[1]
+    rows, count = members.shape[:2]
     equal = np.full(count, 1 / count)
-    if not len(members):
+    if not rows:
         return equal, 1.0
+    ridge = RIDGE / rows
 
     def loss(each: np.ndarray) -> tuple[float, np.ndarray]:
         logs = log_softmax(np.einsum("rjc,j->rc", members, each), axis=-1)
         slope = np.einsum("rc,rjc->rj", np.exp(logs) - votes.probabilities, members)
         far = each - equal
-        value = float(votes.mean(votes.cross_entropy(logs))) + RIDGE / 2 * far @ far
-        return value, votes.mean(slope) + RIDGE * far
+        value = float(votes.mean(votes.cross_entropy(logs))) + ridge / 2 * far @ far
+        return value, votes.mean(slope) + ridge * far
 
     found = minimize(loss, equal, jac=True, method="L-BFGS-B", bounds=[(0, None)] * count)
     total = float(found.x.sum())
