@@ -315,7 +315,8 @@ def test_a_stack_is_submitted(frozen_run: Checkout) -> None:
     before = (results / "submission.csv").read_text()
     frozen_run.run("all")
     assert (results / "submission.csv").read_text() != before
-    assert not (results / "merged/stack").exists()
+    refused = frozen_run.snakemake("-n", "results/mini/merged/stack")
+    assert "stack has no model of its own: ask for a judge with a backbone" in refused.stdout
     figures = read_json(results / "metrics.json")
     assert figures["headline"]["battles"] == "test"
     assert figures["held_out"]["models"]["merged"]["judge"] == "stack"

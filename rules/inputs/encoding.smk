@@ -46,6 +46,11 @@ def tokens_settings(wildcards):
 
 
 def tokens(wildcards):
+    if wildcards.judge not in TOKENIZERS:
+        raise WorkflowError(
+            f"{wildcards.judge} has no model of its own: ask for a judge with a backbone; `merged` and "
+            "`quantized` finish those of the final judge"
+        )
     return RUN.tokens(TOKENIZERS[wildcards.judge])
 
 
