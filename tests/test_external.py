@@ -908,7 +908,7 @@ def test_an_external_judge_has_no_backbone() -> None:
     assert config.backbone_name("small") == config.tokenizer_name("small") == "tiny-gemma2"
     assert config.pretraining_owner("gpt") is None
     for ask in (config.backbone_of, config.backbone_name, config.tokenizer_name):
-        with pytest.raises(InputError, match="judges.gpt is external: it has no backbone"):
+        with pytest.raises(InputError, match="judges.gpt has no backbone: nothing is trained"):
             ask("gpt")
     with pytest.raises(InputError, match="judges.gpt has no external endpoint"):
         QuerySettings.of(config, "gpt")

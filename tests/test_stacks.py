@@ -13,6 +13,7 @@ from test_config import lines, raw
 
 from arena_distill.battles.folds import EVERY_FOLD
 from arena_distill.battles.votes import votes_of
+from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.phases import (
     EvaluationSettings,
     LogitsSettings,
@@ -295,6 +296,17 @@ def test_members_score_what_the_stack_s_students_learn() -> None:
     )
 
 
+def test_a_recipe_s_stack_combines_its_judges() -> None:
+    given = with_stack()
+    config = load(given)
+    derive(config, given, family := JudgeFamily(dict(config.judges)))
+    best = family.judges["e.best"]
+    assert best.stack and best.stack.judges == ("l.best", "q.best") and best.stack.surface
+    assert family.judges["s.best"].teachers == ("e.best",)
+    studies = derive(config := load(with_stack("e")), given, JudgeFamily(dict(config.judges)))
+    assert not studies.compared and studies.problem.startswith("e is a stack, which is not trained")
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -315,6 +327,8 @@ def test_members_score_what_the_stack_s_students_learn() -> None:
          "judges.e: teachers: a stack learns from nobody: remove them"),
         (with_stack(s={"backbone": {"tiny": "llama"}, "teachers": ["l"]}, stack={"judges": ["q", "s"]}),
          "judges.e.stack.judges: s is optimistic out of fold, where weights are fitted: combine its"),
+        (with_stack("e", **{name: {"backbone": {"tiny": "llama"}, "quantization": None} for name in "lq"}),
+         "prediction.model: gptq, but judges.l.quantization is null"),
         (with_stack("e", l={"external": {"file": "x.csv"}}),
          "final: e combines l, which is external: it predicts no test battle"),
         (with_stack(s={"backbone": {"tiny": "llama"}, "teachers": ["e"], "loss": {"features": 1}}),

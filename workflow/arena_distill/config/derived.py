@@ -81,7 +81,7 @@ class JudgeFamily:
 def _folds(judge: Judge) -> tuple[Any, ...]:
     """What decides a judge's folds: neither how jobs run, nor the loss of teachers it lacks."""
     if not judge.backbone:
-        return judge.external, judge.stack
+        return judge.external and judge.external.as_params(), judge.stack
     student = bool(judge.teachers)
     return (
         judge.before_folds(),
