@@ -300,9 +300,9 @@ def test_a_recipe_s_stack_combines_its_judges() -> None:
     given = with_stack()
     config = load(given)
     derive(config, given, family := JudgeFamily(dict(config.judges)))
-    best = family.judges["e.best"]
-    assert best.stack and best.stack.judges == ("l.best", "q.best") and best.stack.surface
-    assert family.judges["s.best"].teachers == ("e.best",)
+    found = family.judges["e.blackpearl"].stack
+    assert found and found.judges == ("l.blackpearl", "q.blackpearl") and found.surface
+    assert family.judges["s.blackpearl"].teachers == ("e.blackpearl",)
     studies = derive(config := load(with_stack("e")), given, JudgeFamily(dict(config.judges)))
     assert not studies.compared and studies.problem.startswith("e is a stack, which is not trained")
 
