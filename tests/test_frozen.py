@@ -310,6 +310,7 @@ def test_a_stack_is_submitted(frozen_run: Checkout) -> None:
     results = frozen_run.results
     given = yaml.safe_load((frozen_run.folder / "mini.yaml").read_text()) | {"final": "stack"}
     given["folds"]["n"] = 2
+    given.pop("benchmarks")
     given["prediction"]["model"] = "merged"
     write(frozen_run.folder / "mini.yaml", yaml.safe_dump(given).encode())
     before = (results / "submission.csv").read_text()

@@ -329,6 +329,8 @@ def test_a_recipe_s_stack_combines_its_judges() -> None:
          "judges.e.stack.judges: s is optimistic out of fold, where weights are fitted: combine its"),
         (with_stack("e", **{name: {"backbone": {"tiny": "llama"}, "quantization": None} for name in "lq"}),
          "prediction.model: gptq, but judges.l.quantization is null"),
+        (with_stack("e") | {"benchmarks": {"bar": "bar.json"}},
+         "benchmarks: e is a stack, which has no folder to ask: leave them out"),
         (with_stack("e", l={"external": {"file": "x.csv"}}),
          "final: e combines l, which is external: it predicts no test battle"),
         (with_stack(s={"backbone": {"tiny": "llama"}, "teachers": ["e"], "loss": {"features": 1}}),

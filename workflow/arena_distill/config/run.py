@@ -264,6 +264,11 @@ class Config(Section):
                         f"judges.{name}.stack.judges: {member} is optimistic out of fold, where "
                         "weights are fitted: combine its teachers, or give it targets: in_sample"
                     )
+        if self.benchmarks and self.judges[self.final].stack:
+            raise ValueError(
+                f"benchmarks: {self.final} is a stack, which has no folder to ask: leave them out, or let "
+                "`final` name a judge that is trained"
+            )
         for member in self.deployed():
             if self.judges[member].external:
                 raise ValueError(
