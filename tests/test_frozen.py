@@ -30,6 +30,7 @@ from arena_distill.deployment.frozen import merge_probes
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
+from arena_distill.evaluation.drawings import percent
 from arena_distill.files.artifacts import read_json, read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
@@ -289,7 +290,7 @@ def test_a_run_of_frozen_judges(frozen_run: Checkout) -> None:
     assert describe(figures["stack"]) in html.unescape((results / "report.html").read_text())
     *_, whole = read_json(results / "metrics.json")["benchmarks"]
     assert (whole["benchmark"], whole["battles"], whole["known"]) == ("bar", len(ROWS), 0)
-    assert f"{whole['accuracy']:.1%}" in (results / "report.html").read_text()
+    assert percent(whole["accuracy"]) in (results / "report.html").read_text()
     llmbar(frozen_run.folder / "bar.json", ROWS[1:])
     assert frozen_run.would_run() == dict.fromkeys(
         ("benchmark_gptq", "evaluate", "render_report"), 1
