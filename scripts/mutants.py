@@ -22,7 +22,8 @@ KILLED = {1, 3, 24, 36, -24, 152, 255}
 
 def mutmut(*names: str) -> None:
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *names]
-    subprocess.run(command, cwd=FOLDER, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=FOLDER, check=True, env=environment, stdin=subprocess.DEVNULL)
 
 
 def results() -> dict[str, int | None]:

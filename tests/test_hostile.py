@@ -223,6 +223,9 @@ STRANGE: list[tuple[str, Damage, str]] = [
     ("missing", lambda p: None, "no such file"),
     ("a terabyte of holes", lambda p: (p.touch(), os.truncate(p, 1 << 42)),
      "cannot be read|not a whole parquet"),
+    ("holes after its header",
+     lambda p: (p.write_bytes(b"id,prompt\n" * (1 << 21)), os.truncate(p, 1 << 42)),
+     "cannot be read|not a whole parquet"),
 ]  # fmt: skip
 
 

@@ -15,13 +15,11 @@ from test_training import LORA, fit, of_rows, training_settings
 
 from arena_distill.battles.folds import training_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Training
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier
-from arena_distill.training import trainer
-from arena_distill.training.examples import ByLength, Examples, collator, make_examples
+from arena_distill.training.examples import ByLength, Examples, collator, make_examples, part_of
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +109,7 @@ def test_an_order_depends_on_seed_and_epoch_alone() -> None:
 def test_a_share_of_the_battles_is_drawn_by_the_seed() -> None:
     rows = pa.table({"row": np.arange(200)})
     drawn = {
-        (seed, share): trainer._part(rows, Training(share=share, seed=seed))["row"].to_pylist()
+        (seed, share): part_of(rows, share, seed)["row"].to_pylist()
         for seed in (1, 2)
         for share in (0.25, 0.5)
     }
@@ -121,4 +119,4 @@ def test_a_share_of_the_battles_is_drawn_by_the_seed() -> None:
     assert set(drawn[1, 0.25]) < set(drawn[1, 0.5])
     shared = len(set(drawn[1, 0.5]) & set(drawn[2, 0.5]))
     assert 30 < shared < 70, "as many as by chance, 50, of 100"
-    assert trainer._part(rows, Training(share=0.5, seed=2))["row"].to_pylist() == drawn[2, 0.5]
+    assert part_of(rows, 0.5, 2)["row"].to_pylist() == drawn[2, 0.5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,8 @@ def test_a_fit_counts_battles_and_teachers_by_their_weights(
     layer = torch.nn.Linear(5, 3)
     monkeypatch.setattr(linear_probe, "read_features", lambda *_: features)
     monkeypatch.setattr(linear_probe, "head_layer", lambda judge: judge)
-    monkeypatch.setattr(linear_probe, "RIDGES", (ridge,))
+    one = partial(linear_probe.cross_validate, ridges=(ridge,))
+    monkeypatch.setattr(linear_probe, "cross_validate", one)
     loss = Loss(ce=1, kl=2, cosine=0, temperature=1, combine="mean_probabilities")
     fit_head(layer, examples, loss=loss, head=JOINT, batch_tokens=1)
     odds = np.exp(teachers.astype(np.float64))

@@ -179,6 +179,10 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
                 str(folder / "battles.csv") if word == "battles.csv" else word for word in rest
             ]
             done = run_in(folder, *start, command, str(finished_judge_in(folder)), *words)
+        case ["benchmark", judge, *named]:
+            assert judge.startswith("results/default/merged/")
+            files = [f"{word.partition('=')[0]}={folder / 'battles.csv'}" for word in named]
+            done = run_in(folder, *start, "benchmark", str(finished_judge_in(folder)), *files)
         case ["serve", judge, *rest]:
             assert judge.startswith("results/default/merged/")
             words = [*start, "serve", str(finished_judge_in(folder)), *rest, "--port", "0"]

@@ -58,7 +58,7 @@ def read_table(path: Path, *, escape: Escape = "none", folder: Path | None = Non
 
 
 def _blocks(path: Path, packed: str) -> Iterator[bytes]:
-    """The bytes of a file, unpacked; InputError where these are suspiciously many."""
+    """The bytes of a file, unpacked; InputError where these are suspiciously many, or never written."""
     limit, seen = most_unpacked(path), 0
     file = pa.OSFile(str(path))
     with pa.CompressedInputStream(file, PACKED[packed]) if packed else file as stream:
@@ -68,5 +68,10 @@ def _blocks(path: Path, packed: str) -> Iterator[bytes]:
                 size = path.stat().st_size
                 raise InputError(
                     f"{path}: {size:,} bytes unpack to more than {limit:,}; if this is right, unpack it"
+                )
+            if not block.strip(b"\0"):
+                raise InputError(
+                    f"{path}: cannot be read: from byte {seen - len(block):,} on it holds zeros: it was "
+                    "not wholly written or copied; copy it again"
                 )
             yield block
