@@ -1004,7 +1004,7 @@ def test_the_workflow_queries_reads_and_splits(tmp_path: Path, server: ChatServe
     checkout.edit("mini.yaml", "max_characters: 200", "max_characters: 201")
     assert checkout.would_run(*targets) == {"query_endpoint": 1, "split_external_logits": 2}
     done = checkout.snakemake("-n", "results/mini/adapters/qwen2-teacher/pretrained")
-    assert "judges.qwen2-teacher is external: it has no backbone" in done.stdout + done.stderr
+    assert "judges.qwen2-teacher has no backbone: nothing is trained" in done.stdout + done.stderr
 
 
 def test_the_documentation_shows_a_configuration_that_loads() -> None:
