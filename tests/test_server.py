@@ -710,6 +710,32 @@ def test_prometheus_can_read_the_figures(make: Callable[[str], Finished]) -> Non
     assert samples["process_resident_memory_bytes",] > 0
 
 
+def test_the_address_can_be_reached_when_it_is_printed(
+    make: Callable[[str], Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = []
+
+    def run(_: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        with socket.create_connection(sockets[0].getsockname(), timeout=10):
+            reached.append(True)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        serve(
+            make("joint").folder,
+            host="127.0.0.1",
+            port=0,
+            limits=LIMITS,
+            queue_tokens=1000,
+            batch_tokens=512,
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert reached
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_after_the_last_answer(

@@ -78,6 +78,7 @@ def serve(
                     number, stop
                 )  # until uvicorn has its own, which raise these at the end
             name, bound = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
+            listener.listen(server.config.backlog)  # who reads the address may come at once
             print(f"{judge.contract.judge}: http://{name}:{bound}/", flush=True)
             server.run([listener])
     print("stopped", flush=True)
