@@ -180,7 +180,7 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             ]
             done = run_in(folder, *start, command, str(finished_judge_in(folder)), *words)
         case ["benchmark", judge, *named]:
-            assert judge.startswith("results/default/merged/")
+            assert re.match(r"results/\w+/merged/", judge)
             files = [f"{word.partition('=')[0]}={folder / 'battles.csv'}" for word in named]
             done = run_in(folder, *start, "benchmark", str(finished_judge_in(folder)), *files)
         case ["serve", judge, *rest]:
