@@ -116,6 +116,11 @@ def version_of(name):
     return lambda wildcards: phase.Settings(version=phase.VERSIONS[name]).as_params()
 
 
+def named(names, files):
+    """Files as arguments of a command, each with the name of what it is of."""
+    return [f"{name}={file}" for name, file in zip(names, files, strict=True)]
+
+
 def as_options(*names):
     """The named inputs that a job has, as options of its command, in a rule's params."""
 

@@ -4,4 +4,4 @@ SCORED = [(judge, fold) for judge in CONFIG.judges for fold in FOLDS]
 
 def judged_folds(wildcards, input):
     """The logits of every fold, each with the name of its judge."""
-    return [f"{judge}={file}" for (judge, _), file in zip(SCORED, input.logits, strict=True)]
+    return named([judge for judge, _ in SCORED], input.logits)

@@ -13,4 +13,4 @@ def benchmark_files(wildcards):
 
 def named_benchmarks(wildcards, input):
     """The files of benchmarks, each with the name of its own."""
-    return [f"{name}={file}" for (name, _), file in zip(BENCHMARKED, input.files, strict=True)]
+    return named([name for name, _ in BENCHMARKED], input.files)

@@ -23,8 +23,7 @@ def members_fold(wildcards):
 
 def by_member(wildcards, input):
     """The logits of every fold, each with the name of its judge."""
-    names = [member for member in members(wildcards) for _ in FOLDS]
-    return [f"{name}={file}" for name, file in zip(names, input.logits, strict=True)]
+    return named([member for member in members(wildcards) for _ in FOLDS], input.logits)
 
 
 def members_models(logits):

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from arena_distill.config.phases import MergeSettings
-from arena_distill.deployment.merging import check_folds
-from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
-from arena_distill.files.artifacts import atomic_directory, provenance, write_json
+from arena_distill.deployment.merging import check_folds, padded_tokenizer, save_merged
 from arena_distill.models.layer_reads import attach_head, blocks
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.preparation import keep_layers
@@ -34,9 +32,7 @@ def merge_probes(
     check_folds(probes, backbone)
     weights = [1 / len(probes)] * len(probes)
     probe = mean_probe([read_probe(folder) for folder in probes], weights)
-    tokenizer = load_tokenizer(backbone)
-    pad = safe_pad_id(tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer, pad = padded_tokenizer(backbone)
     dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
     model: Any = load_classifier(
         backbone, head=settings.head, dtype=dtype, pad_token_id=pad, head_seed=0
@@ -45,18 +41,14 @@ def merge_probes(
     del blocks(model)[count:]
     keep_layers(model.config, count)
     attach_head(model, probe.reads, probe.marker, probe.weight, probe.bias)
-    with atomic_directory(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        about = {
-            "backbone": backbone.name,
-            "folds": len(probes),
-            "average": "heads",
-            "heads": "average",
-            "weights": weights,
-            "dtype": str(dtype).removeprefix("torch."),
-            "reads": probe.reads,
-            "provenance": provenance("merging", settings.model_dump(mode="json")),
-        }
-        write_json(about, folder / "merge.json")
+    about = {
+        "backbone": backbone.name,
+        "folds": len(probes),
+        "average": "heads",
+        "heads": "average",
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+        "reads": probe.reads,
+    }
+    save_merged(output, model, tokenizer, about, settings)
     print(f"{output}: the mean head of {len(probes)} folds on the first {count} layers")

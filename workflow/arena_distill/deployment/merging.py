@@ -38,6 +38,7 @@ from arena_distill.models.loading import load_classifier
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 _PREFIX = "base_model.model."
@@ -77,10 +78,7 @@ def merge_folds(
     folds = read_adapters(adapters)
     weights = weights or [1 / len(folds)] * len(folds)
 
-    tokenizer = load_tokenizer(backbone)
-    pad = safe_pad_id(tokenizer)
-    # Padding is recognised by its id: the tokenizer in the folder must use the same one.
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer, pad = padded_tokenizer(backbone)
     wide = torch.float32 if target == torch.float32 else "auto"
     model: Any = load_classifier(
         backbone,
@@ -93,24 +91,46 @@ def merge_folds(
     gap = merge_into(model, folds, weights, settings.average, settings.heads, target)
     model.to(target)
 
+    about = {
+        "backbone": backbone.name,
+        "folds": len(folds),
+        "average": settings.average,
+        "heads": settings.heads,
+        "weights": list(weights),
+        "dtype": str(target).removeprefix("torch."),
+        "targets": len(folds[0].targets),
+        "ranks": [fold.rank for fold in folds],
+        "factors_gap": gap,
+    }
+    save_merged(output, model, tokenizer, about, settings)
+    distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
+    print(f"{output}: {len(folds)} folds merged by their {settings.average}{distance}")
+
+
+def padded_tokenizer(backbone: Path) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a merged model, and the id that it pads with.
+
+    Padding is recognised by its id: the tokenizer in the folder must use the same one.
+    """
+    tokenizer = load_tokenizer(backbone)
+    pad = safe_pad_id(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer, pad
+
+
+def save_merged(
+    output: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+    settings: MergeSettings,
+) -> None:
+    """Write a merged model's folder: model, tokenizer, `merge.json` of `about` and provenance."""
     with atomic_directory(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        about = {
-            "backbone": backbone.name,
-            "folds": len(folds),
-            "average": settings.average,
-            "heads": settings.heads,
-            "weights": list(weights),
-            "dtype": str(target).removeprefix("torch."),
-            "targets": len(folds[0].targets),
-            "ranks": [fold.rank for fold in folds],
-            "factors_gap": gap,
-            "provenance": provenance("merging", settings.model_dump(mode="json")),
-        }
-        write_json(about, folder / "merge.json")
-    distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
-    print(f"{output}: {len(folds)} folds merged by their {settings.average}{distance}")
+        made = provenance("merging", settings.model_dump(mode="json"))
+        write_json({**about, "provenance": made}, folder / "merge.json")
 
 
 @dataclass(frozen=True)

@@ -56,16 +56,18 @@ def benchmark(
     Raises:
         InputError: a file cannot be read, or has no battle with a winner.
     """
+    known = None if learned is None else prompt_digests(learned)
     return [
         record
         for name, sources in benchmarks.items()
-        for record in _scores(ask, name, sources, learned)
+        for record in _scores(ask, name, sources, known)
     ]
 
 
 def _scores(
     ask: Ask, name: str, sources: Sequence[Source], learned: pa.ChunkedArray | None
 ) -> Iterator[Figures]:
+    """The records of one benchmark; `learned`: digests of the prompts."""
     battles, subsets = _read(sources)
     votes = votes_of(battles)
     lead = votes.probabilities[:, 0] - votes.probabilities[:, 1]
@@ -78,7 +80,7 @@ def _scores(
     each = np.stack([_right(verdicts.by_order[:, i], better) for i in range(len(verdicts.orders))])
     prompts = prompt_digests(battles["prompt"])
     if learned is not None:
-        prompts = pa.chunked_array([*prompts.chunks, *prompt_digests(learned).chunks])
+        prompts = pa.chunked_array([*prompts.chunks, *learned.chunks])
     groups = number_digests([prompts])
     known = None if learned is None else np.isin(groups[won], groups[len(battles) :])
 

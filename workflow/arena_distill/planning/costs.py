@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,15 @@ class Costs:
         )
 
     def _benchmark(self, job: Planned, judge: Judge, device: Device) -> Cost:
-        """Battles of benchmarks are counted, and taken to be as long as those of `test`."""
-        parts = read_parts({"extra": [s for of in self.config.benchmarks.values() for s in of]})
-        battles = {"test": float(sum(part.good().sum() for part in parts))}
+        """Battles of benchmarks are taken to be as long as those of `test`."""
+        battles = {"test": self._benchmarked}
         return self._score(job, judge, device, self._views(job, judge, battles), 0.0, dense=True)
+
+    @cached_property
+    def _benchmarked(self) -> float:
+        """The number of battles of all benchmarks."""
+        parts = read_parts({"extra": [s for of in self.config.benchmarks.values() for s in of]})
+        return float(sum(part.good().sum() for part in parts))
 
     def _views(self, job: Planned, judge: Judge, battles: dict[str, float]) -> Work:
         """Battles in every view of the submission."""
