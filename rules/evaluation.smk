@@ -13,6 +13,7 @@ REPORTED = {  # file of `render_report` → caption
     "position.csv": "position.rst",
     "variants.csv": "variants_table.rst",
     "slices.csv": "slices.rst",
+    "ranking.csv": "ranking.rst",
     "folds.csv": "folds.rst",
     "benchmarks.csv": "benchmarks.rst",
     "audit.csv": "audit.rst",
@@ -89,6 +90,7 @@ rule evaluate:
         variants=update(RUN.table("variants")),
         cascade=update(RUN.table("cascade")),
         slices=update(RUN.table("slices")),
+        ranking=update(RUN.table("ranking")),
     log:
         RUN.log("evaluate"),
     benchmark:

@@ -40,6 +40,7 @@ from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
 from arena_distill.evaluation.out_of_fold import Run, _fold
+from arena_distill.evaluation.ranking import RANKING_COLUMNS, rank_models, ranking_records
 from arena_distill.evaluation.slices import SLICE_COLUMNS, slice_records, slice_scores
 from arena_distill.files.artifacts import (
     REBUILD,
@@ -100,7 +101,8 @@ def evaluate(
     test_logits: Path | None = None,
     benchmarked: Path | None = None,
 ) -> None:
-    """Compute every figure of a run → `metrics.json`, and `judges`, `variants`, `cascade` and `slices.csv`.
+    """Compute every figure of a run → `metrics.json`, and and `judges`, `variants`, `cascade`, `slices`
+    and `ranking.csv`.
 
     Args:
         folds: `folds.parquet`.
@@ -159,7 +161,7 @@ def evaluate(
         name: scores(p, votes) | {"folds": run.by_fold(p)} for name, p in probabilities_of.items()
     }
     baselines.setdefault("bayes", None)
-    final = mean_over_views(seen[settings.final])
+    final, names = mean_over_views(seen[settings.final]), run.names_of(run.keys())
     reference = losses(final, votes)
     compared = [(judges[name], mean_over_views(logits)) for name, logits in seen.items()]
     compared += [(baselines[name] or {}, p) for name, p in probabilities_of.items()]
@@ -193,9 +195,8 @@ def evaluate(
         "folds": [_fold(run, fold) for fold in run.fold_numbers()],
         "baselines": baselines,
         "judges": judges,
-        "slices": slice_scores(
-            run.names_of(run.keys()), final, probabilities_of, votes, run.groups()
-        ),
+        "slices": slice_scores(names, final, probabilities_of, votes, run.groups()),
+        "ranking": rank_models(names, _ranking(final, probabilities_of), votes, run.groups()),
         "final": _final(settings.final, settings.model, test, held_out, _gptq(drift, drifted)),
         "held_out": held_out,
         "test": test,
@@ -212,6 +213,7 @@ def evaluate(
     write_text(table_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
     write_text(table_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
     write_text(table_csv(slice_records(metrics), SLICE_COLUMNS), tables / "slices.csv")
+    write_text(table_csv(ranking_records(metrics), RANKING_COLUMNS), tables / "ranking.csv")
     told = f"{settings.final} has no score on battles that nothing was trained on"
     if headline := metrics["headline"]:
         told = (
@@ -374,6 +376,7 @@ def _test(
     baselines: dict[str, Figures | None] = {name: scores(p, votes) for name, p in known.items()}
     baselines.setdefault("bayes", None)
     best, chosen = models[model][names[model]], seen[model][names[model]]
+    battles = run.names_of(keys)
     logs = {name: log_probabilities(seen[name][variant]) for name, variant in names.items()}
     drifted = None
     if len(logs) > 1:
@@ -385,9 +388,15 @@ def _test(
         "calibration": {n: _by_calibration(seen[n], v, votes) for n, v in names.items()},
         "baselines": baselines,
         "models": models,
-        "slices": slice_scores(run.names_of(keys), chosen, known, votes, solved.groups),
+        "slices": slice_scores(battles, chosen, known, votes, solved.groups),
+        "ranking": rank_models(battles, _ranking(chosen, known), votes, solved.groups),
         "gap_closed": gap_closed(best["log_loss"], baselines),
     }, drifted
+
+
+def _ranking(judge: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Whose rankings of models are compared with that of the votes: the class prior has none."""
+    return {"judge": judge} | {n: p for n, p in baselines.items() if n != "class_prior"}
 
 
 def _by_calibration(variants: dict[str, np.ndarray], submitted: str, votes: Votes) -> Figures:

@@ -33,6 +33,12 @@ from arena_distill.evaluation.drawings import (
 )
 from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.jobs import histories, job_costs
+from arena_distill.evaluation.ranking import (
+    RANKING_COLUMNS,
+    describe_ranking,
+    ranking_records,
+    shown_ranking,
+)
 from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.files.tables import guarded, table_csv
@@ -44,7 +50,7 @@ from arena_distill.scoring.stacks import describe as describe_stack
 TEMPLATES = Path(__file__).parent / "templates"
 
 TABLES = (
-    *("judges", "calibration", "position", "variants", "slices", "benchmarks"),
+    *("judges", "calibration", "position", "variants", "slices", "ranking", "benchmarks"),
     *("folds", "audit", "rejected"),
 )
 """Tables, `<name>.csv`."""
@@ -106,6 +112,8 @@ def render(
         variants=variants_by_name(metrics),
         slices=_slices(metrics),
         fewest=FEWEST,
+        ranking=shown_ranking(metrics),
+        about_ranking=describe_ranking(shown_ranking(metrics)),
         fewest_calibrated=FEWEST_CALIBRATED,
         calibrations={name: calibrations_of(f) for name, f in metrics["judges"].items()},
         deployed=deployed_calibrations(metrics),
@@ -233,6 +241,7 @@ def _tables(metrics: Figures) -> dict[str, str]:
             variants, ["model", "variant", "rows", "log_loss", "accuracy", "submitted"]
         ),
         "slices": table_csv([_rounded(r) for r in slice_records(metrics)], SLICE_COLUMNS),
+        "ranking": table_csv([_rounded(r) for r in ranking_records(metrics)], RANKING_COLUMNS),
         "benchmarks": table_csv(
             [_rounded(record | record["orders"]) for record in metrics["benchmarks"]],
             BENCHMARK_COLUMNS,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from arena_distill.evaluation.benchmarks import print_benchmarks
 from arena_distill.evaluation.evaluate import variant_records
+from arena_distill.evaluation.ranking import describe_ranking, shown_ranking
 from arena_distill.evaluation.slices import FEWEST, OTHER, slice_records
 from arena_distill.metrics import Figures
 from arena_distill.scoring.stacks import describe as describe_stack
@@ -64,6 +65,7 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         console.print(_slices_table(shown))
         legend = f"slices of fewer than {FEWEST} battles are pooled as {OTHER}"
         console.print(f"{legend}; all in tables/slices.csv. {LUCK}", style="dim")
+    console.print(f"\n{describe_ranking(shown_ranking(metrics))}")
     if metrics["benchmarks"]:
         console.print(f"\n[bold]{final['judge']}[/bold]: right answers on benchmarks\n")
         print_benchmarks(metrics["benchmarks"], console)
