@@ -58,6 +58,12 @@ def log_loss(probabilities: np.ndarray, votes: Votes) -> float:
     return float(votes.mean(losses(probabilities, votes)))
 
 
+def most_probable(probabilities: np.ndarray) -> np.ndarray:
+    """The verdicts: 1 for the most probable class, equal shares of several; float64, of (..., classes)."""
+    top = probabilities == probabilities.max(axis=-1, keepdims=True)
+    return np.asarray(top / top.sum(axis=-1, keepdims=True))
+
+
 def right_verdicts(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
     """Whether each verdict, of probabilities (rows, classes), is right: float64 (rows,), 0 to 1.
 
@@ -65,7 +71,7 @@ def right_verdicts(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
     is a part of the verdict: a judge to whom both answers are equal does not say A. Of two classes, a vote
     as much for either makes any verdict half right.
     """
-    shares = _verdicts(probabilities)[np.arange(len(votes)), votes.labels]
+    shares = most_probable(probabilities)[np.arange(len(votes)), votes.labels]
     return np.where(votes.halves, 0.5, np.where(votes.known, shares, 0.0))
 
 
@@ -240,13 +246,7 @@ def classwise_calibration_error(diagrams: Mapping[str, Sequence[Figures]]) -> fl
 
 def _rightness(probabilities: np.ndarray, votes: Votes) -> np.ndarray:
     """The vote's probability of each verdict: float64 (rows,)."""
-    return np.asarray((votes.probabilities * _verdicts(probabilities)).sum(axis=1))
-
-
-def _verdicts(probabilities: np.ndarray) -> np.ndarray:
-    """The most probable class of each row, or equal shares of several: float64 (rows, classes)."""
-    top = probabilities == probabilities.max(axis=1, keepdims=True)
-    return np.asarray(top / top.sum(axis=1, keepdims=True))
+    return np.asarray((votes.probabilities * most_probable(probabilities)).sum(axis=1))
 
 
 def _diagram(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> list[Figures]:

@@ -117,6 +117,13 @@ class Data(Section):
         """The files of all sources."""
         return (*self.train, *self.extra, *self.ut, *self.test, *self.unlabelled)
 
+    def merged(self) -> tuple[Literal["train", "test"], ...]:
+        """The sources in which the rows of several annotators are one battle."""
+        train = any(source.annotators == "merge" for source in self.train)
+        test = self.solution is not None and self.solution.annotators == "merge"
+        found: dict[Literal["train", "test"], bool] = {"train": train, "test": test}
+        return tuple(name for name, merged in found.items() if merged)
+
     def sources(self) -> tuple[str, ...]:
         """The sources this run has battles of, in the order of the canonical file."""
         given = self.arena or self

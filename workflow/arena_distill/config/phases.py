@@ -81,11 +81,11 @@ VERSIONS = {
     "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 11,
+    "evaluation": 12,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,
-    "report": 13,
+    "report": 14,
 }
 
 
@@ -649,6 +649,8 @@ class EvaluationSettings(Settings):
     """Judges that read the models' names."""
     optimistic: tuple[str, ...] = ()
     """Students whose teachers have learned from the very votes that they are scored by out of fold."""
+    merged: tuple[Literal["train", "test"], ...] = ()
+    """Sources with `annotators: merge`: a battle's weight is the number of its voters."""
     final: str
     model: ModelKind
     """The model of the final judge that is submitted."""
@@ -662,6 +664,7 @@ class EvaluationSettings(Settings):
             external=tuple(name for name, judge in config.judges.items() if judge.external),
             privileged=tuple(n for n in config.judges if config.is_privileged(n)),
             optimistic=tuple(filter(config.is_optimistic, config.judges)),
+            merged=config.data.merged(),
             final=config.final,
             model=config.prediction.model,
         )

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 
-from arena_distill.evaluation.evaluate import variant_records
+from arena_distill.evaluation.tables import variant_records
 from arena_distill.metrics import Figures
 from arena_distill.prediction.calibration import METHODS
 

@@ -38,22 +38,22 @@ from arena_distill.config.vocabulary import ModelKind
 from arena_distill.deployment import quantization_error
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
-from arena_distill.evaluation.cascade import CASCADE_COLUMNS, _cascade, _settings, cascade_records
+from arena_distill.evaluation.cascade import _cascade, _settings
 from arena_distill.evaluation.out_of_fold import Run, _fold
-from arena_distill.evaluation.ranking import RANKING_COLUMNS, rank_models, ranking_records
-from arena_distill.evaluation.slices import SLICE_COLUMNS, slice_records, slice_scores
+from arena_distill.evaluation.ranking import rank_models
+from arena_distill.evaluation.slices import slice_scores
+from arena_distill.evaluation.tables import write_tables
+from arena_distill.evaluation.voters import voter_scores
 from arena_distill.files.artifacts import (
     REBUILD,
     provenance,
     read_json,
     read_parquet,
     write_json,
-    write_text,
 )
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path
 from arena_distill.files.probabilities import read_probabilities
-from arena_distill.files.tables import table_csv
 from arena_distill.metrics import (
     Figures,
     calibration_scores,
@@ -74,11 +74,8 @@ from arena_distill.prediction.calibration import all_scores, cross_fitted, score
 from arena_distill.scoring.logits import read_out_of_fold
 from arena_distill.verdicts import ORDERS, WINNERS, Votes
 
-JUDGE_COLUMNS = ("name", "kind", "fold", "rows", "log_loss", "accuracy")
 LEAST_SPREAD = 1e-4
 """Probabilities of a judge that differ by less over all battles do not depend on the battle."""
-
-VARIANT_COLUMNS = ("model", "variant", "rows", "log_loss", "accuracy", "submitted")
 
 
 def evaluate(
@@ -177,7 +174,10 @@ def evaluate(
     test = drifted = None
     if predictions and test_votes is not None:
         solved = Solution.read(test_votes)
-        test, drifted = _test(run, predictions, settings.model, solved, surface, truth)
+        merged = "test" in settings.merged
+        test, drifted = _test(
+            run, predictions, settings.model, solved, surface, truth, merged=merged
+        )
         test["cascade"] = None
         if test_logits is not None:
             average = _settings(predictions[0]).get("average", "logits")
@@ -196,7 +196,13 @@ def evaluate(
         "baselines": baselines,
         "judges": judges,
         "slices": slice_scores(names, final, probabilities_of, votes, run.groups()),
-        "ranking": rank_models(names, _ranking(final, probabilities_of), votes, run.groups()),
+        **_people(
+            names,
+            {"judge": final} | probabilities_of,
+            votes,
+            run.groups(),
+            merged="train" in settings.merged,
+        ),
         "final": _final(settings.final, settings.model, test, held_out, _gptq(drift, drifted)),
         "held_out": held_out,
         "test": test,
@@ -209,11 +215,7 @@ def evaluate(
         },
     }
     write_json(metrics, output)
-    write_text(table_csv(judge_records(metrics), JUDGE_COLUMNS), tables / "judges.csv")
-    write_text(table_csv(variant_records(metrics), VARIANT_COLUMNS), tables / "variants.csv")
-    write_text(table_csv(cascade_records(metrics), CASCADE_COLUMNS), tables / "cascade.csv")
-    write_text(table_csv(slice_records(metrics), SLICE_COLUMNS), tables / "slices.csv")
-    write_text(table_csv(ranking_records(metrics), RANKING_COLUMNS), tables / "ranking.csv")
+    write_tables(metrics, tables)
     told = f"{settings.final} has no score on battles that nothing was trained on"
     if headline := metrics["headline"]:
         told = (
@@ -340,6 +342,8 @@ def _test(
     solved: Solution,
     surface: Path,
     truth: Path | None,
+    *,
+    merged: bool,
 ) -> tuple[Figures, Figures | None]:
     """Scores of every variant on the test battles, and of the baselines; what is submitted by slice.
 
@@ -389,14 +393,25 @@ def _test(
         "baselines": baselines,
         "models": models,
         "slices": slice_scores(battles, chosen, known, votes, solved.groups),
-        "ranking": rank_models(battles, _ranking(chosen, known), votes, solved.groups),
+        **_people(battles, {"judge": chosen} | known, votes, solved.groups, merged=merged),
         "gap_closed": gap_closed(best["log_loss"], baselines),
     }, drifted
 
 
-def _ranking(judge: np.ndarray, baselines: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Whose rankings of models are compared with that of the votes: the class prior has none."""
-    return {"judge": judge} | {n: p for n, p in baselines.items() if n != "class_prior"}
+def _people(
+    battles: pa.Table,
+    judged: Mapping[str, np.ndarray],
+    votes: Votes,
+    groups: np.ndarray,
+    *,
+    merged: bool,
+) -> Figures:
+    """The judge beside people: how it ranks models (the class prior has no ranking), and single voters."""
+    ranking = {name: p for name, p in judged.items() if name != "class_prior"}
+    return {
+        "ranking": rank_models(battles, ranking, votes, groups),
+        "voters": voter_scores(votes, judged, groups) if merged else None,
+    }
 
 
 def _by_calibration(variants: dict[str, np.ndarray], submitted: str, votes: Votes) -> Figures:
@@ -436,30 +451,3 @@ def _gptq(path: Path | None, test: Figures | None) -> Figures | None:
     if absent:
         raise InputError(f"{path}: no {', '.join(absent)}; delete it and run the workflow again")
     return {**figures, "test": test}
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def judge_records(metrics: Figures) -> list[Figures]:
-    """One record per judge or baseline and fold, and one (`fold` "all") over all folds' rows."""
-    records = []
-    baselines = {n: (f, f) for n, f in metrics["baselines"].items() if f}
-    judges = {n: (f, f["oof"]) for n, f in metrics["judges"].items()}
-    for kind, group in (("judge", judges), ("baseline", baselines)):
-        for name, (figures, overall) in group.items():
-            for part in (*figures["folds"], {"fold": "all", **overall}):
-                record = {"name": name, "kind": kind, **part}
-                records.append({column: record[column] for column in JUDGE_COLUMNS})
-    return records
-
-
-def variant_records(metrics: Figures) -> list[Figures]:
-    """One record per model and variant scored on the test battles."""
-    test = metrics["test"] or {"models": {}, "submitted": None}
-    return [
-        {"model": model, "variant": variant, **figures}
-        | {"submitted": test["submitted"] == {"model": model, "variant": variant}}
-        for model, variants in test["models"].items()
-        for variant, figures in variants.items()
-    ]

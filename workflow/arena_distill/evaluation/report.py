@@ -31,7 +31,6 @@ from arena_distill.evaluation.drawings import (
     training_curves,
     variants_by_name,
 )
-from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.jobs import histories, job_costs
 from arena_distill.evaluation.ranking import (
     RANKING_COLUMNS,
@@ -40,6 +39,8 @@ from arena_distill.evaluation.ranking import (
     shown_ranking,
 )
 from arena_distill.evaluation.slices import FEWEST, SLICE_COLUMNS, slice_records
+from arena_distill.evaluation.tables import variant_records
+from arena_distill.evaluation.voters import describe_voters, shown_voters
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.files.tables import guarded, table_csv
 from arena_distill.metrics import Figures
@@ -112,6 +113,8 @@ def render(
         variants=variants_by_name(metrics),
         slices=_slices(metrics),
         fewest=FEWEST,
+        voters=shown_voters(metrics),
+        about_voters=describe_voters,
         ranking=shown_ranking(metrics),
         about_ranking=describe_ranking(shown_ranking(metrics)),
         fewest_calibrated=FEWEST_CALIBRATED,

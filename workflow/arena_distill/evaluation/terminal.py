@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from arena_distill.evaluation.benchmarks import print_benchmarks
-from arena_distill.evaluation.evaluate import variant_records
 from arena_distill.evaluation.ranking import describe_ranking, shown_ranking
 from arena_distill.evaluation.slices import FEWEST, OTHER, slice_records
+from arena_distill.evaluation.tables import variant_records
+from arena_distill.evaluation.voters import describe_voters, shown_voters
 from arena_distill.metrics import Figures
 from arena_distill.scoring.stacks import describe as describe_stack
 
@@ -65,6 +66,8 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
         console.print(_slices_table(shown))
         legend = f"slices of fewer than {FEWEST} battles are pooled as {OTHER}"
         console.print(f"{legend}; all in tables/slices.csv. {LUCK}", style="dim")
+    if voters := shown_voters(metrics):
+        console.print(f"\n{describe_voters(voters)}")
     console.print(f"\n{describe_ranking(shown_ranking(metrics))}")
     if metrics["benchmarks"]:
         console.print(f"\n[bold]{final['judge']}[/bold]: right answers on benchmarks\n")
