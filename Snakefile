@@ -53,6 +53,7 @@ from arena_distill.runs import cleanup
 
 onstart:
     check_downloads()
+    check_nodes()
     if workflow.executor_plugin.name == "slurm":
         cleanup.wait_for_orphans(map(slurm_comment, workflow.dag.needrun_jobs()))
 

@@ -207,11 +207,52 @@ def options_of(*knobs):
     return " ".join(f"--{option} {{resources.{knob}}}" for option, knob in knobs.items())
 
 
+def training_nodes():
+    """The resources of a training on several nodes: Slurm gives each as many GPUs.
+
+    `mpi` has the job's command run beside Slurm's steps: it makes its own, with a task on each node.
+    """
+
+    def if_several(value):
+        def of_job(wildcards):
+            knobs = GRAPH.judges[wildcards.judge].compute
+            return value(knobs) if knobs.nodes > 1 else None  # None: not a resource of this job
+
+        return of_job
+
+    return {
+        "nodes": compute("nodes"),
+        "mpi": if_several(lambda knobs: "srun"),
+        "tasks": if_several(lambda knobs: knobs.nodes),
+        "tasks_per_gpu": if_several(lambda knobs: 0),
+        "gres": if_several(
+            lambda knobs: ":".join(
+                filter(None, ("gpu", knobs.gpu_model, str(knobs.gpus // knobs.nodes)))
+            )
+        ),
+    }
+
+
+def check_nodes():
+    """Refuse trainings on several nodes before anything runs, if nothing here can start a process on each."""
+    from arena_distill.runtime.launch import in_slurm
+
+    if workflow.executor_plugin.name != "local" or in_slurm():
+        return
+    for job in workflow.dag.needrun_jobs():
+        if job.resources.get("nodes", 1) > 1:
+            sys.exit(
+                f"config: judges.{job.wildcards.judge}.compute.nodes: {job.resources.nodes}: only Slurm starts "
+                "a job on several nodes: snakemake --profile slurm, or set it to 1"
+            )
+
+
 LAUNCH = (
     *("micro_batch_size", "gradient_checkpointing", "fsdp", "checkpoint_minutes", "attention"),
     "report_to",
 )
-TRAINING, TRAINING_OPTIONS = job_of(compute("gpus"), *LAUNCH), options_of(*LAUNCH)
+TRAINING = job_of(compute("gpus"), *LAUNCH) | training_nodes()
+TRAINING_OPTIONS = options_of(*LAUNCH, "nodes")
 SCORING = job_of(scoring_gpus, "batch_tokens", "attention")
 SCORING_OPTIONS = options_of("batch_tokens", "attention")
 MERGING, QUANTIZING = (job_of(gpus, "batch_tokens") for gpus in (merging_gpus, quantizing_gpus))

@@ -380,6 +380,7 @@ def test_compute_is_in_no_settings() -> None:
         "threads": 9, "gpus": 8, "mem_mb": 99, "runtime": 99, "micro_batch_size": 99,
         "batch_tokens": 99, "gradient_checkpointing": True, "gpu_model": "a100", "fsdp": True,
         "disk_mb": 99, "checkpoint_minutes": 9.0, "attention": "eager", "report_to": "wandb",
+        "nodes": 2,
     }  # fmt: skip
     assert set(compute) == set(Compute.model_fields)
     assert changed(defaults={"compute": compute}) == set()

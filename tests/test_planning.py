@@ -80,6 +80,7 @@ def planned(rule: str, config: Config, *, judge: str, **wildcards: str) -> Plann
             "micro_batch_size": compute.micro_batch_size,
             "gradient_checkpointing": int(compute.gradient_checkpointing),
             "fsdp": int(compute.fsdp),
+            "nodes": compute.nodes,
         }
     else:
         resources |= {
@@ -416,6 +417,20 @@ def test_more_gpus_than_a_node_has() -> None:
     assert "needs 8 GPUs, a node has 4" in refusal(raw)
 
 
+def test_two_nodes_have_them_together() -> None:
+    raw = json.loads(json.dumps(WINNERS)) | {"plan": {"gpus_per_node": 4, "nodes": 2}}
+    raw["defaults"]["compute"]["nodes"] = 2
+    costs = costs_of(raw)
+    wide = planned("train_teacher", costs.config, judge="llama3-70b", fold="0")
+    found = costs.of(wide)
+    assert (found.gpus, found.nodes) == (8, 2)
+    alone = costs.of(replace(wide, resources=wide.resources | {"nodes": 1}))
+    assert found.host == alone.host / 2
+    forecast._refuse_what_does_not_fit([wide], [found], costs)
+    raw["plan"]["nodes"] = 1
+    assert "needs 2 nodes, there are 1" in refusal(raw)
+
+
 # --- when? ------------------------------------------------------------------------------------------
 
 
@@ -437,15 +452,20 @@ def test_jobs_share_a_node_and_wait_for_each_other() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(0, 7)), min_size=1, max_size=25
+        st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(0, 7), st.integers(1, 3)),
+        min_size=1,
+        max_size=25,
     ),
     st.integers(1, 3),
 )
 def test_no_schedule_is_faster_than_its_bounds_and_none_overfills(
-    drawn: list[tuple[int, int, int]], nodes: int
+    drawn: list[tuple[int, int, int, int]], nodes: int
 ) -> None:
-    jobs = [job(*({i - 1 - back} if back < i else ())) for i, (_, _, back) in enumerate(drawn)]
-    costs = [Cost(gpus=gpus, seconds=seconds) for gpus, seconds, _ in drawn]
+    jobs = [job(*({i - 1 - back} if back < i else ())) for i, (_, _, back, _) in enumerate(drawn)]
+    costs = [
+        Cost(gpus=gpus * min(wide, nodes), seconds=seconds, nodes=min(wide, nodes))
+        for gpus, seconds, _, wide in drawn
+    ]
     plan = Plan(nodes=nodes, gpus_per_node=4, cores_per_node=3)
     starts = simulate(jobs, costs, plan)
     ends = [start + cost.seconds for start, cost in zip(starts, costs, strict=True)]
@@ -454,7 +474,7 @@ def test_no_schedule_is_faster_than_its_bounds_and_none_overfills(
     for moment in starts:
         at_work = [i for i, start in enumerate(starts) if start <= moment < ends[i]]
         assert sum(costs[i].gpus for i in at_work) <= 4 * nodes
-        assert len(at_work) <= 3 * nodes
+        assert sum(costs[i].nodes for i in at_work) <= 3 * nodes
     chain = sum(costs[i].seconds for i in critical_path(jobs, costs))
     work = sum(cost.gpus * cost.seconds for cost in costs) / (4 * nodes)
     serial = sum(cost.seconds for cost in costs)

@@ -201,9 +201,12 @@ class Victim:
         return self.checkout.results / "adapters/llama-teacher/fold_0"
 
     @property
+    def log_file(self) -> Path:
+        return self.checkout.results / "logs/train_teacher/llama-teacher_fold_0.log"
+
+    @property
     def log(self) -> str:
-        path = self.checkout.results / "logs/train_teacher/llama-teacher_fold_0.log"
-        return path.read_text() if path.exists() else ""
+        return self.log_file.read_text() if self.log_file.exists() else ""
 
     def start(self, *arguments: str) -> None:
         target = str(self.adapter.relative_to(self.checkout.folder))
@@ -228,6 +231,17 @@ class Victim:
     @property
     def node(self) -> str:
         return ask("squeue", "--noheader", "--format=%N", f"--jobs={self.slurm_id}")
+
+    def ranks(self) -> list[dict[str, str]]:
+        """The environments of the processes that train together, and their ids, by rank."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                pairs = (folder / "environ").read_text().split("\0")
+                words = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+                if "RANK" in words and (folder / "cwd").samefile(self.checkout.folder):
+                    found.append(words | {"pid": folder.name})
+        return sorted(found, key=lambda words: int(words["RANK"]))
 
     @property
     def process(self) -> int:
@@ -279,8 +293,8 @@ def victim(prepared: Victim) -> Iterator[Victim]:
     """Start without any training done; stop what a test leaves running."""
     shutil.rmtree(prepared.adapter, ignore_errors=True)
     shutil.rmtree(prepared.checkout.results / ".checkpoints", ignore_errors=True)
-    for name in ("snakemake.log", "results/mini/logs/train_teacher/llama-teacher_fold_0.log"):
-        (prepared.checkout.folder / name).unlink(missing_ok=True)
+    for file in (prepared.checkout.folder / "snakemake.log", prepared.log_file):
+        file.unlink(missing_ok=True)
     yield prepared
     for snakemake in prepared.snakemakes:
         snakemake.kill()
@@ -398,6 +412,54 @@ def test_a_stopped_snakemake_takes_its_jobs_with_it_and_goes_on_later(victim: Vi
     victim.start()
     victim.finish()
     assert victim.went_on
+
+
+# --- several nodes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wide(victim: Victim) -> Iterator[Victim]:
+    """The same training, spread over two nodes; uninterrupted, over two processes of this machine."""
+    settings = victim.checkout.folder / "mini.yaml"
+    before = settings.read_text()
+    victim.checkout.edit("mini.yaml", "gpus: 1", "fsdp: true\n    gpus: 2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        victim.checkout.run(str(victim.adapter.relative_to(victim.checkout.folder)))
+    alone, victim.uninterrupted = victim.uninterrupted, (victim.adapter / WEIGHTS).read_bytes()
+    shutil.rmtree(victim.adapter)
+    victim.log_file.unlink()
+    victim.checkout.edit("mini.yaml", "gpus: 2", "gpus: 2\n    nodes: 2")
+    yield victim
+    victim.uninterrupted = alone
+    settings.write_text(before)
+
+
+def test_a_training_on_two_nodes_survives_the_loss_of_one_process(wide: Victim) -> None:
+    wide.start()
+    wide.wait_for_a_checkpoint()
+    job = wide.slurm_id
+    assert ask("squeue", "--noheader", "--format=%D %N", f"--jobs={job}") == "2 gpu[1-2]"
+    first, second = wide.ranks()
+    assert (first["SLURMD_NODENAME"], second["SLURMD_NODENAME"]) == ("gpu1", "gpu2")
+    assert (first["WORLD_SIZE"], first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("2", "0", "0")
+    os.kill(int(second["pid"]), signal.SIGKILL)
+    assert "Trying to restart job" in wide.finish()  # with the weights of an uninterrupted one
+    assert wide.slurm_id != job
+    assert wide.went_on
+    assert "error: process 1 of 2 ended by SIGKILL" in said(wide.checkout)
+
+
+def test_several_nodes_without_slurm_are_refused_at_once(wide: Victim) -> None:
+    done = wide.checkout.snakemake(
+        str(wide.adapter.relative_to(wide.checkout.folder)), "--cores", "2"
+    )
+    assert done.returncode == 1
+    assert "judges.llama-teacher.compute.nodes: 2" in done.stdout + done.stderr
+    assert not wide.log
+
+
+# --- a full disk ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

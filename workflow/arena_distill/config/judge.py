@@ -313,6 +313,8 @@ class Compute(Section):
     """CPU cores per job."""
     gpus: NonNegativeInt = 0
     """GPUs per job, 0 for the CPU. Training starts one process per GPU; batch_size does not change."""
+    nodes: PositiveInt = 1
+    """Slurm nodes that share the GPUs of a training. Threads and memory are those of each node."""
     gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]*$")] = ""
     """The cluster's name of the GPU, such as a100; empty: any."""
     fsdp: bool = False
@@ -342,6 +344,14 @@ class Compute(Section):
             raise ValueError("fsdp spreads a backbone over several GPUs: set gpus to 2 or more")
         return self
 
+    @model_validator(mode="after")
+    def _nodes_have_as_many_gpus(self) -> Compute:
+        if self.nodes > 1 and (self.gpus == 0 or self.gpus % self.nodes):
+            raise ValueError(
+                f"gpus: {self.gpus} cannot be shared by {self.nodes} nodes: make it a multiple of nodes"
+            )
+        return self
+
 
 class Logits(Section):
     """Scoring of a fold's battles, for evaluation and for students."""
@@ -349,7 +359,7 @@ class Logits(Section):
     shards: PositiveInt = 1
     """Number of jobs that share the scoring of a fold; the result is the same."""
     gpus: PositiveInt | None = None
-    """GPUs per scoring job; several share the layers of the judge. null: one, or all with fsdp."""
+    """GPUs per scoring job; several share the layers of the judge. null: one, or a node's with fsdp."""
 
 
 FROZEN = {
@@ -465,7 +475,8 @@ class Judge(JudgeDefaults):
         """GPUs of a job that scores battles: it is one process, and what several hold is one judge."""
         if self.compute.gpus == 0:
             return 0
-        return self.logits.gpus or (self.compute.gpus if self.compute.fsdp else 1)
+        here = self.compute.gpus // self.compute.nodes
+        return self.logits.gpus or (here if self.compute.fsdp else 1)
 
     @model_validator(mode="after")
     def _frozen_is_a_head_alone(self) -> Judge:

@@ -43,14 +43,15 @@ _TEXT_BYTES = 4.0  # per token, as text, ids or both; files are compressed
 class Cost:
     """What a job costs.
 
-    gpus: devices it holds; 0 is the CPU.
-    cores: CPU cores it holds.
+    gpus: devices it holds, on all its nodes; 0 is the CPU.
+    cores: CPU cores it holds on each node.
     flops: floating-point operations.
     seconds: run time.
     memory: peak bytes on each of its devices, by purpose; on the host without GPUs.
-    host: peak bytes of host memory.
+    host: peak bytes of host memory on each node.
     stored: bytes of its outputs.
     fee: price of an endpoint's answers.
+    nodes: machines that share its devices, each as many.
     """
 
     gpus: int = 0
@@ -61,6 +62,7 @@ class Cost:
     host: float = 0.0
     stored: float = 0.0
     fee: float = 0.0
+    nodes: int = 1
 
     @property
     def peak(self) -> float:
@@ -504,15 +506,15 @@ class Costs:
         *,
         stored: float,
     ) -> Cost:
-        gpus = _asked(job, "gpu", 0)
+        gpus, nodes = _asked(job, "gpu", 0), _asked(job, "nodes", 1)
         if gpus:
             # Weights go through host memory one by one to the GPU.
             largest = max(sizes.embedding, *(i * o for i, o in sizes.matrices))
-            processes = gpus if "micro_batch_size" in job.resources else 1
+            processes = gpus // nodes if "micro_batch_size" in job.resources else 1
             host = processes * (PROCESS + 2 * 2.0 * largest)
         else:
             host = 1.0 * GIB + sum(memory.values())
-        return Cost(gpus, job.threads, flops, seconds, memory, host, stored)
+        return Cost(gpus, job.threads, flops, seconds, memory, host, stored, nodes=nodes)
 
 
 def _dense_bytes(judge: Judge) -> float:

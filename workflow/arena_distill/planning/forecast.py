@@ -190,10 +190,16 @@ def _refuse_what_does_not_fit(jobs: Sequence[Planned], found: Sequence[Cost], co
         judge = job.wildcards.get("judge", "")
         if (job.rule, judge) in problems or not cost.gpus:
             continue
-        if cost.gpus > plan.gpus_per_node:
+        if cost.gpus > plan.gpus_per_node * cost.nodes:
             problems[job.rule, judge] = (
-                f"{job.rule} {judge}: needs {cost.gpus} GPUs, a node has {plan.gpus_per_node}; lower "
-                f"judges.{judge}.compute.gpus, or raise plan.gpus_per_node"
+                f"{job.rule} {judge}: needs {cost.gpus // cost.nodes} GPUs, a node has "
+                f"{plan.gpus_per_node}; lower judges.{judge}.compute.gpus, raise its compute.nodes, or "
+                "raise plan.gpus_per_node"
+            )
+        elif cost.nodes > plan.nodes:
+            problems[job.rule, judge] = (
+                f"{job.rule} {judge}: needs {cost.nodes} nodes, there are {plan.nodes}; lower "
+                f"judges.{judge}.compute.nodes, or raise plan.nodes"
             )
         elif cost.peak > USABLE * device.memory:
             remedies = list(itertools.islice(_remedies(job, costs), _REMEDIES))
@@ -273,6 +279,10 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
             for count in (n for n in (2, 4, 8) if n <= plan.gpus_per_node):
                 text = f"{compute}.fsdp: true, gpus: {count}"
                 yield _Change("weights", text, {"fsdp": 1, "gpu": count}, {})
+            for nodes in (n for n in (2, 4, 8) if n <= plan.nodes):
+                count = nodes * plan.gpus_per_node
+                text = f"{compute}.fsdp: true, gpus: {count}, nodes: {nodes}"
+                yield _Change("weights", text, {"fsdp": 1, "gpu": count, "nodes": nodes}, {})
     if job.phase.startswith(("predict", "score_test_merged")):
         for count in (n for n in (2, 4, 8) if int(asked["gpu"]) < n <= plan.gpus_per_node):
             text = f"judges.{job.wildcards['judge']}.logits.gpus: {count}"
@@ -344,34 +354,42 @@ def critical_path(jobs: Sequence[Planned], costs: Sequence[Cost]) -> list[int]:
 def simulate(jobs: Sequence[Planned], costs: Sequence[Cost], plan: Plan) -> list[float]:
     """Return the start of each job in seconds: list scheduling, longest path to the end first.
 
-    A job runs on one node, and holds its GPUs and cores there. (R. L. Graham 1969, Bounds on
-    multiprocessing timing anomalies, SIAM J. Appl. Math. 17(2).)
+    A job holds its cores, and an equal part of its GPUs, on each of its nodes. (R. L. Graham 1969, Bounds
+    on multiprocessing timing anomalies, SIAM J. Appl. Math. 17(2).)
     """
     longest, following = _seconds_to_end(jobs, costs), _following(jobs)
     gpus, cores = [plan.gpus_per_node] * plan.nodes, [plan.cores_per_node] * plan.nodes
     start = [0.0] * len(jobs)
     left = [len(job.after) for job in jobs]
     ready = [(-longest[i], i) for i, count in enumerate(left) if not count]
-    running: list[tuple[float, int, int]] = []
+    running: list[tuple[float, int, list[int]]] = []
+
+    def part(i: int) -> tuple[int, int]:
+        """GPUs and cores on each of its nodes."""
+        return costs[i].gpus // costs[i].nodes, min(costs[i].cores, plan.cores_per_node)
+
     now = 0.0
     while ready or running:
         still = []
         for rank, i in sorted(ready):
-            asked = costs[i].gpus, min(costs[i].cores, plan.cores_per_node)
+            asked = part(i)
             fitting = [n for n in range(plan.nodes) if gpus[n] >= asked[0] and cores[n] >= asked[1]]
-            if not fitting:
+            if len(fitting) < costs[i].nodes:
                 still.append((rank, i))
                 continue
-            # The fullest node with room, so that whole nodes stay free for jobs that need one.
-            node = min(fitting, key=lambda n: (gpus[n], cores[n]))
-            gpus[node] -= asked[0]
-            cores[node] -= asked[1]
+            # The fullest nodes with room, so that whole nodes stay free for jobs that need one.
+            fitting.sort(key=lambda n: (gpus[n], cores[n]))
+            taken = fitting[: costs[i].nodes]
+            for node in taken:
+                gpus[node] -= asked[0]
+                cores[node] -= asked[1]
             start[i] = now
-            heapq.heappush(running, (now + costs[i].seconds, i, node))
+            heapq.heappush(running, (now + costs[i].seconds, i, taken))
         ready = still
-        now, i, node = heapq.heappop(running)
-        gpus[node] += costs[i].gpus
-        cores[node] += min(costs[i].cores, plan.cores_per_node)
+        now, i, taken = heapq.heappop(running)
+        for node in taken:
+            gpus[node] += part(i)[0]
+            cores[node] += part(i)[1]
         for after in following[i]:
             left[after] -= 1
             if not left[after]:

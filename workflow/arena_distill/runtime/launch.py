@@ -1,7 +1,8 @@
 """Start a job: take its lock, claim its GPUs, start its processes.
 
 Snakemake or Slurm set the number of GPUs of a job. This module selects the devices, and starts one
-process per device if there are several.
+process per device if there are several. On several nodes Slurm's srun starts this command once on each
+node; there it starts the processes of its node.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
@@ -31,6 +34,9 @@ CPU_ALLOWED = "ACCELERATE_USE_CPU"
 
 LAST_WORDS = "ARENA_LAST_WORDS"
 """Names the file in which the processes of a job write why it ends."""
+
+MEETING = "ARENA_MEETING"
+"""host:port where the processes of a job on several nodes meet; set by the process that starts them."""
 
 GRACE = 5.0
 """Seconds that the other processes of a job have to end after one has failed."""
@@ -59,6 +65,7 @@ class Launch:
     attention: Annotated[Attention, typer.Option(help="transformers' attention kernel.")] = "auto"
     report_to: Annotated[str, typer.Option(help="trackio, wandb, mlflow or none.")] = "none"
     gpus: Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)] = 0
+    nodes: Annotated[int, typer.Option(help="Nodes that share them, of a Slurm job.", min=1)] = 1
 
 
 def cpu_is_wanted() -> bool:
@@ -86,57 +93,107 @@ def start(how: Launch) -> None:
     """Start a training job: lock its output, claim its GPUs, run one process per GPU.
 
     With several GPUs this process starts the same command once per GPU, waits for these processes and
-    exits with their status; in them this function returns at once.
+    exits with their status; in them this function returns at once. With several nodes it starts the
+    command once per node, and each of these starts the processes of its node.
 
     Raises:
-        InputError: there are fewer GPUs than asked for.
+        InputError: there are fewer GPUs than asked for, or several nodes without Slurm.
     """
     if "LOCAL_RANK" in os.environ:
         return
+    if meeting := os.environ.get(MEETING):  # one of several nodes
+        here = how.gpus // how.nodes
+        claim_gpus(here)
+        _run_processes(how, meeting, first=here * int(os.environ["SLURM_PROCID"]), count=here)
     if how.checkpoints:
         lock_output(how.checkpoints)
+    if how.nodes > 1:
+        if not in_slurm():
+            raise InputError(
+                f"the job needs {how.nodes} nodes (config: compute.nodes), which only Slurm gives it: "
+                "snakemake --profile slurm"
+            )
+        _meet(how, _run_nodes)
     claim_gpus(how.gpus)
     if how.gpus > 1:
-        _run_processes(how.gpus)
+        _meet(how, partial(_run_processes, first=0, count=how.gpus))
 
 
-def _run_processes(count: int) -> NoReturn:
-    """Run this command in `count` connected processes, and exit with their status.
+def _meet(how: Launch, run: Callable[[Launch, str], NoReturn]) -> NoReturn:
+    """Open the place where the processes of a job meet, run them, and print why they end."""
+    from torch.distributed import TCPStore
+
+    host = socket.gethostname() if how.nodes > 1 else "127.0.0.1"
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)  # any free port
+    sys.stdout.flush()
+    # All nodes see the folder of the checkpoints, but not each other's temporary files.
+    shared = how.checkpoints if how.nodes > 1 else None
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        last_words = Path(folder) / "last_words"
+        os.environ[LAST_WORDS] = str(last_words)
+        try:
+            run(how, f"{host}:{store.port}")
+        finally:
+            if last_words.exists():
+                print(last_words.read_text(), file=sys.stderr)
+
+
+def _run_nodes(how: Launch, meeting: str) -> NoReturn:
+    """Run this command once on each node of the Slurm job, and exit with its status."""
+    # Without a number of cores per task, each node's task has all cores of the job there.
+    step = [
+        *("srun", f"--nodes={how.nodes}", f"--ntasks={how.nodes}", "--ntasks-per-node=1"),
+        *(f"--gpus-per-node={how.gpus // how.nodes}", "--cpu-bind=none", "--kill-on-bad-exit=1"),
+    ]
+    process = subprocess.Popen(
+        [*step, *_this_command()],
+        env=os.environ | {MEETING: meeting},
+        stdin=subprocess.DEVNULL,
+        close_fds=False,
+    )
+    _pass_signals_on([process])
+    sys.exit(process.wait())
+
+
+def _this_command() -> list[str]:
+    return [sys.executable, "-m", "arena_distill", *sys.argv[1:]]
+
+
+def _run_processes(how: Launch, meeting: str, *, first: int, count: int) -> NoReturn:
+    """Run this command in `count` of the job's connected processes, and exit with their status.
 
     torchrun would start them in new sessions, without Ctrl-C and without this process's locks, and
     print a page about each error.
-    """
-    from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
-    sys.stdout.flush()
-    with tempfile.TemporaryDirectory() as folder:
-        last_words = Path(folder) / "last_words"
-        shared = {"OMP_NUM_THREADS": "1"} | os.environ  # as in torchrun
-        shared |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is open already
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            LAST_WORDS: str(last_words),
-        }
-        command = [sys.executable, "-m", "arena_distill", *sys.argv[1:]]
-        processes = []
-        for rank in range(count):
-            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # They inherit the locks, but not stdin.
-            process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, close_fds=False)
-            processes.append(process)
-        _pass_signals_on(processes)
-        while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
-            time.sleep(0.1)
-        codes = _end(processes)
-        if last_words.exists():
-            print(last_words.read_text(), file=sys.stderr)
-        elif killed := [rank for rank, code in enumerate(codes) if code and code < 0]:
-            name = signal.Signals(-(codes[killed[0]] or 0)).name
-            print(f"error: process {killed[0]} of {count} ended by {name}", file=sys.stderr)
+    Args:
+        meeting: host:port of the open store.
+        first: rank of the first process here.
+    """
+    host, _, port = meeting.rpartition(":")
+    shared = {"OMP_NUM_THREADS": "1"} | os.environ  # as in torchrun
+    shared |= {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is open already
+        "WORLD_SIZE": str(how.gpus),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    processes = []
+    for local in range(count):
+        own = shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)}
+        # They inherit the locks, but not stdin.
+        process = subprocess.Popen(
+            _this_command(), env=own, stdin=subprocess.DEVNULL, close_fds=False
+        )
+        processes.append(process)
+    _pass_signals_on(processes)
+    while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
+        time.sleep(0.1)
+    codes = _end(processes)
+    killed = [rank for rank, code in enumerate(codes, first) if code and code < 0]
+    if killed and not Path(os.environ[LAST_WORDS]).exists():
+        name = signal.Signals(-(codes[killed[0] - first] or 0)).name
+        print_error(f"error: process {killed[0]} of {how.gpus} ended by {name}")
     code = min((code for code in codes if code), default=0)
     sys.exit(code if code >= 0 else 128 - code)
 
