@@ -91,6 +91,7 @@ rule evaluate:
         cascade=update(RUN.table("cascade")),
         slices=update(RUN.table("slices")),
         ranking=update(RUN.table("ranking")),
+        contradicted=update(RUN.contradicted),
     log:
         RUN.log("evaluate"),
     benchmark:

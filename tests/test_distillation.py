@@ -24,6 +24,7 @@ from arena_distill.training.targets import (
     select_rows,
     teacher_logits,
     teacher_weights,
+    trusted_votes,
 )
 from arena_distill.verdicts import NO_VOTE, Votes
 
@@ -259,6 +260,44 @@ def test_confidence_weights_by_hand() -> None:
     assert weights.sum() == pytest.approx(1)
     nobody = teacher_weights(targets, Votes.hard(np.array([NO_VOTE])), np.array([False]), loss)
     np.testing.assert_allclose(nobody, 1 / 3, rtol=1e-6)
+
+
+def test_votes_that_all_teachers_contradict_count_less_by_hand() -> None:
+    """Votes for A: both teachers say 0.05; one says 0.05; both say 0.05, but have learned the vote."""
+    sure, unsure = np.log([0.05, 0.9, 0.05]), np.log([0.2, 0.6, 0.2])
+    targets = np.array([[sure, sure], [sure, unsure], [sure, sure]], np.float32)[:, :, None]
+    votes, held_out = Votes.hard(np.zeros(3, int)), np.array([True, True, False])
+    loss = Loss(ce=0.3, kl=0.7, temperature=1, contradicted_weight=0.25)
+    counted = trusted_votes(targets, votes, held_out, loss)
+    assert counted.probabilities.tolist() == [[0.25, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert counted.weights.tolist() == [1, 1, 1]
+    assert trusted_votes(targets, votes, held_out, Loss()) is votes
+    stricter = loss.model_copy(update={"contradicted_below": 0.04})
+    assert (
+        trusted_votes(targets, votes, held_out, stricter).probabilities.tolist() == [[1, 0, 0]] * 3
+    )
+    # A student that says 1/3 of each: 0.3 · 1/4 · log 3 + 0.7 · KL of the teachers' mean.
+    found = battle_losses(
+        torch.zeros(3, 3),
+        torch.tensor(counted.probabilities, dtype=torch.float32),
+        torch.tensor(targets[:, :, 0]),
+        None,
+        loss,
+    )
+    divergence = 0.9 * np.log(0.9 * 3) + 2 * 0.05 * np.log(0.05 * 3)
+    assert float(found[0]) == pytest.approx(0.3 * 0.25 * np.log(3) + 0.7 * divergence, rel=1e-5)
+    assert float(found[2]) == pytest.approx(0.3 * np.log(3) + 0.7 * divergence, rel=1e-5)
+
+
+def test_a_contradicted_vote_of_weight_0_is_none(batch: tuple[np.ndarray, ...]) -> None:
+    z, y, teachers = batch
+    loss = BLACKPEARL.model_copy(update={"contradicted_weight": 0, "contradicted_below": 0.999})
+    every = trusted_votes(teachers[:, :, None], Votes.hard(y), np.ones(len(y), bool), loss)
+    given = torch.tensor(z), torch.tensor(every.probabilities), torch.tensor(teachers), None, loss
+    nobody = mean_loss(z, np.full(7, NO_VOTE), teachers, BLACKPEARL)
+    assert float(battle_losses(*given).mean()) == pytest.approx(nobody)
+    with pytest.raises(ValueError, match="nothing is left to learn"):
+        Loss(ce=1, kl=0, contradicted_weight=0)
 
 
 def test_a_battle_without_a_vote_is_learned_from_teachers_alone(

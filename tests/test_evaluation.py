@@ -24,6 +24,7 @@ from arena_distill.battles.style_features import LENGTHS, style_features
 from arena_distill.battles.votes import votes_of
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
+from arena_distill.evaluation.contradictions import contradicted_votes
 from arena_distill.evaluation.terminal import print_table
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
 from arena_distill.files.keys import key
@@ -341,6 +342,55 @@ def test_the_flat_tables_hold_the_same_figures(
     variants = pd.read_csv(whole_run.folder / "tables" / "variants.csv")
     assert len(variants) == 18
     assert variants.loc[variants["submitted"], "model"].tolist() == ["gptq"]
+
+
+def test_votes_that_both_teachers_contradict_are_listed(
+    whole_run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    found = metrics["contradictions"]
+    assert found["teachers"] == ["big", "other-big"]
+    table = read_parquet(whole_run.folder / "tables" / "contradicted.parquet")
+    rows = whole_run.folds.filter(pc.greater_equal(whole_run.folds["fold"], 0))
+    votes, keys = votes_of(rows), key(rows).to_pylist()
+    said = []
+    for judge in found["teachers"]:
+        read = [read_logits(path) for path in whole_run.logits[judge]]
+        p = {
+            k: softmax(logits.mean(axis=0))
+            for z, ids in read
+            for k, logits, mine in zip(
+                key(ids).to_pylist(), z, ids["validation"].to_pylist(), strict=True
+            )
+            if mine
+        }
+        said.append(
+            [float((p[k] * v).sum()) for k, v in zip(keys, votes.probabilities, strict=True)]
+        )
+    most = np.max(said, axis=0)
+    expected = [keys[i] for i in np.argsort(most, kind="stable") if most[i] < 0.1]
+    assert expected
+    assert key(table).to_pylist() == expected
+    assert found["battles"] == len(expected) == sum(found["votes"].values())
+    assert table["p_big"].to_pylist() == pytest.approx([said[0][keys.index(k)] for k in expected])
+    assert found["worst"] == table.slice(0, 10).to_pylist()
+    assert {line["model"]: line["battles"] for line in found["models"]} == {
+        "x": len(expected), "y": len(expected)
+    }  # fmt: skip
+
+
+def test_contradictions_by_chance_are_the_expected_ones() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.dirichlet(np.full(3, 0.5), 20_000)
+    labels = (truth.cumsum(axis=1) < rng.random((len(truth), 1))).sum(axis=1).clip(max=2)
+    names = {n: pa.array(["m"] * len(truth)) for n in ("id", "source", "model_a", "model_b")}
+    battles = pa.table({**names, "fold": np.zeros(len(truth), int)})
+    _, found = contradicted_votes(battles, {"it": truth, "too": truth}, Votes.hard(labels), 0.1)
+    assert found["battles"] == pytest.approx(found["expected"], rel=0.1)
+    noisy = Votes.hard(
+        np.where(rng.random(len(truth)) < 0.2, rng.integers(0, 3, len(truth)), labels)
+    )
+    _, found = contradicted_votes(battles, {"it": truth, "too": truth}, noisy, 0.1)
+    assert found["battles"] > 3 * found["expected"]
 
 
 def test_the_printed_table_fits_a_terminal_and_names_everyone(metrics: dict[str, Any]) -> None:

@@ -418,7 +418,7 @@ def test_a_browser_shows_it_without_complaint(run: MadeUpRun, tmp_path: Path) ->
     )
     assert "CONSOLE" not in shown.stderr
     assert [row[0] for row in table(shown.stdout, "Log loss by fold")[4:7]] == list(JUDGES)
-    assert len(Page(shown.stdout).tables) == 14
+    assert len(Page(shown.stdout).tables) == 16
     drifts = table(shown.stdout, "Drift of quantisation")
     assert [row[1] for row in drifts] == ["rows", "512", "40"]
     width = re.search(r"<title>(\d+)</title>", shown.stdout)

@@ -120,6 +120,26 @@ def test_weights_are_fitted_to_both_orders_and_never_to_extra_battles(
     assert shown.weights[0] == pytest.approx([expected, 1 - expected], abs=2e-3)
 
 
+def test_votes_that_all_teachers_contradict_count_less_in_both_orders(
+    run: Run,
+    taught: tuple[Files, np.ndarray],
+    votes: Votes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files, targets = taught
+    folds = read_parquet(run.folds)
+    own = folds["fold"].to_numpy()[training_rows(folds, 0)] != EVERY_FOLD
+    said = np.einsum("rjc,rc->rj", softmax(targets.mean(2), axis=-1), votes.probabilities)
+    few = own & (said < 0.3).all(axis=1)
+    assert 0 < few.sum() < own.sum()
+    given: list[Examples] = []
+    monkeypatch.setattr(trainer, "_fit", lambda _, examples, *__: given.append(examples))
+    train(run, tmp_path, files, Loss(contradicted_weight=0.5, contradicted_below=0.3))
+    (shown,) = given
+    assert shown.votes.probabilities.sum(axis=1).tolist() == np.tile(1 - few / 2, 2).tolist()
+
+
 @pytest.mark.parametrize("combine", ["separate", "mean_logits"])
 def test_the_first_loss_is_that_of_each_battles_targets_and_weights(
     combine: Any, run: Run, taught: tuple[Files, np.ndarray], votes: Votes, tmp_path: Path

@@ -64,6 +64,11 @@ class Layout:
         return f"{self.root}/surface.parquet"
 
     @property
+    def contradicted(self) -> str:
+        """The battles whose vote every teacher of the final judge contradicts out of fold."""
+        return f"{self.root}/tables/contradicted.parquet"
+
+    @property
     def counts(self) -> str:
         """How many battles each training learns from, in how many steps: there are enough."""
         return f"{self.root}/counts.json"

@@ -42,6 +42,7 @@ class Votes:
     two votes for A, one for B and one for a tie.
 
     probabilities: float64 (rows, classes), each row's sum 1; one-hot for a hard vote, zeros for no vote.
+        (Less, in training, of a vote that counts less: ``training.targets.trusted_votes``.)
     weights: float64 (rows,), greater than 0.
     """
 

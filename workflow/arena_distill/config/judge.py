@@ -230,6 +230,10 @@ class Loss(Section):
     """One target (the teachers' mean logits, or mean probabilities), or KL and cosine per teacher."""
     weights: Literal["equal", "fitted", "confidence"] = "equal"
     """Weights of teachers. `fitted`: least log loss out of fold; `confidence`: per battle."""
+    contradicted_weight: Share = 1.0
+    """How much a vote counts in CE that every teacher gives less than `contradicted_below` out of fold."""
+    contradicted_below: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The probability of such a vote; the report lists them (tables/contradicted.parquet)."""
     unlabelled: Literal["own_terms", "all_terms"] = "own_terms"
     """A loss without a vote lacks CE: divide it by its own weights (then KL counts more), or by all."""
     features: NonNegativeFloat = 0.0
@@ -241,6 +245,11 @@ class Loss(Section):
     def _some_term(self) -> Loss:
         if self.ce + self.kl + self.cosine <= 0:
             raise ValueError("at least one of ce, kl, cosine must be positive")
+        if not self.contradicted_weight and self.kl + self.cosine <= 0:
+            raise ValueError(
+                "contradicted_weight: 0, but kl and cosine are 0: nothing is left to learn of such a "
+                "battle; give one of them a weight, or a small contradicted_weight"
+            )
         return self
 
     def states(self) -> tuple[State, ...]:
@@ -527,5 +536,10 @@ class Judge(JudgeDefaults):
             raise ValueError(
                 "loss.weights: fitted, but targets: in_sample: on rows a teacher was trained on, the "
                 "one that over-fits most would win; set targets: out_of_fold"
+            )
+        if self.teachers and self.loss.contradicted_weight < 1 and self.targets == "in_sample":
+            raise ValueError(
+                "loss.contradicted_weight: below 1, but targets: in_sample: teachers hardly contradict the "
+                "votes that they were trained on; set targets: out_of_fold"
             )
         return self

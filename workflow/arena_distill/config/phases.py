@@ -81,11 +81,11 @@ VERSIONS = {
     "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 12,
+    "evaluation": 13,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,
-    "report": 14,
+    "report": 15,
 }
 
 
@@ -651,6 +651,8 @@ class EvaluationSettings(Settings):
     """Students whose teachers have learned from the very votes that they are scored by out of fold."""
     merged: tuple[Literal["train", "test"], ...] = ()
     """Sources with `annotators: merge`: a battle's weight is the number of its voters."""
+    contradicted_below: float = 0.1
+    """The probability below which all teachers of the final judge contradict a vote."""
     final: str
     model: ModelKind
     """The model of the final judge that is submitted."""
@@ -665,6 +667,7 @@ class EvaluationSettings(Settings):
             privileged=tuple(n for n in config.judges if config.is_privileged(n)),
             optimistic=tuple(filter(config.is_optimistic, config.judges)),
             merged=config.data.merged(),
+            contradicted_below=config.judges[config.final].loss.contradicted_below,
             final=config.final,
             model=config.prediction.model,
         )

@@ -39,6 +39,8 @@ from arena_distill.deployment import quantization_error
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.cascade import _cascade, _settings
+from arena_distill.evaluation.contradictions import contradicted_votes
+from arena_distill.evaluation.judges import calibration_figures, judge_figures, judge_warning
 from arena_distill.evaluation.out_of_fold import Run, _fold
 from arena_distill.evaluation.ranking import rank_models
 from arena_distill.evaluation.slices import slice_scores
@@ -50,32 +52,24 @@ from arena_distill.files.artifacts import (
     read_json,
     read_parquet,
     write_json,
+    write_parquet,
 )
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path
 from arena_distill.files.probabilities import read_probabilities
 from arena_distill.metrics import (
     Figures,
-    calibration_scores,
-    class_reliability,
     deployed_score,
     gap_closed,
     log_probabilities,
     losses,
     mean_over_views,
     paired_difference,
-    position_bias,
-    reliability,
     scores,
-    softmax,
-    truth_scores,
 )
-from arena_distill.prediction.calibration import all_scores, cross_fitted, scores_by_method
+from arena_distill.prediction.calibration import all_scores
 from arena_distill.scoring.logits import read_out_of_fold
-from arena_distill.verdicts import ORDERS, WINNERS, Votes
-
-LEAST_SPREAD = 1e-4
-"""Probabilities of a judge that differ by less over all battles do not depend on the battle."""
+from arena_distill.verdicts import WINNERS, Votes
 
 
 def evaluate(
@@ -98,8 +92,8 @@ def evaluate(
     test_logits: Path | None = None,
     benchmarked: Path | None = None,
 ) -> None:
-    """Compute every figure of a run → `metrics.json`, and and `judges`, `variants`, `cascade`, `slices`
-    and `ranking.csv`.
+    """Compute every figure of a run → `metrics.json`, `contradicted.parquet`, and the tables of
+    :func:`write_tables`.
 
     Args:
         folds: `folds.parquet`.
@@ -139,8 +133,8 @@ def evaluate(
     judges = {
         name: {
             "teachers": list(teachers),
-            **_judge(run, seen[name]),
-            **_calibrations(
+            **judge_figures(run, seen[name]),
+            **calibration_figures(
                 seen[name], votes, parts, run.styles[run.validation], probabilities_of.get("bayes")
             ),
         }
@@ -168,7 +162,7 @@ def evaluate(
         figures["gap_closed"] = gap_closed(float(votes.mean(loss)), baselines)
         figures["versus_final"] = paired_difference(loss, reference, votes, run.groups())
     for name, figures in judges.items():
-        if warning := _warning(seen[name], figures["oof"], baselines["class_prior"] or {}):
+        if warning := judge_warning(seen[name], figures["oof"], baselines["class_prior"] or {}):
             figures["warning"] = warning
             print(f"warning: {name} {warning}", flush=True)
     test = drifted = None
@@ -184,6 +178,15 @@ def evaluate(
             test["cascade"] = _cascade(test_logits, solved, average)
     prediction = {**_settings(predictions[0]), "model": settings.model} if predictions else None
     held_out = _held_out(run, calibrations, surface, truth) if calibrations else None
+    about = provenance("evaluation", settings.model_dump(mode="json"))
+    teachers = settings.judges[settings.final] or [n for n, t in settings.judges.items() if not t]
+    contradicted, contradictions = contradicted_votes(
+        run.named(),
+        {name: mean_over_views(seen[name]) for name in teachers},
+        votes,
+        settings.contradicted_below,
+    )
+    write_parquet(contradicted, tables / "contradicted.parquet", about)
     sources = pc.value_counts(run.battles["source"].cast(pa.string())).to_pylist()
     metrics: Figures = {
         "run": settings.run,
@@ -203,13 +206,14 @@ def evaluate(
             run.groups(),
             merged="train" in settings.merged,
         ),
+        "contradictions": contradictions,
         "final": _final(settings.final, settings.model, test, held_out, _gptq(drift, drifted)),
         "held_out": held_out,
         "test": test,
         "benchmarks": [] if benchmarked is None else read_json(benchmarked),
         "audit": None if audit is None else read_json(audit),
         "provenance": {
-            "evaluation": provenance("evaluation", settings.model_dump(mode="json")),
+            "evaluation": about,
             "logits": {n: _settings(ids_path(paths[0])) for n, paths in logits.items()},
             "prediction": prediction,
         },
@@ -244,55 +248,6 @@ def _rejections(path: Path | None) -> list[Figures]:
     by = kinds.column_names
     counted = counts.group_by(by, use_threads=False).aggregate([("rows", "sum")])
     return counted.rename_columns([*by, "rows"]).to_pylist()
-
-
-# --- one judge ------------------------------------------------------------------------------------
-
-
-def _judge(run: Run, logits: np.ndarray) -> Figures:
-    """The figures of one judge: the mean of both orders' logits, and each order alone."""
-    votes = run.votes()
-    probabilities = mean_over_views(logits)
-    position = position_bias(logits, votes)
-    return {
-        "folds": run.by_fold(probabilities),
-        "oof": scores(probabilities, votes) | calibration_scores(probabilities, votes),
-        "orders": {order: scores(softmax(logits[:, i]), votes) for i, order in enumerate(ORDERS)},
-        "order_flip_rate": position["flip_rate"],
-        "position": position,
-        "reliability": reliability(probabilities, votes),
-        "class_reliability": class_reliability(probabilities, votes),
-    }
-
-
-def _warning(logits: np.ndarray, oof: Figures, prior: Figures) -> str | None:
-    """Why a judge knows nothing of the battles, as the end of a sentence; None if it knows something."""
-    if np.ptp(softmax(logits), axis=0).max(initial=0) < LEAST_SPREAD:
-        return "gives every battle the same verdict: it has learned nothing, or reads nothing of a battle"
-    if oof["log_loss"] > prior["log_loss"]:
-        return (
-            f"predicts worse than the class prior: log loss {oof['log_loss']:.4f}, "
-            f"without any judge {prior['log_loss']:.4f}"
-        )
-    return None
-
-
-def _calibrations(
-    logits: np.ndarray,
-    votes: Votes,
-    parts: np.ndarray,
-    styles: np.ndarray,
-    truth: np.ndarray | None,
-) -> Figures:
-    """Scores of a judge after each calibration, cross-fitted, and its distances from the truth."""
-    mean = logits.mean(axis=1, dtype=np.float64)
-    crossed = cross_fitted(mean, votes, parts, styles)
-    figures = scores_by_method(crossed, mean, votes, styles)
-    if truth is None:
-        return {"calibration": figures, "truth": None}
-    seen: dict[str, np.ndarray] = {"raw": mean_over_views(logits)} | dict(crossed)
-    distances = {name: truth_scores(truth, p, votes) for name, p in seen.items()}
-    return {"calibration": figures, "truth": distances}
 
 
 def _held_out(run: Run, calibrations: Sequence[Path], surface: Path, truth: Path | None) -> Figures:

@@ -82,6 +82,12 @@ class Run:
         rows = locate(keys, key(self.battles), "battles")
         return self.battles.select(SLICED).take(pa.array(rows))
 
+    def named(self) -> pa.Table:
+        """The out-of-fold rows: `id`, `source`, `fold`, and the columns of `SLICED`."""
+        rows = self.folds.select(["id", "source", "fold"]).take(pa.array(self.validation))
+        names = self.names_of(key(rows))
+        return pa.table({n: t[n] for t in (rows, names) for n in t.column_names})
+
     def keys(self) -> pa.Array:
         """Keys of the out-of-fold rows."""
         return key(self.folds.select(["id", "source"]).take(pa.array(self.validation)))

@@ -14,6 +14,7 @@ import jinja2
 from arena_distill.battles.audit import COUNTS
 from arena_distill.errors import refusing
 from arena_distill.evaluation.benchmarks import BENCHMARK_COLUMNS
+from arena_distill.evaluation.contradictions import describe_contradictions
 from arena_distill.evaluation.drawings import (
     BATTLES,
     CALIBRATIONS,
@@ -113,6 +114,7 @@ def render(
         variants=variants_by_name(metrics),
         slices=_slices(metrics),
         fewest=FEWEST,
+        about_contradictions=describe_contradictions(metrics["contradictions"]),
         voters=shown_voters(metrics),
         about_voters=describe_voters,
         ranking=shown_ranking(metrics),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arena_distill.evaluation.benchmarks import print_benchmarks
+from arena_distill.evaluation.contradictions import describe_contradictions
 from arena_distill.evaluation.ranking import describe_ranking, shown_ranking
 from arena_distill.evaluation.slices import FEWEST, OTHER, slice_records
 from arena_distill.evaluation.tables import variant_records
@@ -69,6 +70,7 @@ def print_table(metrics: Figures, console: Console | None = None) -> None:
     if voters := shown_voters(metrics):
         console.print(f"\n{describe_voters(voters)}")
     console.print(f"\n{describe_ranking(shown_ranking(metrics))}")
+    console.print(f"\n{describe_contradictions(metrics['contradictions'])}")
     if metrics["benchmarks"]:
         console.print(f"\n[bold]{final['judge']}[/bold]: right answers on benchmarks\n")
         print_benchmarks(metrics["benchmarks"], console)

@@ -38,7 +38,8 @@ def battle_losses(
 
     Args:
         logits: (batch, classes), the student's.
-        votes: float32 (batch, classes); zeros where there is none: such a battle has no CE term, and by
+        votes: float32 (batch, classes), of sum 1, or less where a vote counts less in CE (see
+            ``targets.trusted_votes``); zeros where there is none: such a battle has no CE term, and by
             `loss.unlabelled` no weight for it in the denominator either.
         teachers: (batch, J, classes), or None where `kl` and `cosine` are 0.
         weights: (batch, J), each row's sum 1; None: equal.

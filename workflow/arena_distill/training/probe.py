@@ -94,7 +94,7 @@ def fit_probe(
     rows = part_of(table.take(chosen), settings.share, settings.seed)
     votes, targets, weights = votes_of(rows), None, None
     if settings.teachers and settings.targets:
-        _, targets, weights = weighted_targets(
+        _, votes, targets, weights = weighted_targets(
             teachers, rows, table, targets=settings.targets, loss=settings.loss
         )
         targets = targets.mean(axis=2)  # of both orders

@@ -16,7 +16,7 @@ validation rows. In sample they get the teacher of their fold, which has not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -107,12 +107,16 @@ def weighted_targets(
     *,
     targets: Targets,
     loss: Loss,
-) -> tuple[list[Selection], np.ndarray, np.ndarray]:
-    """A student's targets: their places, the logits (see :func:`teacher_logits`), and weights per battle.
+) -> tuple[list[Selection], Votes, np.ndarray, np.ndarray]:
+    """A student's targets: their places, the votes, the teachers' logits, and their weights per battle.
 
     Args:
         teachers: see :func:`select_rows`.
         rows: the training rows, of `folds`.
+
+    Returns:
+        the selections; the votes as they count (:func:`trusted_votes`); :func:`teacher_logits`; and
+        :func:`teacher_weights`.
 
     Raises:
         InputError: a file is missing, damaged or of other folds, or a row is in no file.
@@ -124,7 +128,31 @@ def weighted_targets(
     # Every fold's teacher was trained on the extra battles: they do not enter the fit of weights.
     # (Battles without a vote do not either.)
     held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
-    return selected, logits, teacher_weights(logits, votes_of(rows), held_out, loss)
+    votes = votes_of(rows)
+    weights = teacher_weights(logits, votes, held_out, loss)
+    return selected, trusted_votes(logits, votes, held_out, loss), logits, weights
+
+
+def trusted_votes(targets: np.ndarray, votes: Votes, held_out: np.ndarray, loss: Loss) -> Votes:
+    """Make votes count less that every teacher contradicts: `loss.contradicted_weight` times.
+
+    A teacher contradicts a vote if it gives it a probability below `loss.contradicted_below`, of its mean
+    logits of both orders. At weight 0 the battle is as one without a vote.
+
+    Args:
+        targets: float32 (rows, J, orders, classes).
+        votes: of these rows.
+        held_out: bool (rows,), where the teachers' logits are out of fold: other votes count whole.
+    """
+    from scipy.special import softmax
+
+    if loss.contradicted_weight == 1:
+        return votes
+    seen = softmax(targets.mean(axis=2, dtype=np.float64), axis=-1)
+    given = np.einsum("rjc,rc->rj", seen, votes.probabilities).max(axis=1)
+    contradicted = held_out & votes.known & (given < loss.contradicted_below)
+    counts = np.where(contradicted, loss.contradicted_weight, 1.0)
+    return replace(votes, probabilities=votes.probabilities * counts[:, None])
 
 
 def teacher_logits(selected: Sequence[Selection]) -> np.ndarray:

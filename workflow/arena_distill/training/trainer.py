@@ -132,7 +132,7 @@ def train_fold(
     targets = weights = None
     states: dict[State, tuple[np.ndarray, ...]] = {}
     if settings.teachers and settings.targets:
-        selected, targets, weights = weighted_targets(
+        selected, votes, targets, weights = weighted_targets(
             teachers, rows, table, targets=settings.targets, loss=settings.loss
         )
         states = {name: teacher_states(selected, name) for name in settings.loss.states()}
