@@ -26,7 +26,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import write_parquet
 from arena_distill.verdicts import ORDERS
 
-TRUNCATIONS = ("rounds", "winners")
+TRUNCATIONS = ("rounds", "winners", "middle")
 VIEWS: tuple[View, ...] = ("AB", "BA", "A", "B")
 truncations = st.sampled_from(TRUNCATIONS)
 budgets = st.integers(SMALLEST, 140)

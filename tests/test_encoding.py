@@ -44,6 +44,7 @@ from arena_distill.encoding.tokenization import (
     tokenize_battles,
     vocabulary_of,
 )
+from arena_distill.encoding.truncation import TRUNCATIONS
 from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_parquet
@@ -52,9 +53,7 @@ from arena_distill.verdicts import ORDERS, Votes
 NEWLINE = 10
 FRAME = ((1, 101), (102, 102), (103,), (104, 2))  # begin and end of sequence are 1 and 2
 ENCODINGS = [
-    (template, truncation)
-    for template in ("winners", "markers")
-    for truncation in ("winners", "rounds")
+    (template, truncation) for template in ("winners", "markers") for truncation in TRUNCATIONS
 ]
 
 # --- a slow, literal reading of the written rules ---------------------------------------------------
@@ -105,6 +104,23 @@ def slow_rounds(fields: list[Turns], budget: int) -> list[list[int]]:
     return [prompt, first, second]
 
 
+def slow_middle(fields: list[Turns], budget: int) -> list[list[int]]:
+    parts = [joined(turns) for turns in fields]
+    if sum(map(len, parts)) <= budget:
+        return parts
+    least = [min(len(part), max(budget // (4 * len(parts)), 2)) for part in parts]
+    room, rest = (
+        budget - sum(least),
+        [len(part) - few for part, few in zip(parts, least, strict=True)],
+    )
+    kept = [few + room * more // sum(rest) for few, more in zip(least, rest, strict=True)]
+    kept[0] = min(len(parts[0]), kept[0] + budget - sum(kept))
+    return [
+        part[: (count + 1) // 2] + part[len(part) - count // 2 :]
+        for part, count in zip(parts, kept, strict=True)
+    ]
+
+
 # --- made-up tokens ---------------------------------------------------------------------------------
 
 
@@ -148,13 +164,12 @@ SMALLEST = FRAME_TOKENS + 16
 turn = st.integers(0, 40).flatmap(lambda n: st.lists(st.integers(20, 99), min_size=n, max_size=n))
 fields_of_a_row = st.lists(st.lists(turn, max_size=4), min_size=3, max_size=3)
 rows_of_turns = st.lists(fields_of_a_row, min_size=1, max_size=4)
+truncations = st.sampled_from([*TRUNCATIONS])
 lengths = st.one_of(st.just(SMALLEST), st.integers(SMALLEST, 200))
 
 
 @settings(max_examples=60)
-@given(
-    rows_of_turns, st.sampled_from(["winners", "rounds"]), st.sampled_from(["AB", "BA", "A", "B"])
-)
+@given(rows_of_turns, truncations, st.sampled_from(["AB", "BA", "A", "B"]))
 def test_sizes_are_of_the_whole_answers(
     rows: list[list[Turns]], truncation: Any, view: module.View
 ) -> None:
@@ -205,6 +220,29 @@ def test_rounds_rule_is_the_written_one(rows: list[list[Turns]], max_length: int
         assert made[i].tolist() == framed(slow_rounds(row, max_length - FRAME_TOKENS))
 
 
+@settings(max_examples=80)
+@given(rows_of_turns, lengths)
+def test_middle_rule_is_the_written_one_and_keeps_both_ends(
+    rows: list[list[Turns]], max_length: int
+) -> None:
+    made = encode(tokens_of(rows), Encoding(truncation="middle"), "AB", max_length)
+    for i, row in enumerate(rows):
+        assert made[i].tolist() == framed(slow_middle(row, max_length - FRAME_TOKENS))
+        for part, whole in zip(split(made[i].tolist()), map(joined, row), strict=True):
+            assert (part[:1], part[-1:]) == (whole[:1], whole[-1:])
+
+
+def test_middle_rule_shares_in_proportion_and_spares_a_short_question() -> None:
+    rows = [[[[20] * 60], [[30] * 2000], [[40] * 4000]]]
+    made = encode(tokens_of(rows), Encoding(truncation="middle"), "AB", 1024)[0].tolist()
+    assert made.count(20) == 60
+    assert len(made) in (1023, 1024)
+    equal = (1024 - FRAME_TOKENS) // 12
+    assert (made.count(30) - equal) / (made.count(40) - equal) == pytest.approx(
+        (2000 - equal) / (4000 - equal), rel=0.01
+    )
+
+
 def test_winners_rule_cuts_a_long_prompt_to_256_tokens() -> None:
     rows = [[[[20] * 600], [[30] * 500], [[40] * 900]]]
     made = encode(tokens_of(rows), Encoding(truncation="winners"), "AB", 1024)[0].tolist()
@@ -214,7 +252,7 @@ def test_winners_rule_cuts_a_long_prompt_to_256_tokens() -> None:
 
 
 @settings(max_examples=60)
-@given(rows_of_turns, lengths, st.sampled_from(["winners", "rounds"]), st.sampled_from(ORDERS))
+@given(rows_of_turns, lengths, truncations, st.sampled_from(ORDERS))
 def test_no_sequence_is_too_long_and_every_template_is_whole(
     rows: list[list[Turns]], max_length: int, truncation: Any, order: Any
 ) -> None:
@@ -228,7 +266,7 @@ def test_no_sequence_is_too_long_and_every_template_is_whole(
 
 
 @settings(max_examples=50)
-@given(rows_of_turns, lengths, st.sampled_from(["winners", "rounds"]))
+@given(rows_of_turns, lengths, truncations)
 def test_both_orders_keep_the_same_text(
     rows: list[list[Turns]], max_length: int, truncation: Any
 ) -> None:
@@ -251,7 +289,7 @@ def split(ids: list[int]) -> list[list[int]]:
 
 
 @settings(max_examples=50)
-@given(rows_of_turns, st.sampled_from(["winners", "rounds"]), st.sampled_from(ORDERS))
+@given(rows_of_turns, truncations, st.sampled_from(ORDERS))
 def test_a_battle_that_fits_is_left_as_it_is(
     rows: list[list[Turns]], truncation: Any, order: Any
 ) -> None:
@@ -270,7 +308,7 @@ def test_a_row_is_encoded_alike_alone_and_among_others(
 ) -> None:
     tokens = tokens_of(rows)
     picked = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=5)), np.int64)
-    for truncation in ("winners", "rounds"):
+    for truncation in TRUNCATIONS:
         encoding = Encoding(truncation=truncation)
         whole = encode(tokens, encoding, "BA", max_length)
         part = encode(tokens.take(picked), encoding, "BA", max_length)
@@ -281,7 +319,7 @@ def test_a_row_is_encoded_alike_alone_and_among_others(
 
 
 def test_nothing_is_encoded_to_nothing() -> None:
-    for truncation in ("winners", "rounds"):
+    for truncation in TRUNCATIONS:
         for order in ORDERS:
             made = encode(tokens_of([]), Encoding(truncation=truncation), order, 64)
             assert len(made) == 0
@@ -545,7 +583,7 @@ def test_word_cap_is_the_first_words_of_all_turns(
 def test_one_word_of_fifty_thousand_characters(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     row = {"prompt": "x" * 50_000, "response_a": "y" * 50_000, "response_b": ""}
     tokens = through_file(battles_table([row]), tokenizers["gemma2"], tmp_path)
-    for truncation in ("winners", "rounds"):
+    for truncation in TRUNCATIONS:
         made = encode(tokens, Encoding(truncation=truncation), "AB", 512)
         assert made.lengths.tolist() == [512]
 
@@ -625,7 +663,7 @@ def test_real_tokenizers_keep_every_text(
     assert decode(real_tokenizer, ids) in (whole, normal)
 
 
-@pytest.mark.parametrize("truncation", ["winners", "rounds"])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_real_battles_fit_and_keep_their_template(
     truncation: Any, real_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -136,7 +136,7 @@ def test_verdicts_are_canonical_in_every_order() -> None:
 
 
 @pytest.mark.parametrize("template", ["markers", "winners"])
-@pytest.mark.parametrize("truncation", ["rounds", "winners"])
+@pytest.mark.parametrize("truncation", ["rounds", "winners", "middle"])
 def test_an_answer_is_shown_with_its_prompt_and_nothing_of_the_other(
     template: str, truncation: str, make_run: Callable[..., Run]
 ) -> None:
@@ -150,7 +150,7 @@ def test_an_answer_is_shown_with_its_prompt_and_nothing_of_the_other(
             assert ids.tolist() == whole
 
 
-@pytest.mark.parametrize("truncation", ["rounds", "winners"])
+@pytest.mark.parametrize("truncation", ["rounds", "winners", "middle"])
 @given(max_length=st.integers(40, 120))
 def test_one_answer_is_cut_to_the_length(
     truncation: str, max_length: int, make_run: Callable[..., Run]

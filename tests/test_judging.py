@@ -52,8 +52,8 @@ KINDS = {
     "sizes": (JOINT, Encoding(sizes=True, template="winners")),
     "budget": (JOINT, Encoding(tokens_per_battle=75)),
     "pointwise": (Head(kind="pointwise"), Encoding(template="winners")),
-    "two classes": (Head(kind="joint", classes=2), Encoding()),
-    "bradley_terry": (Head(kind="pointwise", classes=2), Encoding()),
+    "two classes": (Head(kind="joint", classes=2), Encoding(truncation="middle")),
+    "bradley_terry": (Head(kind="pointwise", classes=2), Encoding(truncation="middle")),
     "frozen": (Head(kind="pointwise", pooling="layers"), Encoding(template="winners", sizes=True)),
     "rao_kupper": (Head(kind="pointwise", ties="rao_kupper"), Encoding(sizes=True)),
 }

@@ -59,7 +59,7 @@ name_ids = st.lists(st.integers(301, 320), max_size=3)
 @given(
     rows_of_turns,
     st.data(),
-    st.sampled_from(["winners", "rounds"]),
+    st.sampled_from(["winners", "rounds", "middle"]),
     st.sampled_from(["AB", "BA", "A", "B"]),
 )
 def test_each_answer_is_preceded_by_its_own_models_name(

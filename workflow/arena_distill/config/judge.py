@@ -47,8 +47,9 @@ class Encoding(Section):
 
     template: Literal["winners", "markers"] = "markers"
     """`winners`: User question / Answer A / Answer B; `markers`: [PROMPT] [RESPONSE_A] [RESPONSE_B]."""
-    truncation: Literal["winners", "rounds"] = "rounds"
-    """`winners`: word caps, question to 256 tokens, longer answer first; `rounds`: keep last rounds."""
+    truncation: Literal["winners", "rounds", "middle"] = "rounds"
+    """`winners`: word caps, question to 256 tokens, longer answer first; `rounds`: keep last rounds;
+    `middle`: keep the head and the tail of every part, in proportion to their lengths."""
     max_length: Annotated[int, Field(ge=32)] = 1024
     """Tokens per sequence in training and in the folds' logits."""
     sizes: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,37 @@ from arena_distill.errors import InputError
 
 PROMPT_TOKENS = 256
 """The number of tokens to which the winners cut the prompt of a battle that is too long."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which tokens of each battle's fields are kept: int64 (rows, fields) each.
+
+    starts: the first one.
+    lengths: how many, of which the last `tails` are the field's last ones, and the others follow the first.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    tails: np.ndarray
+
+    @classmethod
+    def of(cls, starts: np.ndarray, lengths: np.ndarray) -> Kept:
+        """One piece of each field."""
+        return cls(starts, lengths, np.zeros_like(lengths))
+
+    def field(self, i: int) -> Kept:
+        """Of one field: (rows,) each."""
+        return Kept(self.starts[:, i], self.lengths[:, i], self.tails[:, i])
+
+    def spans(self, totals: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """First token and end of the two pieces, the second often empty.
+
+        Args:
+            totals: int64, the fields' tokens, of the shape of `lengths`.
+        """
+        heads = self.starts + self.lengths - self.tails
+        return (self.starts, heads), (totals - self.tails, totals)
 
 
 def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: int) -> int:
@@ -52,7 +84,7 @@ def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: in
     def total(length: int) -> int:
         """Tokens of all training battles, cut to a length."""
         return sum(
-            int(truncate(fields, length - framing)[1].sum() + framing.sum())
+            int(truncate(fields, length - framing).lengths.sum() + framing.sum())
             for fields, framing in zip(shown, framings, strict=True)
         )
 
@@ -67,7 +99,7 @@ def length_budget(tokens: Tokens, encoding: Encoding, view: View, max_length: in
     return lengths[found - 1]
 
 
-def truncate_winners(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def truncate_winners(fields: list[Field], budget: np.ndarray) -> Kept:
     """Apply the winners' rule: what to keep of the prompt and of one or two answers.
 
     Fields are cut to their word caps. If a battle is still longer than the budget, its prompt is cut to
@@ -76,19 +108,16 @@ def truncate_winners(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarra
 
     Args:
         budget: int64 (rows,), the most tokens to keep.
-
-    Returns:
-        starts and lengths, int64 (rows, fields), within each field's row.
     """
     prompt, *answers = (np.minimum(f.tokens.lengths, f.cap) for f in fields)
     over = prompt + sum(answers) > budget
     cut = np.minimum(prompt, np.minimum(PROMPT_TOKENS, budget // 2))
     prompt = np.where(over, cut, prompt)
     lengths = np.stack([prompt, *_share(answers, budget - prompt)], axis=1)
-    return np.zeros_like(lengths), lengths
+    return Kept.of(np.zeros_like(lengths), lengths)
 
 
-def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def truncate_rounds(fields: list[Field], budget: np.ndarray) -> Kept:
     """Apply the round-aware rule: what to keep of the prompt and of one or two answers.
 
     Whole rounds (a prompt's turn with its answers) are dropped from the front until the rest fits.
@@ -97,9 +126,6 @@ def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray
 
     Args:
         budget: int64 (rows,), the most tokens to keep.
-
-    Returns:
-        starts and lengths, int64 (rows, fields), within each field's row.
     """
     totals = np.stack([f.tokens.lengths for f in fields], axis=1)
     turns = np.stack([f.turns.lengths for f in fields], axis=1)
@@ -110,15 +136,39 @@ def truncate_rounds(fields: list[Field], budget: np.ndarray) -> tuple[np.ndarray
     starts = np.stack([_turn_start(f, row, number) for f in fields], axis=1)
     fits = ((totals[row] - starts).sum(axis=1) <= budget[row]) | (number == rounds[row] - 1)
     if not len(row):
-        return totals, totals
+        return Kept.of(totals, totals)
     kept = np.minimum.reduceat(np.where(fits, number, np.iinfo(np.int64).max), offsets[:-1])
     starts = starts[offsets[:-1] + kept]
     prompt, *answers = (totals - starts).T
     prompt = np.minimum(prompt, np.maximum(budget // 4, budget - sum(answers)))
-    return starts, np.stack([prompt, *_share(answers, budget - prompt)], axis=1)
+    return Kept.of(starts, np.stack([prompt, *_share(answers, budget - prompt)], axis=1))
 
 
-TRUNCATIONS = {"winners": truncate_winners, "rounds": truncate_rounds}
+def truncate_middle(fields: list[Field], budget: np.ndarray) -> Kept:
+    """Cut the middle out of every part: what to keep of the prompt and of one or two answers.
+
+    A battle longer than the budget loses tokens of all its parts in proportion to their lengths. Each part
+    keeps its head and its tail, half of what is kept each (the head has the odd token). A quarter of the
+    budget is shared equally before, so that a short question beside long answers stays whole. What does not
+    divide goes to the prompt or is dropped, so both orders keep the same text.
+
+    Args:
+        budget: int64 (rows,), the most tokens to keep.
+
+    References:
+        Sun et al. 2019, How to Fine-Tune BERT for Text Classification?, arXiv:1905.05583 (head and tail).
+    """
+    totals = np.stack([f.tokens.lengths for f in fields], axis=1)
+    least = np.minimum(totals, np.maximum(budget // (4 * len(fields)), 2)[:, None])
+    rest, room = totals - least, (budget - least.sum(axis=1))[:, None]
+    shared = least + room * rest // np.maximum(rest.sum(axis=1, keepdims=True), 1)
+    shared[:, 0] = np.minimum(totals[:, 0], budget - shared[:, 1:].sum(axis=1))
+    over = (totals.sum(axis=1) > budget)[:, None]
+    lengths = np.where(over, shared, totals)
+    return Kept(np.zeros_like(totals), lengths, np.where(over, lengths // 2, 0))
+
+
+TRUNCATIONS = {"winners": truncate_winners, "rounds": truncate_rounds, "middle": truncate_middle}
 """The truncation rules by name."""
 
 
@@ -148,11 +198,10 @@ def _share(answers: Sequence[np.ndarray], room: np.ndarray) -> list[np.ndarray]:
 def _fill(
     frame: tuple[tuple[int, ...], ...],
     fields: list[Field],
-    starts: np.ndarray,
-    lengths: np.ndarray,
+    kept: Kept,
 ) -> Sequences:
     """Insert the kept slices between the template's literals, for all rows in one gather."""
-    rows = len(starts)
+    rows = len(kept.starts)
     # In the order of the sequence: a pool of ids, and where each row's slice of it starts and ends.
     pools: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -163,7 +212,9 @@ def _fill(
         literal(frame[i])
         if field.name is not None:
             pools.append((field.name.ids, field.name.offsets[:-1], field.name.lengths))
-        pools.append((field.tokens.ids, field.tokens.offsets[:-1] + starts[:, i], lengths[:, i]))
+        mine, offsets = kept.field(i), field.tokens.offsets[:-1]
+        for first, end in mine.spans(field.tokens.lengths)[: 2 if mine.tails.any() else 1]:
+            pools.append((field.tokens.ids, offsets + first, end - first))
         if field.size is not None:
             pools.append((field.size.ids, field.size.offsets[:-1], field.size.lengths))
     literal(frame[-1])

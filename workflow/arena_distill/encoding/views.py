@@ -13,7 +13,7 @@ import numpy as np
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.encoding.sequences import Field, Sequences, Tokens
 from arena_distill.encoding.templates import ROOM, SHOWN, View, _frame, _framing, _shown
-from arena_distill.encoding.truncation import TRUNCATIONS, _fill, length_budget
+from arena_distill.encoding.truncation import TRUNCATIONS, Kept, _fill, length_budget
 from arena_distill.errors import InputError
 from arena_distill.verdicts import ORDERS, Order
 
@@ -57,8 +57,7 @@ def encode(
     Raises:
         InputError: the template leaves no room in `max_length`, or as for :func:`length_budget`.
     """
-    frame, fields, starts, kept = _cut(tokens, encoding, view, max_length)
-    return _fill(frame, fields, starts, kept)
+    return _fill(*_cut(tokens, encoding, view, max_length))
 
 
 def tokens_cut(
@@ -66,23 +65,23 @@ def tokens_cut(
 ) -> dict[str, np.ndarray]:
     """How many tokens of each field a view leaves out: int64 (rows,) by field; see :func:`encode`."""
     return {
-        name: tokens.fields[name].tokens.lengths - kept
-        for name, (_, kept) in tokens_kept(tokens, encoding, view, max_length).items()
+        name: tokens.fields[name].tokens.lengths - kept.lengths
+        for name, kept in tokens_kept(tokens, encoding, view, max_length).items()
     }
 
 
 def tokens_kept(
     tokens: Tokens, encoding: Encoding, view: View, max_length: int | None = None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Which tokens of each field a view shows: first and number, int64 (rows,) each, by field."""
-    _, _, starts, kept = _cut(tokens, encoding, view, max_length)
-    return {name: (starts[:, i], kept[:, i]) for i, name in enumerate(SHOWN[view])}
+) -> dict[str, Kept]:
+    """Which tokens of each field a view shows, by field."""
+    *_, kept = _cut(tokens, encoding, view, max_length)
+    return {name: kept.field(i) for i, name in enumerate(SHOWN[view])}
 
 
 def _cut(
     tokens: Tokens, encoding: Encoding, view: View, max_length: int | np.ndarray | None
-) -> tuple[tuple[tuple[int, ...], ...], list[Field], np.ndarray, np.ndarray]:
-    """A view's literals, its fields, and what is kept of each: starts and lengths (rows, fields)."""
+) -> tuple[tuple[tuple[int, ...], ...], list[Field], Kept]:
+    """A view's literals, its fields, and what is kept of each."""
     lengths = np.asarray(encoding.max_length if max_length is None else max_length, np.int64)
     frame = _frame(tokens.vocabulary, encoding, view)
     fields = _shown(tokens.fields, encoding, view)
@@ -97,4 +96,4 @@ def _cut(
         longest = int(lengths.max(initial=shortest))
         lengths = np.minimum(lengths, length_budget(tokens, encoding, view, longest))
     budget = np.broadcast_to(lengths, len(tokens)) - framing
-    return (frame, fields, *TRUNCATIONS[encoding.truncation](fields, budget))
+    return frame, fields, TRUNCATIONS[encoding.truncation](fields, budget)

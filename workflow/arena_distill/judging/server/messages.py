@@ -53,8 +53,8 @@ class VerdictOfBattle(Message):
         description="The probabilities from one order of the answers alone."
     )
     cut: dict[str, int] = Field(description="Tokens that the judge did not read, by field.")
-    kept: dict[str, list[tuple[int, int]]] | None = Field(
-        None, description="By field and turn: the first character that was read, and the end."
+    kept: dict[str, list[list[tuple[int, int]]]] | None = Field(
+        None, description="By field and turn, what was read: ranges, first character and end."
     )
 
 

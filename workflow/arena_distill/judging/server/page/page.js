@@ -111,13 +111,16 @@ function showRead(battle, verdict) {
   for (const [name, title] of Object.entries(FIELDS)) {
     battle[name].forEach((text, turn) => {
       const characters = [...text]; // as the server counts them
-      const [from, to] = verdict.kept[name][turn];
       const part = (start, end) => characters.slice(start, end).join("");
       const shown = made("div", undefined, "text");
       if (!text) shown.append(made("span", "empty", "empty"));
-      if (from > 0) shown.append(made("del", part(0, from)));
-      shown.append(part(from, to));
-      if (to < characters.length) shown.append(made("del", part(to)));
+      let end = 0;
+      for (const [from, to] of verdict.kept[name][turn]) {
+        if (from > end) shown.append(made("del", part(end, from)));
+        shown.append(part(from, to));
+        end = to;
+      }
+      if (end < characters.length) shown.append(made("del", part(end)));
       const box = made("div", undefined, name === "prompt" ? "whole" : "");
       box.append(made("strong", battle[name].length > 1 ? `${title}, turn ${turn + 1}` : title), shown);
       boxes[turn].push(box);
