@@ -18,7 +18,7 @@ from test_encoding import tokens_of
 
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.phases import PredictionSettings, ScoringSettings, TokensSettings
-from arena_distill.config.run import Cascade, load
+from arena_distill.config.run import Cascade, Swap, load
 from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode
@@ -50,7 +50,9 @@ TOKENS = tokens_of(
 )
 
 
-def scoring(head: Head, lengths: tuple[int, ...], threshold: float | None) -> ScoringSettings:
+def scoring(
+    head: Head, lengths: tuple[int, ...], threshold: float | None, swap: Swap = "always"
+) -> ScoringSettings:
     return ScoringSettings(
         version=1,
         encoding=Encoding(),
@@ -58,7 +60,7 @@ def scoring(head: Head, lengths: tuple[int, ...], threshold: float | None) -> Sc
         precision="fp32",
         max_lengths=lengths,
         orders=ORDERS,
-        cascade=None if threshold is None else Cascade(threshold=threshold),
+        cascade=None if threshold is None else Cascade(threshold=threshold, swap=swap),
     )
 
 
@@ -81,10 +83,10 @@ class Judge:
 
 
 def score(
-    head: Head, lengths: tuple[int, ...], threshold: float | None
+    head: Head, lengths: tuple[int, ...], threshold: float | None, swap: Swap = "always"
 ) -> tuple[np.ndarray, Passes, Judge]:
     judge = Judge(head)
-    return *score_variants(TOKENS, scoring(head, lengths, threshold), judge), judge
+    return *score_variants(TOKENS, scoring(head, lengths, threshold, swap), judge), judge
 
 
 # --- who goes on ------------------------------------------------------------------------------------
@@ -105,13 +107,36 @@ def test_unsure_battles_go_on_and_sure_ones_repeat_the_shortest_length(
     np.testing.assert_array_equal(costs.tokens, needed.tokens)
     np.testing.assert_array_equal(costs.sequences, needed.sequences)
     longer = np.arange(len(lengths)) != short
-    expected = needed.scored & ~(sure[:, None] & longer)
+    expected = needed.scored * ~(sure[:, None] & longer)
     np.testing.assert_array_equal(costs.scored, expected)
     for cost, shown in (
         (costs.sequences, sum(map(len, judge.shown))),
         (costs.tokens, sum(len(part.ids) for part in judge.shown)),
     ):
-        assert cost[costs.scored].sum() == shown
+        assert (cost * costs.scored).sum() == shown
+
+
+@settings(max_examples=40)
+@given(heads, max_lengths, st.floats(0, 1))
+def test_with_swap_unsure_a_sure_battle_is_read_in_one_order_alone(
+    head: Head, lengths: tuple[int, ...], threshold: float
+) -> None:
+    logits, costs, judge = score(head, lengths, threshold, "unsure")
+    if head.kind == "pointwise":  # both orders are the same two sequences
+        np.testing.assert_array_equal(logits, score(head, lengths, threshold)[0])
+        return
+    every, needed, _ = score(head, lengths, None)
+    short = int(np.argmin(lengths))
+    first = every[:, short, :1]
+    sure = softmax(first[:, 0]).max(axis=1) >= threshold
+    np.testing.assert_array_equal(logits[~sure], every[~sure])
+    np.testing.assert_array_equal(logits[sure], np.broadcast_to(first[:, None], every.shape)[sure])
+    np.testing.assert_array_equal(costs.tokens, needed.tokens)
+    assert (costs.scored[~sure] == needed.scored[~sure]).all()
+    spent = sum(len(part.ids) for part in judge.shown)
+    assert (costs.tokens * costs.scored).sum() == spent
+    assert sum(map(len, judge.shown)) == (costs.sequences * costs.scored).sum()
+    assert len(judge.shown[0]) == len(TOKENS)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=["joint", "pointwise"])
@@ -178,7 +203,7 @@ def test_costs_come_back_from_the_ids_they_are_written_to(tmp_path: Path) -> Non
     assert back is not None
     for name, values in vars(costs).items():
         np.testing.assert_array_equal(getattr(back, name), values)
-    assert back.scored.dtype == bool
+    assert back.scored.dtype == np.float32
     assert Passes.read(found.select(["id", "source"]), (90, 40)) is None
 
 
@@ -199,12 +224,17 @@ def test_scores_of_another_cascade_are_refused(tmp_path: Path) -> None:
 
     for other in (None, 0.5):
         with pytest.raises(
-            InputError, match=r"prediction\.cascade \{'threshold': 0\.6\}, the conf"
+            InputError,
+            match=r"prediction\.cascade \{'threshold': 0\.6, 'swap': 'always'\}, the conf",
         ):
             predict(other)
     predict(0.6)
     about = read_provenance(tmp_path / "test.parquet")
-    assert about["settings"]["cascade"] == {"threshold": 0.6}
+    assert about["settings"]["cascade"] == {"threshold": 0.6, "swap": "always"}
+    write_logits(
+        path, logits, table, provenance("scoring", {**made, "cascade": {"threshold": 0.6}})
+    )
+    predict(0.6)  # of a version without `swap`
 
 
 def read_ids(costs: Passes) -> Any:
@@ -266,6 +296,7 @@ def curve(
     costs: Passes,
     threshold: float | None = None,
     votes: np.ndarray | None = None,
+    swap: Swap = "always",
 ) -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
     labels = rng.integers(0, 3, len(logits)) if votes is None else votes
@@ -274,9 +305,9 @@ def curve(
         return averages(scores, (40, 90), ORDERS, "logits")["40+90/AB+BA"]
 
     groups = np.arange(len(logits))
-    found = cascade_curve(logits, (40, 90), predict, costs, Votes.hard(labels), groups, threshold)
-    assert found is not None
-    return found
+    return cascade_curve(
+        logits, (40, 90), predict, costs, Votes.hard(labels), groups, threshold, swap=swap
+    )
 
 
 def test_the_curve_by_hand() -> None:
@@ -303,19 +334,21 @@ def test_the_curve_by_hand() -> None:
     assert points[2]["versus_all"] == {"difference": 0, "low": 0, "high": 0}
 
 
-@pytest.mark.parametrize("head", HEADS, ids=["joint", "pointwise"])
-def test_the_curve_predicts_a_cascade(head: Head) -> None:
+@pytest.mark.parametrize(
+    ("head", "swap"), [(HEADS[0], "always"), (HEADS[1], "always"), (HEADS[0], "unsure")]
+)
+def test_the_curve_predicts_a_cascade(head: Head, swap: Swap) -> None:
     every, costs, _ = score(head, (40, 90), None)
-    points = curve(every, costs)
+    points = curve(every, costs, swap=swap)
     for name in ("threshold", "battles", "sequences", "tokens", "all_tokens"):
         values = [point[name] for point in points]
         assert values == sorted(values)
         assert len(set(values)) == len(values) > 2
     for point in points:
-        logits, spent, judge = score(head, (40, 90), point["threshold"])
+        logits, spent, judge = score(head, (40, 90), point["threshold"], swap)
         scored = sum(len(part.ids) for part in judge.shown)
         assert scored / costs.tokens.sum() == pytest.approx(point["all_tokens"])
-        (alone,) = curve(logits, spent, point["threshold"])
+        (alone,) = curve(logits, spent, point["threshold"], swap=swap)
         assert alone.pop("versus_all") is None
         assert alone == pytest.approx({k: v for k, v in point.items() if k != "versus_all"})
     assert {p["threshold"] for p in points} <= set(THRESHOLDS)
@@ -325,7 +358,7 @@ def test_where_no_battle_is_longer_there_is_no_curve() -> None:
     logits, costs, _ = score(HEADS[0], (400, 900), None)
     predict = lambda scores: softmax(scores.mean(axis=(1, 2)))  # noqa: E731
     zeros = np.zeros(len(logits), np.int64)
-    assert cascade_curve(logits, (400, 900), predict, costs, zeros, zeros) is None
+    assert cascade_curve(logits, (400, 900), predict, costs, zeros, zeros) == []
 
 
 @pytest.fixture
@@ -365,7 +398,7 @@ def test_scores_without_costs_give_no_curve(run: MadeUpRun) -> None:
     about = read_provenance(ids_path(path))
     write_logits(path, logits, ids.select(["id", "source"]), about)
     assert json.loads(run.evaluate().read_text())["test"]["cascade"] is None
-    assert (run.folder / "tables" / "cascade.csv").read_text().startswith("threshold,battles")
+    assert (run.folder / "tables" / "cascade.csv").read_text().startswith("swap,threshold,battles")
     assert read_parquet(ids_path(path)).column_names == ["id", "source"]
 
 
@@ -378,6 +411,12 @@ def test_the_report_of_a_run_with_a_cascade_says_so(run: MadeUpRun) -> None:
     output = run.folder / "report.html"
     render_report(run.evaluate(), output)
     assert "A cascade scores a battle" in output.read_text()
+    about["settings"]["head"] = {"kind": "joint"}
+    write_logits(path, logits, ids, about)
+    render_report(run.evaluate(), output)
+    points = json.loads((run.folder / "metrics.json").read_text())["test"]["cascade"]
+    assert {point["swap"] for point in points} == {"always", "unsure"}
+    assert "swap: unsure" in (run.folder / "report" / "cascade.svg").read_text()
     about["settings"]["cascade"] = {"threshold": 0.7}
     sure = confidence(logits[:, 0]) >= 0.7
     logits[sure] = logits[sure][:, [0, 0]]
@@ -417,6 +456,14 @@ def test_settings_name_a_cascade_only_if_there_is_one() -> None:
     ("prediction", "message"),
     [
         ({"max_lengths": [256], "cascade": {"threshold": 0.6}}, "give several"),
+        (
+            {
+                "max_lengths": [256],
+                "orders": ["AB"],
+                "cascade": {"threshold": 0.6, "swap": "unsure"},
+            },
+            "two orders",
+        ),
         ({"cascade": {"threshold": 1.5}}, r"prediction\.cascade\.threshold: .* 1\.5"),
         ({"cascade": {"treshold": 0.5}}, "did you mean 'threshold'"),
     ],

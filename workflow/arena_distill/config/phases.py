@@ -81,11 +81,11 @@ VERSIONS = {
     "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 13,
+    "evaluation": 14,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,
-    "report": 15,
+    "report": 16,
 }
 
 

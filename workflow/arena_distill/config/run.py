@@ -42,11 +42,16 @@ from arena_distill.verdicts import Classes, Order, Ties
 # --- predictions and studies -------------------------------------------------------------------------
 
 
+Swap = Literal["always", "unsure"]
+
+
 class Cascade(Section):
-    """Battles are scored at the longer lengths only if the judge is not sure at the shortest."""
+    """Battles are scored in all views only if the judge is not sure in the first ones."""
 
     threshold: Share
-    """A battle continues if its most probable verdict is below this (mean logits of all orders)."""
+    """A battle continues if its most probable verdict is below this (mean logits of the first views)."""
+    swap: Swap = "always"
+    """The first views: the shortest length in all orders, or (`unsure`, joint heads) in the first order."""
 
 
 class Card(Section):
@@ -78,13 +83,15 @@ class Prediction(Section):
     calibration: AskedCalibration = "none"
     """Fitted to held-out battles (folds.holdout). `auto`: temperature, or more where more of it pays."""
     cascade: Cascade | None = None
-    """Saves forward passes at the longer lengths. null: every battle is scored at every length."""
+    """Saves forward passes. null: every battle is scored at every length and in every order."""
 
     @model_validator(mode="after")
     def _a_cascade_has_steps(self) -> Prediction:
-        if self.cascade and len(self.max_lengths) < 2:
+        by_order = self.cascade and self.cascade.swap == "unsure" and len(self.orders) > 1
+        if self.cascade and len(self.max_lengths) < 2 and not by_order:
             raise ValueError(
-                "a cascade goes from the shortest of max_lengths to longer: give several"
+                "a cascade goes from the shortest of max_lengths to longer: give several, or two orders "
+                "and swap: unsure"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Compute the tokens that a cascade over lengths saves, and its cost in log loss."""
+"""Compute the tokens that a cascade over lengths or orders saves, and its cost in log loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arena_distill.battles.votes import Solution
+from arena_distill.config.run import Cascade, Swap
 from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.files.artifacts import read_provenance
 from arena_distill.files.keys import key, locate
@@ -18,7 +19,7 @@ from arena_distill.prediction.test_time import Passes, confidence
 from arena_distill.verdicts import Votes
 
 CASCADE_COLUMNS = (
-    *("threshold", "battles", "sequences", "tokens", "all_tokens"),
+    *("swap", "threshold", "battles", "sequences", "tokens", "all_tokens"),
     *("log_loss", "accuracy", "difference", "low", "high"),
 )
 
@@ -36,14 +37,25 @@ def _cascade(test_logits: Path, solved: Solution, average: ViewAverage) -> list[
     if costs is None:
         return None
     rows = locate(solved.keys, key(scored), str(ids_path(test_logits)))
-    fixed = (about.get("cascade") or {}).get("threshold")
+    fixed = Cascade.model_validate(about["cascade"]) if about.get("cascade") else None
 
     def predict(scores: np.ndarray) -> np.ndarray:
         *_, everything = averages(scores, lengths, orders, average).values()
         return everything
 
     taken = costs.take(rows)
-    return cascade_curve(logits[rows], lengths, predict, taken, solved.votes, solved.groups, fixed)
+    kinds: list[Swap] = ["always"]
+    if len(orders) > 1 and about.get("head", {}).get("kind") == "joint":
+        kinds.append("unsure")
+    points = [
+        point
+        for swap in ([fixed.swap] if fixed else kinds)
+        for point in cascade_curve(
+            logits[rows], lengths, predict, taken, solved.votes, solved.groups,
+            fixed.threshold if fixed else None, swap=swap,
+        )
+    ]  # fmt: skip
+    return points or None
 
 
 def cascade_curve(
@@ -54,12 +66,14 @@ def cascade_curve(
     votes: Votes,
     groups: np.ndarray,
     threshold: float | None = None,
-) -> list[Figures] | None:
+    *,
+    swap: Swap = "always",
+) -> list[Figures]:
     """Compute a cascade's work and scores at each of `THRESHOLDS` that changes them.
 
-    Every point has the shares of `battles`, `sequences` and `tokens` that are scored at the longer
-    lengths, and of the tokens at all lengths (`all_tokens`); the scores of the prediction; and
-    `versus_all`, the paired difference from scoring everything.
+    Every point has `swap`; the shares of `battles`, `sequences` and `tokens` that are scored after the
+    first views, and of all tokens (`all_tokens`); the scores of the prediction; and `versus_all`, the
+    paired difference from scoring everything.
 
     Args:
         logits: float32 (rows, lengths, orders, classes), in the canonical frame.
@@ -68,20 +82,24 @@ def cascade_curve(
         groups: int64 (rows,), their prompts.
         threshold: of the cascade that the logits were scored with. The score without it is unknown
             then, so there is one point, of this cascade, and its `versus_all` is None.
+        swap: whether the first views have all orders (:class:`Cascade`); `unsure` is for joint heads.
 
     Returns:
-        None if no battle has more tokens at a longer length.
+        No point if no battle has more views than the first.
     """
     short = int(np.argmin(lengths))
-    longer = np.arange(len(lengths)) != short
-    if not costs.sequences[:, longer].any():
-        return None
-    everything, brief = predict(logits), predict(np.repeat(logits[:, [short]], len(lengths), 1))
-    reference = losses(everything, votes)
-    sure, more = confidence(logits[:, short]), costs.sequences[:, longer].any(axis=1)
-    sequences, tokens = (c[:, longer].sum(axis=1) for c in (costs.sequences, costs.tokens))
-    always = costs.tokens[:, short].sum()
-    # Skip thresholds that send no further battle to the longer lengths.
+    at_short = costs.sequences[:, short]
+    views = np.minimum(at_short, 1) if swap == "unsure" else at_short
+    # A battle's orders are equally long.
+    before = costs.tokens[:, short] * views / np.maximum(at_short, 1)
+    sequences, tokens = costs.sequences.sum(axis=1) - views, costs.tokens.sum(axis=1) - before
+    more = sequences > 0
+    if not more.any():
+        return []
+    first = logits[:, short, : 1 if swap == "unsure" else None]
+    everything, brief = predict(logits), predict(np.broadcast_to(first[:, None], logits.shape))
+    reference, sure = losses(everything, votes), confidence(first)
+    # Skip thresholds that send no further battle to the other views.
     told = {int((more & (sure < p)).sum()): p for p in reversed(THRESHOLDS)}
     points = []
     for p in sorted(told.values()) if threshold is None else [threshold]:
@@ -89,11 +107,12 @@ def cascade_curve(
         probabilities = np.where(goes_on[:, None], everything, brief)
         points.append(
             {
+                "swap": swap,
                 "threshold": p,
                 "battles": float(goes_on.mean()),
                 "sequences": float(sequences[goes_on].sum() / sequences.sum()),
                 "tokens": float(tokens[goes_on].sum() / tokens.sum()),
-                "all_tokens": float((always + tokens[goes_on].sum()) / costs.tokens.sum()),
+                "all_tokens": float((before.sum() + tokens[goes_on].sum()) / costs.tokens.sum()),
                 **scores(probabilities, votes),
                 "versus_all": paired_difference(
                     losses(probabilities, votes), reference, votes, groups

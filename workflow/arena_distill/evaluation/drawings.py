@@ -118,10 +118,11 @@ def alt_text(name: str, metrics: Figures) -> str:
         )
     if name == "cascade":
         shown = [
-            f"{p['threshold']:.2f}: {percent(p['all_tokens'], 0)} of tokens, {p['log_loss']:.4f}"
+            f"{p['swap']} {p['threshold']:.2f}: {percent(p['all_tokens'], 0)} of tokens, "
+            f"{p['log_loss']:.4f}"
             for p in _points(metrics)
         ]
-        return f"Test log loss by share of tokens scored, threshold: {'; '.join(shown) or 'none'}."
+        return f"Test log loss by share of tokens scored, swap and threshold: {'; '.join(shown) or 'none'}."
     shown = [
         f"{MODELS.get(r['model'], r['model'])} {r['variant']} {r['log_loss']:.4f}"
         for r in variant_records(metrics)
@@ -307,28 +308,38 @@ def _variants(metrics: Figures) -> Figure:
 
 
 def _cascade(metrics: Figures) -> Figure:
-    """Test log loss against the share of tokens that a cascade scores, a point per threshold."""
+    """Test log loss against the share of tokens that a cascade scores: a point per threshold, by `swap`."""
     points = _points(metrics)
     figure, axes = _figure(7.2, 3.4 if points else 1.5)
     if not points:
-        axes.text(0.5, 0.5, "no longer length to go on to", ha="center", color=MUTED)
+        axes.text(0.5, 0.5, "no other view to go on to", ha="center", color=MUTED)
         axes.set_axis_off()
         return figure
-    x, y = [100 * p["all_tokens"] for p in points], [p["log_loss"] for p in points]
-    if all(p["versus_all"] for p in points):
-        reference = y[-1] - points[-1]["versus_all"]["difference"]
-        low, high = ([reference + p["versus_all"][k] for p in points] for k in ("low", "high"))
-        axes.fill_between(x, low, high, color=SECOND, alpha=0.15, lw=0)
-        axes.axhline(reference, color=MUTED, lw=0.9, dashes=(4, 3))
-    axes.plot(x, y, "-o", color=SECOND, ms=5.5, mec=PAPER, mew=0.8, lw=1.1)
-    told = -100.0
-    for share, height, point in zip(x, y, points, strict=True):
-        if share - told > 4:  # closer ones would overlap
-            told, text = share, f"{point['threshold']:.2f}"
-            axes.annotate(text, (share, height), (0, 7), textcoords="offset points", ha="center")
+    for swap, color in (("always", SECOND), ("unsure", ACCENT)):
+        mine = [p for p in points if p["swap"] == swap]
+        if not mine:
+            continue
+        x, y = [100 * p["all_tokens"] for p in mine], [p["log_loss"] for p in mine]
+        if all(p["versus_all"] for p in mine):
+            reference = y[-1] - mine[-1]["versus_all"]["difference"]
+            low, high = ([reference + p["versus_all"][k] for p in mine] for k in ("low", "high"))
+            axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+            axes.axhline(reference, color=MUTED, lw=0.9, dashes=(4, 3))
+        axes.plot(
+            x, y, "-o", color=color, ms=5.5, mec=PAPER, mew=0.8, lw=1.1, label=f"swap: {swap}"
+        )
+        told = -100.0
+        for share, height, point in zip(x, y, mine, strict=True):
+            if share - told > 4:  # closer ones would overlap
+                told, text = share, f"{point['threshold']:.2f}"
+                axes.annotate(
+                    text, (share, height), (0, 7), textcoords="offset points", ha="center"
+                )
     axes.margins(y=0.15)
     axes.grid(True, axis="y")
-    axes.set(xlabel="tokens scored, % of those of all lengths", ylabel="log loss, nats")
+    axes.set(xlabel="tokens scored, % of those of all views", ylabel="log loss, nats")
+    if len({p["swap"] for p in points}) > 1:
+        figure.legend(loc="outside upper right", ncols=2, labelcolor=INK, fontsize=9)
     return figure
 
 

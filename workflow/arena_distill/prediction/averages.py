@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from arena_distill.config.phases import StackedViewsSettings, Views
+from arena_distill.config.run import Cascade
 from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import REBUILD, read_provenance
@@ -62,6 +63,8 @@ def read_views(path: Path, settings: Views | StackedViewsSettings) -> tuple[np.n
     asked = settings.model_dump(mode="json")
     for name in ("max_lengths", "orders", "cascade"):
         wanted, found = asked.get(name), made_with.get(name)
+        if name == "cascade" and found:  # of an older file, without a key that has a default
+            found = Cascade.model_validate(found).model_dump(mode="json")
         if wanted != found:
             raise InputError(
                 f"{path}: made with prediction.{name} {found}, the configuration says {wanted}; "

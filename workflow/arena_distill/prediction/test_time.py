@@ -6,9 +6,9 @@ variant. One variant is submitted: the configured model's average over all lengt
 calibrated if the configuration says so.
 
 A cascade saves forward passes: if the judge is confident of a battle at the shortest length, the
-battle is not scored at the longer ones; they get the same logits. So the prediction of such a battle
-is that of the shortest length, and of any other the average over all lengths; :func:`averages`
-computes both from the logits on file.
+battle is not scored at the longer ones; they get the same logits. With `swap: unsure` it is not scored
+in the second order either. So the prediction of such a battle is that of the first views, and of any
+other the average over all; :func:`averages` computes both from the logits on file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Passes:
     A sequence equal to one at a shorter length or in another order costs nothing.
 
     sequences, tokens: int32 (rows, lengths); tokens without padding, the sum over a battle's views.
-    scored: bool (rows, lengths), False if it costs nothing, or if a cascade stopped before.
+    scored: float32 (rows, lengths), the share of the sequences that was scored: 0 if there is none, less
+        than 1 if a cascade stopped before.
     """
 
     sequences: np.ndarray
@@ -132,7 +133,7 @@ def score_test(
     write_logits(output, logits, ids, provenance("scoring", about))
     lengths = len(settings.max_lengths)
     total = len(test) * lengths * len(views(settings.head, settings.orders))
-    scored, needed = int(costs.sequences[costs.scored].sum()), int(costs.sequences.sum())
+    scored, needed = round((costs.sequences * costs.scored).sum()), int(costs.sequences.sum())
     spared = f" and {needed - scored:,} by the cascade" if settings.cascade else ""
     print(
         f"{output}: {len(test):,} battles, lengths {joined(settings.max_lengths)}, orders "
@@ -180,31 +181,35 @@ def score_variants(
     def seen(views: slice) -> np.ndarray:
         """Verdicts of all battles on views of one length: (rows, orders, classes)."""
         said = np.take_along_axis(outputs, original[views, :, None], axis=0)
-        return verdicts(said.swapaxes(0, 1), head, orders)
+        return verdicts(said.swapaxes(0, 1), head, orders[: len(said)])
 
     size = len(shown) // len(lengths)
     scored = own
+    sure, brief = np.zeros(len(tokens), bool), None
     if settings.cascade is None:
         run(own)
     else:
-        first = own & (np.arange(len(shown)) < size)[:, None]
-        run(first)
-        sure = confidence(seen(slice(size))) >= settings.cascade.threshold
-        # A confident battle gets the logits of the shortest length at every length.
-        original[:, sure] = np.tile(original[:size, sure], (len(lengths), 1))
-        scored = original == np.arange(len(shown))[:, None]
-        run(scored & ~first)
+        alone = settings.cascade.swap == "unsure" and head.kind == "joint"
+        first = np.arange(len(shown)) < (1 if alone else size)
+        run(own & first[:, None])
+        brief = seen(slice(first.sum()))
+        sure = confidence(brief) >= settings.cascade.threshold
+        scored = own & (first[:, None] | ~sure)
+        run(scored & ~first[:, None])
     place = np.argsort(ascending)  # from the shortest first to the order of the settings
     logits = np.stack([seen(slice(i * size, (i + 1) * size)) for i in place], axis=1)
+    if brief is not None:  # a confident battle gets the logits of the first views in all others
+        logits[sure] = brief[sure, None]
     taken = own * np.stack([part.lengths for part in shown])
     # (lengths, views of each, rows) → the sum over a battle's views.
     own, taken, scored = (x.reshape(len(lengths), size, -1)[place] for x in (own, taken, scored))
-    sequences, taken = (x.sum(axis=1, dtype=np.int32).T for x in (own, taken))
-    return logits, Passes(sequences, taken, scored.any(axis=1).T)
+    sequences, taken, done = (x.sum(axis=1, dtype=np.int32).T for x in (own, taken, scored))
+    share = (done / np.maximum(sequences, 1)).astype(np.float32)
+    return logits, Passes(sequences, taken, share)
 
 
 def confidence(logits: np.ndarray) -> np.ndarray:
-    """A judge's confidence: the probability of its verdict, from the mean logits of all orders.
+    """A judge's confidence: the probability of its verdict, from the mean logits of the orders.
 
     Args:
         logits: float (rows, orders, classes), in the canonical frame.
