@@ -29,10 +29,11 @@ from arena_distill.config.run import Config, overlay
 from arena_distill.errors import InputError
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier
-from arena_distill.planning import forecast
+from arena_distill.planning.alternatives import alternatives
 from arena_distill.planning.costs import NF4_BYTES, ON_THE_HOST, Cost, Costs
 from arena_distill.planning.devices import DEVICES, GIB, USABLE
-from arena_distill.planning.forecast import critical_path, simulate
+from arena_distill.planning.fit import refuse_what_does_not_fit
+from arena_distill.planning.schedule import critical_path, simulate
 from arena_distill.planning.sizes import alive, measure, read_config, step_bytes
 from arena_distill.planning.workload import Battles, assumed_sequence
 from arena_distill.runs.graph import Planned
@@ -374,7 +375,7 @@ def refusal(raw: dict[str, Any], rule: str = "train_teacher", judge: str = "llam
     costs = costs_of(raw)
     job = planned(rule, costs.config, judge=judge, fold="0")
     with pytest.raises(InputError) as raised:
-        forecast._refuse_what_does_not_fit([job], [costs.of(job)], costs)
+        refuse_what_does_not_fit([job], [costs.of(job)], costs)
     return str(raised.value)
 
 
@@ -426,9 +427,95 @@ def test_two_nodes_have_them_together() -> None:
     assert (found.gpus, found.nodes) == (8, 2)
     alone = costs.of(replace(wide, resources=wide.resources | {"nodes": 1}))
     assert found.host == alone.host / 2
-    forecast._refuse_what_does_not_fit([wide], [found], costs)
+    refuse_what_does_not_fit([wide], [found], costs)
     raw["plan"]["nodes"] = 1
     assert "needs 2 nodes, there are 1" in refusal(raw)
+
+
+# --- cheaper settings -------------------------------------------------------------------------------
+
+
+def small_run(**plan: Any) -> tuple[list[Planned], Costs]:
+    """Three folds of a teacher and of its student."""
+    raw = tiny() | {"plan": {"accelerator": "a100-80g", "startup": 0, "disk_gb_per_s": 1e9, **plan}}
+    compute = {"gpus": 8, "gradient_checkpointing": True, "micro_batch_size": 2}
+    shared = {"precision": "bf16", "training": {"batch_size": 16}, "compute": compute}
+    raw["judges"] = {
+        "t": {"backbone": {"tiny": "llama"}, **shared},
+        "s": {"backbone": {"tiny": "qwen2"}, "teachers": ["t"], **shared},
+    }
+    raw["final"] = "s"
+    raw["defaults"] = {"pretraining": None}
+    costs = costs_of(raw)
+    jobs = []
+    for name, rule, after in (("t", "train_teacher", []), ("s", "distill_student", [0, 1, 2])):
+        job = planned(rule, costs.config, judge=name, fold="0")
+        jobs += [replace(job, after=after, outputs=["o"]) for _ in range(3)]
+    return jobs, costs
+
+
+def gpu_seconds(costs: Costs, jobs: list[Planned]) -> float:
+    return sum(cost.gpus * cost.seconds for cost in map(costs.of, jobs))
+
+
+def test_cheaper_settings_cost_what_a_plan_with_them_costs() -> None:
+    jobs, costs = small_run()
+    plan, *told = alternatives(jobs, [costs.of(job) for job in jobs], costs)
+    assert plan.changes == ()
+    assert plan.gpu_hours == pytest.approx(gpu_seconds(costs, jobs) / 3600)
+    by_text = {each.changes[0]: each for each in told if len(each.changes) == 1}
+    for key, value in (
+        ("head", {"kind": "pointwise"}),
+        ("backbone", {"tiny": "llama", "layers": 3}),
+    ):
+        judge = costs.config.judges["t"]
+        changed = judge.model_copy(
+            update={
+                key: getattr(judge, key).model_copy(update=value)
+            }  # the judge's other keys stay
+        )
+        config = costs.config.with_judges({"t": changed})
+        text = "head: pointwise" if key == "head" else "backbone.layers: 3"
+        found = by_text[f"judges.t.{text}"]
+        assert not found.same
+        other = Costs(config, Battles(config, costs.run), costs.run)
+        assert found.gpu_hours == pytest.approx(gpu_seconds(other, jobs) / 3600)
+    text = "judges.s.compute: {gradient_checkpointing: false, micro_batch_size: 2}"
+    assert by_text[text].same
+    once = [replace(j, resources=j.resources | {"gradient_checkpointing": 0}) for j in jobs[3:]]
+    assert by_text[text].gpu_hours == pytest.approx(gpu_seconds(costs, jobs[:3] + once) / 3600)
+
+
+def test_the_best_combination_is_no_worse_than_any_single_change() -> None:
+    jobs, costs = small_run(price_per_gpu_hour={"a100-80g": 2.0, "h100-80g": 3.0})
+    plan, *told = alternatives(jobs, [costs.of(job) for job in jobs], costs)
+    *single, same, every = told
+    prices = [each.cost or 0 for each in single]
+    assert prices == sorted(prices)
+    assert same.same
+    assert not every.same
+    assert "judges.t on h100-80g" in same.changes  # 1.5 times the price, 3.2 times the speed
+    assert (same.cost or 0) <= min(each.cost or 0 for each in single if each.same)
+    assert (every.cost or 0) < min(same.cost or 0, *prices)
+    assert every.gpu_hours < same.gpu_hours < plan.gpu_hours
+    assert len(set(every.changes)) == len(every.changes)
+
+
+def test_what_does_not_fit_is_no_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, costs = small_run(price_per_gpu_hour={"a100-80g": 2.0, "rtx-4090": 0.01})
+
+    def priced_changes() -> set[str]:
+        told = alternatives(jobs, [costs.of(job) for job in jobs], costs)
+        return {change for each in told for change in each.changes}
+
+    assert "judges.t on rtx-4090" in priced_changes()
+    peaks = {job.wildcards["judge"]: costs.of(job).peak for job in jobs}
+    assert peaks["s"] != peaks["t"]
+    larger, smaller = sorted(peaks, key=lambda name: -peaks[name])
+    room = (peaks[larger] + peaks[smaller]) / 2 / USABLE
+    monkeypatch.setitem(DEVICES, "rtx-4090", replace(DEVICES["rtx-4090"], memory=room))
+    assert f"judges.{smaller} on rtx-4090" in priced_changes()
+    assert f"judges.{larger} on rtx-4090" not in priced_changes()
 
 
 # --- when? ------------------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ def _printable(line: str) -> str:
 def plan(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every job.")] = False,
+    cheaper: Annotated[
+        bool, typer.Option("--cheaper", help="Also look for settings that cost less.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
 ) -> None:
     """Report what a run will cost: memory, time, GPU-hours, disk; exits with 1 if a job cannot fit.
@@ -67,7 +70,7 @@ def plan(
     from arena_distill.files.artifacts import write_json
     from arena_distill.planning.forecast import forecast, print_forecast
 
-    found = forecast(context.args)
+    found = forecast(context.args, cheaper=cheaper)
     if output:
         write_json(found.as_json(), output)
     if as_json:

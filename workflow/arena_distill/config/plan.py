@@ -39,8 +39,8 @@ class Plan(Section):
     """CPU cores per machine."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.18
     """Reached share of the peak FLOP/s; 0.18 fits the winners' published durations."""
-    price_per_gpu_hour: NonNegativeFloat | None = None
-    """Price in any currency; null: no price is printed."""
+    price_per_gpu_hour: NonNegativeFloat | dict[Accelerator, NonNegativeFloat] | None = None
+    """Price in any currency, or one for each model of GPU; null: no price is printed."""
     battles: PlannedBattles = PlannedBattles()
     """How many."""
     tokens_per_battle: PositiveFloat = 850.0
@@ -53,3 +53,9 @@ class Plan(Section):
     """Speed at which jobs read and write models, GB/s."""
     startup: NonNegativeFloat = 60.0
     """Seconds of each job before it computes: queue, imports."""
+
+    def price(self, accelerator: str) -> float | None:
+        """The price of an hour on a GPU of this model; None if it is not known."""
+        if isinstance(self.price_per_gpu_hour, dict):
+            return self.price_per_gpu_hour.get(accelerator)  # type: ignore[call-overload]
+        return self.price_per_gpu_hour if accelerator == self.accelerator else None
