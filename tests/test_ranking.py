@@ -119,6 +119,19 @@ def test_what_names_no_two_models_or_no_vote_does_not_count(arena: Any) -> None:
     assert found == rest
 
 
+def test_models_that_never_met_the_others_are_not_ranked(arena: Any) -> None:
+    first, second, truth, votes = (values[:2000] if isinstance(values, np.ndarray) else
+                                   values[np.arange(2000)] for values in arena)  # fmt: skip
+    apart = np.isin(first, [5, 6]) == np.isin(second, [5, 6])  # 5 and 6 meet each other alone
+    rows, groups = np.flatnonzero(apart), np.arange(apart.sum())
+    found = rank_models(
+        battles_of(first[rows], second[rows]), {"judge": truth[rows]}, votes[rows], groups
+    )
+    assert found is not None
+    assert {m["model"] for m in found["models"]} == {"m0", "m1", "m2", "m3", "m4"}
+    assert found["rows"] == (first[rows] < 5).sum()
+
+
 def test_too_few_models_are_not_ranked() -> None:
     few = FEWEST_MODELS - 1
     first = np.tile(np.arange(few), FEWEST_BATTLES)

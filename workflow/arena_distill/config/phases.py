@@ -81,7 +81,7 @@ VERSIONS = {
     "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 14,
+    "evaluation": 15,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,

@@ -61,7 +61,8 @@ def rank_models(
 
     Args:
         battles: string columns `model_a` and `model_b`, null where unknown: these battles do not count,
-            nor do those of a model with itself.
+            nor do those of a model with itself. Of groups of models that never met, the one with the most
+            battles counts: strengths in different groups cannot be compared.
         judged: probabilities (rows, classes) by name; the first are those of the judge.
         votes: of these battles; their weights count.
         groups: int (rows,), the battle's prompt.
@@ -74,15 +75,19 @@ def rank_models(
         Votes drawn again are noisier than the votes: the value lies in the upper part of its interval.
     """
     from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     sides = [battles[name].combine_chunks().cast(pa.string()) for name in ("model_a", "model_b")]
     coded = pa.concat_arrays(sides).dictionary_encode()
     names, place = np.unique(np.array(coded.dictionary.to_pylist(), str), return_inverse=True)
     codes = np.append(place, -1)[pc.fill_null(coded.indices, len(place)).to_numpy()]
     first, second = codes.reshape(2, -1)
-    rows = np.flatnonzero((first >= 0) & (second >= 0) & (first != second) & votes.known)
-    first, second, votes = first[rows], second[rows], votes[rows]
     count = len(names)
+    rows = np.flatnonzero((first >= 0) & (second >= 0) & (first != second) & votes.known)
+    met = coo_array((np.ones(len(rows)), (first[rows], second[rows])), shape=(count, count))
+    part = connected_components(met, directed=False)[1][first[rows]]
+    rows = rows[part == np.bincount(part, minlength=1).argmax()]
+    first, second, votes = first[rows], second[rows], votes[rows]
     seen = np.bincount(np.concatenate([first, second]), minlength=count)
     ranked = np.flatnonzero(seen >= FEWEST_BATTLES)
     if len(ranked) < FEWEST_MODELS:
