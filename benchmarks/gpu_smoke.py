@@ -30,16 +30,12 @@ from typing import Any
 import numpy as np
 
 from arena_distill.config.backbone import TINY
-from arena_distill.config.phases import (
-    ArenaSettings,
-    FoldsSettings,
-    LogitsSettings,
-    MergeSettings,
-    QuantizationSettings,
-    ScoringSettings,
-    Settings,
-    TrainingSettings,
-)
+from arena_distill.config.phases.battles import ArenaSettings, FoldsSettings
+from arena_distill.config.phases.deployment import MergeSettings, QuantizationSettings
+from arena_distill.config.phases.prediction import ScoringSettings
+from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.phases.settings import Settings
+from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import Config, load
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "workflow"))
 
 from arena_distill.config.backbone import TINY, Backbone  # noqa: E402
 from arena_distill.config.judge import JOINT, Lora  # noqa: E402
-from arena_distill.config.phases import BackboneSettings  # noqa: E402
+from arena_distill.config.phases.encoding import BackboneSettings  # noqa: E402
 from arena_distill.models.adapters import new_judge  # noqa: E402
 from arena_distill.models.loading import load_classifier  # noqa: E402
 from arena_distill.models.preparation import prepare_backbone  # noqa: E402

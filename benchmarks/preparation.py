@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from arena_distill.battles.reading import read_battles
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import TokensSettings
+from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.encoding import tokenization
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.templates import TEMPLATES

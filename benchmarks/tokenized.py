@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from arena_distill.battles.reading import read_battles
-from arena_distill.config.phases import TokensSettings
+from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files.artifacts import provenance, write_parquet

@@ -1,4 +1,5 @@
 # Leaks between folds and sources of battles.
+from arena_distill.config.phases.battles import AuditSettings
 
 
 rule audit_leaks:
@@ -15,7 +16,7 @@ rule audit_leaks:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.AuditSettings),
+        settings=settings_of(AuditSettings),
     message:
         "Looking for leaks"
     shell:

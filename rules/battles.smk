@@ -2,6 +2,15 @@
 #
 # A module's prefix moves all outputs of this workflow. Files that the configuration names, and files that
 # ship with the workflow, are `local`: the prefix does not move them.
+from arena_distill.config.phases.battles import (
+    ArenaSettings,
+    BattlesSettings,
+    CountSettings,
+    FoldsSettings,
+    SolutionSettings,
+)
+
+
 include: "inputs/battles.smk"
 
 
@@ -16,7 +25,7 @@ rule simulate_arena:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.ArenaSettings),
+        settings=settings_of(ArenaSettings),
         folder=lambda wildcards, output: os.path.dirname(output.truth),
     message:
         "Simulating the synthetic arena"
@@ -42,7 +51,7 @@ rule read_battles:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.BattlesSettings),
+        settings=settings_of(BattlesSettings),
         files=as_options(*SOURCES),
     message:
         "Reading battles: {input}"
@@ -68,7 +77,7 @@ rule read_solution:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.SolutionSettings),
+        settings=settings_of(SolutionSettings),
     message:
         "Reading the votes of the test battles: {input.solution}"
     shell:
@@ -89,7 +98,7 @@ rule assign_folds:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.FoldsSettings),
+        settings=settings_of(FoldsSettings),
     message:
         f"Assigning battles to {CONFIG.folds.n} folds ({CONFIG.folds.method})"
     shell:
@@ -114,7 +123,7 @@ rule check_counts:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.CountSettings),
+        settings=settings_of(CountSettings),
     message:
         "Counting the battles that each training has"
     shell:

@@ -1,4 +1,5 @@
 # The deployed models are calibrated and scored on held-out battles, if `folds.holdout` is set.
+from arena_distill.config.phases.prediction import CalibrationSettings
 
 
 rule fit_calibration:
@@ -18,7 +19,7 @@ rule fit_calibration:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.CalibrationSettings),
+        settings=settings_of(CalibrationSettings),
     message:
         "Calibrating {wildcards.judge}, {wildcards.model}, on held-out battles"
     shell:

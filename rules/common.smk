@@ -16,7 +16,7 @@ if CHECKOUT:
 
 from arena_distill import layout
 from arena_distill.config import checks, derived, run
-from arena_distill.config import phases as phase
+from arena_distill.config.phases.settings import VERSIONS, Settings
 from arena_distill.errors import InputError
 
 try:
@@ -113,7 +113,7 @@ def settings_of(phase):
 
 def version_of(name):
     """The settings of a phase that reads no key of the configuration: only its version."""
-    return lambda wildcards: phase.Settings(version=phase.VERSIONS[name]).as_params()
+    return lambda wildcards: Settings(version=VERSIONS[name]).as_params()
 
 
 def named(names, files):

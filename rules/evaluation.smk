@@ -1,4 +1,7 @@
 # All figures of the run, and the report.
+from arena_distill.config.phases.evaluation import EvaluationSettings
+
+
 include: "inputs/evaluation.smk"
 
 
@@ -99,7 +102,7 @@ rule evaluate:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.EvaluationSettings),
+        settings=settings_of(EvaluationSettings),
         tables=lambda wildcards, output: os.path.dirname(output.judges),
         files=as_options(
             "predictions",
@@ -143,7 +146,7 @@ rule render_report:
     conda:
         "../envs/arena.yaml"
     params:
-        version=phase.VERSIONS["report"],
+        version=VERSIONS["report"],
         parts=lambda wildcards, output: os.path.dirname(output.parts[0]),
     message:
         "Writing the report: {output.page}"

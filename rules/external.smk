@@ -1,4 +1,7 @@
 # Judges that are not trained here: their logits come from a file or an endpoint.
+from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
+
+
 include: "inputs/external.smk"
 
 
@@ -22,7 +25,7 @@ rule query_endpoint:
     resources:
         limits=endpoint_limits,
     params:
-        settings=settings_of(phase.QuerySettings),
+        settings=settings_of(QuerySettings),
         answers=answers,
     message:
         "Querying the endpoint of {wildcards.judge}"
@@ -74,7 +77,7 @@ rule split_external_logits:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.LogitsSettings),
+        settings=settings_of(LogitsSettings),
     message:
         "Splitting the logits of {wildcards.judge}, fold {wildcards.fold}"
     shell:

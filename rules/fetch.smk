@@ -1,4 +1,7 @@
 # Published battles: only sources with `kaggle` or `hub`, and only if their files do not exist yet.
+from arena_distill.config.phases.battles import FetchSettings
+
+
 include: "inputs/fetch.smk"
 
 
@@ -18,7 +21,7 @@ rule fetch_battles:
     resources:
         download=1,
     params:
-        settings=lambda wildcards: phase.FetchSettings.of(FETCHED[wildcards.file]).as_params(),
+        settings=lambda wildcards: FetchSettings.of(FETCHED[wildcards.file]).as_params(),
     message:
         "Fetching {wildcards.file}"
     shell:

@@ -1,4 +1,9 @@
 # Frozen judges: their backbone reads each battle once, and a linear head per fold is fitted to what it says.
+from arena_distill.config.phases.deployment import MergeSettings
+from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.phases.training import FeatureSettings, ProbeSettings
+
+
 include: "inputs/frozen.smk"
 
 
@@ -20,7 +25,7 @@ rule read_features:
     resources:
         **SCORING,
     params:
-        settings=settings_of(phase.FeatureSettings),
+        settings=settings_of(FeatureSettings),
     message:
         f"Reading battles with the backbone of {{wildcards.judge}}{ASKS}"
     shell:
@@ -48,7 +53,7 @@ rule fit_probe:
     resources:
         **FITTING,
     params:
-        settings=settings_of(phase.ProbeSettings),
+        settings=settings_of(ProbeSettings),
         learned_from=learned_from,
     message:
         f"Fitting the head of {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
@@ -76,7 +81,7 @@ rule score_probe:
     resources:
         **FITTING,
     params:
-        settings=settings_of(phase.LogitsSettings),
+        settings=settings_of(LogitsSettings),
     message:
         f"Scoring battles with the head of {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
     shell:
@@ -101,7 +106,7 @@ rule merge_probes:
     resources:
         **FITTING,
     params:
-        settings=settings_of(phase.MergeSettings),
+        settings=settings_of(MergeSettings),
     message:
         f"Putting the mean head of {CONFIG.folds.n} folds on {{wildcards.judge}}{ASKS}"
     shell:

@@ -1,4 +1,8 @@
 # The final judge becomes a folder that says how it is asked, and proves it: judge.json, test vectors, card.
+from arena_distill.config.phases.evaluation import BenchmarkSettings
+from arena_distill.config.phases.judging import JudgeSettings
+
+
 include: "inputs/judging.smk"
 
 
@@ -22,7 +26,7 @@ rule finish_merged:
         **SCORING,
     params:
         run="arena finish-judge --kind merged",
-        settings=settings_of(phase.JudgeSettings),
+        settings=settings_of(JudgeSettings),
         optional=as_options("calibration", "test_votes"),
     message:
         f"Finishing {{wildcards.judge}}, merged{ASKS}"
@@ -75,7 +79,7 @@ rule benchmark_merged:
         **SCORING,
     params:
         run="arena run-benchmarks",
-        settings=settings_of(phase.BenchmarkSettings),
+        settings=settings_of(BenchmarkSettings),
         files=named_benchmarks,
     message:
         f"Asking {{wildcards.judge}}, merged, the benchmarks{ASKS}"

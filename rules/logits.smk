@@ -1,5 +1,8 @@
 # The judge of each fold scores its battles in both orders: in one job, or in shards that are gathered. If
 # students learn from a judge's hidden states, a variant of each rule (`…_states`) also writes these.
+from arena_distill.config.phases.scoring import LogitsSettings
+
+
 include: "inputs/logits.smk"
 
 
@@ -24,7 +27,7 @@ rule predict_logits:
     resources:
         **SCORING,
     params:
-        settings=settings_of(phase.LogitsSettings),
+        settings=settings_of(LogitsSettings),
         shard=shard,
     message:
         f"Scoring battles with {{wildcards.judge}}, fold {{wildcards.fold}}{ASKS}"
@@ -66,7 +69,7 @@ rule gather_logits:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.LogitsSettings),
+        settings=settings_of(LogitsSettings),
     message:
         "Gathering the shards of {wildcards.judge}, fold {wildcards.fold}"
     shell:

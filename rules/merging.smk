@@ -1,4 +1,7 @@
 # The adapters of all folds are averaged and merged into one dense model.
+from arena_distill.config.phases.deployment import MergeSettings
+
+
 include: "inputs/merging.smk"
 
 
@@ -21,7 +24,7 @@ rule merge_folds:
     resources:
         **MERGING,
     params:
-        settings=settings_of(phase.MergeSettings),
+        settings=settings_of(MergeSettings),
         evidence=as_options("folds", "tokens", "logits"),
     message:
         f"Merging {CONFIG.folds.n} folds of {{wildcards.judge}}{ASKS}"

@@ -1,5 +1,8 @@
 # Test battles and held-out ones are scored at every length and in both orders; test scores are averaged and
 # submitted.
+from arena_distill.config.phases.prediction import PredictionSettings, ScoringSettings
+
+
 include: "inputs/prediction.smk"
 
 
@@ -23,7 +26,7 @@ rule score_test_merged:
         **SCORING,
     params:
         run="arena score-test",
-        settings=settings_of(phase.ScoringSettings),
+        settings=settings_of(ScoringSettings),
         folds=as_options("folds"),
     message:
         f"Scoring test battles with the merged {{wildcards.judge}}{ASKS}"
@@ -104,7 +107,7 @@ rule predict_test:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.PredictionSettings),
+        settings=settings_of(PredictionSettings),
         optional=as_options("calibration", "battles"),
     message:
         "Averaging the test predictions of {wildcards.judge}, {wildcards.model}"
@@ -127,7 +130,7 @@ rule write_submission:
     conda:
         "../envs/arena.yaml"
     params:
-        version=phase.VERSIONS["submission"],
+        version=VERSIONS["submission"],
     message:
         "Writing the submission"
     shell:

@@ -1,4 +1,7 @@
 # The dense model is quantised with GPTQ and has to pass a drift check.
+from arena_distill.config.phases.deployment import DriftSettings, QuantizationSettings
+
+
 include: "inputs/quantization.smk"
 
 
@@ -18,7 +21,7 @@ rule quantize_model:
     resources:
         **QUANTIZING,
     params:
-        settings=settings_of(phase.QuantizationSettings),
+        settings=settings_of(QuantizationSettings),
     message:
         f"Quantising {{wildcards.judge}} with GPTQ{ASKS}"
     shell:
@@ -41,7 +44,7 @@ rule check_drift:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.DriftSettings),
+        settings=settings_of(DriftSettings),
     message:
         "Checking the quantisation drift of {wildcards.judge}"
     shell:

@@ -1,4 +1,8 @@
 # Stacks: what judges, and trees over the surface, say of a battle is combined. Nothing is trained but weights.
+from arena_distill.config.phases.prediction import StackedViewsSettings
+from arena_distill.config.phases.scoring import StackSettings, StackedLogitsSettings
+
+
 include: "inputs/stacks.smk"
 
 
@@ -19,7 +23,7 @@ rule fit_stack:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.StackSettings),
+        settings=settings_of(StackSettings),
         surface=as_options("surface"),
         logits=by_member,
     message:
@@ -47,7 +51,7 @@ rule combine_fold:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.StackedLogitsSettings),
+        settings=settings_of(StackedLogitsSettings),
         battles=as_options("battles"),
     message:
         "Combining the members of {wildcards.judge}, fold {wildcards.fold}"
@@ -76,7 +80,7 @@ rule combine_test:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=settings_of(phase.StackedViewsSettings),
+        settings=settings_of(StackedViewsSettings),
         surface=as_options("surface"),
     message:
         "Combining the members of {wildcards.judge}, {wildcards.model}, on test battles"

@@ -1,4 +1,8 @@
 # Studies compare judges that are derived from those of the run. `all` runs no study.
+from arena_distill.config.phases.deployment import SoupSettings
+from arena_distill.config.phases.studies import AveragingSettings, CompareSettings, CurveSettings
+
+
 include: "inputs/studies.smk"
 
 
@@ -22,7 +26,7 @@ rule compare_soups:
     resources:
         **job_of(scoring_gpus, "batch_tokens"),
     params:
-        settings=settings_of(phase.SoupSettings),
+        settings=settings_of(SoupSettings),
         options=as_options("logits", "test_votes"),
     message:
         f"Merging the folds of {{wildcards.judge}} in every way{ASKS}"
@@ -48,7 +52,7 @@ rule draw_averaging:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=study_settings(phase.AveragingSettings),
+        settings=study_settings(AveragingSettings),
         folder=lambda wildcards, output: os.path.dirname(output.figures),
     message:
         "Drawing how far the two ways of averaging differ"
@@ -76,7 +80,7 @@ rule draw_curves:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=study_settings(phase.CurveSettings),
+        settings=study_settings(CurveSettings),
         run=lambda wildcards, input: os.path.dirname(input.folds),
         folder=lambda wildcards, output: os.path.dirname(output.figures),
         truth=as_options("truth"),
@@ -107,7 +111,7 @@ rule compare_judges:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=study_settings(phase.CompareSettings),
+        settings=study_settings(CompareSettings),
         run=lambda wildcards, input: os.path.dirname(input.folds),
         folder=lambda wildcards, output: os.path.dirname(output.figures),
         options=as_options("test_votes", "truth"),

@@ -1,4 +1,7 @@
 # Adapters are post-pretrained on UT battles, then trained per fold: teachers on votes, students on teachers.
+from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
+
+
 include: "inputs/training.smk"
 
 
@@ -18,7 +21,7 @@ rule pretrain_adapter:
     resources:
         **TRAINING,
     params:
-        settings=settings_of(phase.PretrainingSettings),
+        settings=settings_of(PretrainingSettings),
         checkpoints=checkpoints,
     message:
         f"Post-pretraining {{wildcards.judge}} on UT battles{ASKS}"
@@ -49,7 +52,7 @@ rule train_teacher:
     resources:
         **TRAINING,
     params:
-        settings=settings_of(phase.TrainingSettings),
+        settings=settings_of(TrainingSettings),
         checkpoints=checkpoints,
         learned_from=learned_from,
     message:

@@ -263,7 +263,7 @@ def make_run(
 ) -> Callable[..., Run]:
     """Battles, tokens and folds for a family, as the workflow's earlier phases write them."""
     from arena_distill.battles.folds import assign_folds
-    from arena_distill.config.phases import TokensSettings
+    from arena_distill.config.phases.encoding import TokensSettings
     from arena_distill.encoding.tokenization import tokenize_battles
     from arena_distill.files.artifacts import write_parquet
 

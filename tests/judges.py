@@ -15,7 +15,9 @@ from conftest import made_up_battles
 
 from arena_distill import Judge
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import JudgeSettings, ScoringSettings, TokensSettings
+from arena_distill.config.phases.encoding import TokensSettings
+from arena_distill.config.phases.judging import JudgeSettings
+from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id, tokenize_battles
 from arena_distill.files.artifacts import write_parquet

@@ -17,13 +17,10 @@ from arena_distill.battles.prompts import prompt_groups
 from arena_distill.battles.reading import REJECTED_SCHEMA
 from arena_distill.battles.solution import write_test_votes
 from arena_distill.battles.votes import vote_columns, with_classes
-from arena_distill.config.phases import (
-    VERSIONS,
-    CalibrationSettings,
-    EvaluationSettings,
-    PredictionSettings,
-    SolutionSettings,
-)
+from arena_distill.config.phases.battles import SolutionSettings
+from arena_distill.config.phases.evaluation import EvaluationSettings
+from arena_distill.config.phases.prediction import CalibrationSettings, PredictionSettings
+from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.evaluation.evaluate import evaluate
 from arena_distill.files.artifacts import provenance as origin

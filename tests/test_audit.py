@@ -43,7 +43,8 @@ from arena_distill.battles.similarity import (
     recall,
 )
 from arena_distill.config.data import Audit
-from arena_distill.config.phases import VERSIONS, AuditSettings, FoldsSettings, parse
+from arena_distill.config.phases.battles import AuditSettings, FoldsSettings
+from arena_distill.config.phases.settings import VERSIONS, parse
 from arena_distill.config.run import Config, load
 from arena_distill.config.source import SOURCES
 from arena_distill.errors import InputError

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.judge import Head
-from arena_distill.config.phases import BackboneSettings
+from arena_distill.config.phases.encoding import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json

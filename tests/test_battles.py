@@ -23,7 +23,7 @@ from arena_distill.battles.parts import SCHEMA
 from arena_distill.battles.reading import REJECTED_SCHEMA, read_battles, write_battles
 from arena_distill.battles.solution import read_solution, write_test_votes
 from arena_distill.battles.votes import Solution
-from arena_distill.config.phases import BattlesSettings, SolutionSettings
+from arena_distill.config.phases.battles import BattlesSettings, SolutionSettings
 from arena_distill.config.source import SOURCES, Source
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance

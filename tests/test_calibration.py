@@ -18,7 +18,7 @@ from made_up_run import MadeUpRun, made_up_run
 from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.style_features import style_features
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import PredictionSettings
+from arena_distill.config.phases.prediction import PredictionSettings
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.evaluation.out_of_fold import Run

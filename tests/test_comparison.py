@@ -13,7 +13,7 @@ from made_up_run import JUDGES, made_up_run
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from arena_distill.config.phases import CompareSettings, Entry
+from arena_distill.config.phases.studies import CompareSettings, Entry
 from arena_distill.config.run import Prediction
 from arena_distill.files.logits import read_logits
 from arena_distill.studies.comparison import compare

@@ -18,41 +18,43 @@ from pydantic import BaseModel
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.data import Data, Folds
 from arena_distill.config.judge import Compute, Encoding, Judge, JudgeDefaults, Loss
-from arena_distill.config.phases import (
-    VERSIONS,
+from arena_distill.config.phases.battles import (
     ArenaSettings,
     AuditSettings,
-    AveragingSettings,
-    BackboneSettings,
     BattlesSettings,
-    BenchmarkSettings,
-    CalibrationSettings,
-    CompareSettings,
     CountSettings,
-    CurveSettings,
-    DriftSettings,
-    EvaluationSettings,
-    FeatureSettings,
     FetchSettings,
     FoldsSettings,
-    JudgeSettings,
-    LogitsSettings,
+    SolutionSettings,
+)
+from arena_distill.config.phases.deployment import (
+    DriftSettings,
     MergeSettings,
+    QuantizationSettings,
+    SoupSettings,
+)
+from arena_distill.config.phases.encoding import BackboneSettings, TokensSettings
+from arena_distill.config.phases.evaluation import BenchmarkSettings, EvaluationSettings
+from arena_distill.config.phases.judging import JudgeSettings
+from arena_distill.config.phases.prediction import (
+    CalibrationSettings,
     PredictionSettings,
+    ScoringSettings,
+    StackedViewsSettings,
+)
+from arena_distill.config.phases.scoring import (
+    LogitsSettings,
+    QuerySettings,
+    StackedLogitsSettings,
+    StackSettings,
+)
+from arena_distill.config.phases.settings import VERSIONS, Settings, parse
+from arena_distill.config.phases.studies import AveragingSettings, CompareSettings, CurveSettings
+from arena_distill.config.phases.training import (
+    FeatureSettings,
     PretrainingSettings,
     ProbeSettings,
-    QuantizationSettings,
-    QuerySettings,
-    ScoringSettings,
-    Settings,
-    SolutionSettings,
-    SoupSettings,
-    StackedLogitsSettings,
-    StackedViewsSettings,
-    StackSettings,
-    TokensSettings,
     TrainingSettings,
-    parse,
 )
 from arena_distill.config.run import Config, Prediction, load, overlay, schema
 from arena_distill.config.section import Section

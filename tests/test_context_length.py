@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from test_encoding import FRAME, SMALLEST, Turns, lengths, rows_of_turns, split, tokens_of
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import ScoringSettings, TokensSettings, TrainingSettings
+from arena_distill.config.phases.encoding import TokensSettings
+from arena_distill.config.phases.prediction import ScoringSettings
+from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import load
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens
 from arena_distill.encoding.templates import ROOM, View

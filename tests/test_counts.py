@@ -14,7 +14,7 @@ from checkouts import ROOT
 
 from arena_distill.battles.counts import count
 from arena_distill.config.derived import RECIPES
-from arena_distill.config.phases import CountSettings
+from arena_distill.config.phases.battles import CountSettings
 from arena_distill.config.run import load, overlay
 from arena_distill.errors import InputError
 

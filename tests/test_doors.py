@@ -28,7 +28,8 @@ from arena_distill import Judge
 from arena_distill.cli import app
 from arena_distill.config.backbone import TINY
 from arena_distill.config.judge import JOINT, Encoding, Head
-from arena_distill.config.phases import PredictionSettings, TokensSettings
+from arena_distill.config.phases.encoding import TokensSettings
+from arena_distill.config.phases.prediction import PredictionSettings
 from arena_distill.encoding.sequences import FIELDS, Sequences
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize_battles
 from arena_distill.files.artifacts import write_parquet

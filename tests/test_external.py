@@ -38,7 +38,9 @@ from made_up_run import JUDGES, MadeUpRun, made_up_run
 from arena_distill.battles.folds import assign_folds, fold_rows
 from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.external import Endpoint, EndpointLimits
-from arena_distill.config.phases import EvaluationSettings, LogitsSettings, QuerySettings, Settings
+from arena_distill.config.phases.evaluation import EvaluationSettings
+from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
+from arena_distill.config.phases.settings import Settings
 from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet

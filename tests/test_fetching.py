@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 from arena_distill.battles.fetching import ORIGIN, check_access, fetch_battles
 from arena_distill.battles.reading import read_battles
-from arena_distill.config.phases import FetchSettings
+from arena_distill.config.phases.battles import FetchSettings
 from arena_distill.config.run import load
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError

@@ -27,7 +27,7 @@ from arena_distill.battles.folds import (
 )
 from arena_distill.battles.prompts import prompt_groups
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import FoldsSettings
+from arena_distill.config.phases.battles import FoldsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, read_provenance, write_parquet

@@ -19,12 +19,9 @@ from arena_distill import Judge
 from arena_distill.battles.folds import held_out_rows, validation_rows
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Frozen, Head
-from arena_distill.config.phases import (
-    FeatureSettings,
-    LogitsSettings,
-    MergeSettings,
-    ProbeSettings,
-)
+from arena_distill.config.phases.deployment import MergeSettings
+from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.phases.training import FeatureSettings, ProbeSettings
 from arena_distill.config.run import load
 from arena_distill.deployment.frozen import merge_probes
 from arena_distill.encoding.sequences import read_tokens

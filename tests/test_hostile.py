@@ -42,7 +42,9 @@ from test_training import training_settings
 from arena_distill import cli
 from arena_distill.battles.folds import assign_folds
 from arena_distill.config.judge import JOINT, Encoding
-from arena_distill.config.phases import LogitsSettings, MergeSettings, ScoringSettings
+from arena_distill.config.phases.deployment import MergeSettings
+from arena_distill.config.phases.prediction import ScoringSettings
+from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.run import load, overlay
 from arena_distill.deployment import gptq
 from arena_distill.errors import InputError

@@ -28,9 +28,6 @@ HEAVY = {
 ELSEWHERE = {"gptqmodel", "kaggle", "kagglehub", "requests", "snakemake", "rensa", "tenacity"}
 """Libraries that one of the two environments, or a plain installation, lacks."""
 
-DISPATCHERS = {"arena_distill.cli", "arena_distill.phase_cli"}
-"""A command imports what it runs, and nothing of the others."""
-
 ALONE = {"_print_findings", "_print_graph"}
 """Functions whose source is run without their module."""
 
@@ -44,6 +41,12 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+DISPATCHERS = {
+    "arena_distill.cli",
+    *(m for m in MODULES if m.startswith("arena_distill.phase_cli.")),
+}
+"""A command imports what it runs, and nothing of the others."""
 
 
 def imported(node: ast.AST) -> list[str]:

@@ -17,7 +17,7 @@ from arena_distill.battles.solution import read_solution
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.backbone import TINY
 from arena_distill.config.checks import findings
-from arena_distill.config.phases import ArenaSettings
+from arena_distill.config.phases.battles import ArenaSettings
 from arena_distill.config.run import Config, load
 from arena_distill.errors import InputError
 from arena_distill.planning import proposal

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import MergeSettings
+from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.deployment import merging
 from arena_distill.deployment.fold_weights import FoldMerger
 from arena_distill.deployment.merging import merge_folds

@@ -21,7 +21,9 @@ from conftest import ROOT, Run
 from test_training import LORA, fit, training_settings
 
 from arena_distill.config.judge import Encoding
-from arena_distill.config.phases import LogitsSettings, MergeSettings, ScoringSettings
+from arena_distill.config.phases.deployment import MergeSettings
+from arena_distill.config.phases.prediction import ScoringSettings
+from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.run import load
 from arena_distill.deployment.merging import merge_folds
 from arena_distill.encoding.sequences import read_tokens

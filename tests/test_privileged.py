@@ -16,7 +16,8 @@ from made_up_run import made_up_run
 from test_encoding import SMALLEST, Turns, rows_of_turns, sequences, tokens_of
 
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import VERSIONS, TokensSettings
+from arena_distill.config.phases.encoding import TokensSettings
+from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.config.run import load
 from arena_distill.encoding.sequences import FIELDS, Tokens, read_tokens
 from arena_distill.encoding.templates import LONGEST_NAME, NAME, SHOWN, UNKNOWN_MODEL, View

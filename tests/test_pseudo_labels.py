@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import made_up_run
 
-from arena_distill import phase_cli
 from arena_distill.battles.folds import (
     UNLABELLED,
     assign_folds,
@@ -41,17 +40,12 @@ from arena_distill.config.data import Arena
 from arena_distill.config.derived import JudgeFamily
 from arena_distill.config.external import EndpointLimits
 from arena_distill.config.judge import Encoding, Head, Lora, Loss, Training
-from arena_distill.config.phases import (
-    ArenaSettings,
-    CompareSettings,
-    Entry,
-    FoldsSettings,
-    LogitsSettings,
-    QuerySettings,
-    Settings,
-    TokensSettings,
-    TrainingSettings,
-)
+from arena_distill.config.phases.battles import ArenaSettings, FoldsSettings
+from arena_distill.config.phases.encoding import TokensSettings
+from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
+from arena_distill.config.phases.settings import Settings
+from arena_distill.config.phases.studies import CompareSettings, Entry
+from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import Config, Prediction, load, overlay
 from arena_distill.config.source import Source
 from arena_distill.encoding.sequences import read_tokens
@@ -61,6 +55,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits, write_logits
+from arena_distill.phase_cli import battles as battle_commands
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.external import (
     query_endpoint,
@@ -173,7 +168,7 @@ def test_the_command_reads_them_after_all_others(tmp_path: Path) -> None:
     tables = []
     for name, options in {"without": {}, "with": {"unlabelled": [bare]}}.items():
         others = (tmp_path / "rejected.parquet", tmp_path / "reading.json", '{"version": 1}')
-        phase_cli.read_battles(tmp_path / name, *others, [voted], [bare], **options)
+        battle_commands.read_battles(tmp_path / name, *others, [voted], [bare], **options)
         tables.append(read_parquet(tmp_path / name))
     assert tables[1].slice(0, 7).equals(tables[0])
     assert tables[1]["source"].to_pylist()[7:] == ["unlabelled"] * 3

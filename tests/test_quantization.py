@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from arena_distill.config.judge import CalibrationRows, Encoding
-from arena_distill.config.phases import DriftSettings, QuantizationSettings
+from arena_distill.config.phases.deployment import DriftSettings, QuantizationSettings
 from arena_distill.deployment import gptq
 from arena_distill.deployment.gptq import check_layers
 from arena_distill.deployment.quantization_error import check_drift, drift

@@ -29,7 +29,7 @@ from arena_distill.battles.simulation import write_arena
 from arena_distill.config import checks, run
 from arena_distill.config.judge import JOINT, Encoding
 from arena_distill.config.model_files import WEIGHTS
-from arena_distill.config.phases import ArenaSettings
+from arena_distill.config.phases.battles import ArenaSettings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "workflow/arena_distill"

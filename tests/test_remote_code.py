@@ -24,7 +24,7 @@ LOADS = {
     "prepare_backbone": """\
 from arena_distill.models.preparation import prepare_backbone
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.phases import BackboneSettings
+from arena_distill.config.phases.encoding import BackboneSettings
 def load(folder):
     settings = BackboneSettings.of(Backbone(path=str(folder), layers=1))
     prepare_backbone(Path("made"), settings=settings)""",

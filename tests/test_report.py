@@ -21,7 +21,8 @@ from made_up_run import FOLDS, JUDGES, LENGTHS, MadeUpRun, made_up_run
 
 from arena_distill.battles.audit import write_audit
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import AuditSettings, PredictionSettings
+from arena_distill.config.phases.battles import AuditSettings
+from arena_distill.config.phases.prediction import PredictionSettings
 from arena_distill.errors import InputError
 from arena_distill.evaluation.drawings import FIGURES, percent
 from arena_distill.evaluation.report import TABLES, render_report, signed

@@ -28,7 +28,7 @@ from arena_distill.battles.simulation import (
     vote_probabilities,
     write_arena,
 )
-from arena_distill.config.phases import ArenaSettings
+from arena_distill.config.phases.battles import ArenaSettings
 from arena_distill.verdicts import WINNERS
 
 SIZES = {"train": 60, "extra": 20, "ut": 30, "test": 25}

@@ -25,12 +25,8 @@ from arena_distill.battles.prompts import distinct_prompts, prompt_groups
 from arena_distill.battles.reading import write_battles
 from arena_distill.battles.similarity import near_groups
 from arena_distill.config.data import Audit
-from arena_distill.config.phases import (
-    AuditSettings,
-    BattlesSettings,
-    FoldsSettings,
-    TokensSettings,
-)
+from arena_distill.config.phases.battles import AuditSettings, BattlesSettings, FoldsSettings
+from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.encoding import sequences, text_encoder, tokenization
 from arena_distill.encoding.sequences import gather, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles

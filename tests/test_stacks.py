@@ -14,14 +14,10 @@ from test_config import lines, raw
 from arena_distill.battles.folds import EVERY_FOLD
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.derived import JudgeFamily, derive
-from arena_distill.config.phases import (
-    EvaluationSettings,
-    LogitsSettings,
-    Settings,
-    StackedLogitsSettings,
-    StackedViewsSettings,
-    StackSettings,
-)
+from arena_distill.config.phases.evaluation import EvaluationSettings
+from arena_distill.config.phases.prediction import StackedViewsSettings
+from arena_distill.config.phases.scoring import LogitsSettings, StackedLogitsSettings, StackSettings
+from arena_distill.config.phases.settings import Settings
 from arena_distill.config.run import load
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, write_json

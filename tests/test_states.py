@@ -22,7 +22,8 @@ from test_training import LORA, training_settings
 from transformers import AutoModelForSequenceClassification
 
 from arena_distill.config.judge import Encoding, Head, Loss
-from arena_distill.config.phases import LogitsSettings, TrainingSettings
+from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import load, overlay
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import read_tokens

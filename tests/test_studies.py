@@ -18,12 +18,9 @@ from made_up_run import made_up_run
 
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.derived import DerivedStudies, JudgeFamily, derive
-from arena_distill.config.phases import (
-    CompareSettings,
-    CurveSettings,
-    LogitsSettings,
-    TrainingSettings,
-)
+from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.phases.studies import CompareSettings, CurveSettings
+from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import Config, load
 from arena_distill.deployment import fold_weights
 from arena_distill.errors import InputError

@@ -14,7 +14,7 @@ from arena_distill.battles import surface_features as features
 from arena_distill.battles.folds import EVERY_FOLD, HELD_OUT, assign_folds
 from arena_distill.battles.surface_features import ANSWER, PROMPT, read_surface, surface_features
 from arena_distill.battles.votes import vote_columns, votes_of
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases.settings import Settings
 from arena_distill.files.artifacts import read_parquet, write_parquet
 from arena_distill.files.keys import key
 from arena_distill.files.probabilities import read_probabilities

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from arena_distill.battles.folds import training_rows, validation_rows
 from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Schedule, Training
-from arena_distill.config.phases import LogitsSettings, PretrainingSettings, TrainingSettings
+from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError

@@ -32,12 +32,9 @@ from arena_distill.config.backbone import TINY
 from arena_distill.config.checks import findings
 from arena_distill.config.external import EndpointLimits
 from arena_distill.config.judge import Head, Loss
-from arena_distill.config.phases import (
-    BattlesSettings,
-    QuerySettings,
-    Settings,
-    SolutionSettings,
-)
+from arena_distill.config.phases.battles import BattlesSettings, SolutionSettings
+from arena_distill.config.phases.scoring import QuerySettings
+from arena_distill.config.phases.settings import Settings
 from arena_distill.config.run import load
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError

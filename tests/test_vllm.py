@@ -13,7 +13,7 @@ from servers import vllm_server
 from arena_distill.cli import app
 from arena_distill.config.backbone import TINY
 from arena_distill.config.judge import JOINT, Encoding, Head
-from arena_distill.config.phases import QuantizationSettings
+from arena_distill.config.phases.deployment import QuantizationSettings
 from arena_distill.errors import InputError
 from arena_distill.judging.clients import judge_on
 from arena_distill.judging.vectors import compare_with_vectors

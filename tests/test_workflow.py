@@ -21,7 +21,7 @@ import pytest
 import yaml
 from checkouts import GPTQ, ROOT, Checkout, write
 
-from arena_distill.config.phases import VERSIONS
+from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.verdicts import WINNERS
 
 pytestmark = [
@@ -36,7 +36,11 @@ def checkout(finished: Checkout) -> Iterator[Checkout]:
     """The finished run, with files of the workflow that a test edits put back afterwards."""
     texts = {
         path: path.read_bytes()
-        for name in ("mini.yaml", "rules/training.smk", "workflow/arena_distill/config/phases.py")
+        for name in (
+            "mini.yaml",
+            "rules/training.smk",
+            "workflow/arena_distill/config/phases/settings.py",
+        )
         for path in [finished.folder / name]
     }
     package = finished.folder / "workflow/arena_distill"
@@ -221,7 +225,7 @@ def test_docstrings_and_the_look_of_rules_rebuild_nothing(checkout: Checkout) ->
 
 def test_a_raised_version_rebuilds_that_phase_and_what_follows(checkout: Checkout) -> None:
     def edit(phase: str, before: int, after: int) -> None:
-        path = "workflow/arena_distill/config/phases.py"
+        path = "workflow/arena_distill/config/phases/settings.py"
         checkout.edit(path, f'"{phase}": {before}', f'"{phase}": {after}')
 
     distillation, submission = VERSIONS["distillation"], VERSIONS["submission"]

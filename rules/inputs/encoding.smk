@@ -1,4 +1,6 @@
 # Inputs of rules/encoding.smk: backbones, tokenizers and tokens of judges.
+from arena_distill.config.phases.encoding import BackboneSettings, TokensSettings
+
 PARTS = [name for name, b in BACKBONES.items() if b.download() and name not in DOWNLOADS]
 
 
@@ -15,7 +17,7 @@ def backbone_folder(judge):
 
 def backbone_settings(backbones):
     """The settings of a job that makes one of the named `backbones`."""
-    return lambda wildcards: phase.BackboneSettings.of(backbones[wildcards.backbone]).as_params()
+    return lambda wildcards: BackboneSettings.of(backbones[wildcards.backbone]).as_params()
 
 
 def prepared_from(wildcards):
@@ -42,7 +44,7 @@ def tokenizer(wildcards):
 
 
 def tokens_settings(wildcards):
-    return phase.TokensSettings.of(GRAPH, owner(wildcards)).as_params()
+    return TokensSettings.of(GRAPH, owner(wildcards)).as_params()
 
 
 def tokens(wildcards):

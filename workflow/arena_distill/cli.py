@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from arena_distill import phase_cli
 from arena_distill.config.vocabulary import Family
 from arena_distill.errors import InputError, Stopped, foreign, refusing
+from arena_distill.phase_cli import app as phase_cli
 from arena_distill.runtime import launch
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def formats(
 
 def _source(path: str, **keys: Any) -> Source:
     """Options as a source of the configuration."""
-    from arena_distill.config.phases import parse
+    from arena_distill.config.phases.settings import parse
     from arena_distill.config.source import Source
 
     return parse(Source, json.dumps({"path": path, **keys}))
@@ -210,7 +210,7 @@ def predict(
 
     A server is first asked the judge's test vectors.
     """
-    from arena_distill.config.phases import parse
+    from arena_distill.config.phases.settings import parse
     from arena_distill.config.source import Reading
     from arena_distill.judging.predict import predict_files
 
@@ -387,7 +387,7 @@ def show_results(
     metrics: Annotated[Path, typer.Argument(help="results/<run>/metrics.json")],
 ) -> None:
     """Print the result table."""
-    from arena_distill.config.phases import VERSIONS
+    from arena_distill.config.phases.settings import VERSIONS
     from arena_distill.evaluation.terminal import print_table
     from arena_distill.files.artifacts import read_json
 

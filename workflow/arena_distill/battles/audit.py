@@ -30,7 +30,7 @@ from arena_distill.battles.folds import (
 )
 from arena_distill.battles.prompts import distinct_prompts, normalised
 from arena_distill.battles.similarity import banding, near_pairs, recall, within
-from arena_distill.config.phases import AuditSettings
+from arena_distill.config.phases.battles import AuditSettings
 from arena_distill.files.artifacts import (
     provenance,
     read_parquet,

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_settings, training_rows
 from arena_distill.config.judge import Schedule
-from arena_distill.config.phases import CountSettings, JudgeCounts
+from arena_distill.config.phases.battles import CountSettings, JudgeCounts
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, write_json
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.phases import FetchSettings
+from arena_distill.config.phases.battles import FetchSettings
 from arena_distill.config.source import Origin
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import atomic_directory, file_sha256, provenance, write_json

@@ -29,7 +29,8 @@ import pyarrow as pa
 from arena_distill.battles.prompts import distinct_prompts
 from arena_distill.battles.similarity import near_groups
 from arena_distill.battles.votes import VOTE_FIELDS, vote_columns, votes_of, with_classes
-from arena_distill.config.phases import FoldsSettings, LogitsSettings, StackedLogitsSettings
+from arena_distill.config.phases.battles import FoldsSettings
+from arena_distill.config.phases.scoring import LogitsSettings, StackedLogitsSettings
 from arena_distill.config.vocabulary import FoldMethod
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import StrPath, provenance, read_parquet, write_parquet

@@ -15,7 +15,7 @@ from arena_distill.battles.parts import SCHEMA, Files, Part, read_parts
 from arena_distill.battles.prompts import number_digests
 from arena_distill.battles.row_counts import check_refused, count_rows, print_counts
 from arena_distill.battles.votes import with_classes
-from arena_distill.config.phases import BattlesSettings
+from arena_distill.config.phases.battles import BattlesSettings
 from arena_distill.config.source import SOURCES
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (

@@ -43,7 +43,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arena_distill.config.phases import ArenaSettings
+from arena_distill.config.phases.battles import ArenaSettings
 from arena_distill.files.artifacts import provenance, write_parquet, write_text
 from arena_distill.verdicts import CLASSES, WINNERS
 

@@ -13,7 +13,7 @@ from arena_distill.battles.formats.columns import Table, columns_found, resolve
 from arena_distill.battles.formats.votes import read_votes
 from arena_distill.battles.parts import duplicates, refuse_ties, votes_as_read
 from arena_distill.battles.votes import vote_columns
-from arena_distill.config.phases import SolutionSettings
+from arena_distill.config.phases.battles import SolutionSettings
 from arena_distill.config.source import Reading
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (

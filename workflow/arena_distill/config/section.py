@@ -86,6 +86,6 @@ class Section(BaseModel):
         """What decides results, for a rule's params and for names: JSON of what differs from the defaults.
 
         A new key changes nothing as long as nobody sets it. A changed default would change nothing
-        either: it has to raise the versions of its phases (``config.phases.VERSIONS``).
+        either: it has to raise the versions of its phases (``config.phases.settings.VERSIONS``).
         """
         return self.model_dump_json(exclude_defaults=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from arena_distill.battles.folds import choice_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import MergeSettings, SoupSettings
+from arena_distill.config.phases.deployment import MergeSettings, SoupSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.deployment.merging import merge_into, read_adapters
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens

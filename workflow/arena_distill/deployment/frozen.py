@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arena_distill.config.phases import MergeSettings
+from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.deployment.merging import check_folds, padded_tokenizer, save_merged
 from arena_distill.models.layer_reads import attach_head, blocks
 from arena_distill.models.loading import load_classifier

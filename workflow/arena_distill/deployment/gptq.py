@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from arena_distill.config.judge import Attention
-from arena_distill.config.phases import QuantizationSettings
+from arena_distill.config.phases.deployment import QuantizationSettings
 from arena_distill.config.vocabulary import GroupSize
 from arena_distill.deployment.quantization_error import DRIFT, drift
 from arena_distill.encoding.sequences import Sequences, read_tokens

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from arena_distill.config.phases import MergeSettings
+from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError, refusing

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from arena_distill.config.phases import DriftSettings
+from arena_distill.config.phases.deployment import DriftSettings
 from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import REBUILD, read_json, write_json
 from arena_distill.verdicts import Votes

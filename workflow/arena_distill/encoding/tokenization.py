@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.style_features import WORD
 from arena_distill.battles.votes import VOTE_FIELDS
-from arena_distill.config.phases import TokensSettings
+from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.encoding.sequences import FIELDS, Sequences, gather, list_array, offsets_of
 from arena_distill.encoding.templates import (
     LONGEST_NAME,

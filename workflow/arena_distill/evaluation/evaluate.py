@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from arena_distill.battles.folds import fold_settings, held_out_rows
 from arena_distill.battles.style_features import LENGTHS
 from arena_distill.battles.votes import Solution
-from arena_distill.config.phases import EvaluationSettings
+from arena_distill.config.phases.evaluation import EvaluationSettings
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.deployment import quantization_error
 from arena_distill.errors import InputError

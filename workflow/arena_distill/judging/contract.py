@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.mistakes import explain
-from arena_distill.config.phases import VERSIONS, ScoringSettings
+from arena_distill.config.phases.prediction import ScoringSettings
+from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.config.run import Cascade
 from arena_distill.config.section import Section
 from arena_distill.config.vocabulary import CalibrationMethod, ModelKind, ViewAverage

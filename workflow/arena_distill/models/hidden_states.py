@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from arena_distill.config.judge import State
-from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.errors import InputError
 from arena_distill.models.loading import HEADS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena_distill.config.backbone import TINY, Backbone
-from arena_distill.config.phases import BackboneSettings
+from arena_distill.config.phases.encoding import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json

@@ -18,7 +18,7 @@ from typing import Any
 from arena_distill.battles.parts import read_parts
 from arena_distill.config.backbone import Backbone
 from arena_distill.config.judge import JOINT, Judge, Lora, Optimization, Training
-from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.run import Config
 from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.errors import InputError

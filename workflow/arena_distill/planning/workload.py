@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows, training_rows
 from arena_distill.config.judge import Encoding, Head
-from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.plan import Plan
 from arena_distill.config.run import Config
 from arena_distill.encoding.sequences import Tokens, read_tokens

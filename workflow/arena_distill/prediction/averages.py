@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from arena_distill.config.phases import StackedViewsSettings, Views
+from arena_distill.config.phases.prediction import StackedViewsSettings, Views
 from arena_distill.config.run import Cascade
 from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.errors import InputError

@@ -18,7 +18,7 @@ import numpy as np
 from arena_distill.battles.folds import held_out_rows, undivided_groups
 from arena_distill.battles.style_features import read_styles
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import CalibrationSettings
+from arena_distill.config.phases.prediction import CalibrationSettings
 from arena_distill.config.vocabulary import (
     AskedCalibration,
     Calibration,

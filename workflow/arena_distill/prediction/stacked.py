@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arena_distill.config.phases import StackedViewsSettings
+from arena_distill.config.phases.prediction import StackedViewsSettings
 from arena_distill.files.artifacts import provenance
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits

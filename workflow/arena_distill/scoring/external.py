@@ -29,7 +29,8 @@ from arena_distill.battles.folds import fold_rows
 from arena_distill.battles.formats.columns import columns_found
 from arena_distill.battles.votes import classes_of
 from arena_distill.config.external import EndpointLimits, Query
-from arena_distill.config.phases import LogitsSettings, QuerySettings, Settings
+from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
+from arena_distill.config.phases.settings import Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     fingerprint,

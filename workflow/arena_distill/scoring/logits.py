@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from arena_distill.battles.folds import fold_rows, validation_rows
 from arena_distill.battles.votes import classes_of
 from arena_distill.config.judge import Attention, State
-from arena_distill.config.phases import LogitsSettings
+from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.encoding.batching import token_batches
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views

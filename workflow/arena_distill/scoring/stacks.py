@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from arena_distill.battles.folds import fold_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import StackedLogitsSettings, StackedViewsSettings, StackSettings
+from arena_distill.config.phases.prediction import StackedViewsSettings
+from arena_distill.config.phases.scoring import StackedLogitsSettings, StackSettings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     REBUILD,

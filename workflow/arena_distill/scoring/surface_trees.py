@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from arena_distill.battles.folds import HELD_OUT, training_rows, undivided_groups, validation_rows
 from arena_distill.battles.surface_features import read_surface
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import Settings
+from arena_distill.config.phases.settings import Settings
 from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.probabilities import PROBABILITIES

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from arena_distill.battles.votes import Solution
-from arena_distill.config.phases import AveragingSettings, SoupSettings
+from arena_distill.config.phases.deployment import SoupSettings
+from arena_distill.config.phases.studies import AveragingSettings
 from arena_distill.deployment.fold_weights import FoldMerger, validation_weights
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.evaluation.drawings import ACCENT, INK, MUTED, PAPER, SECOND, draw

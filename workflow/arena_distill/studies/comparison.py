@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.style_features import LENGTHS
 from arena_distill.battles.votes import Solution
-from arena_distill.config.phases import CompareSettings, Entry
+from arena_distill.config.phases.studies import CompareSettings, Entry
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.errors import InputError
 from arena_distill.evaluation.baselines import class_prior, length_regression

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arena_distill.config.phases import CurveSettings
+from arena_distill.config.phases.studies import CurveSettings
 from arena_distill.evaluation.baselines import class_prior, length_regression
 from arena_distill.evaluation.drawings import ACCENT, INK, MUTED, PAPER, SECOND, draw
 from arena_distill.evaluation.out_of_fold import Run

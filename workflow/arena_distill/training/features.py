@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from arena_distill.config.judge import Attention
 from arena_distill.config.model_files import ModelFolder
-from arena_distill.config.phases import FeatureSettings
+from arena_distill.config.phases.training import FeatureSettings
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.phases import ProbeSettings
+from arena_distill.config.phases.training import ProbeSettings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     REBUILD,

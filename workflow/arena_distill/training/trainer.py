@@ -46,7 +46,7 @@ from arena_distill.config.judge import (
     State,
 )
 from arena_distill.config.model_files import ModelFolder
-from arena_distill.config.phases import PretrainingSettings, TrainingSettings
+from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
 from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError

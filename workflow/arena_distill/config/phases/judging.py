@@ -1,0 +1,43 @@
+"""Settings of the phase that finishes a judge."""
+
+from __future__ import annotations
+
+from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.phases.settings import VERSIONS, Settings
+from arena_distill.config.run import Card, Cascade, Config
+from arena_distill.config.section import Name
+from arena_distill.config.vocabulary import ViewAverage
+from arena_distill.verdicts import Order
+
+
+class JudgeSettings(Settings):
+    """What a finished judge says of itself."""
+
+    run: str
+    judge: Name
+    backbone: str
+    encoding: Encoding
+    head: Head = JOINT
+    max_lengths: tuple[int, ...]
+    orders: tuple[Order, ...]
+    average: ViewAverage
+    cascade: Cascade | None = None
+    card: Card = Card()
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> JudgeSettings:
+        node = config.judges[judge]
+        assert node.backbone, "only trained judges are deployed"
+        card = config.card
+        if card.base_model is None:
+            card = card.model_copy(update={"base_model": node.backbone.hub})
+        return cls(
+            version=VERSIONS["judge"],
+            run=config.run,
+            judge=judge,
+            backbone=node.backbone.hub or node.backbone.stem(),
+            encoding=node.encoding,
+            head=config.head_of(judge),
+            card=card,
+            **config.prediction.model_dump(exclude={"model", "calibration"}),
+        )
