@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import html
-import io
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
-from made_up_run import made_up_run
-from rich.console import Console
 from scipy.stats import kendalltau, spearmanr
 
 from arena_distill.evaluation.ranking import (
     FEWEST_BATTLES,
     FEWEST_MODELS,
-    RANKING_COLUMNS,
     describe_ranking,
     kendall,
     rank_models,
-    shown_ranking,
     spearman,
     strengths,
 )
-from arena_distill.evaluation.report import render_report
-from arena_distill.evaluation.terminal import print_table
-from arena_distill.files.artifacts import provenance, read_parquet, write_parquet
 from arena_distill.metrics import softmax
 from arena_distill.verdicts import NO_VOTE, Votes, swap_classes
 
@@ -151,29 +139,3 @@ def test_correlations_are_scipys() -> None:
     for ours, theirs in ((spearman, spearmanr), (kendall, kendalltau)):
         expected = [theirs(a, b).statistic for a, b in zip(first, second, strict=True)]
         assert ours(first, second) == pytest.approx(expected)
-
-
-def test_a_run_whose_battles_name_their_models_has_their_ranking(tmp_path: Path) -> None:
-    run = made_up_run(tmp_path)
-    table = read_parquet(run.folder / "battles.parquet")
-    rng = np.random.default_rng(1)
-    names = np.array(["=m0", "m1", "m2", "m3", "m4", "m5"])[rng.integers(0, 6, (2, len(table)))]
-    for name, values in zip(("model_a", "model_b"), names, strict=True):
-        at = table.column_names.index(name)
-        table = table.set_column(at, name, pa.array(values, pa.string()))
-    write_parquet(table, run.folder / "battles.parquet", provenance("edited", {}))
-    metrics = json.loads(run.evaluate().read_text())
-    assert metrics["test"]["ranking"] is None, "40 test battles are too few"
-    found = metrics["ranking"]
-    assert list(found["agreement"]) == ["judge", "length", "surface", "bayes"]
-    flat = pd.read_csv(run.folder / "tables" / "ranking.csv")
-    assert tuple(flat.columns) == RANKING_COLUMNS
-    assert set(flat["battles"]) == {"out of fold"}
-    assert flat["judge"].tolist() == [m["judge"] for m in found["models"]]
-    told = describe_ranking(shown_ranking(metrics))
-    assert f"ρ {found['agreement']['judge']['spearman']['value']:.3f} (" in told
-    render_report(run.folder / "metrics.json", tmp_path / "report.html")
-    assert told in html.unescape((tmp_path / "report.html").read_text())
-    console = Console(width=80, record=True, file=io.StringIO())
-    print_table(metrics, console)
-    assert told in " ".join(console.export_text().split())

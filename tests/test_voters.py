@@ -6,10 +6,12 @@ import html
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from made_up_run import made_up_run
 from rich.console import Console
 
 from arena_distill.battles.votes import vote_columns
+from arena_distill.evaluation.ranking import RANKING_COLUMNS, describe_ranking, shown_ranking
 from arena_distill.evaluation.report import render_report
 from arena_distill.evaluation.terminal import print_table
 from arena_distill.evaluation.voters import describe_voters, shown_voters, voter_scores
@@ -102,22 +105,28 @@ def test_only_whole_votes_of_several_people_count() -> None:
     assert voter_scores(shares(counts[1:]), {"judge": judge[1:]}, np.arange(2)) is None
 
 
-def test_a_run_with_several_voters_shows_them_beside_the_judge(tmp_path: Path) -> None:
+def test_a_run_shows_voters_and_the_ranking_of_models_beside_the_judge(tmp_path: Path) -> None:
     run = made_up_run(tmp_path)
     rng = np.random.default_rng(2)
-    counts = rng.multinomial(3, np.full(3, 1 / 3), len(run.folds))
-    table = read_parquet(run.folder / "folds.parquet")
-    for name, values in vote_columns(shares(counts)).items():
-        table = table.set_column(table.column_names.index(name), name, values)
-    write_parquet(table, run.folder / "folds.parquet", provenance("edited", {}))
 
-    def metrics_of(**merged: Any) -> dict[str, Any]:
-        changed = run.settings.model_copy(update=merged)
-        found: dict[str, Any] = json.loads(run.evaluate(settings=changed).read_text())
-        return found
+    def change(name: str, columns: Callable[[int], dict[str, pa.Array]]) -> None:
+        table = read_parquet(run.folder / f"{name}.parquet")
+        for column, values in columns(len(table)).items():
+            table = table.set_column(table.column_names.index(column), column, values)
+        write_parquet(table, run.folder / f"{name}.parquet", provenance("edited", {}))
 
-    assert metrics_of()["voters"] is None, "a weight alone is no number of voters"
-    metrics = metrics_of(merged=("train",))
+    def voted(rows: int) -> dict[str, pa.Array]:
+        return vote_columns(shares(rng.multinomial(3, np.full(3, 1 / 3), rows)))
+
+    def named(rows: int) -> dict[str, pa.Array]:
+        names = np.array(["=m0", "m1", "m2", "m3", "m4", "m5"])[rng.integers(0, 6, (2, rows))]
+        return {f"model_{side}": pa.array(one) for side, one in zip("ab", names, strict=True)}
+
+    for name, columns in (("folds", voted), ("test_votes", voted), ("battles", named)):
+        change(name, columns)
+    merged = run.settings.model_copy(update={"merged": ("train",)})
+    metrics = json.loads(run.evaluate(settings=merged).read_text())
+    assert metrics["test"]["voters"] is None, "a weight alone is no number of voters"
     found = shown_voters(metrics)
     assert found is not None
     assert found["voters"] == 3 * found["battles"] == 3 * metrics["rows"]
@@ -125,9 +134,18 @@ def test_a_run_with_several_voters_shows_them_beside_the_judge(tmp_path: Path) -
     assert judge["log_loss"]["value"] == pytest.approx(
         metrics["judges"]["small"]["oof"]["log_loss"]
     )
-    told = describe_voters(found)
+    assert metrics["test"]["ranking"] is None, "40 test battles are too few"
+    ranking = metrics["ranking"]
+    assert list(ranking["agreement"]) == ["judge", "length", "surface", "bayes"]
+    flat = pd.read_csv(run.folder / "tables" / "ranking.csv")
+    assert tuple(flat.columns) == RANKING_COLUMNS
+    assert set(flat["battles"]) == {"out of fold"}
+    assert flat["judge"].tolist() == [m["judge"] for m in ranking["models"]]
+    told = [describe_voters(found), describe_ranking(shown_ranking(metrics))]
+    assert f"ρ {ranking['agreement']['judge']['spearman']['value']:.3f} (" in told[1]
     render_report(run.folder / "metrics.json", tmp_path / "report.html")
-    assert told in html.unescape((tmp_path / "report.html").read_text())
+    page = html.unescape((tmp_path / "report.html").read_text())
     console = Console(width=80, record=True, file=io.StringIO())
     print_table(metrics, console)
-    assert told in " ".join(console.export_text().split())
+    printed = " ".join(console.export_text().split())
+    assert all(sentence in text for sentence in told for text in (page, printed))
