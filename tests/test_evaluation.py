@@ -344,6 +344,15 @@ def test_the_flat_tables_hold_the_same_figures(
     assert variants.loc[variants["submitted"], "model"].tolist() == ["gptq"]
 
 
+def test_the_submitted_judge_is_compared_with_the_truth_of_the_test_battles(
+    whole_run: MadeUpRun, metrics: dict[str, Any]
+) -> None:
+    test = metrics["test"]
+    excess = test["score"]["log_loss"]["value"] - test["baselines"]["bayes"]["log_loss"]
+    assert test["truth"]["excess_log_loss"] == pytest.approx(excess)
+    assert 0 < test["truth"]["kl"] < 1
+
+
 def test_votes_that_both_teachers_contradict_are_listed(
     whole_run: MadeUpRun, metrics: dict[str, Any]
 ) -> None:

@@ -127,7 +127,7 @@ def test_too_few_models_are_not_ranked() -> None:
     second = np.where(np.arange(len(first)) < FEWEST_BATTLES - 1, few, (first + 1) % few)
     votes, judged = Votes.hard(first % 3), {"judge": np.full((len(first), 3), 1 / 3)}
     assert rank_models(battles_of(first, second), judged, votes, first) is None
-    assert describe_ranking(None).startswith("models are not ranked: fewer than 5")
+    assert describe_ranking(None).startswith("Models are not ranked: fewer than 5")
     enough = np.append(first, 0), np.append(second, few)
     votes, judged = Votes.hard(enough[0] % 3), {"judge": np.full((len(enough[0]), 3), 1 / 3)}
     assert rank_models(battles_of(*enough), judged, votes, enough[0]) is not None

@@ -124,7 +124,7 @@ def test_a_run_shows_voters_and_the_ranking_of_models_beside_the_judge(tmp_path:
 
     for name, columns in (("folds", voted), ("test_votes", voted), ("battles", named)):
         change(name, columns)
-    merged = run.settings.model_copy(update={"merged": ("train",)})
+    merged = run.settings.model_copy(update={"merged": ("train",), "optimistic": ("small",)})
     metrics = json.loads(run.evaluate(settings=merged).read_text())
     assert metrics["test"]["voters"] is None, "a weight alone is no number of voters"
     found = shown_voters(metrics)
@@ -142,6 +142,7 @@ def test_a_run_shows_voters_and_the_ranking_of_models_beside_the_judge(tmp_path:
     assert set(flat["battles"]) == {"out of fold"}
     assert flat["judge"].tolist() == [m["judge"] for m in ranking["models"]]
     told = [describe_voters(found), describe_ranking(shown_ranking(metrics))]
+    assert told[1].endswith("(optimistic: its teachers learned these votes)")
     assert f"ρ {ranking['agreement']['judge']['spearman']['value']:.3f} (" in told[1]
     render_report(run.folder / "metrics.json", tmp_path / "report.html")
     page = html.unescape((tmp_path / "report.html").read_text())

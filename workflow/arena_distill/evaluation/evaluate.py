@@ -66,6 +66,7 @@ from arena_distill.metrics import (
     mean_over_views,
     paired_difference,
     scores,
+    truth_scores,
 )
 from arena_distill.prediction.calibration import all_scores
 from arena_distill.scoring.logits import read_out_of_fold
@@ -350,6 +351,7 @@ def _test(
         "slices": slice_scores(battles, chosen, known, votes, solved.groups),
         **_people(battles, {"judge": chosen} | known, votes, solved.groups, merged=merged),
         "gap_closed": gap_closed(best["log_loss"], baselines),
+        "truth": truth_scores(known["bayes"], chosen, votes) if "bayes" in known else None,
     }, drifted
 
 

@@ -167,7 +167,9 @@ def shown_ranking(metrics: Figures) -> Figures | None:
     """The ranking on test battles, or else out of fold; None if neither has enough models."""
     for battles, figures in (("test", metrics["test"] or {}), ("out of fold", metrics)):
         if found := figures.get("ranking"):
-            return {"battles": battles, **found}
+            final = metrics["judges"][metrics["final"]["judge"]]
+            optimistic = battles != "test" and bool(final.get("optimistic"))
+            return {"battles": battles, "optimistic": optimistic, **found}
     return None
 
 
@@ -175,7 +177,7 @@ def describe_ranking(found: Figures | None) -> str:
     """The agreement of the rankings in a sentence, or why there is none."""
     if found is None:
         return (
-            f"models are not ranked: fewer than {FEWEST_MODELS} have {FEWEST_BATTLES} battles "
+            f"Models are not ranked: fewer than {FEWEST_MODELS} have {FEWEST_BATTLES} battles "
             "with a vote"
         )
     told = " and ".join(
@@ -188,4 +190,5 @@ def describe_ranking(found: Figures | None) -> str:
     return (
         f"{len(found['models'])} models ranked by votes and by the judge, {found['rows']:,} battles "
         f"{'of the test' if found['battles'] == 'test' else 'out of fold'}: {told}"
+        f"{' (optimistic: its teachers learned these votes)' if found['optimistic'] else ''}"
     )

@@ -49,11 +49,11 @@ VERSIONS = {
     "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 15,
+    "evaluation": 16,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,
-    "report": 16,
+    "report": 17,
 }
 
 
