@@ -49,7 +49,7 @@ VERSIONS = {
     "benchmarks": 1,
     "judge": 3,
     "surface": 2,
-    "evaluation": 16,
+    "evaluation": 17,
     "comparison": 7,
     "curves": 3,
     "averaging": 1,
