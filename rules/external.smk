@@ -1,5 +1,5 @@
 # Judges that are not trained here: their logits come from a file or an endpoint.
-from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
+from arena_distill.config.phases.scoring import ExternalSettings, LogitsSettings, QuerySettings
 
 
 include: "inputs/external.smk"
@@ -42,6 +42,7 @@ rule read_external_logits:
     output:
         logits=EXTERNAL_LOGITS,
         ids=layout.ids(EXTERNAL_LOGITS),
+        read=RUN.external_file("{judge}"),
     log:
         RUN.log("read_external_logits/{judge}"),
     benchmark:
@@ -52,7 +53,7 @@ rule read_external_logits:
     conda:
         "../envs/arena.yaml"
     params:
-        settings=version_of("external_logits"),
+        settings=settings_of(ExternalSettings),
     message:
         "Reading the logits of {wildcards.judge}: {input.file}"
     shell:

@@ -16,7 +16,7 @@ rule teachers:
 rule logits:
     input:
         RUN.counts,
-        [RUN.logits(judge, fold) for judge in CONFIG.judges for fold in FOLDS],
+        [RUN.logits(judge, fold) for judge in CONFIG.scored() for fold in FOLDS],
 
 
 rule students:

@@ -41,6 +41,8 @@ Every key with its default and meaning. `scripts/write_config_reference.py` writ
 | `config.yaml` | the synthetic arena and three tiny models: minutes on two cores |
 | `real-tokenizers.yaml` | your battles with the real tokenizers of Llama-3, Qwen2.5 and Gemma-2 |
 | `smol.yaml` | your battles and real pretrained weights: first layers of SmolLM2 and Gemma 3 |
+| `stack.yaml` | the same without training a backbone: a frozen judge, a stack, a student of it |
+| `smol-gpt4.yaml` | `stack.yaml` with the log-odds of a large judge for battles without votes |
 | `lmsys.yaml` | full scale: Llama-3-70B and Qwen2-72B teach Gemma-2-9B, on nodes of 8 A100 |
 | `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
 | `recipes/blackpearl.yaml` | the recipe of the winners' published code |
@@ -59,7 +61,7 @@ Each axis is a separate key; any combination runs.
 | text | `encoding.template`, `.truncation`, `.sizes` | `winners`: their code; `markers`, `rounds`: the summary; `sizes`: ours, states the length of each answer before truncation |
 | head | `head` | `joint`: both documents; `pointwise` with `davidson` (Davidson 1970) or `rao_kupper` (Rao and Kupper 1967); `pooling`: the `last` token, or ours, the `mean` |
 | start | `training.fit_head` | a linear probe first: Kumar et al. 2022, arXiv:2202.10054 |
-| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary, which makes the student's score optimistic out of fold |
+| targets | `targets` | `in_sample`: the winners' code; `out_of_fold`: the summary, which makes the student's score optimistic out of fold; `unlabelled`: battles without votes alone |
 | teachers | `loss.combine`, `loss.weights` | `mean_logits`: the summary; `separate`: the winners; `mean_probabilities`: a linear pool; `fitted`: stacking on the simplex (Breiman 1996); `confidence`: Zhang et al. 2022, arXiv:2201.00007 |
 | loss | `loss.*` | `kl`, `temperature`: Hinton et al. 2015, arXiv:1503.02531; `cosine`: the winners' code; `label_smoothing`: Szegedy et al. 2016, arXiv:1512.00567; `focal`: Lin et al. 2017, arXiv:1708.02002 |
 | merge | `merge.*` | `factors`: both documents; `products`: exact; `greedy`: Wortsman et al. 2022, arXiv:2203.05482 |

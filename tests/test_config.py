@@ -43,6 +43,7 @@ from arena_distill.config.phases.prediction import (
     StackedViewsSettings,
 )
 from arena_distill.config.phases.scoring import (
+    ExternalSettings,
     LogitsSettings,
     QuerySettings,
     StackedLogitsSettings,
@@ -341,7 +342,7 @@ def test_without_ut_battles_nothing_is_post_pretrained() -> None:
 
 def has_phase(judge: Judge, model: type[Settings]) -> bool:
     """Whether a judge goes through the phase with these settings."""
-    if model is QuerySettings:
+    if model in (QuerySettings, ExternalSettings):
         return judge.external is not None
     if model in (StackSettings, StackedLogitsSettings, StackedViewsSettings):
         return judge.stack is not None
@@ -475,6 +476,7 @@ PHASES = {
     "training": TrainingSettings, "distillation": TrainingSettings, "logits": LogitsSettings,
     "stack": StackSettings, "stacked_logits": StackedLogitsSettings,
     "stacked_views": StackedViewsSettings, "endpoint": QuerySettings,
+    "external_logits": ExternalSettings,
     "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
     "calibration": CalibrationSettings,

@@ -39,25 +39,24 @@ from arena_distill.battles.folds import assign_folds, fold_rows
 from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.external import Endpoint, EndpointLimits
 from arena_distill.config.phases.evaluation import EvaluationSettings
-from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
-from arena_distill.config.phases.settings import Settings
-from arena_distill.config.run import load
+from arena_distill.config.phases.scoring import ExternalSettings, LogitsSettings, QuerySettings
+from arena_distill.config.run import load, overlay
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, read_provenance, write_parquet
 from arena_distill.files.logits import read_logits
 from arena_distill.scoring.answers import Alternative, Answers, Completion, Token
 from arena_distill.scoring.endpoint import _retry_after
 from arena_distill.scoring.external import (
-    COLUMNS,
-    LEAST,
     LEFT_OUT,
     Questions,
     query_endpoint,
-    read_external_logits,
     split_external_logits,
     verdict_scores,
 )
+from arena_distill.scoring.external_files import COLUMNS, LEAST, read_external_logits
+from arena_distill.scoring.log_odds import Scale, fit_by_surface, fit_to_votes, log_softmax
 from arena_distill.training.targets import select_rows, teacher_logits
+from arena_distill.verdicts import Votes
 
 ABC = ("A", "B", "C")
 LABELLED = 23  # of `made_up_battles`: 18 train, 5 extra
@@ -688,7 +687,12 @@ def expected(folder: Path, frame: pd.DataFrame, kind: str) -> np.ndarray:
     return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
 
 
-def read(folder: Path, frame: pd.DataFrame, suffix: str = ".csv") -> np.ndarray:
+def read(
+    folder: Path,
+    frame: pd.DataFrame,
+    suffix: str = ".csv",
+    settings: ExternalSettings = ExternalSettings(version=1),  # noqa: B008
+) -> np.ndarray:
     file = folder / f"judged{suffix}"
     if suffix == ".parquet":
         frame.to_parquet(file)
@@ -700,13 +704,13 @@ def read(folder: Path, frame: pd.DataFrame, suffix: str = ".csv") -> np.ndarray:
         file,
         folder / "battles.parquet",
         folder / "external/gpt/logits.npy",
-        settings=Settings(version=1),
+        settings=settings,
     )
     return read_logits(folder / "external/gpt/logits.npy")[0]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet", ".jsonl"])
-@pytest.mark.parametrize("kind", list(COLUMNS))
+@pytest.mark.parametrize("kind", ["logits", "probabilities", "predictions"])
 def test_a_file_is_read(folder: Path, kind: str, suffix: str) -> None:
     frame = judged(folder / "battles.parquet", kind)
     logits = read(folder, frame, suffix)
@@ -771,8 +775,63 @@ def test_a_truncated_row_is_an_error(folder: Path) -> None:
     file.write_text(file.read_text() + "17,train\n")
     with pytest.raises(InputError, match=r"judged\.csv, row 47: has 2 cells"):
         read_external_logits(
-            file, folder / "battles.parquet", folder / "x.npy", settings=Settings(version=1)
+            file, folder / "battles.parquet", folder / "x.npy", settings=ExternalSettings(version=1)
         )
+
+
+# --- log-odds ---------------------------------------------------------------------------------------
+
+
+def voted(log_odds: np.ndarray, scale: float, log_nu: float, seed: int = 0) -> Votes:
+    logits = Scale(scale=scale, log_nu=log_nu, fitted="votes", battles=0).logits(log_odds)
+    drawn = logits + np.random.default_rng(seed).gumbel(size=logits.shape)
+    return Votes.hard(drawn.argmax(axis=1))
+
+
+def test_log_odds_are_mapped_as_the_votes_of_the_same_battles_say() -> None:
+    log_odds = np.random.default_rng(1).normal(0, 5, 4000)
+    found = fit_to_votes(log_odds, voted(log_odds, 0.3, -0.4))
+    assert (found.scale, found.log_nu) == pytest.approx((0.3, -0.4), abs=0.07)
+    two = fit_to_votes(log_odds, Votes.hard((log_odds < 0).astype(int), 2))
+    assert two.log_nu is None and two.scale > 1
+
+
+def test_log_odds_are_mapped_by_the_surface_where_nobody_voted() -> None:
+    """A judge likes what people like, on another scale, and something else besides."""
+    rng = np.random.default_rng(2)
+    judged, others = rng.normal(size=(2, 5000, 4))
+    likes = np.array([3.0, -2.0, 0.0, 1.0])
+    log_odds = judged @ likes + rng.normal(0, 1, 5000)
+    votes = voted(others @ likes, 0.4, -0.2)
+    for factor in (1, 7):
+        found = fit_by_surface(factor * log_odds, judged, others, votes)
+        assert found.scale == pytest.approx(0.4 / factor, rel=0.2)
+        assert found.log_nu == pytest.approx(-0.2, abs=0.2)
+        shares = np.exp(log_softmax(found.logits(factor * log_odds)))
+        assert shares[:, 2].mean() == pytest.approx(votes.probabilities[:, 2].mean(), abs=1e-6)
+    no_ties = Votes.hard((others @ likes < 0).astype(int), 2)
+    assert fit_by_surface(log_odds, judged, others, no_ties).log_nu is None
+
+
+def test_a_file_of_log_odds_teaches_battles_that_nobody_voted_on(folder: Path) -> None:
+    rows = read_parquet(folder / "battles.parquet").to_pylist()
+    bare = [row | {"source": "unlabelled", "vote": None} for row in rows[:7]]
+    table = pa.Table.from_pylist(rows + bare, read_parquet(folder / "battles.parquet").schema)
+    write_parquet(table, folder / "battles.parquet", {})
+    names = [row["id"] for row in bare]
+    frame = pd.DataFrame({"id": [*names, "another"], "log_odds": [3.0, -3, 1, 0, 8, -8, 2, 5]})
+    alone = ExternalSettings(version=1, battles="unlabelled")
+    logits = read(folder, frame, settings=alone)
+    assert (logits[:, 0] == logits[:, 1]).all()
+    lead = logits[:, 0, 0] - logits[:, 0, 1]
+    about = read_json(folder / "external/gpt/file.json")
+    np.testing.assert_allclose(lead, about["map"]["scale"] * frame["log_odds"][:7], rtol=1e-4)
+    assert (about["map"]["fitted"], about["map"]["battles"]) == ("surface", LABELLED)
+    assert (about["form"], about["battles"], about["ignored"]) == ("log-odds", 7, 1)
+    with pytest.raises(InputError, match="labelled battles are missing.*battles: unlabelled"):
+        read(folder, frame)
+    with pytest.raises(InputError, match="none of its battles is of the run"):
+        read(folder, frame.assign(id="another"), settings=alone)
 
 
 # --- split into folds -------------------------------------------------------------------------------
@@ -824,7 +883,7 @@ def test_a_fold_gets_the_rows_of_a_trained_judge(
         for row, one in zip(ids.to_pylist(), logits, strict=True):
             np.testing.assert_array_equal(one, whole[names.index((row["source"], row["id"]))])
     about = read_provenance(file.with_suffix(".ids.parquet"))["settings"]
-    assert about["external"] == {"version": 1, "file": "judged.csv"}
+    assert about["external"] == {"version": 1, "battles": "all", "file": "judged.csv"}
 
 
 def test_students_find_their_targets(folder: Path, dealt: Callable[..., list[Path]]) -> None:
@@ -954,7 +1013,8 @@ def test_a_configuration_without_external_judges_is_what_it_was() -> None:
 
 def test_what_is_written_down_of_a_run_is_its_configuration() -> None:
     described = yaml.safe_load(load(raw()).described())
-    assert described["judges"]["gpt"] == {"external": {"file": "judged.parquet", "endpoint": None}}
+    of_file = {"file": "judged.parquet", "battles": "all", "endpoint": None}
+    assert described["judges"]["gpt"] == {"external": of_file}
     assert described["judges"]["big"]["external"]["endpoint"]["model"] == "big"
     del described["judges"]["big"]["external"]["file"]
     assert load(described).described() == load(raw()).described()
@@ -1011,9 +1071,11 @@ def test_the_workflow_queries_reads_and_splits(tmp_path: Path, server: ChatServe
 
 def test_the_documentation_shows_a_configuration_that_loads() -> None:
     text = (ROOT / "docs/external-judges.md").read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "external:" in b]
-    config = load(raw() | yaml.safe_load(block))
-    assert {name for name, judge in config.judges.items() if judge.external}
+    blocks = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "external:" in b]
+    for block in blocks:
+        config = load(overlay({**raw(), "judges": {}}, yaml.safe_load(block)))
+        assert {name for name, judge in config.judges.items() if judge.external}
+    assert len(blocks) == 2
 
 
 # --- a real model -----------------------------------------------------------------------------------

@@ -33,14 +33,26 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits
 from arena_distill.judging.contract import read_contract
 from arena_distill.judging.vectors import compare_with_vectors
+from arena_distill.models.heads import battle_logits
 from arena_distill.models.layer_reads import Reader, blocks, default_layers
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.scoring.logits import score_probe
 from arena_distill.scoring.stacks import describe
+from arena_distill.training.answer_pairs import CONSTANT
 from arena_distill.training.features import Features, write_features
-from arena_distill.training.probe import Probe, _choose, fit_probe, mean_probe, read_probe
+from arena_distill.training.linear_probe import cross_validate, objective_of
+from arena_distill.training.probe import (
+    ALONE,
+    Probe,
+    choose,
+    fit_probe,
+    mean_probe,
+    read_probe,
+    split,
+)
 from arena_distill.training.targets import VOTE_LOSS
+from arena_distill.verdicts import Votes
 
 HEAD = Head(kind="pointwise", pooling="layers")
 ENCODING = Encoding(template="winners", max_length=96)
@@ -129,11 +141,58 @@ def test_what_knows_something_is_read_and_noise_is_not() -> None:
 
     reads = tuple((layer, "mean") for layer in (1, 2, 3, 4))
     read = Features(Path(), None, values, reads, (1,), {})
-    probe, _, loss = _choose(read, values, objective, 1, np.arange(400))
+    votes = Votes.hard(np.where(won, 0, 1), 2)
+    parts = split(votes, np.arange(400), objective)
+    probe, _, loss = choose(read, values, objective, objective, parts, 1)
     assert probe.reads == ((3, "mean"),)
     assert loss < 0.55
     lead = probe.outputs(values, reads)[..., 0]
     assert ((lead[:, 0] > lead[:, 1]) == won).mean() > 0.7
+
+
+@pytest.mark.parametrize("ties", ["davidson", "rao_kupper"])
+def test_the_quick_fit_is_the_plain_one(ties: Any) -> None:
+    """The same ridge, loss and verdicts as L-BFGS over the features as they are, and every ridge."""
+    rng = np.random.default_rng(3)
+    values = (rng.normal(3, 1, (300, 2, 1, 12)) * np.geomspace(0.1, 30, 12)).astype(np.float32)
+    odds = 0.05 * values[:, :, 0].sum(-1) + rng.gumbel(size=(300, 2))
+    lead = odds[:, 0] - odds[:, 1]
+    votes = Votes.hard(np.where(np.abs(lead) < 0.5, 2, lead < 0))
+    head = HEAD.model_copy(update={"ties": ties})
+    objective = objective_of(votes, None, None, loss=VOTE_LOSS, head=head)
+    groups = np.arange(300)
+    read = Features(Path(), None, values, ((1, "mean"),), (1,), {})
+    parts = split(votes, groups, objective)
+    probe, ridge, loss = choose(read, values, objective, objective, parts, 2)
+    plain = torch.from_numpy(values[:, :, 0] - values[:, :, 0].mean((0, 1)))
+    constant = plain.new_full((*plain.shape[:2], 1), CONSTANT)
+    plain = torch.cat([plain, constant], -1)
+    weights, expected, found = cross_validate(plain, objective, 2, groups, ALONE)
+    assert ridge == expected
+    assert loss == pytest.approx(found, abs=2e-3)
+    shown = battle_logits(torch.from_numpy(probe.outputs(values, read.reads)), head)
+    wanted = battle_logits(plain @ weights.T, head)
+    torch.testing.assert_close(shown.softmax(-1), wanted.softmax(-1), atol=2e-3, rtol=0)
+
+
+def test_a_head_is_chosen_by_votes_that_its_teachers_never_saw(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each other fold is asked of what its own teachers taught; the fold's own teach in the end."""
+    asked = []
+
+    def noted(rows: Any, table: Any, teachers: Any, settings: Any) -> Any:
+        asked.extend(teachers["t"])
+        return objective_of(votes_of(rows), None, None, loss=VOTE_LOSS, head=HEAD), None
+
+    monkeypatch.setattr("arena_distill.training.probe._objective", noted)
+    files = [tmp_path / f"t{fold}" for fold in range(3)]
+    settings = ProbeSettings(
+        version=1, head=HEAD, loss=VOTE_LOSS, teachers=("t",), targets="unlabelled"
+    )
+    fit_probe(written(run, tmp_path), run.folds, 1, tmp_path / "out", teachers={"t": files},
+              settings=settings)  # fmt: skip
+    assert asked == [files[1], files[0], files[2]]
 
 
 def test_the_merged_model_says_what_the_heads_say(run: Run, tmp_path: Path) -> None:

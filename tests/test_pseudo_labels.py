@@ -42,8 +42,8 @@ from arena_distill.config.external import EndpointLimits
 from arena_distill.config.judge import Encoding, Head, Lora, Loss, Training
 from arena_distill.config.phases.battles import ArenaSettings, FoldsSettings
 from arena_distill.config.phases.encoding import TokensSettings
-from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
-from arena_distill.config.phases.settings import Settings
+from arena_distill.config.phases.evaluation import EvaluationSettings
+from arena_distill.config.phases.scoring import ExternalSettings, LogitsSettings, QuerySettings
 from arena_distill.config.phases.studies import CompareSettings, Entry
 from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import Config, Prediction, load, overlay
@@ -59,15 +59,20 @@ from arena_distill.phase_cli import battles as battle_commands
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.external import (
     query_endpoint,
-    read_external_logits,
     split_external_logits,
 )
+from arena_distill.scoring.external_files import read_external_logits
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.studies.comparison import compare
 from arena_distill.training import trainer
 from arena_distill.training.examples import Examples
 from arena_distill.training.losses import battle_losses
-from arena_distill.training.targets import VOTE_LOSS, select_rows, teacher_logits
+from arena_distill.training.targets import (
+    VOTE_LOSS,
+    select_rows,
+    teacher_logits,
+    weighted_targets,
+)
 from arena_distill.training.trainer import train_fold
 from arena_distill.verdicts import CLASSES, NO_VOTE, WINNERS, Votes, swap_classes
 
@@ -344,6 +349,31 @@ def test_in_sample_targets_are_the_fold_own_teachers(
     np.testing.assert_array_equal(targets, [logit_of(name, 2.0) for name in key(rows).to_pylist()])
 
 
+def test_unlabelled_targets_are_the_fold_own_teachers_of_these_battles_alone(
+    make: Callable[..., Run], tmp_path: Path
+) -> None:
+    folds = read_parquet(make().folds)
+    files = write_teacher(folds, tmp_path, ("validation", "unlabelled"))
+    rows = folds.take(training_rows(folds, 2, unlabelled=True))
+    loss = Loss(ce=1, kl=1, temperature=1, unlabelled_weight=0.25)
+    _, votes, targets, weights = weighted_targets(
+        {"t": files[2:]}, rows, read_parquet(make().folds), targets="unlabelled", loss=loss
+    )
+    bare = np.array(rows["source"]) == "unlabelled"
+    assert 0 < bare.sum() < len(bare)
+    expected = [logit_of(name, 2.0) for name in np.array(key(rows))[bare]]
+    np.testing.assert_array_equal(targets[bare, 0], expected)
+    np.testing.assert_array_equal(weights[:, 0], bare)
+    np.testing.assert_array_equal(votes.weights, np.where(bare, 0.25, 1))
+    shown = torch.zeros(len(rows), 3)
+    tensors = [torch.from_numpy(a) for a in (targets.mean(axis=2), weights)]
+    shares = torch.from_numpy(votes.probabilities.astype(np.float32))
+    each = battle_losses(shown, shares, *tensors, loss)
+    torch.testing.assert_close(each[~bare], torch.full(((~bare).sum(),), np.log(3)).float())
+    alone = battle_losses(shown, shares, *tensors, loss.model_copy(update={"ce": 0.0}))
+    assert (alone[~bare] == 0).all() and (alone[bare] > 0).all()
+
+
 @pytest.mark.parametrize("targets", ["out_of_fold", "in_sample"])
 def test_a_teacher_that_has_not_scored_them_is_an_error(
     targets: Any, make: Callable[..., Run], tmp_path: Path
@@ -596,7 +626,7 @@ def test_a_file_judges_those_that_students_learn(make: Callable[..., Run], tmp_p
     for sources in (("train", "extra"), ("train", "extra", "unlabelled")):
         file = judged_file(tmp_path, *sources)
         read_external_logits(
-            file, run.battles, tmp_path / "logits.npy", settings=Settings(version=1)
+            file, run.battles, tmp_path / "logits.npy", settings=ExternalSettings(version=1)
         )
         whole, ids = read_logits(tmp_path / "logits.npy")
         assert set(ids["source"].to_pylist()) == set(sources)
@@ -728,6 +758,23 @@ def test_with_the_source_students_learn_and_their_teachers_score() -> None:
     assert not TrainingSettings.of(configured(), "l").pseudo_labels
     sampled = configured(s={"targets": "in_sample"})
     assert LogitsSettings.of(sampled, "l").rows == ("validation", "training", "unlabelled")
+
+
+def test_who_judged_them_alone_teaches_them_alone() -> None:
+    outside = {"external": {"file": "gpt.parquet", "battles": "unlabelled"}}
+    taught = {"backbone": {"tiny": "gemma2"}, "teachers": ["l", "x"], "targets": "unlabelled"}
+    found = configured(x=outside, s=taught)
+    assert not found.is_optimistic("s")
+    assert "x" not in found.scored() and "s" in found.scored()
+    assert LogitsSettings.of(found, "x").rows == ("unlabelled",)
+    assert LogitsSettings.of(found, "l").rows == ("validation", "unlabelled")
+    assert "x" not in EvaluationSettings.of(found).judges
+    with pytest.raises(InputError, match="x judged battles without votes alone: set targets: unl"):
+        configured(x=outside, s=taught | {"targets": "in_sample"})
+    with pytest.raises(InputError, match="targets: unlabelled, but it learns no battles without"):
+        configured(x=outside, s=taught | {"pseudo_labels": False})
+    with pytest.raises(InputError, match="x judged no battle with a vote"):
+        configured(x=outside, s=taught, e={"stack": {"judges": ["l", "x"]}})
 
 
 def test_a_student_without_them_is_the_only_one_that_changes() -> None:

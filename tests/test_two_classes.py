@@ -33,8 +33,7 @@ from arena_distill.config.checks import findings
 from arena_distill.config.external import EndpointLimits
 from arena_distill.config.judge import Head, Loss
 from arena_distill.config.phases.battles import BattlesSettings, SolutionSettings
-from arena_distill.config.phases.scoring import QuerySettings
-from arena_distill.config.phases.settings import Settings
+from arena_distill.config.phases.scoring import ExternalSettings, QuerySettings
 from arena_distill.config.run import load
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
@@ -55,7 +54,8 @@ from arena_distill.models.loading import load_classifier
 from arena_distill.prediction.calibration import fit, methods
 from arena_distill.prediction.held_out import read_calibration
 from arena_distill.prediction.submission import write_submission
-from arena_distill.scoring.external import query_endpoint, read_external_logits
+from arena_distill.scoring.external import query_endpoint
+from arena_distill.scoring.external_files import read_external_logits
 from arena_distill.studies.comparison import compare
 from arena_distill.training.losses import battle_losses
 from arena_distill.verdicts import Ties, Votes, exchange, logits_among, swap_classes
@@ -415,7 +415,7 @@ def battles(tmp_path: Path) -> Path:
 def external(battles: Path, columns: dict[str, Any]) -> np.ndarray:
     file, output = battles.parent / "judge.csv", battles.parent / "external/logits.npy"
     pd.DataFrame({"id": range(4), **columns}).to_csv(file, index=False)
-    read_external_logits(file, battles, output, settings=Settings(version=1))
+    read_external_logits(file, battles, output, settings=ExternalSettings(version=1))
     return read_logits(output)[0]
 
 

@@ -1,5 +1,5 @@
 # Inputs of rules/evaluation.smk: the folds of every judge.
-SCORED = [(judge, fold) for judge in CONFIG.judges for fold in FOLDS]
+SCORED = [(judge, fold) for judge in CONFIG.scored() for fold in FOLDS]
 
 
 def judged_folds(wildcards, input):

@@ -10,9 +10,13 @@ def pretrained(wildcards):
 
 
 def target_folds(wildcards):
-    """The folds of a student's targets: all folds of its teachers (out of fold), or its own (in sample)."""
+    """The folds of a student's targets: all folds of its teachers (out of fold), or its own (in sample).
+
+    A frozen student is chosen by votes of other folds, taught by their teachers.
+    """
     judge = GRAPH.judges[wildcards.judge]
-    folds = FOLDS if judge.targets == "out_of_fold" else [wildcards.fold]
+    choosing = judge.frozen and judge.targets == "unlabelled"
+    folds = FOLDS if judge.targets == "out_of_fold" or choosing else [wildcards.fold]
     return [(teacher, fold) for teacher in judge.teachers for fold in folds]
 
 

@@ -112,6 +112,10 @@ class Layout:
         """The logits of an external judge, for all its battles."""
         return f"{self.root}/external/{judge}/logits.npy"
 
+    def external_file(self, judge: str) -> str:
+        """What was read of an external judge's file, and how its log-odds were mapped onto votes."""
+        return f"{self.root}/external/{judge}/file.json"
+
     def stack(self, judge: str) -> str:
         """The weights of a stack's members, and what it is worth."""
         return f"{self.root}/stacks/{judge}.json"

@@ -357,7 +357,7 @@ def fold_rows(
 ) -> pa.Table:
     """The rows a fold's judge has to score: columns `id`, `source`, `validation` (bool)."""
     validation = validation_rows(folds, fold)
-    wanted = [validation]
+    wanted = [validation[:0] if "validation" not in settings.rows else validation]
     if "training" in settings.rows:
         wanted.append(training_rows(folds, fold))
     if "extra" in settings.rows:

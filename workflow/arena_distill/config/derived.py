@@ -174,7 +174,7 @@ def compared(config: Config, raw: Mapping[str, Any], family: JudgeFamily) -> lis
     shown = {entry.judge for entry in entries}
     others = [
         Compared(name, name, name, config.prediction, tested=name == config.final)
-        for name in config.judges
+        for name in config.scored()
         if name not in shown
     ]
     return others + entries + repeated

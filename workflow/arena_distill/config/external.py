@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -144,7 +144,9 @@ class External(Section):
     """A judge that is not trained here: exactly one of `file`, `endpoint`."""
 
     file: FilePath | None = None
-    """Its logits or probabilities: a table, see docs/external-judges.md."""
+    """Its logits, probabilities or log-odds: a table, see docs/external-judges.md."""
+    battles: Literal["all", "unlabelled"] = "all"
+    """`unlabelled`: the file has battles without votes alone. The judge teaches these and has no score."""
     endpoint: Endpoint | None = None
     """A model behind an API."""
 
@@ -152,4 +154,6 @@ class External(Section):
     def _exactly_one(self) -> External:
         if (self.file is None) == (self.endpoint is None):
             raise ValueError("needs exactly one of file, endpoint")
+        if self.endpoint and self.battles == "unlabelled":
+            raise ValueError("battles: unlabelled is for a file; an endpoint is asked about all")
         return self

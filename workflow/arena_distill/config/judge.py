@@ -34,7 +34,7 @@ FEWEST_SAMPLES = 16
 """With fewer sequences the second moments of a layer's inputs mean nothing to GPTQ."""
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Targets = Literal["out_of_fold", "in_sample"]
+Targets = Literal["out_of_fold", "in_sample", "unlabelled"]
 Precision = Literal["fp32", "bf16", "nf4"]
 State = Literal["features", "attention"]
 Pooling = Literal["mean", "answer", "last"]
@@ -237,6 +237,8 @@ class Loss(Section):
     """The probability of such a vote; the report lists them (tables/contradicted.parquet)."""
     unlabelled: Literal["own_terms", "all_terms"] = "own_terms"
     """A loss without a vote lacks CE: divide it by its own weights (then KL counts more), or by all."""
+    unlabelled_weight: PositiveFloat = 1.0
+    """How much a battle without a vote counts, against one vote."""
     features: NonNegativeFloat = 0.0
     """Weight of the distance to each teacher's last hidden state (PKD); needs the same kind of head."""
     attention: NonNegativeFloat = 0.0
@@ -402,7 +404,8 @@ class JudgeDefaults(Section):
     training: Training = Training()
     """Of the folds."""
     targets: Targets = "out_of_fold"
-    """A student's teacher logits: from the fold model that never saw the row, or from its own fold."""
+    """A student's teacher logits: from the fold model that never saw the row, or from its own fold;
+    `unlabelled`: from its own fold, of battles without votes alone (`data.unlabelled`)."""
     loss: Loss = Loss()
     """Of the folds."""
     pseudo_labels: bool = True
@@ -477,6 +480,10 @@ class Judge(JudgeDefaults):
             )
         return self
 
+    def without_votes(self) -> bool:
+        """Whether it judged no battle with a vote, and so has no score."""
+        return self.external is not None and self.external.battles == "unlabelled"
+
     def sources(self) -> tuple[str, ...]:
         """The judges that it is made of: its teachers, or the members of a stack."""
         return self.stack.judges if self.stack else self.teachers
@@ -533,14 +540,16 @@ class Judge(JudgeDefaults):
 
     @model_validator(mode="after")
     def _weights_need_honest_targets(self) -> Judge:
-        if self.teachers and self.loss.weights == "fitted" and self.targets == "in_sample":
+        if not self.teachers or self.targets == "out_of_fold":
+            return self
+        if self.loss.weights == "fitted":
             raise ValueError(
-                "loss.weights: fitted, but targets: in_sample: on rows a teacher was trained on, the "
+                f"loss.weights: fitted, but targets: {self.targets}: on rows a teacher was trained on, the "
                 "one that over-fits most would win; set targets: out_of_fold"
             )
-        if self.teachers and self.loss.contradicted_weight < 1 and self.targets == "in_sample":
+        if self.loss.contradicted_weight < 1:
             raise ValueError(
-                "loss.contradicted_weight: below 1, but targets: in_sample: teachers hardly contradict the "
-                "votes that they were trained on; set targets: out_of_fold"
+                f"loss.contradicted_weight: below 1, but targets: {self.targets}: teachers hardly "
+                "contradict the votes that they were trained on; set targets: out_of_fold"
             )
         return self

@@ -223,6 +223,7 @@ class Config(Section):
                 f"judges: a cycle of teachers, {cycle}: a judge cannot teach itself"
                 + (", or be a part of itself" if any(j.stack for j in self.judges.values()) else "")
             ) from None
+        self._check_unlabelled()
         self._check_stacks()
         deployed = self.deployed()
         for name, judge in self.judges.items():
@@ -262,6 +263,25 @@ class Config(Section):
             )
         return self
 
+    def _check_unlabelled(self) -> None:
+        """Refuse students that would find nothing to learn from their teachers."""
+        for name, judge in self.judges.items():
+            if (
+                judge.teachers
+                and judge.targets == "unlabelled"
+                and not self.learns_unlabelled(name)
+            ):
+                raise ValueError(
+                    f"judges.{name}.targets: unlabelled, but it learns no battles without votes: set "
+                    "data.unlabelled, and leave pseudo_labels true"
+                )
+            for teacher in judge.teachers:
+                if self.judges[teacher].without_votes() and judge.targets != "unlabelled":
+                    raise ValueError(
+                        f"judges.{name}.targets: {judge.targets}, but {teacher} judged battles without "
+                        "votes alone: set targets: unlabelled"
+                    )
+
     def _check_stacks(self) -> None:
         """Refuse members whose logits out of fold, or final predictions, are not there or not honest."""
         for name, judge in self.judges.items():
@@ -270,6 +290,11 @@ class Config(Section):
                     raise ValueError(
                         f"judges.{name}.stack.judges: {member} is optimistic out of fold, where "
                         "weights are fitted: combine its teachers, or give it targets: in_sample"
+                    )
+                if self.judges[member].without_votes():
+                    raise ValueError(
+                        f"judges.{name}.stack.judges: {member} judged no battle with a vote, so its weight "
+                        "cannot be fitted: combine a student of it (targets: unlabelled)"
                     )
         if self.benchmarks and self.judges[self.final].stack:
             raise ValueError(
@@ -392,6 +417,10 @@ class Config(Section):
         ]
         more = (self.students_of(stack) for stack in stacks)
         return list(dict.fromkeys(itertools.chain(found, *more)))
+
+    def scored(self) -> list[str]:
+        """The judges that say something of battles with votes."""
+        return [name for name, judge in self.judges.items() if not judge.without_votes()]
 
     def trained_parts(self, judge: str) -> list[str]:
         """The judges that predict for it: itself, or the members of a stack, all the way down."""

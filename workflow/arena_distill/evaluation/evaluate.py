@@ -180,7 +180,8 @@ def evaluate(
     prediction = {**_settings(predictions[0]), "model": settings.model} if predictions else None
     held_out = _held_out(run, calibrations, surface, truth) if calibrations else None
     about = provenance("evaluation", settings.model_dump(mode="json"))
-    teachers = settings.judges[settings.final] or [n for n, t in settings.judges.items() if not t]
+    teachers = [n for n in settings.judges[settings.final] if n in seen]
+    teachers = teachers or [n for n, t in settings.judges.items() if not t] or [settings.final]
     contradicted, contradictions = contradicted_votes(
         run.named(),
         {name: mean_over_views(seen[name]) for name in teachers},

@@ -23,7 +23,7 @@ FEWEST_MODELS = 5
 """Of fewer models a rank correlation says nothing."""
 
 FEWEST_BATTLES = 20
-"""A model with fewer battles is not ranked, and its battles do not count."""
+"""A model with fewer battles is not ranked; its battles still count for the others."""
 
 RESAMPLES = 256
 
@@ -74,7 +74,7 @@ def rank_models(
         (τ-b), each `value`, `low` and `high`, the 95 % percentiles over `RESAMPLES` resamples of prompts.
         Votes drawn again are noisier than the votes: the value lies in the upper part of its interval.
     """
-    from scipy.sparse import coo_array, csr_array
+    from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     sides = [battles[name].combine_chunks().cast(pa.string()) for name in ("model_a", "model_b")]
@@ -82,35 +82,34 @@ def rank_models(
     names, place = np.unique(np.array(coded.dictionary.to_pylist(), str), return_inverse=True)
     codes = np.append(place, -1)[pc.fill_null(coded.indices, len(place)).to_numpy()]
     first, second = codes.reshape(2, -1)
+    count = len(names)
     rows = np.flatnonzero((first >= 0) & (second >= 0) & (first != second) & votes.known)
-    often = np.bincount(np.concatenate([first[rows], second[rows]]), minlength=len(names))
-    rows = rows[(often[first[rows]] >= FEWEST_BATTLES) & (often[second[rows]] >= FEWEST_BATTLES)]
-    met = coo_array((np.ones(len(rows)), (first[rows], second[rows])), shape=(len(names),) * 2)
+    met = coo_array((np.ones(len(rows)), (first[rows], second[rows])), shape=(count, count))
     part = connected_components(met, directed=False)[1][first[rows]]
     rows = rows[part == np.bincount(part, minlength=1).argmax()]
-    ranked, codes = np.unique(np.concatenate([first[rows], second[rows]]), return_inverse=True)
-    count, seen = len(ranked), np.bincount(codes)
-    if count < FEWEST_MODELS:
+    first, second, votes = first[rows], second[rows], votes[rows]
+    seen = np.bincount(np.concatenate([first, second]), minlength=count)
+    ranked = np.flatnonzero(seen >= FEWEST_BATTLES)
+    if len(ranked) < FEWEST_MODELS:
         return None
-    (first, second), votes = codes.reshape(2, -1), votes[rows]
     group = np.unique(groups[rows], return_inverse=True)[1]
     prompts = int(group.max()) + 1
     pairs = np.concatenate([first * count + second, second * count + first])
 
-    def wins_of(probabilities: np.ndarray) -> csr_array:
+    def wins_of(probabilities: np.ndarray) -> coo_array:
         """The wins of every pair of models by prompt: (models², prompts)."""
         ties = probabilities[:, 2:].sum(axis=1) / 2
         shares = [votes.weights * (probabilities[:, side] + ties) for side in (0, 1)]
         cells = np.concatenate(shares), (pairs, np.tile(group, 2))
-        return csr_array(cells, shape=(count**2, prompts))
+        return coo_array(cells, shape=(count**2, prompts)).tocsr()
 
     wins = {"votes": wins_of(votes.probabilities)}
     wins |= {name: wins_of(probabilities[rows]) for name, probabilities in judged.items()}
 
     def fitted(draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Strengths (draws, models) from counts of prompts (draws, prompts)."""
+        """Strengths of the ranked models, (draws, ranked), from counts of prompts (draws, prompts)."""
         shape = (len(draws), count, count)
-        return {n: strengths((w @ draws.T).T.reshape(shape)) for n, w in wins.items()}
+        return {n: strengths((w @ draws.T).T.reshape(shape))[:, ranked] for n, w in wins.items()}
 
     whole = fitted(np.ones((1, prompts)))
     rng = np.random.default_rng(0)
@@ -128,7 +127,7 @@ def rank_models(
             found[measure] = {"value": float(value), "low": float(low), "high": float(high)}
     (by_votes,), (by_judge,) = whole["votes"], whole[next(iter(judged))]
     models = [
-        {"model": str(names[ranked[i]]), "rows": int(seen[i])}
+        {"model": str(names[ranked[i]]), "rows": int(seen[ranked[i]])}
         | {"votes": float(by_votes[i]), "judge": float(by_judge[i])}
         for i in np.argsort(-by_votes, kind="stable")
     ]

@@ -9,6 +9,7 @@ import typer
 
 from arena_distill.config.external import EndpointLimits
 from arena_distill.config.phases.scoring import (
+    ExternalSettings,
     LogitsSettings,
     QuerySettings,
     StackedLogitsSettings,
@@ -133,9 +134,9 @@ def read_external_logits(
     settings: Settings,
 ) -> None:
     """Read the logits of all labelled battles from a file."""
-    from arena_distill.scoring.external import read_external_logits
+    from arena_distill.scoring.external_files import read_external_logits
 
-    read_external_logits(file, battles, output, settings=parse(VersionSettings, settings))
+    read_external_logits(file, battles, output, settings=parse(ExternalSettings, settings))
 
 
 @app.command()

@@ -16,7 +16,7 @@ order of the answers on them: Zheng et al. 2023, arXiv:2306.05685.)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows
-from arena_distill.battles.formats.columns import columns_found
-from arena_distill.battles.votes import classes_of
 from arena_distill.config.external import EndpointLimits, Query
 from arena_distill.config.phases.scoring import LogitsSettings, QuerySettings
-from arena_distill.config.phases.settings import Settings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     fingerprint,
@@ -41,22 +38,11 @@ from arena_distill.files.artifacts import (
 )
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, write_logits
-from arena_distill.files.raw_tables import column_texts
-from arena_distill.files.readers import read_table
 from arena_distill.scoring import endpoint
 from arena_distill.scoring.answers import Alternative, Answers, Request, Token
+from arena_distill.scoring.external_files import LEAST, judged_battles
+from arena_distill.scoring.log_odds import log_softmax
 from arena_distill.verdicts import ORDERS, Order, exchange, logits_among
-
-COLUMNS: Mapping[str, tuple[str, str, str]] = {
-    # The forms of a file, and their columns of A, B and tie.
-    "logits": ("logit_model_a", "logit_model_b", "logit_tie"),
-    "probabilities": ("p_model_a", "p_model_b", "p_tie"),
-    "predictions": ("winner_model_a", "winner_model_b", "winner_tie"),  # as in a submission
-}
-
-LEAST = 1e-6
-"""The smallest probability: smaller ones in a file, or 0, count as this, so that the logarithm is finite.
-So does the rest that a list of the most probable tokens leaves, if it is a rounding error."""
 
 TEMPLATE = """\
 {instructions}
@@ -78,7 +64,6 @@ NEXT_TURN = "\n\n[next turn]\n\n"
 LEFT_OUT = "\n[…]\n"
 
 _TAG = r"(?i)<(/?\s*(?:question|answer_a|answer_b)\b)"
-_NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
 def split_external_logits(
@@ -108,112 +93,6 @@ def split_external_logits(
     print(f"{output}: {len(rows):,} battles of {logits}")
 
 
-# --- a file -----------------------------------------------------------------------------------------
-
-
-def read_external_logits(file: Path, battles: Path, output: Path, *, settings: Settings) -> None:
-    """Read a judge's logits or probabilities from a parquet, CSV or JSONL file → `logits.npy` and its ids.
-
-    The file has a row per battle, or per battle and order, with the columns `id`, `source` (train, extra
-    or unlabelled; default: train), `order` (AB or BA: which answer the judge saw first; default: AB) and
-    one of the triples of `COLUMNS`, or its first two where the run has two classes. These refer to the
-    battle's own model_a and model_b in both orders. A missing order is copied from the other one; rows of
-    other battles are ignored; battles without votes may be missing. The output is float32 (rows, orders,
-    classes), natural logarithms of probabilities.
-
-    Raises:
-        InputError: the file is unusable, a value is invalid, or a battle is missing or duplicated.
-    """
-    rows, classes = _battles(battles, unlabelled=True)
-    keys, order, scores = _judged(file, classes)
-    wanted = key(rows)
-    logits = np.full((len(rows), len(ORDERS), classes), np.nan)
-    for number in range(len(ORDERS)):
-        mine = np.flatnonzero(order == number)
-        position = _positions(wanted, keys.take(pa.array(mine)), f"{file}, order {ORDERS[number]}")
-        logits[position >= 0, number] = scores[mine[position[position >= 0]]]
-    lacks = np.isnan(logits[..., 0])
-    absent = lacks.all(axis=1)
-    labelled = pc.not_equal(rows["source"], "unlabelled").to_numpy()
-    if (missing := absent & labelled).any():
-        example = wanted[int(missing.argmax())]
-        raise InputError(
-            f"{file}: {missing.sum():,} of {labelled.sum():,} labelled battles are missing, for example "
-            f"{example}; the file needs all battles of sources train and extra"
-        )
-    rows, logits, lacks = rows.filter(pa.array(~absent)), logits[~absent], lacks[~absent]
-    logits = np.where(lacks[..., None], logits[:, ::-1], logits)
-    about = provenance("external_logits", settings.model_dump() | {"file": file.name})
-    write_logits(output, logits.astype(np.float32), rows, about)
-    both = int((~lacks).all(axis=1).sum())
-    others = len(keys) - int(np.count_nonzero(~lacks))
-    print(
-        f"{output}: {len(rows):,} battles, {both:,} of them judged in both orders"
-        + (f"; {others:,} rows of other battles ignored" if others else "")
-    )
-
-
-def _judged(file: Path, classes: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Keys, orders (int: position in `ORDERS`) and log-probabilities (rows, classes) of a file's rows."""
-    raw = read_table(file)
-    given = [kind for kind, names in COLUMNS.items() if set(names[:classes]) <= set(raw.columns)]
-    if "id" not in raw.columns or len(given) != 1:
-        triples = "; ".join(", ".join(names) for names in COLUMNS.values())
-        raise InputError(
-            f"{file}: `id` and exactly one of these triples of columns expected: {triples}"
-            f"{' (two of them where there are no ties)' if classes == 2 else ''}; "
-            f"{columns_found(raw)}"
-        )
-    if raw.faults.lost:
-        number, reason = raw.faults.lost[0]
-        raise InputError(f"{file}, row {number}: {reason}")
-    rows = len(raw.numbers)
-    default = {"source": "train", "order": "AB"}
-    filled = {
-        name: pc.fill_null(column_texts(raw, name), text)
-        if name in raw.columns
-        else pa.chunked_array([pa.repeat(text, rows)])
-        for name, text in default.items()
-    }
-    orders = pa.array(ORDERS)
-    order = pc.index_in(pc.utf8_upper(filled["order"]), orders).to_numpy().astype(np.float64)
-    _refuse(file, raw.numbers, "order", np.isnan(order), "AB or BA expected")
-    names = [name for name in COLUMNS[given[0]] if name in raw.columns]
-    values = np.stack([_numbers(file, raw.numbers, n, column_texts(raw, n)) for n in names], 1)
-    if given[0] != "logits":
-        off = (values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 0.01)
-        _refuse(file, raw.numbers, ", ".join(names), off, "probabilities that sum to 1 expected")
-        values = np.log(values.clip(min=LEAST))
-    _refuse(file, raw.numbers, ", ".join(names), (np.abs(values) > 1e6).any(1), "logits expected")
-    keys = key(pa.table({"id": column_texts(raw, "id"), "source": filled["source"]}))
-    return keys, order.astype(np.int64), _log_softmax(logits_among(values, classes))
-
-
-def _numbers(file: Path, numbers: np.ndarray, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """Parse a text column as numbers: float64 (rows,)."""
-    column = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
-    good = pc.match_substring_regex(column, _NUMBER).to_numpy()
-    _refuse(file, numbers, name, ~good, "a number expected")
-    values: np.ndarray = column.cast(pa.float64()).to_numpy()
-    return values
-
-
-def _refuse(file: Path, numbers: np.ndarray, column: str, bad: np.ndarray, why: str) -> None:
-    if bad.any():
-        others = f" ({bad.sum():,} such rows)" if bad.sum() > 1 else ""
-        raise InputError(f"{file}, row {numbers[bad.argmax()]}, column {column}: {why}{others}")
-
-
-def _positions(wanted: pa.Array, available: pa.Array, where: str) -> np.ndarray:
-    """Positions of the wanted keys among the available ones: int64 (wanted,), -1 if missing."""
-    counts = pc.value_counts(available.filter(pc.is_in(available, wanted)))
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        raise InputError(f"{where}: {twice.field('values')[0]} is there more than once")
-    positions: np.ndarray = pc.fill_null(pc.index_in(wanted, available), -1).to_numpy()
-    return positions.astype(np.int64)
-
-
 # --- an endpoint ------------------------------------------------------------------------------------
 
 
@@ -240,7 +119,7 @@ def query_endpoint(
             verdict.
         Stopped: by SIGINT or SIGTERM.
     """
-    asked, classes = _battles(battles, TEXTS, unlabelled=settings.unlabelled)
+    asked, classes = judged_battles(battles, TEXTS, unlabelled=settings.unlabelled)
     questions = Questions(asked, settings)
     if questions.cut:
         print(
@@ -272,7 +151,7 @@ def query_endpoint(
             f"{', '.join(settings.verdicts)}: change `instructions` or `verdicts`; if the model reasons "
             "before it answers, switch that off (parameters)"
         )
-    seen = _log_softmax(logits_among(scores, classes))[number_of].reshape(-1, len(ORDERS), classes)
+    seen = log_softmax(logits_among(scores, classes))[number_of].reshape(-1, len(ORDERS), classes)
     logits = exchange(seen).astype(np.float32)
     prompt_tokens, completion_tokens = counted.sum(axis=0).tolist()
     priced = limits.prompt_price is not None
@@ -422,27 +301,3 @@ def _summary(output: Path, figures: Mapping[str, Any]) -> str:
     if verdicts["answers_without"]:
         parts.append(f"{verdicts['answers_without']:,} answers without any verdict")
     return "; ".join(parts)
-
-
-# --- both -------------------------------------------------------------------------------------------
-
-
-def _battles(
-    battles: Path, columns: Iterable[str] = (), *, unlabelled: bool
-) -> tuple[pa.Table, int]:
-    """The labelled battles, and if `unlabelled` those without votes: `id`, `source` and `columns`.
-
-    And the number of classes of the run.
-    """
-    table = read_parquet(battles, ["id", "source", "vote", *columns])
-    classes = classes_of(table)
-    table = table.drop_columns("vote")
-    sources = ["train", "extra", *(["unlabelled"] if unlabelled else [])]
-    judged = pc.is_in(table["source"].cast(pa.string()), pa.array(sources))
-    return table.filter(judged).combine_chunks(), classes
-
-
-def _log_softmax(scores: np.ndarray) -> np.ndarray:
-    """Scores (rows, classes) as logarithms of probabilities that sum to 1: float64."""
-    normalised: np.ndarray = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
-    return normalised

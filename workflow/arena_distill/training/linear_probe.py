@@ -11,7 +11,6 @@ the best of `RIDGES` in a cross-validation that does not split prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from arena_distill.errors import InputError
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import capture, head_layer
 from arena_distill.models.scoring import score_batches
+from arena_distill.training.answer_pairs import Objective
 from arena_distill.training.losses import battle_losses
 from arena_distill.verdicts import Votes
 
@@ -35,9 +35,6 @@ RIDGES = tuple(10.0 ** (k / 2) for k in range(6, -7, -1))
 
 PARTS = 5
 """Of the cross-validation."""
-
-Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits of some battles, their rows) → each one's loss."""
 
 
 def fit_head(judge: Any, examples: Examples, *, loss: Loss, head: Head, batch_tokens: int) -> None:

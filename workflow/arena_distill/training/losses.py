@@ -42,7 +42,8 @@ def battle_losses(
             ``targets.trusted_votes``); zeros where there is none: such a battle has no CE term, and by
             `loss.unlabelled` no weight for it in the denominator either.
         teachers: (batch, J, classes), or None where `kl` and `cosine` are 0.
-        weights: (batch, J), each row's sum 1; None: equal.
+        weights: (batch, J), each row's sum 1, or 0 for a battle that no teacher teaches: it has the CE term
+            alone; None: equal.
         states: float32 (batch, J) by name, how far the student's are from each teacher's.
 
     Returns:
@@ -60,6 +61,7 @@ def battle_losses(
         surprise = surprise * missed**loss.focal
     total = loss.ce * (votes * surprise).sum(-1)
     weight = loss.ce * (voted if loss.unlabelled == "own_terms" else torch.ones_like(total))
+    taught = torch.ones_like(total) if weights is None else (weights.sum(-1) > 0).to(total.dtype)
     if teachers is not None and loss.kl + loss.cosine > 0:
         teachers = teachers.float() / loss.temperature
         if weights is None:
@@ -77,14 +79,14 @@ def battle_losses(
         divergence = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
         distance = 1 - F.cosine_similarity(student.exp(), target.exp(), dim=-1)
         each = loss.kl * scale * divergence + loss.cosine * distance
-        total = total + (share * each).sum(-1)
-        weight = weight + terms * (loss.kl + loss.cosine)
+        total = total + taught * (share * each).sum(-1)
+        weight = weight + taught * terms * (loss.kl + loss.cosine)
     for name, distances in (states or {}).items():
         count = distances.shape[1]
         share = distances if weights is None else count * weights * distances
         total = total + getattr(loss, name) * share.sum(-1)
-        weight = weight + getattr(loss, name) * count
-    return total / weight
+        weight = weight + taught * getattr(loss, name) * count
+    return total / weight.clamp(min=torch.finfo(torch.float32).tiny)  # 0: nothing to learn
 
 
 def feature_distances(

@@ -1,9 +1,10 @@
 """Fit the head of a frozen judge: logistic regression on hidden states of several layers.
 
-Which layers and poolings it reads, and the ridge, have the least loss in a cross-validation that does not
-split prompts: each read alone first, then the best two, three, … side by side, until one more does not help
-twice. Votes that validate the fold take no part in the choice. A head is linear, so the mean of the folds'
-heads gives the mean of their outputs exactly, whatever each of them reads.
+Which layers and poolings it reads, and the ridge, have the least log loss on votes in a cross-validation
+that does not split prompts: each read alone first, then the best two, three, … side by side, until one more
+does not help twice. What teachers say only trains: to agree with them is not the aim. Votes that validate
+the fold take no part in the choice. A head is linear, so the mean of the folds' heads gives the mean of
+their outputs exactly, whatever each of them reads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -32,18 +34,17 @@ from arena_distill.files.artifacts import (
     write_json,
 )
 from arena_distill.models.layer_reads import Read
+from arena_distill.training.answer_pairs import Objective, RotatedReads
 from arena_distill.training.examples import part_of
 from arena_distill.training.features import Features
-from arena_distill.training.linear_probe import RIDGES, Objective, cross_validate, objective_of
-from arena_distill.training.targets import weighted_targets
+from arena_distill.training.linear_probe import PARTS, RIDGES, objective_of
+from arena_distill.training.targets import VOTE_LOSS, weighted_targets
+from arena_distill.verdicts import Votes
 
 FILE = "probe.safetensors"
 
 ALONE = RIDGES[4:13:2]
 """Ridges for each read alone: 10 to 0.001."""
-
-CONSTANT = 10.0
-"""The value of a constant feature, whose weight gives the bias: large, so the ridge hardly holds it."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,24 @@ def fit_probe(
     table = read_parquet(folds)
     chosen = training_rows(table, fold, unlabelled=settings.pseudo_labels)
     rows = part_of(table.take(chosen), settings.share, settings.seed)
-    votes, targets, weights = votes_of(rows), None, None
-    if settings.teachers and settings.targets:
-        _, votes, targets, weights = weighted_targets(
-            teachers, rows, table, targets=settings.targets, loss=settings.loss
-        )
-        targets = targets.mean(axis=2)  # of both orders
-    objective = objective_of(votes, targets, weights, loss=settings.loss, head=settings.head)
+    votes, groups = votes_of(rows), undivided_groups(rows)
+    number, own = np.asarray(rows["fold"]), teachers
+    others: list[int] = np.unique(number[number >= 0]).tolist()
+    if apart := settings.targets == "unlabelled":
+        own = _of_fold(teachers, fold)
+    objective, weights = _objective(rows, table, own, settings)
+    if apart and len(others) > 1:
+        # Teachers pass on what they know: a fold is predicted by what those taught that never saw it.
+        parts = [
+            _part(groups, number == n, _objective(rows, table, _of_fold(teachers, n), settings)[0])
+            for n in others
+        ]
+    else:
+        parts = split(votes, groups, objective)
+    asked = objective_of(votes, None, None, loss=VOTE_LOSS, head=settings.head)
     read = Features.read(features)
-    outputs, groups = len(settings.head.outputs), undivided_groups(rows)
-    probe, ridge, loss = _choose(read, read.of(rows), objective, outputs, groups)
+    outputs = len(settings.head.outputs)
+    probe, ridge, loss = choose(read, read.of(rows), objective, asked, parts, outputs)
     about = provenance("probe", settings.model_dump(mode="json") | {"fold": fold})
     about["made_from"] = {"folds": fingerprint(table), "fold": fold}
     about["made_from"]["backbone"] = read.about["backbone"]
@@ -156,40 +165,107 @@ def mean_probe(probes: Sequence[Probe], weights: Sequence[float]) -> Probe:
     return Probe(reads, first.marker, weight.flatten(1), bias)
 
 
-def _choose(
-    read: Features, values: np.ndarray, objective: Objective, outputs: int, groups: np.ndarray
+@dataclass(frozen=True)
+class Part:
+    """Of the cross-validation: battles that are learned by `objective`, and whose votes are then asked."""
+
+    known: torch.Tensor
+    held_out: torch.Tensor
+    objective: Objective
+
+
+def split(votes: Votes, groups: np.ndarray, objective: Objective) -> list[Part]:
+    """Split the battles with votes by prompt; each part learns all others of other prompts.
+
+    Args:
+        groups: int (rows,); none is on both sides.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    voted = np.flatnonzero(votes.known)
+    count = min(PARTS, len(np.unique(groups[voted])))
+    if count < 2:
+        return []
+    asked = (voted[part] for _, part in GroupKFold(count).split(voted, groups=groups[voted]))
+    every = np.arange(len(votes))
+    return [_part(groups, np.isin(every, rows), objective) for rows in asked]
+
+
+def _part(groups: np.ndarray, held_out: np.ndarray, objective: Objective) -> Part:
+    """
+    Args:
+        held_out: bool (rows,), with votes.
+    """
+    others = ~np.isin(groups, groups[held_out])
+    known, asked = (torch.from_numpy(np.flatnonzero(some)) for some in (others, held_out))
+    return Part(known, asked, objective)
+
+
+def _of_fold(teachers: Mapping[str, Sequence[Path]], fold: int) -> dict[str, Sequence[Path]]:
+    return {name: files[fold : fold + 1] for name, files in teachers.items()}
+
+
+def _objective(
+    rows: pa.Table, table: pa.Table, teachers: Mapping[str, Sequence[Path]], settings: ProbeSettings
+) -> tuple[Objective, np.ndarray | None]:
+    """A head's own loss, and the teachers' weights: float32 (rows, teachers)."""
+    votes, targets, weights = votes_of(rows), None, None
+    if settings.teachers and settings.targets:
+        _, votes, targets, weights = weighted_targets(
+            teachers, rows, table, targets=settings.targets, loss=settings.loss
+        )
+        targets = targets.mean(axis=2)  # of both orders
+    return objective_of(votes, targets, weights, loss=settings.loss, head=settings.head), weights
+
+
+def choose(
+    read: Features,
+    values: np.ndarray,
+    objective: Objective,
+    votes: Objective,
+    parts: Sequence[Part],
+    outputs: int,
 ) -> tuple[Probe, float, float]:
-    """The best head by cross-validation, its ridge and its loss.
+    """The head that predicts the votes of battles left out best, its ridge and its loss there.
 
     Args:
         values: float32 (rows, answers, reads, hidden size).
+        objective: what the head is fitted by in the end.
+        votes: what it is chosen by: the log loss of the votes, 0 without one.
+        parts: of the cross-validation; none: the strongest ridge, of the first read.
     """
-    features = torch.from_numpy(values)
-    centre = features.mean((0, 1))
-    features -= centre
+    rotated = RotatedReads(values, outputs)
+    rows = torch.arange(len(values))
+    asked = sum(len(part.held_out) for part in parts)
 
-    def fitted(
-        reads: Sequence[int], ridges: tuple[float, ...]
-    ) -> tuple[torch.Tensor, float, float]:
-        some = features[:, :, list(reads)].flatten(2)
-        constant = some.new_full((*some.shape[:2], 1), CONSTANT)
-        return cross_validate(
-            torch.cat([some, constant], -1), objective, outputs, groups, ridges=ridges
-        )
+    def tried(reads: Sequence[int], ridges: Sequence[float]) -> tuple[float, float]:
+        """The best ridge, and its loss; weaker ones are tried until one is worse."""
+        pairs = rotated.of(reads)
+        starts: list[torch.Tensor | None] = [None] * len(parts)
+        best = ridges[0], np.inf
+        for ridge in ridges if parts else ():
+            loss = 0.0
+            for i, part in enumerate(parts):
+                starts[i] = weights = pairs.fit(part.known, part.objective, ridge, starts[i])
+                found = pairs.outputs(weights, part.held_out)
+                loss += float(votes(found, part.held_out).sum()) / asked
+            if loss >= best[1]:
+                break
+            best = ridge, loss
+        return best
 
-    alone = {i: fitted([i], ALONE) for i in range(len(read.reads))}
-    order = sorted(alone, key=lambda i: (alone[i][2], i))
+    alone = {i: tried([i], ALONE) for i in range(len(read.reads))}
+    order = sorted(alone, key=lambda i: (alone[i][1], i))
     best, best_reads, worse = alone[order[0]], order[:1], 0
-    for count in range(2, len(order) + 1):
-        ridges = tuple(best[1] * 10**power for power in (1, 0.5, 0, -0.5))
-        found = fitted(order[:count], ridges)
-        worse = 0 if found[2] < best[2] else worse + 1
+    for count in range(2, len(order) + 1 if parts else 0):
+        ridges = [best[0] * 10**power for power in (1, 0.5, 0, -0.5)]
+        found = tried(order[:count], ridges)
+        worse = 0 if found[1] < best[1] else worse + 1
         if not worse:
             best, best_reads = found, order[:count]
         if worse == 2:
             break
-    weights, ridge, loss = best
-    weight, bias = weights[:, :-1], CONSTANT * weights[:, -1]
-    bias = bias - weight @ centre[best_reads].flatten()
+    weights = rotated.of(best_reads).fit(rows, objective, best[0], None)
+    weight, bias = rotated.head(weights, best_reads)
     reads = tuple(read.reads[i] for i in best_reads)
-    return Probe(reads, read.marker, weight.contiguous(), bias), ridge, loss
+    return Probe(reads, read.marker, weight.contiguous(), bias), *best

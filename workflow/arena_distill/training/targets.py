@@ -10,7 +10,8 @@ optimistic (``Config.is_optimistic``), more so if its teachers remember votes we
 
 Unlabelled battles have no votes that a teacher could have seen. Out of fold they get the mean of all folds'
 teachers, like extra rows: a better target, but its teachers have learned from the votes of the student's
-validation rows. In sample they get the teacher of their fold, which has not.
+validation rows. In sample they get the teacher of their fold, which has not. With `unlabelled` targets so
+they do too, and battles with votes learn these alone.
 """
 
 from __future__ import annotations
@@ -69,12 +70,15 @@ class Selection:
     parts: tuple[Part, ...]
 
     def of(self, read: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """Read each file with `read`, and select the training rows: (rows, ...), of the files' dtype."""
-        chosen = total = np.empty(0)
+        """Read each file with `read`, and select the training rows: (rows, ...), of the files' dtype.
+
+        Rows without a target are 0.
+        """
+        chosen = total = np.zeros(0)
         for part in self.parts:
             found = read(part.path)  # one file at a time: states are large
             if part is self.parts[0]:
-                chosen = np.empty((self.count, *found.shape[1:]), found.dtype)
+                chosen = np.zeros((self.count, *found.shape[1:]), found.dtype)
                 total = np.zeros((len(self.shared), *found.shape[1:]), np.float32)
             chosen[part.rows] = found[part.positions]
             total += found[part.shared]
@@ -90,14 +94,25 @@ def select_rows(
     Args:
         teachers: each teacher's `fold_<k>.npy` files. For `out_of_fold` those of all its folds: a row's
             targets come from the fold that did not train on it; extra and unlabelled rows get the mean over
-            folds. For `in_sample` the file of the student's own fold, whose teacher learned these rows.
+            folds. For `in_sample` the file of the student's own fold, whose teacher learned these rows; for
+            `unlabelled` the same, of unlabelled rows alone.
         rows: the training rows; columns `id` and `source`.
 
     Raises:
         InputError: a file is missing, or a row is in no file.
     """
-    select = {"out_of_fold": _out_of_fold, "in_sample": _in_sample}[targets]
-    return [select(name, files, key(rows)) for name, files in teachers.items()]
+    wanted = key(rows)
+    if targets == "out_of_fold":
+        return [_out_of_fold(name, files, wanted) for name, files in teachers.items()]
+    taught = np.arange(len(rows))
+    if targets == "unlabelled":
+        taught = taught[_of_source(rows, "unlabelled")]
+    return [_in_sample(name, files, wanted, taught) for name, files in teachers.items()]
+
+
+def _of_source(rows: pa.Table, source: str) -> np.ndarray:
+    """Which rows are of a source: bool (rows,)."""
+    return np.asarray(pc.equal(rows["source"], source).to_numpy(zero_copy_only=False))
 
 
 def weighted_targets(
@@ -115,8 +130,8 @@ def weighted_targets(
         rows: the training rows, of `folds`.
 
     Returns:
-        the selections; the votes as they count (:func:`trusted_votes`); :func:`teacher_logits`; and
-        :func:`teacher_weights`.
+        the selections; the votes as they count (:func:`trusted_votes`, `loss.unlabelled_weight`);
+        :func:`teacher_logits`; and :func:`teacher_weights`, 0 for battles that teachers do not teach.
 
     Raises:
         InputError: a file is missing, damaged or of other folds, or a row is in no file.
@@ -127,9 +142,13 @@ def weighted_targets(
     logits = teacher_logits(selected)
     # Every fold's teacher was trained on the extra battles: they do not enter the fit of weights.
     # (Battles without a vote do not either.)
-    held_out = pc.equal(rows["source"], "train").to_numpy(zero_copy_only=False)
+    held_out = _of_source(rows, "train")
     votes = votes_of(rows)
     weights = teacher_weights(logits, votes, held_out, loss)
+    unlabelled = _of_source(rows, "unlabelled")
+    if targets == "unlabelled":
+        weights[~unlabelled] = 0
+    votes = replace(votes, weights=np.where(unlabelled, loss.unlabelled_weight, votes.weights))
     return selected, trusted_votes(logits, votes, held_out, loss), logits, weights
 
 
@@ -209,12 +228,15 @@ def _out_of_fold(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selec
     return Selection(len(wanted), shared, tuple(parts))
 
 
-def _in_sample(teacher: str, files: Sequence[Path], wanted: pa.Array) -> Selection:
+def _in_sample(
+    teacher: str, files: Sequence[Path], wanted: pa.Array, taught: np.ndarray
+) -> Selection:
     (file,) = files
     ids = read_parquet(ids_path(file))
-    positions = locate(wanted, key(ids), f"{teacher}'s in-sample logits in {file}")
+    found = wanted.take(pa.array(taught))
+    positions = locate(found, key(ids), f"{teacher}'s in-sample logits in {file}")
     none = np.empty(0, np.int64)
-    return Selection(len(wanted), none, (Part(file, positions, np.arange(len(wanted)), none),))
+    return Selection(len(wanted), none, (Part(file, positions, taught, none),))
 
 
 def teacher_weights(

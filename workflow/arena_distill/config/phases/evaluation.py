@@ -56,8 +56,8 @@ class EvaluationSettings(Settings):
         return cls(
             version=VERSIONS["evaluation"],
             run=config.run,
-            judges={name: config.judges[name].teachers for name in config.ordered()},
-            external=tuple(name for name, judge in config.judges.items() if judge.external),
+            judges={n: config.judges[n].teachers for n in config.ordered() if n in config.scored()},
+            external=tuple(name for name in config.scored() if config.judges[name].external),
             privileged=tuple(n for n in config.judges if config.is_privileged(n)),
             optimistic=tuple(filter(config.is_optimistic, config.judges)),
             merged=config.data.merged(),

@@ -21,8 +21,8 @@ class LogitsSettings(Settings):
     head: Head = JOINT
     precision: Precision
     rows: tuple[Rows, ...]
-    """Validation rows always; training (with extra), extra or unlabelled rows where a student learns
-    from them."""
+    """Validation rows, unless the judge has no score; training (with extra), extra or unlabelled rows where
+    a student learns from them."""
     states: tuple[State, ...] = ()
     """What students read of it beside logits (see ``models.hidden_states``)."""
 
@@ -65,6 +65,18 @@ class StackedLogitsSettings(Settings):
         return cls(version=VERSIONS["stacked_logits"], rows=rows, **members_of(config, judge))
 
 
+class ExternalSettings(Settings):
+    """Which battles an external judge's file has to have."""
+
+    battles: Literal["all", "unlabelled"] = "all"
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> ExternalSettings:
+        external = config.judges[judge].external
+        assert external, "only of external judges"
+        return cls(version=VERSIONS["external_logits"], battles=external.battles)
+
+
 class QuerySettings(Settings, Query):
     """What an endpoint is asked."""
 
@@ -85,7 +97,7 @@ def _scored_rows(config: Config, judge: str) -> tuple[Rows, ...]:
     """The rows that a judge's folds score, for evaluation and for those that learn from it."""
     students = config.students_of(judge)
     needed = {config.judges[student].targets for student in students}
-    rows: tuple[Rows, ...] = ("validation",)
+    rows: tuple[Rows, ...] = () if config.judges[judge].without_votes() else ("validation",)
     if "in_sample" in needed:
         rows += ("training",)
     if "out_of_fold" in needed and "extra" in config.data.sources():
