@@ -20,6 +20,11 @@ report: "workflow/report/workflow.rst"
 include: "rules/common.smk"
 
 
+if CONFIG.environments.container:
+
+    container: CONFIG.environments.container
+
+
 rule all:
     input:
         RUN.submission,

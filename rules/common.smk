@@ -60,10 +60,17 @@ wildcard_constraints:
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+DEPLOYED_BY = {str(method) for method in workflow.deployment_settings.deployment_method}
+IN_IMAGE = "apptainer" in DEPLOYED_BY and CONFIG.environments.container is not None
+
+
 def interpreter(path):
-    """The interpreter from the configuration, or with --sdm conda that of the conda environment."""
-    if "conda" in {str(method) for method in workflow.deployment_settings.deployment_method}:
+    """The interpreter from the configuration, or with --sdm that of the conda environment or the image."""
+    if "conda" in DEPLOYED_BY:
         return "python"
+    if IN_IMAGE:
+        name = ".venv-gptq" if path == CONFIG.environments.gptq else ".venv"
+        return f"/opt/arena-distill/{name}/bin/python"  # where Containerfile makes them
     if path is None:
         return sys.executable
     return path if Path(path).is_absolute() else str((CHECKOUT or Path.cwd()) / path)
@@ -139,7 +146,8 @@ def as_options(*names):
 def findings():
     """Everything that will fail; files that a rule makes, here or in an outer workflow, are not checked."""
     made = lambda path: any(rule.is_producer(path) for rule in workflow.rules)
-    return checks.findings(CONFIG, made, interpreter)
+    # What an image has is seen by no check from outside.
+    return checks.findings(CONFIG, made, (lambda path: "python") if IN_IMAGE else interpreter)
 
 
 def check(path):

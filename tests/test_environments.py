@@ -125,3 +125,15 @@ def test_fetched_files_are_those_of_the_sums() -> None:
         if not file.exists():
             pytest.skip(f"no {file}; scripts/fetch_*.sh fetch it")
         assert hashlib.sha256(file.read_bytes()).hexdigest() == digest, name
+
+
+def test_the_image_has_its_environments_where_the_rules_look_for_them() -> None:
+    made = re.findall(r"^WORKDIR (\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
+    assert len(made) == 1
+    assert f'f"{made[0]}/{{name}}/bin/python"' in (ROOT / "rules/common.smk").read_text()
+
+
+def test_the_image_leaves_out_what_git_ignores() -> None:
+    left_out = set((ROOT / ".containerignore").read_text().splitlines())
+    for line in (ROOT / ".gitignore").read_text().splitlines():
+        assert {line.strip("/"), f"**/{line.strip('/')}"} & left_out, line

@@ -135,6 +135,8 @@ class Environments(Section):
     """null: the interpreter that runs Snakemake."""
     gptq: FilePath = ".venv-gptq/bin/python"
     """The interpreter of the environment with GPTQModel."""
+    container: str | None = None
+    """`--sdm apptainer`: an image made by `Containerfile` (docker://…, or a .sif file) has both instead."""
 
 
 # --- the whole --------------------------------------------------------------------------------------
