@@ -315,7 +315,7 @@ def _cascade(metrics: Figures) -> Figure:
         axes.text(0.5, 0.5, "no other view to go on to", ha="center", color=MUTED)
         axes.set_axis_off()
         return figure
-    for swap, color in (("always", SECOND), ("unsure", ACCENT)):
+    for swap, color, beside in (("always", SECOND, 7), ("unsure", ACCENT, -15)):
         mine = [p for p in points if p["swap"] == swap]
         if not mine:
             continue
@@ -333,7 +333,7 @@ def _cascade(metrics: Figures) -> Figure:
             if share - told > 4:  # closer ones would overlap
                 told, text = share, f"{point['threshold']:.2f}"
                 axes.annotate(
-                    text, (share, height), (0, 7), textcoords="offset points", ha="center"
+                    text, (share, height), (0, beside), textcoords="offset points", ha="center"
                 )
     axes.margins(y=0.15)
     axes.grid(True, axis="y")
