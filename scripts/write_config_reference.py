@@ -46,7 +46,7 @@ Every key with its default and meaning. `scripts/write_config_reference.py` writ
 | `lmsys.yaml` | full scale: Llama-3-70B and Qwen2-72B teach Gemma-2-9B, on nodes of 8 A100 |
 | `recipes/summary.yaml` | the widely copied description of the winning solution; the default |
 | `recipes/blackpearl.yaml` | the recipe of the winners' published code |
-| `recipes/best.yaml` | ours: the summary with folds by prompt and the exact merge |
+| `recipes/best.yaml` | ours: the summary with folds by prompt and held-out battles |
 | `progressive.yaml` | teacher → middle → small, compared with teacher → small |
 | `ablation.yaml` | `snakemake compare`: the embedded default, one key changed at a time |
 | `curves.yaml`, `averaging.yaml` | `snakemake curves`, `snakemake averaging`: both studies on the synthetic arena |
