@@ -30,7 +30,7 @@ rule all:
         RUN.submission,
         RUN.metrics,
         RUN.report,
-        [RUN.finished(CONFIG.final, model) for model in MODELS if CONFIG.final in TRAINED],
+        [RUN.finished(CONFIG.final, model) for model in MODELS],
 
 
 include: "rules/fetch.smk"

@@ -31,6 +31,7 @@ from arena_distill import Judge
 from arena_distill.battles.reading import read_battles
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences
+from arena_distill.judging.judge import ModelJudge
 from arena_distill.judging.vectors import compare_with_vectors
 
 INPUTS = ["input_ids", "attention_mask"]
@@ -84,7 +85,7 @@ def by_openvino(file: Path, threads: int) -> Run:
     return lambda *given: compiled(dict(zip(INPUTS, given, strict=True)))[0]
 
 
-def judge_by(judge: Judge, run: Run, batch_tokens: int) -> Judge:
+def judge_by(judge: ModelJudge, run: Run, batch_tokens: int) -> ModelJudge:
     """The same judge, whose model's part another runtime does."""
 
     def forward(sequences: Sequences) -> np.ndarray:
@@ -95,7 +96,7 @@ def judge_by(judge: Judge, run: Run, batch_tokens: int) -> Judge:
         order = np.argsort(np.concatenate([rows for rows, _ in found]))
         return np.concatenate([outputs for _, outputs in found])[order]
 
-    return Judge(judge.contract, judge._tokenizer, forward)
+    return judge.answered_by(forward)
 
 
 def main() -> None:

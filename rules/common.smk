@@ -168,19 +168,25 @@ def existing(path):
     return local(path)
 
 
+def models_of(wildcards):
+    """The judges with a model of their own that a job runs: its judge, or all that a stack combines."""
+    return [GRAPH.judges[name] for name in GRAPH.trained_parts(wildcards.judge)]
+
+
 def compute(knob):
     """A `compute` key of the job's judge, for use as a resource: a changed resource reruns nothing."""
 
     def of_job(wildcards):
-        value = getattr(GRAPH.judges[wildcards.judge].compute, knob)
-        return int(value) if isinstance(value, int) else str(value)  # the types of a resource
+        values = [getattr(judge.compute, knob) for judge in models_of(wildcards)]
+        # The types of a resource; of a stack, the most that a member needs.
+        return max(map(int, values)) if isinstance(values[0], int) else str(values[0])
 
     return of_job
 
 
 def scoring_gpus(wildcards):
     """A scoring job is one process. Its number of GPUs does not depend on that of training."""
-    return GRAPH.judges[wildcards.judge].scoring_gpus()
+    return max(judge.scoring_gpus() for judge in models_of(wildcards))
 
 
 def merging_gpus(wildcards):

@@ -48,6 +48,7 @@ rule predict_surface:
         battles=RUN.battles,
     output:
         surface=RUN.surface,
+        trees=RUN.trees,
     log:
         RUN.log("predict_surface"),
     benchmark:
@@ -60,7 +61,8 @@ rule predict_surface:
         "Predicting battles by trees over their surface"
     shell:
         "arena predict-surface --folds {input.folds:q} --battles {input.battles:q}"
-        " --output {output.surface:q} --settings {params.settings:q} > {log:q} 2>&1"
+        " --output {output.surface:q} --trees {output.trees:q} --settings {params.settings:q}"
+        " > {log:q} 2>&1"
 
 
 rule evaluate:

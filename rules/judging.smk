@@ -1,6 +1,6 @@
 # The final judge becomes a folder that says how it is asked, and proves it: judge.json, test vectors, card.
 from arena_distill.config.phases.evaluation import BenchmarkSettings
-from arena_distill.config.phases.judging import JudgeSettings
+from arena_distill.config.phases.judging import JudgeSettings, StackedJudgeSettings
 
 
 include: "inputs/judging.smk"
@@ -19,6 +19,8 @@ rule finish_merged:
         RUN.log("finish/{judge}_merged"),
     benchmark:
         RUN.benchmark("finish/{judge}_merged")
+    wildcard_constraints:
+        judge=one_of(TRAINED),
     conda:
         "../envs/arena.yaml"
     threads: compute("threads")
@@ -57,6 +59,63 @@ use rule finish_merged as finish_gptq with:
         **job_of(quantizing_gpus, "batch_tokens", "attention"),
     params:
         run="arena_gptq finish-judge --kind gptq",
+    message:
+        f"Finishing {{wildcards.judge}}, quantised{ASKS}"
+
+
+rule finish_stack_merged:
+    input:
+        members=members_models(RUN.finished),
+        stack=RUN.stack("{judge}"),
+        trees=trees_of,
+        calibration=lambda wildcards: held_out_scores(wildcards.judge, "merged"),
+        predictions=RUN.predictions("{judge}", "merged"),
+        test_votes=TEST_VOTES,
+    output:
+        judge=directory(RUN.finished("{judge}", "merged")),
+    log:
+        RUN.log("finish/{judge}_merged"),
+    benchmark:
+        RUN.benchmark("finish/{judge}_merged")
+    wildcard_constraints:
+        judge=one_of(STACKS),
+    conda:
+        "../envs/arena.yaml"
+    threads: compute("threads")
+    resources:
+        **SCORING,
+    params:
+        run="arena finish-stack --kind merged",
+        settings=settings_of(StackedJudgeSettings),
+        optional=as_options("trees", "calibration", "test_votes"),
+    message:
+        f"Finishing {{wildcards.judge}}, merged{ASKS}"
+    shell:
+        "{params.run} --stack {input.stack:q} --predictions {input.predictions:q} {params.optional:q}"
+        " --output {output.judge:q} --settings {params.settings:q}"
+        f" {SCORING_OPTIONS} {{input.members:q}} > {{log:q}} 2>&1"
+
+
+use rule finish_stack_merged as finish_stack_gptq with:
+    input:
+        members=members_models(RUN.finished, "gptq"),
+        stack=RUN.stack("{judge}"),
+        trees=trees_of,
+        calibration=lambda wildcards: held_out_scores(wildcards.judge, "gptq"),
+        predictions=RUN.predictions("{judge}", "gptq"),
+        test_votes=TEST_VOTES,
+    output:
+        judge=directory(RUN.finished("{judge}", "gptq")),
+    log:
+        RUN.log("finish/{judge}_gptq"),
+    benchmark:
+        RUN.benchmark("finish/{judge}_gptq")
+    conda:
+        "../envs/gptq.yaml"
+    resources:
+        **job_of(quantizing_gpus, "batch_tokens", "attention"),
+    params:
+        run="arena_gptq finish-stack --kind gptq",
     message:
         f"Finishing {{wildcards.judge}}, quantised{ASKS}"
 

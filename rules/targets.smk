@@ -28,13 +28,17 @@ rule students:
 rule merged:
     input:
         RUN.counts,
-        [RUN.finished(judge, "merged") for judge in CONFIG.deployed()],
+        [RUN.finished(judge, "merged") for judge in {*CONFIG.deployed(), CONFIG.final}],
 
 
 rule quantized:
     input:
         RUN.counts,
-        [RUN.finished(judge, "gptq") for judge in CONFIG.deployed() if CONFIG.is_quantized(judge)],
+        [
+            RUN.finished(judge, "gptq")
+            for judge in {*CONFIG.deployed(), CONFIG.final}
+            if CONFIG.is_quantized(judge)
+        ],
 
 
 rule submission:

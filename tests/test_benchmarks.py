@@ -17,7 +17,7 @@ from arena_distill.config.judge import JOINT, Encoding
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.evaluation.benchmarks import benchmark
-from arena_distill.judging.judge import Verdicts
+from arena_distill.judging.verdicts import Verdicts
 from arena_distill.verdicts import Order
 
 ROWS = [  # prompt, label (1: the first answer is better), category

@@ -24,7 +24,6 @@ from conftest import FAMILIES, battles_table
 from judges import Finished, finished_judge
 from servers import our_server, vllm_server
 
-from arena_distill import Judge
 from arena_distill.cli import app
 from arena_distill.config.backbone import TINY
 from arena_distill.config.judge import JOINT, Encoding, Head
@@ -35,6 +34,7 @@ from arena_distill.encoding.tokenization import load_tokenizer, tokenize_battles
 from arena_distill.files.artifacts import write_parquet
 from arena_distill.judging.clients import judge_on
 from arena_distill.judging.contract import read_contract
+from arena_distill.judging.judge import ModelJudge
 from arena_distill.prediction.test_time import predict_test, score_test
 from arena_distill.verdicts import WINNERS
 
@@ -129,7 +129,9 @@ def plain(environment: str) -> Callable[[Visit], np.ndarray]:
             rows = range(len(sequences))
             return np.array([outputs[tuple(sequences[row].tolist())] for row in rows], np.float32)
 
-        return Judge(contract, load_tokenizer(folder), forward).predict(visit.rows).probabilities
+        return (
+            ModelJudge(contract, load_tokenizer(folder), forward).predict(visit.rows).probabilities
+        )
 
     return asked
 

@@ -37,9 +37,9 @@ from arena_distill.files.artifacts import file_sha256, read_json, write_json, wr
 from arena_distill.files.readers import read_table
 from arena_distill.judging.contract import FILE, read_contract
 from arena_distill.judging.finish import for_other_programs, score_predictions
-from arena_distill.judging.judge import Verdicts
 from arena_distill.judging.predict import predict_files
 from arena_distill.judging.vectors import compare_with_vectors
+from arena_distill.judging.verdicts import Verdicts
 from arena_distill.prediction.test_time import predict_test, score_test
 from arena_distill.verdicts import CLASSES, ORDERS, WINNERS, Votes, swap_classes
 

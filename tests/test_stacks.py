@@ -188,6 +188,7 @@ def test_a_fold_of_a_stack_is_a_fold_of_a_judge(tmp_path: Path) -> None:
         tmp_path / "folds.parquet",
         tmp_path / "battles.parquet",
         surface,
+        tmp_path / "surface.safetensors",
         settings=Settings(version=1),
     )
     path = stacked(run)
@@ -325,8 +326,6 @@ def test_a_recipe_s_stack_combines_its_judges() -> None:
          "judges.e.stack.judges: s is optimistic out of fold, where weights are fitted: combine its"),
         (with_stack("e", **{name: {"backbone": {"tiny": "llama"}, "quantization": None} for name in "lq"}),
          "prediction.model: gptq, but judges.l.quantization is null"),
-        (with_stack("e") | {"benchmarks": {"bar": "bar.json"}},
-         "benchmarks: e is a stack, which has no folder to ask: leave them out"),
         (with_stack("e", l={"external": {"file": "x.csv"}}),
          "final: e combines l, which is external: it predicts no test battle"),
         (with_stack(s={"backbone": {"tiny": "llama"}, "teachers": ["e"], "loss": {"features": 1}}),

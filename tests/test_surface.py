@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from made_up_run import SIZES, MadeUpRun, made_up_run
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from arena_distill.battles import surface_features as features
 from arena_distill.battles.folds import EVERY_FOLD, HELD_OUT, assign_folds
 from arena_distill.battles.surface_features import ANSWER, PROMPT, read_surface, surface_features
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.phases.settings import Settings
+from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_parquet
 from arena_distill.files.keys import key
 from arena_distill.files.probabilities import read_probabilities
 from arena_distill.metrics import losses
 from arena_distill.scoring import surface_trees as surface_trees_module
-from arena_distill.scoring.surface_trees import surface_trees, write_surface
+from arena_distill.scoring.surface_trees import (
+    Surface,
+    ask_surface,
+    fit_surface,
+    read_trees,
+    write_surface,
+)
+from arena_distill.scoring.trees import Trees
 from arena_distill.verdicts import Votes, swap_classes
 
 RICH = """# Title
@@ -33,11 +43,17 @@ I am sorry, but I can't. **No** `code`!
 See https://x.org? Я не знаю。"""
 
 
+def surface_trees(training: Surface, votes: Votes, asked: Surface) -> np.ndarray:
+    return ask_surface(fit_surface(training, votes), asked, votes.classes)
+
+
 def predict(run: MadeUpRun, name: str = "trees.parquet") -> np.ndarray:
     """Probabilities of the out-of-fold rows."""
     output = run.folder / name
     folds, battles = run.folder / "folds.parquet", run.folder / "battles.parquet"
-    write_surface(folds, battles, output, settings=Settings(version=1))
+    write_surface(
+        folds, battles, output, output.with_suffix(".safetensors"), settings=Settings(version=1)
+    )
     table = read_parquet(folds)
     return read_probabilities(output, key(table.filter(pa.array(table["fold"].to_numpy() >= 0))))
 
@@ -140,10 +156,63 @@ def test_no_held_out_prompt_is_learned_from_extra_battles(
     write_parquet(folds, tmp_path / "folds.parquet", {})
     learned = []
 
-    def trees(training: Any, votes: Votes, asked: Any) -> np.ndarray:
+    def trees(training: Any, votes: Votes) -> Trees:
         learned.append(len(votes))
-        return np.full((len(asked[0]), 3), 1 / 3)
+        return Trees.of([], np.zeros(3), np.arange(3))
 
-    monkeypatch.setattr(surface_trees_module, "surface_trees", trees)
+    monkeypatch.setattr(surface_trees_module, "fit_surface", trees)
     predict(MadeUpRun(tmp_path, run.battles, folds, run.truth, run.settings))
     assert learned[-1] == len(folds) - len(held_out) - 5
+
+
+# --- the file of trees ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [3, 2])
+def test_trees_are_those_of_scikit_learn(
+    classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On rows that were not learned, some of them equal to a threshold, also when written and read."""
+    rng = np.random.default_rng(classes)
+    inputs = rng.integers(0, 60, (900, 5)).astype(np.float32) / 2
+    kind = (inputs[:, 0] + rng.normal(0, 6, 900) > 15).astype(int) * (classes - 1)
+    kind[inputs[:, 1] > 25] = 1
+    fitted: list[Any] = []
+
+    class Watched(HistGradientBoostingClassifier):  # type: ignore[misc]
+        def fit(self, *given: Any) -> Any:
+            fitted.append(super().fit(*given))
+            return fitted[0]
+
+    monkeypatch.setattr("sklearn.ensemble.HistGradientBoostingClassifier", Watched)
+    Trees.fit(inputs[:600], kind[:600], rng.random(600)).write(tmp_path / "trees.safetensors")
+    trees = Trees.read(tmp_path / "trees.safetensors", 5, classes)
+    asked = np.concatenate([inputs[600:], trees.threshold[:50, :1].repeat(5, axis=1)])
+    asked = asked.astype(np.float32)
+    expected = fitted[0].predict_proba(asked)
+    assert np.ptp(expected, axis=0).max() > 0.5
+    np.testing.assert_allclose(trees.probabilities(asked, classes), expected, rtol=0, atol=1e-9)
+
+
+def test_a_damaged_file_of_trees_is_one_line(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path)
+    predict(run)
+    path = tmp_path / "trees.safetensors"
+    trees = read_trees(path, 3)
+    whole = path.read_bytes()
+    cases: list[tuple[str, Any]] = [
+        ("not whole; copy it again: ", lambda: path.write_bytes(whole[:-100])),
+        ("not whole; copy it again: ", lambda: path.write_bytes(b"")),
+        ("trees of other than 63 features", lambda: replace(trees, feature=trees.feature + 63).write(path)),
+        ("trees of other than 63 features", lambda: replace(trees, left=trees.left * 0).write(path)),
+        ("trees of other than 63 features", lambda: replace(trees, value=trees.value[1:]).write(path)),
+        ("no such file; copy the judge's whole folder again", path.unlink),
+    ]  # fmt: skip
+    for told, damage in cases:
+        damage()
+        with pytest.raises(InputError) as refused:
+            read_trees(path, 3)
+        assert told in str(refused.value) and "\n" not in str(refused.value)
+    trees.write(path)
+    with pytest.raises(InputError, match="63 features or 2 classes"):
+        read_trees(path, 2)

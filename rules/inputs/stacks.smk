@@ -13,6 +13,11 @@ def battles_of_trees(wildcards):
     return RUN.battles if STACKS[wildcards.judge].surface else []
 
 
+def trees_of(wildcards):
+    """The trees themselves, if they are a member."""
+    return RUN.trees if STACKS[wildcards.judge].surface else []
+
+
 def members_folds(wildcards):
     return [RUN.logits(member, fold) for member in members(wildcards) for fold in FOLDS]
 
@@ -26,11 +31,14 @@ def by_member(wildcards, input):
     return named([member for member in members(wildcards) for _ in FOLDS], input.logits)
 
 
-def members_models(logits):
-    """The members' final scores, of their quantised models where there are some and these are asked for."""
+def members_models(logits, model=None):
+    """The members' final scores, or folders, of quantised models where there are some and these are asked for.
+
+    `model` is merged or gptq; by default the wildcard of this name.
+    """
 
     def files(wildcards):
-        quantized = wildcards.model == "gptq"
+        quantized = (model or wildcards.get("model")) == "gptq"
         return [
             logits(member, "gptq" if quantized and CONFIG.is_quantized(member) else "merged")
             for member in members(wildcards)

@@ -64,6 +64,11 @@ class Layout:
         return f"{self.root}/surface.parquet"
 
     @property
+    def trees(self) -> str:
+        """The trees that predict test and held-out battles there."""
+        return f"{self.root}/surface.safetensors"
+
+    @property
     def contradicted(self) -> str:
         """The battles whose vote every teacher of the final judge contradicts out of fold."""
         return f"{self.root}/tables/contradicted.parquet"

@@ -298,11 +298,6 @@ class Config(Section):
                         f"judges.{name}.stack.judges: {member} judged no battle with a vote, so its weight "
                         "cannot be fitted: combine a student of it (targets: unlabelled)"
                     )
-        if self.benchmarks and self.judges[self.final].stack:
-            raise ValueError(
-                f"benchmarks: {self.final} is a stack, which has no folder to ask: leave them out, or let "
-                "`final` name a judge that is trained"
-            )
         for member in self.deployed():
             if self.judges[member].external:
                 raise ValueError(

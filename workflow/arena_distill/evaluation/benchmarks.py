@@ -22,7 +22,7 @@ from arena_distill.battles.votes import votes_of
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_json
-from arena_distill.judging.judge import Verdicts
+from arena_distill.judging.verdicts import Verdicts
 from arena_distill.metrics import Figures, mean_interval
 from arena_distill.verdicts import ORDERS, Order, Votes
 

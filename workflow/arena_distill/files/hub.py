@@ -154,7 +154,7 @@ def find_repository(repo: str) -> Repository | None:
 
 def upload(
     repo: str,
-    files: Sequence[Path],
+    files: Mapping[str, Path],
     *,
     remove: Sequence[str],
     create: Literal["private", "public"] | None,
@@ -163,7 +163,7 @@ def upload(
     """Send files to a model repository, as one commit.
 
     Args:
-        files: what is sent, and nothing else, each by its own name.
+        files: what is sent, and nothing else, by its path there.
         remove: the names of files there that the commit removes.
         create: make the repository first, which is not there; None: it is.
 
@@ -173,7 +173,7 @@ def upload(
     Raises:
         InputError: HF_TOKEN is not set, or the hub refuses, or does not answer.
     """
-    added = [huggingface_hub.CommitOperationAdd(file.name, file) for file in files]
+    added = [huggingface_hub.CommitOperationAdd(name, file) for name, file in files.items()]
     removed = [huggingface_hub.CommitOperationDelete(name) for name in remove]
     api = _writer(repo)
     try:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -74,12 +74,12 @@ def model_is_private(name: str) -> bool | None:
         raise _refused(f"kaggle:{name}", error) from error
 
 
-def upload_model(name: str, files: Sequence[Path], *, notes: str) -> None:
+def upload_model(name: str, files: Mapping[str, Path], *, notes: str) -> None:
     """Send a new version of a model; a model that is not there is made, private.
 
     Args:
         name: ``OWNER/MODEL/VARIATION``.
-        files: what is sent, and nothing else.
+        files: what is sent, and nothing else, by its path there.
 
     Raises:
         InputError: Kaggle refuses it, or does not answer.
@@ -88,8 +88,10 @@ def upload_model(name: str, files: Sequence[Path], *, notes: str) -> None:
 
     owner, model, variation = name.split("/")
     with tempfile.TemporaryDirectory() as folder:  # the client sends folders whole
-        for file in files:
-            os.symlink(file.resolve(), Path(folder, file.name))
+        for path, file in files.items():
+            target = Path(folder, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(file.resolve(), target)
         try:
             kagglehub.model_upload(
                 f"{owner}/{model}/{FRAMEWORK}/{variation}", folder, version_notes=notes

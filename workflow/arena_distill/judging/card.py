@@ -9,13 +9,20 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from arena_distill.config.run import Card
 from arena_distill.files.artifacts import read_json, write_text
-from arena_distill.judging.contract import Contract, Score
+from arena_distill.judging.contract import (
+    MEMBERS,
+    AnyContract,
+    Contract,
+    ModelContract,
+    Score,
+    StackContract,
+)
 
 MADE_BY = ("merge.json", "drift.json")
 """The files in which merging and quantisation write what they did."""
 
 
-def write_card(folder: Path, contract: Contract, card: Card) -> None:
+def write_card(folder: Path, contract: AnyContract, card: Card) -> None:
     """Write `README.md` into a judge's folder; `contract` and the folder's files say what it tells."""
     merging, drift = (
         read_json(folder / name) if (folder / name).exists() else {} for name in MADE_BY
@@ -28,7 +35,7 @@ def write_card(folder: Path, contract: Contract, card: Card) -> None:
         base_model=card.base_model,
         base_model_relation=card.base_model
         and ("quantized" if contract.kind == "gptq" else "finetune"),
-        library_name="transformers",
+        library_name=None if isinstance(contract, StackContract) else "transformers",
         pipeline_tag="text-classification",
         tags=["preference-judge", "arena-distill", *(["gptq"] if drift else [])],
         eval_results=_results(contract),
@@ -59,25 +66,40 @@ def _results(contract: Contract) -> list[EvalResult] | None:
 
 
 def _sections(
-    contract: Contract, card: Card, merging: dict[str, Any], drift: dict[str, Any]
+    contract: AnyContract, card: Card, merging: dict[str, Any], drift: dict[str, Any]
 ) -> list[str]:
     counts = ", ".join(f"{name} {count:,}" for name, count in contract.sources.items())
+    if isinstance(contract, StackContract):
+        about, made, asked = _STACK, _members(contract), _with_judge(contract)
+    else:
+        about, asked = _about(contract), _how_to_ask(contract)
+        backbone = f"- Backbone: {contract.backbone}; weights: {contract.dtype}."
+        made = [backbone, *_merging(merging), *_quantisation(drift)]
     return [
         f"# {contract.judge}: which of two answers do people prefer?\n",
-        _about(contract),
+        about,
         "## How it was made\n",
-        f"- Backbone: {contract.backbone}; weights: {contract.dtype}.",
-        *_merging(merging),
-        *_quantisation(drift),
+        *made,
         f"- Battles by source: {counts}.",
         *([] if card.license else [_NO_LICENSE]),
         f"\n## Scores\n\n{_scores(contract)}",
         f"\n## Limits\n\n{_limits(contract)}",
-        f"\n## How to ask it\n\n{_how_to_ask(contract)}",
+        f"\n## How to ask it\n\n{asked}",
     ]
 
 
-def _about(contract: Contract) -> str:
+def _members(contract: StackContract) -> list[str]:
+    weights = [f"{name} {weight:.2f}" for name, weight in contract.members.items()]
+    if contract.surface is not None:
+        weights.append(f"trees over the surface of a battle {contract.surface:.2f}")
+    return [
+        f"- Weights: {', '.join(weights)}; the weighted sum of the logits is divided by "
+        f"{contract.temperature:.3g}. They have the least log loss on battles that no member learned.",
+        f"- Each member in `{MEMBERS}/` is a judge of its own, with a card.",
+    ]
+
+
+def _about(contract: ModelContract) -> str:
     if contract.head.kind == "joint":
         number = {2: "two", 3: "three"}[len(contract.classes)]
         classes = ", ".join(f"{i} = {name}" for i, name in enumerate(contract.classes))
@@ -141,20 +163,20 @@ def _interval(score: Score) -> str:
 
 
 def _limits(contract: Contract) -> str:
-    longest = max(contract.lengths)
-    order = (
-        "- A joint judge may favour the answer that it sees first; both orders are averaged.\n"
-        if contract.orders == ("AB", "BA") and contract.head.kind == "joint"
-        else ""
-    )
+    longest, how, order = max(contract.lengths), "", ""
+    if isinstance(contract, ModelContract):
+        how = f" (`{contract.encoding.truncation}`)"
+        if contract.orders == ("AB", "BA") and contract.head.kind == "joint":
+            order = "- A joint judge may favour the answer that it sees first; both orders are averaged.\n"
     return f"""\
-- It reads at most {longest:,} tokens of a battle; longer ones are cut (`{contract.encoding.truncation}`).
+- It reads at most {longest:,} tokens of a battle; longer ones are cut{how}.
 {order}- It knows the voters of its battles. Other people, languages and tasks may prefer otherwise.
 - It says what people prefer, not what is true or safe."""
 
 
-def _how_to_ask(contract: Contract) -> str:
-    dense = f"""\
+def _with_judge(contract: Contract) -> str:
+    alone = "\nA stack needs `Judge`; other programs can ask its members alone.\n"
+    return f"""\
 With Arena Distill, exactly as it was scored:
 
 ```python
@@ -165,7 +187,11 @@ judge.compare("What is 2 + 2?", "4", "5").probabilities
 ```
 
 `arena-distill verify FOLDER` compares a judge with the test vectors of its `judge.json`.
-"""
+{alone if isinstance(contract, StackContract) else ""}"""
+
+
+def _how_to_ask(contract: ModelContract) -> str:
+    dense = _with_judge(contract)
     if contract.kind == "gptq":
         return dense
     joint = contract.head.kind == "joint"
@@ -218,6 +244,11 @@ _NO_LICENSE = (
     "- Licence: not stated. The licences of the backbone and of the battles apply to it "
     "(`card.license` in the configuration states one)."
 )
+
+_STACK = """\
+Judges, and perhaps trees over what shows on the surface of a battle, combined by a weighted geometric mean
+of their probabilities: which answer a person prefers.
+"""
 
 _JOINT = """\
 A sequence classifier over a prompt and two answers. Its {number} classes, in this order, are

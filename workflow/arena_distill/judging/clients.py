@@ -20,8 +20,8 @@ from arena_distill.encoding.batching import token_batches
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError
-from arena_distill.judging.contract import read_contract
-from arena_distill.judging.judge import Judge, local_folder
+from arena_distill.judging.contract import StackContract, read_contract
+from arena_distill.judging.judge import ModelJudge, local_folder
 from arena_distill.judging.server.guard import TOKEN
 from arena_distill.judging.server.messages import OURS
 from arena_distill.scoring.endpoint import NO_PROXY
@@ -42,7 +42,7 @@ class _Busy(Exception):
     """The server is busy, or the connection broke."""
 
 
-def judge_on(folder: str | Path, server: str) -> Judge:
+def judge_on(folder: str | Path, server: str) -> ModelJudge:
     """A judge that asks a server for the outputs of its model.
 
     Args:
@@ -50,16 +50,21 @@ def judge_on(folder: str | Path, server: str) -> Judge:
         server: the server's address, such as http://127.0.0.1:8000.
 
     Raises:
-        InputError: the folder is not a finished judge, or the server cannot run its head.
+        InputError: the folder is not a finished judge, or a stack, or the server cannot run its head.
     """
     folder = local_folder(folder)
     contract = read_contract(folder)
+    if isinstance(contract, StackContract):
+        raise InputError(
+            f"{server}: {contract.judge} is a stack, which needs `Judge`: ask it without --server, or ask "
+            "/v1/judge of its own `arena-distill serve`"
+        )
     client = Client(server, len(contract.head.outputs))
     if contract.head.pooling == "layers" and client.owner() != OURS:
         raise InputError(
             f"{server}: {contract.judge} reads several layers, which only `arena-distill serve` runs"
         )
-    return Judge(contract, load_tokenizer(folder), client.forward)
+    return ModelJudge(contract, load_tokenizer(folder), client.forward)
 
 
 class Client:

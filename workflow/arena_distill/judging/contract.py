@@ -1,8 +1,9 @@
 """Define `judge.json`: all that is needed to ask a judge in the way in which it was trained and scored.
 
-A folder with this file is whole: the template as text and as ids, truncation, lengths, orders, average
-and calibration, fingerprints of the weights and the tokenizer, scores, and test vectors. Whoever loads
-the judge, with this package or without it, can check itself against the vectors.
+A judge is a model, or a stack of judges that are folders inside its own. A folder with this file is whole:
+the template as text and as ids, truncation, lengths, orders, average and calibration, fingerprints of the
+weights and the tokenizer, scores, and test vectors. Whoever loads the judge, with this package or without
+it, can check itself against the vectors.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.mistakes import explain
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.config.run import Cascade
-from arena_distill.config.section import Section
+from arena_distill.config.section import Name, Section
 from arena_distill.config.vocabulary import CalibrationMethod, ModelKind, ViewAverage
 from arena_distill.encoding.sequences import Vocabulary
 from arena_distill.errors import InputError
@@ -28,6 +29,12 @@ from arena_distill.prediction.calibration import CalibrationMap
 from arena_distill.verdicts import Order
 
 FILE = "judge.json"
+
+MEMBERS = "members"
+"""The folder of a stack's members."""
+
+TREES = "surface.safetensors"
+"""A stack's trees."""
 
 
 class Template(Section):
@@ -87,14 +94,14 @@ class Vector(Section):
     response_a: tuple[str, ...]
     response_b: tuple[str, ...]
     ids: dict[str, tuple[int, ...]]
-    """Token ids by ``<length>/<view>``."""
+    """Token ids by ``<length>/<view>``, of a stack after ``<member>/``."""
     logits: tuple[tuple[tuple[float, ...], ...], ...]
     """By length and order, in the canonical frame, before calibration."""
     probabilities: tuple[float, ...]
 
 
 class Contract(Section):
-    """The content of `judge.json`."""
+    """What the `judge.json` of every judge says."""
 
     format: Literal[1] = 1
     judge: str
@@ -104,6 +111,26 @@ class Contract(Section):
     run: str
     classes: tuple[str, ...]
     """The order of all logits and probabilities; answers are exchanged back first. Two: without `tie`."""
+    lengths: tuple[int, ...]
+    """The most tokens of a sequence, of a stack those of any member; the logits of several are averaged."""
+    orders: tuple[Order, ...]
+    average: ViewAverage
+    """What is averaged over lengths and orders."""
+    calibration: Calibrated | None = None
+    dtype: str
+    """Of the weights; of a stack the least precise."""
+    sources: dict[str, int]
+    """Battles of the run by source."""
+    scores: Scores | None = None
+    fingerprints: dict[str, str]
+    """SHA-256 of the files of weights and tokenizer, by name; of a stack by their paths in it."""
+    vectors: tuple[Vector, ...] = ()
+    provenance: dict[str, Any] = {}
+
+
+class ModelContract(Contract):
+    """The `judge.json` of a judge that is a model."""
+
     head: Head
     encoding: Encoding
     """Template, truncation and sizes; `max_length` is that of training."""
@@ -112,23 +139,8 @@ class Contract(Section):
     """The ids between two turns of a field."""
     pad: int
     """Pad on the right with this id, which occurs in no sequence; pooling reads the last other token."""
-    lengths: tuple[int, ...]
-    """The most tokens of a sequence; the logits of several lengths are averaged."""
-    orders: tuple[Order, ...]
-    average: ViewAverage
-    """What is averaged over lengths and orders."""
     cascade: Cascade | None = None
-    calibration: Calibrated | None = None
-    dtype: str
-    """Of the weights."""
     backbone: str
-    sources: dict[str, int]
-    """Battles of the run by source."""
-    scores: Scores | None = None
-    fingerprints: dict[str, str]
-    """SHA-256 of the files of weights and tokenizer, by name."""
-    vectors: tuple[Vector, ...] = ()
-    provenance: dict[str, Any] = {}
 
     @property
     def scoring(self) -> ScoringSettings:
@@ -151,7 +163,33 @@ class Contract(Section):
         return Vocabulary(self.pad, self.newline, frames if joint else {}, {} if joint else frames)
 
 
-def read_contract(folder: Path) -> Contract:
+class StackContract(Contract):
+    """The `judge.json` of a stack: its logits are its members', each times its weight, added, and divided
+    by the temperature (``scoring.stacks``). A member is a judge of its own, in `members/<name>`."""
+
+    members: dict[Name, float]
+    """Weights of the members that are judges, whose own averages and calibrations do not count."""
+    surface: float | None = None
+    """Weight of the trees over what shows on a battle's surface, in `surface.safetensors`."""
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _shares(self) -> StackContract:
+        weights = self.weights
+        if not self.members or min(weights) < 0 or not abs(sum(weights) - 1) < 1e-6:
+            raise ValueError("members: weights of at least 0 whose sum is 1 expected")
+        return self
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the members, and of the trees if they are one."""
+        return [*self.members.values(), *([] if self.surface is None else [self.surface])]
+
+
+AnyContract = ModelContract | StackContract
+
+
+def read_contract(folder: Path) -> AnyContract:
     """Read `judge.json`.
 
     Raises:
@@ -175,10 +213,11 @@ def read_contract(folder: Path) -> Contract:
             f"{path}: format {version!r}, and this version of arena-distill reads 1; install the "
             "version that made the judge, or a newer one"
         )
+    kind = StackContract if "members" in found else ModelContract
     try:
-        return Contract.model_validate(found)
+        return kind.model_validate(found)
     except ValidationError as error:
-        fault = explain(error, Contract)[0].removeprefix("config: ")
+        fault = explain(error, kind)[0].removeprefix("config: ")
         raise InputError(f"{path}: damaged: {fault}") from None
 
 

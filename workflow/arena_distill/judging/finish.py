@@ -1,7 +1,8 @@
 """Finish a judge: its weights become a folder that says how it is asked, and proves it.
 
 To the files of the merged or quantised model (linked, not copied) are added `judge.json` with test
-vectors, a model card, and keys of `config.json` that other programs read.
+vectors, a model card, and keys of `config.json` that other programs read. A stack's folder holds those of
+its members, and its trees.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.votes import Solution
 from arena_distill.config.judge import Attention
-from arena_distill.config.phases.judging import JudgeSettings
+from arena_distill.config.phases.judging import JudgeSettings, StackedJudgeSettings
+from arena_distill.config.run import Card
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES
@@ -34,11 +37,24 @@ from arena_distill.files.artifacts import (
 )
 from arena_distill.files.keys import locate
 from arena_distill.judging.card import write_card
-from arena_distill.judging.contract import FILE, Calibrated, Contract, Scores, Template
+from arena_distill.judging.contract import (
+    FILE,
+    MEMBERS,
+    TREES,
+    AnyContract,
+    Calibrated,
+    ModelContract,
+    Scores,
+    StackContract,
+    Template,
+    read_contract,
+)
 from arena_distill.judging.judge import Judge
 from arena_distill.judging.vectors import make_vectors
 from arena_distill.metrics import Figures, deployed_score
 from arena_distill.prediction.held_out import read_calibration
+from arena_distill.scoring.stacks import SURFACE, names_of, read_stack
+from arena_distill.scoring.surface_trees import read_trees
 from arena_distill.verdicts import CLASSES, WINNERS
 
 FINGERPRINTED = ("*.safetensors", "tokenizer*.json", "*.model", "special_tokens_map.json")
@@ -72,12 +88,7 @@ def finish_judge(
         InputError: a file is damaged, or the model cannot be loaded.
     """
     read = read_tokens(tokens)
-    scores = None
-    if predictions is not None and test_votes is not None:
-        scores = score_predictions(predictions, Solution.read(test_votes))
-    held_out = None if calibration is None else read_json(calibration)
-    if scores is None and held_out is not None:
-        scores = _as_scores(held_out["deployed"], "held_out")
+    scores = _scores(calibration, predictions, test_votes)
     with atomic_directory(output) as folder:
         for file in sorted(weights.glob("[!.]*")):  # not Snakemake's time stamp
             _link(file, folder / file.name)
@@ -87,13 +98,119 @@ def finish_judge(
             folder / "config.json",
         )
         contract = _contract(folder, read, settings, kind, calibration, scores, config)
-        write_json(contract.model_dump(mode="json"), folder / FILE)
-        judge = Judge.from_pretrained(folder, attention=attention, batch_tokens=batch_tokens)
-        contract = contract.model_copy(update={"vectors": make_vectors(judge)})
-        write_json(contract.model_dump(mode="json"), folder / FILE)
-        write_card(folder, contract, settings.card)
-    told = f", log loss {scores.log_loss.value:.4f} on {scores.battles:,} battles" if scores else ""
-    print(f"{output}: a finished judge with {len(contract.vectors)} test vectors{told}")
+        _prove(folder, contract, settings.card, attention=attention, batch_tokens=batch_tokens)
+    print(f"{output}: a finished judge{_described(scores)}")
+
+
+def finish_stack(
+    members: Sequence[Path],
+    stack: Path,
+    output: Path,
+    *,
+    settings: StackedJudgeSettings,
+    kind: ModelKind,
+    trees: Path | None = None,
+    calibration: Path | None = None,
+    predictions: Path | None = None,
+    test_votes: Path | None = None,
+    batch_tokens: int,
+    attention: Attention = "auto",
+) -> None:
+    """Finish a stack → a folder with the members' folders, the trees, `judge.json` and a card.
+
+    Args:
+        members: the finished judges, in the order of `settings`.
+        stack: the file of ``scoring.stacks.fit_stack``.
+        kind: `gptq`, if a member's weights are quantised.
+        trees: the file of ``scoring.surface_trees.write_surface``, if trees are a member.
+        calibration, predictions, test_votes: as for :func:`finish_judge`, of the stack.
+
+    Raises:
+        InputError: a file is damaged or of other members, or a member cannot be loaded.
+    """
+    contracts = [read_contract(folder) for folder in members]
+    weights, temperature = read_stack(stack, names_of(settings))
+    scores = _scores(calibration, predictions, test_votes)
+    classes = contracts[0].classes
+    if trees is not None:
+        read_trees(trees, len(classes))
+    with atomic_directory(output) as folder:
+        for name, member in zip(settings.members, members, strict=True):
+            hidden = shutil.ignore_patterns(".*")  # Snakemake's time stamp
+            shutil.copytree(member, folder / MEMBERS / name, ignore=hidden, copy_function=_link)
+        if trees is not None:
+            _link(trees, folder / TREES)
+        shares = dict(zip(names_of(settings), weights.tolist(), strict=True))
+        sources = [contract.sources for contract in contracts]
+        contract = StackContract(
+            judge=settings.judge,
+            kind=kind,
+            run=settings.run,
+            classes=classes,
+            members={name: shares[name] for name in settings.members},
+            surface=shares.get(SURFACE),
+            temperature=temperature,
+            lengths=tuple(map(max, zip(*(found.lengths for found in contracts), strict=True))),
+            orders=settings.orders,
+            average=settings.average,
+            calibration=_calibrated(calibration),
+            dtype=next((c.dtype for c in contracts if c.dtype != "float32"), "float32"),
+            sources={
+                name: max(found.get(name, 0) for found in sources)
+                for name in dict.fromkeys(chain(*sources))
+            },
+            scores=scores,
+            fingerprints=_fingerprints(folder),
+            provenance=provenance("stacked_judge", json.loads(settings.as_params())),
+        )
+        _prove(folder, contract, settings.card, attention=attention, batch_tokens=batch_tokens)
+    print(f"{output}: a finished stack of {', '.join(shares)}{_described(scores)}")
+
+
+def _prove(
+    folder: Path, contract: AnyContract, card: Card, *, attention: Attention, batch_tokens: int
+) -> None:
+    """Write `judge.json`, ask the judge in the folder its test vectors, and write these and the card."""
+    write_json(contract.model_dump(mode="json"), folder / FILE)
+    judge = Judge.from_pretrained(folder, attention=attention, batch_tokens=batch_tokens)
+    contract = contract.model_copy(update={"vectors": make_vectors(judge)})
+    write_json(contract.model_dump(mode="json"), folder / FILE)
+    write_card(folder, contract, card)
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    """SHA-256 by path of weights and tokenizer, of trees, and of all that members say of themselves."""
+    files = {file for pattern in (*FINGERPRINTED, FILE) for file in folder.rglob(pattern)}
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(files)}
+
+
+def _scores(
+    calibration: Path | None, predictions: Path | None, test_votes: Path | None
+) -> Scores | None:
+    """A deployed model's scores on test battles, else on held-out ones."""
+    if predictions is not None and test_votes is not None:
+        return score_predictions(predictions, Solution.read(test_votes))
+    return (
+        None if calibration is None else _as_scores(read_json(calibration)["deployed"], "held_out")
+    )
+
+
+def _described(scores: Scores | None) -> str:
+    return f", log loss {scores.log_loss.value:.4f} on {scores.battles:,} battles" if scores else ""
+
+
+def _calibrated(calibration: Path | None) -> Calibrated | None:
+    if calibration is None:
+        return None
+    method, found = read_calibration(calibration)
+    if method == "none":
+        return None
+    return Calibrated(
+        method=method,
+        **{name: tuple(array.tolist()) for name, array in vars(found).items()},
+        fitted_on=f"{read_json(calibration)['rows']:,} battles that nothing was trained on: their "
+        "votes, and this model's own probabilities",
+    )
 
 
 def score_predictions(predictions: Path, solution: Solution) -> Scores:
@@ -141,26 +258,15 @@ def _contract(
     calibration: Path | None,
     scores: Scores | None,
     config: Mapping[str, Any],
-) -> Contract:
+) -> ModelContract:
     head, encoding = settings.head, settings.encoding
     joint = head.kind == "joint"
     view = views(head, settings.orders)[0]
     vocabulary = tokens.vocabulary
     literals = (TEMPLATES if joint else ONE_ANSWER)[encoding.template]
     frame = (vocabulary.frames if joint else vocabulary.one_answer)[encoding.template]
-    calibrated = None
-    if calibration is not None:
-        method, found = read_calibration(calibration)
-        if method != "none":
-            calibrated = Calibrated(
-                method=method,
-                **{name: tuple(array.tolist()) for name, array in vars(found).items()},
-                fitted_on=f"{read_json(calibration)['rows']:,} battles that nothing was trained on: their "
-                "votes, and this model's own probabilities",
-            )
     sources = pc.value_counts(tokens.sources).to_pylist()
-    files = sorted({file for pattern in FINGERPRINTED for file in folder.glob(pattern)})
-    return Contract(
+    return ModelContract(
         judge=settings.judge,
         kind=kind,
         run=settings.run,
@@ -179,17 +285,17 @@ def _contract(
         orders=settings.orders,
         average=settings.average,
         cascade=settings.cascade,
-        calibration=calibrated,
+        calibration=_calibrated(calibration),
         dtype=str(config.get("dtype") or "float32"),
         backbone=settings.backbone,
         sources={count["values"]: count["counts"] for count in sources},
         scores=scores,
-        fingerprints={file.name: file_sha256(file) for file in files},
+        fingerprints=_fingerprints(folder),
         provenance=provenance("judge", json.loads(settings.as_params())),
     )
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     """A second name for a file that is never changed; a copy where the file system has no links."""
     try:
         os.link(source, target)

@@ -10,10 +10,12 @@ averaging and calibration are the functions with which the workflow scores its t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import snapshot_download
 
-from arena_distill.battles.style_features import style_features
+from arena_distill.battles.surface_features import surface_features
 from arena_distill.config.judge import Attention
 from arena_distill.deployment.gptq import load_quantized
 from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens, tokens_of
@@ -30,12 +32,22 @@ from arena_distill.encoding.tokenization import load_tokenizer, tokenize
 from arena_distill.encoding.views import encode, tokens_cut, views
 from arena_distill.errors import InputError, brief
 from arena_distill.judging.battles import battles_table
-from arena_distill.judging.contract import Contract, read_contract
+from arena_distill.judging.contract import (
+    FILE,
+    MEMBERS,
+    TREES,
+    Contract,
+    ModelContract,
+    StackContract,
+    read_contract,
+)
+from arena_distill.judging.verdicts import Ranking, Verdict, Verdicts, averaged
 from arena_distill.models.loading import load_classifier, refuse_weights
 from arena_distill.models.scoring import score
-from arena_distill.prediction.averages import mean_of_views
 from arena_distill.prediction.test_time import score_variants
-from arena_distill.verdicts import Order
+from arena_distill.scoring.stacks import combine, surface_logits
+from arena_distill.scoring.surface_trees import ask_surface, read_trees
+from arena_distill.scoring.trees import Trees
 
 if TYPE_CHECKING:
     import torch
@@ -51,124 +63,29 @@ BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a judge says of one battle.
+class Seen:
+    """What a judge's models say of battles.
 
-    probabilities: by class (`model_a`, `model_b`, `tie`); their sum is 1.
-    winner: the likeliest class.
-    cut: tokens that the judge did not read, by field, at its greatest length.
-    orders: by order of the answers, the probabilities from it alone.
-    """
-
-    probabilities: dict[str, float]
-    winner: str
-    cut: dict[str, int]
-    orders: dict[Order, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a judge says of battles, in their order.
-
-    ids: the battles' own, or their numbers; string (rows,).
-    classes: `model_a`, `model_b` and, if the judge knows ties, `tie`.
-    orders: those in which the judge sees the answers.
-    probabilities: float64 (rows, classes), after average and calibration.
-    by_order: float64 (rows, orders, classes), the same from one order alone.
     logits: float32 (rows, lengths, orders, classes), in the canonical frame, before calibration.
-    cut: tokens that the judge did not read, by field, at its greatest length; int64 (rows,) each.
+    cut: tokens that are not read at the greatest length, by field; int64 (rows,) each.
     """
 
-    ids: pa.Array
-    classes: tuple[str, ...]
-    orders: tuple[Order, ...]
-    probabilities: np.ndarray
-    by_order: np.ndarray
     logits: np.ndarray
     cut: dict[str, np.ndarray]
 
-    def __len__(self) -> int:
-        return len(self.probabilities)
 
-    def __getitem__(self, row: int) -> Verdict:
-        probabilities = self.probabilities[row]
-        return Verdict(
-            self._named(probabilities),
-            self.classes[int(probabilities.argmax())],
-            {name: int(count[row]) for name, count in self.cut.items()},
-            dict(zip(self.orders, map(self._named, self.by_order[row]), strict=True)),
-        )
-
-    def _named(self, probabilities: np.ndarray) -> dict[str, float]:
-        return dict(zip(self.classes, probabilities.tolist(), strict=True))
-
-    def __iter__(self) -> Iterator[Verdict]:
-        return (self[row] for row in range(len(self)))
-
-    @property
-    def winners(self) -> np.ndarray:
-        """The likeliest class of each battle: str (rows,)."""
-        return np.array(self.classes)[self.probabilities.argmax(axis=1)]
-
-    @property
-    def disputed(self) -> np.ndarray:
-        """Whether the likeliest class depends on which answer is read first: bool (rows,)."""
-        likeliest = self.by_order.argmax(axis=2)
-        return (likeliest != likeliest[:, :1]).any(axis=1)
-
-    def to_arrow(self) -> pa.Table:
-        """Columns `id`, a probability per class (as in submissions), `winner`, `cut_<field>`."""
-        return pa.table(
-            {
-                "id": self.ids,
-                **{f"winner_{c}": self.probabilities[:, i] for i, c in enumerate(self.classes)},
-                "winner": pa.array(self.winners.tolist(), pa.string()),
-                **{f"cut_{name}": count for name, count in self.cut.items()},
-            }
-        )
-
-    def to_pandas(self) -> Any:
-        """:meth:`to_arrow` as a pandas data frame."""
-        return self.to_arrow().to_pandas()
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Answers to one prompt, the best first.
-
-    order: positions in the list of answers.
-    scores: float64 (answers,), in the order of the list. A pointwise judge: the strengths. A joint one:
-        the mean over the other answers of P(wins) + P(tie) / 2.
-    """
-
-    order: list[int]
-    scores: np.ndarray
-
-
-class Judge:
+class Judge(ABC):
     """A judge that is ready to be asked; make one by :meth:`from_pretrained`.
 
-    Several threads may ask it at a time if `forward` allows it.
+    Several threads may ask it at a time if the functions that run its models allow it.
 
     contract: how it is asked, and what it scored.
-    tokenizer: for one thread at a time, which holds `tokenizing`.
-    forward: runs the model, here or on a server.
     """
 
-    def __init__(
-        self,
-        contract: Contract,
-        tokenizer: PreTrainedTokenizerBase,
-        forward: Forward,
-    ) -> None:
-        self.contract = contract
-        self.forward = forward
-        self.tokenizer = tokenizer
-        self.tokenizing = Lock()
+    contract: Contract
 
-    @classmethod
+    @staticmethod
     def from_pretrained(
-        cls,
         folder: str | Path,
         *,
         device: str | torch.device | None = None,
@@ -177,7 +94,7 @@ class Judge:
         batch_tokens: int = BATCH_TOKENS,
         progress: bool = False,
     ) -> Judge:
-        """Load a judge from its folder.
+        """Load a judge, a model or a stack, from its folder.
 
         Args:
             folder: a folder with `judge.json`; or ``hub:ORG/NAME``, which is downloaded, with ``@`` and
@@ -193,33 +110,56 @@ class Judge:
         """
         folder = local_folder(folder)
         contract = read_contract(folder)
+        if isinstance(contract, StackContract):
+            trees, members = None, {}
+            if contract.surface is not None:  # first: weights may take minutes
+                trees = read_trees(folder / TREES, len(contract.classes))
+            for name in contract.members:
+                member = folder / MEMBERS / name
+                if not member.is_dir():
+                    raise InputError(
+                        f"{member}: a member of the stack is missing; copy its whole folder again"
+                    )
+                members[name] = Judge.from_pretrained(
+                    member,
+                    device=device,
+                    dtype=dtype,
+                    attention=attention,
+                    batch_tokens=batch_tokens,
+                    progress=progress,
+                )
+            for name, found in members.items():
+                if (found.contract.classes, found.contract.orders) != (
+                    contract.classes,
+                    contract.orders,
+                ):
+                    raise InputError(
+                        f"{folder / MEMBERS / name}: not the member that {folder / FILE} knows: other "
+                        "classes or orders; copy the stack's whole folder again"
+                    )
+            return StackedJudge(contract, members, trees)
         refuse_weights(folder, quantized=contract.kind == "gptq")
-        tokenizer = load_tokenizer(folder)  # first: the weights may take minutes
+        tokenizer = load_tokenizer(folder)
         model = _load(folder, contract, device, dtype, attention)
         forward = partial(score, model, batch_tokens=batch_tokens, progress=progress)
-        return cls(contract, tokenizer, forward)
+        return ModelJudge(contract, tokenizer, forward)
 
-    def answered_by(self, forward: Forward) -> Judge:
-        """This judge, with another function that runs the model."""
-        other = copy(self)
-        other.forward = forward
-        return other
+    @property
+    @abstractmethod
+    def models(self) -> tuple[ModelJudge, ...]:
+        """The judges that are models: itself, or the members of a stack, all the way down."""
 
-    def text_ids(self, texts: list[str]) -> list[list[int]]:
-        """The ids of whole texts as the tokenizer alone gives them, special tokens included.
+    @abstractmethod
+    def run_by(self, forward_of: Callable[[ModelJudge], Forward]) -> Judge:
+        """This judge, with other functions that run its :attr:`models`."""
 
-        They are those of no training sequence: :meth:`encode` gives these.
-        """
-        with self.tokenizing:
-            ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
-        return ids
+    @abstractmethod
+    def sequences(self, battles: pa.Table) -> dict[str, Sequences]:
+        """The sequences of canonical battles by ``<length>/<view>``, of a stack after ``<member>/``."""
 
-    def encode(self, battles: Battles) -> Tokens:
-        """The token ids of battles, before truncation."""
-        table = battles_table(battles)
-        with self.tokenizing:
-            found = tokenize(table, self.tokenizer)
-        return tokens_of(found, self.contract.vocabulary)
+    @abstractmethod
+    def see(self, battles: pa.Table) -> Seen:
+        """Score canonical battles at every length, in every order."""
 
     def predict(self, battles: Battles) -> Verdicts:
         """Judge battles: at every length, in every order, averaged and calibrated.
@@ -234,36 +174,38 @@ class Judge:
             InputError: a field is missing or not text, or the model's outputs are not finite.
         """
         table = battles_table(battles)
-        return judged(self.contract, table, self.encode(table), self.forward)
+        seen = self.see(table)
+        return averaged(self.contract, table, seen.logits, seen.cut)
 
     def compare(self, prompt: str | list[str], a: str | list[str], b: str | list[str]) -> Verdict:
         """Judge one battle."""
         return self.predict([{"prompt": prompt, "response_a": a, "response_b": b}])[0]
 
     def rank(self, prompt: str | list[str], answers: Sequence[str | list[str]]) -> Ranking:
-        """Rank answers to one prompt; a joint judge compares every two of them.
+        """Rank answers to one prompt; every two of them are compared, unless the judge is pointwise.
 
         Raises:
             InputError: there are fewer than two answers.
         """
         if len(answers) < 2:
             raise InputError(f"rank: two or more answers expected, got {len(answers)}")
-        if self.contract.head.kind == "pointwise":
-            scores = self.rewards([prompt] * len(answers), answers)
-        else:
-            first, second = np.triu_indices(len(answers), 1)
-            verdicts = self.predict(
-                {
-                    "prompt": [prompt] * len(first),
-                    "response_a": [answers[i] for i in first.tolist()],
-                    "response_b": [answers[i] for i in second.tolist()],
-                }
-            )
-            a, b = verdicts.probabilities.T[:2]
-            won = (1 + a - b) / 2  # P(A) + P(tie) / 2
-            scores = np.bincount(first, won, len(answers))
-            scores = (scores + np.bincount(second, 1 - won, len(answers))) / (len(answers) - 1)
+        scores = self._strengths(prompt, answers)
         return Ranking(np.argsort(-scores, kind="stable").tolist(), scores)
+
+    def _strengths(self, prompt: str | list[str], answers: Sequence[str | list[str]]) -> np.ndarray:
+        """What :meth:`rank` ranks by: float64 (answers,)."""
+        first, second = np.triu_indices(len(answers), 1)
+        verdicts = self.predict(
+            {
+                "prompt": [prompt] * len(first),
+                "response_a": [answers[i] for i in first.tolist()],
+                "response_b": [answers[i] for i in second.tolist()],
+            }
+        )
+        a, b = verdicts.probabilities.T[:2]
+        won = (1 + a - b) / 2  # P(A) + P(tie) / 2
+        scores = np.bincount(first, won, len(answers))
+        return (scores + np.bincount(second, 1 - won, len(answers))) / (len(answers) - 1)
 
     def reward(self, prompt: str | list[str], answer: str | list[str]) -> float:
         """The strength of one answer, as a reward; differences are log-odds of winning, without ties.
@@ -281,11 +223,96 @@ class Judge:
         Raises:
             InputError: as :meth:`reward`.
         """
+        raise InputError(
+            f"{self.contract.judge}: {self._kind} compares two answers and has no reward of one; train a "
+            "judge with `head: pointwise`, or call `rank`"
+        )
+
+    _kind: str
+
+
+class ModelJudge(Judge):
+    """A judge that is one model.
+
+    contract: its own.
+    tokenizer: for one thread at a time, which holds `tokenizing`.
+    forward: runs the model, here or on a server.
+    """
+
+    contract: ModelContract
+    _kind = "a joint judge"
+
+    def __init__(
+        self,
+        contract: ModelContract,
+        tokenizer: PreTrainedTokenizerBase,
+        forward: Forward,
+    ) -> None:
+        self.contract = contract
+        self.forward = forward
+        self.tokenizer = tokenizer
+        self.tokenizing = Lock()
+
+    @property
+    def models(self) -> tuple[ModelJudge, ...]:
+        return (self,)
+
+    def answered_by(self, forward: Forward) -> ModelJudge:
+        """This judge, with another function that runs the model."""
+        other = copy(self)
+        other.forward = forward
+        return other
+
+    def run_by(self, forward_of: Callable[[ModelJudge], Forward]) -> ModelJudge:
+        return self.answered_by(forward_of(self))
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of whole texts as the tokenizer alone gives them, special tokens included.
+
+        They are those of no training sequence: :meth:`encode` gives these.
+        """
+        with self.tokenizing:
+            ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
+        return ids
+
+    def encode(self, battles: Battles) -> Tokens:
+        """The token ids of battles, before truncation."""
+        table = battles_table(battles)
+        with self.tokenizing:
+            found = tokenize(table, self.tokenizer)
+        return tokens_of(found, self.contract.vocabulary)
+
+    def sequences(self, battles: pa.Table) -> dict[str, Sequences]:
+        contract, tokens = self.contract, self.encode(battles)
+        return {
+            f"{length}/{view}": encode(tokens, contract.encoding, view, length)
+            for length, view in product(contract.lengths, views(contract.head, contract.orders))
+        }
+
+    def see(self, battles: pa.Table) -> Seen:
+        contract, tokens = self.contract, self.encode(battles)
+        lengths, orders = contract.lengths, contract.orders
+        if len(tokens):
+            logits, _ = score_variants(tokens, contract.scoring, self.forward)
+        else:
+            shape = (0, len(lengths), len(orders), len(contract.classes))
+            logits = np.zeros(shape, np.float32)
+        cut: dict[str, np.ndarray] = {}
+        for view in views(contract.head, orders):
+            for name, count in tokens_cut(tokens, contract.encoding, view, max(lengths)).items():
+                cut[name] = np.maximum(cut.get(name, 0), count)
+        return Seen(logits, {name: cut[name] for name in FIELDS})
+
+    def _strengths(self, prompt: str | list[str], answers: Sequence[str | list[str]]) -> np.ndarray:
+        if self.contract.head.kind == "pointwise":
+            return self.rewards([prompt] * len(answers), answers)
+        return super()._strengths(prompt, answers)
+
+    def rewards(
+        self, prompts: Sequence[str | list[str]], answers: Sequence[str | list[str]]
+    ) -> np.ndarray:
         if self.contract.head.kind != "pointwise":
-            raise InputError(
-                f"{self.contract.judge}: a joint judge compares two answers and has no reward of one; "
-                "train one with `head: pointwise`, or call `rank`"
-            )
+            return super().rewards(prompts, answers)
         empty = [""] * len(answers)
         tokens = self.encode(
             {"prompt": list(prompts), "response_a": list(answers), "response_b": empty}
@@ -296,48 +323,49 @@ class Judge:
         return outputs.reshape(len(lengths), len(answers)).mean(axis=0, dtype=np.float64)
 
 
-def judged(contract: Contract, battles: pa.Table, tokens: Tokens, forward: Forward) -> Verdicts:
-    """Score, average and calibrate battles, whoever runs the model.
+class StackedJudge(Judge):
+    """A judge that combines others, and perhaps trees over the surface, as the workflow's stacks do.
 
-    Args:
-        battles: canonical battles.
-        tokens: their tokens, in the same order.
-        forward: sequences → float32 (rows, outputs of the head).
+    contract: its own, with the weights.
+    members: the judges, by name, in the order of the weights.
+    trees: over the surface, if they are a member.
     """
-    lengths, orders = contract.lengths, contract.orders
-    if len(tokens):
-        logits, _ = score_variants(tokens, contract.scoring, forward)
-        if not np.isfinite(logits).all():
-            raise InputError(
-                f"{contract.judge}: its logits are not finite: its weights are damaged, or too large for "
-                "their dtype; `arena-distill verify` compares its files"
-            )
-    else:
-        logits = np.zeros((0, len(lengths), len(orders), len(contract.classes)), np.float32)
-    calibrate = contract.calibration.map() if contract.calibration else None
-    styles = style_features(battles) if calibrate and len(calibrate.lead) else None
 
-    def together(seen: np.ndarray) -> np.ndarray:
-        """Logits of some views (rows, views, classes) → probabilities (rows, classes)."""
-        mean = mean_of_views(seen, contract.average)
-        return calibrate.probabilities(mean, styles) if calibrate else mean
+    contract: StackContract
+    _kind = "a stack"
 
-    flat = logits.reshape(len(tokens), len(lengths) * len(orders), len(contract.classes))
-    by_order = [together(logits[:, :, i]) for i in range(len(orders))]
-    cut: dict[str, np.ndarray] = {}
-    for view in views(contract.head, orders):
-        for name, count in tokens_cut(tokens, contract.encoding, view, max(lengths)).items():
-            cut[name] = np.maximum(cut.get(name, 0), count)
-    read = {name: cut[name] for name in FIELDS}
-    return Verdicts(
-        battles["id"],
-        contract.classes,
-        orders,
-        together(flat),
-        np.stack(by_order, axis=1),
-        logits,
-        read,
-    )
+    def __init__(
+        self, contract: StackContract, members: dict[str, Judge], trees: Trees | None
+    ) -> None:
+        self.contract, self.members, self.trees = contract, members, trees
+
+    @property
+    def models(self) -> tuple[ModelJudge, ...]:
+        return tuple(chain(*(member.models for member in self.members.values())))
+
+    def run_by(self, forward_of: Callable[[ModelJudge], Forward]) -> StackedJudge:
+        members = {name: member.run_by(forward_of) for name, member in self.members.items()}
+        return StackedJudge(self.contract, members, self.trees)
+
+    def sequences(self, battles: pa.Table) -> dict[str, Sequences]:
+        return {
+            f"{name}/{view}": shown
+            for name, member in self.members.items()
+            for view, shown in member.sequences(battles).items()
+        }
+
+    def see(self, battles: pa.Table) -> Seen:
+        seen = [member.see(battles) for member in self.members.values()]
+        logits = [found.logits for found in seen]
+        if self.trees:
+            surface = surface_features(battles)
+            said = ask_surface(self.trees, surface, len(self.contract.classes))
+            logits.append(np.broadcast_to(surface_logits(said)[:, None, None], logits[0].shape))
+        weights = np.array(self.contract.weights)
+        return Seen(
+            combine(logits, weights, self.contract.temperature).astype(np.float32),
+            {name: np.max([found.cut[name] for found in seen], axis=0) for name in FIELDS},
+        )
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -354,7 +382,7 @@ def local_folder(folder: str | Path) -> Path:
 
 def _load(
     folder: Path,
-    contract: Contract,
+    contract: ModelContract,
     device: str | torch.device | None,
     dtype: torch.dtype | str | None,
     attention: Attention,

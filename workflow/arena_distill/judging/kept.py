@@ -11,7 +11,7 @@ from arena_distill.encoding.text_encoder import character_offsets
 from arena_distill.encoding.truncation import Kept
 from arena_distill.encoding.views import tokens_kept, views
 from arena_distill.judging.battles import battles_table
-from arena_distill.judging.judge import Judge
+from arena_distill.judging.judge import Judge, ModelJudge
 
 if TYPE_CHECKING:
     from arena_distill.judging.battles import Battles
@@ -23,12 +23,15 @@ Characters = dict[str, list[list[tuple[int, int]]]]
 def characters_kept(judge: Judge, battles: Battles) -> list[Characters] | None:
     """Which characters of each battle a judge reads at its greatest length, in its views together.
 
-    None, if its tokenizer does not know characters.
+    None, if its tokenizer does not know characters, or it is a stack of several judges.
 
     Raises:
         InputError: as for :meth:`Judge.predict`.
     """
     table = battles_table(battles)
+    if len(judge.models) > 1:
+        return None
+    (judge,) = judge.models
     tokens = judge.encode(table)
     kept = _tokens_kept(judge, tokens)
     found: list[Characters] = []
@@ -54,7 +57,9 @@ def characters_kept(judge: Judge, battles: Battles) -> list[Characters] | None:
     return found
 
 
-def _tokens_kept(judge: Judge, tokens: Tokens) -> dict[str, tuple[tuple[np.ndarray, ...], ...]]:
+def _tokens_kept(
+    judge: ModelJudge, tokens: Tokens
+) -> dict[str, tuple[tuple[np.ndarray, ...], ...]]:
     """First and end of the pieces of each field, in the view that shows the fewest of its tokens."""
     contract = judge.contract
     found: dict[str, Kept] = {}

@@ -41,7 +41,7 @@ from arena_distill.files.artifacts import (
 from arena_distill.files.raw_tables import RawTable, described
 from arena_distill.files.readers import read_table
 from arena_distill.judging.contract import Contract
-from arena_distill.judging.judge import Verdicts
+from arena_distill.judging.verdicts import Verdicts
 
 PART = 2_048
 """Battles per part: as many are done again after a kill, at most."""
@@ -74,7 +74,7 @@ def predict_files(
 ) -> Predicted:
     """Judge the battles of a file, a folder or a pattern → one table.
 
-    The table has the columns of :meth:`arena_distill.judging.judge.Verdicts.to_arrow`, rows in the order
+    The table has the columns of :meth:`arena_distill.judging.verdicts.Verdicts.to_arrow`, rows in the order
     of the files. Refused rows go to ``<output>.rejected.parquet``, with file, row, column and reason.
 
     Args:

@@ -7,7 +7,7 @@ test vectors and fingerprints, and no file but its own. What is new is private.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -16,7 +16,7 @@ import pyarrow.csv as pa_csv
 
 from arena_distill.errors import InputError, refusing, shown
 from arena_distill.files import hub, kaggle
-from arena_distill.judging.contract import FILE, read_contract
+from arena_distill.judging.contract import FILE, MEMBERS, StackContract, read_contract
 from arena_distill.judging.judge import Judge
 from arena_distill.judging.vectors import print_verification
 from arena_distill.layout import Layout
@@ -102,8 +102,8 @@ def push(folder: Path, to: Address, *, public: bool, agree: Agree) -> None:
     if not print_verification(Judge.from_pretrained(folder), folder=folder):
         raise InputError(f"{folder}: not the judge of its {FILE}; nothing was sent")
     print(f"{to} ({place}), from {folder}:")
-    for file in files:
-        print(f"{file.stat().st_size:>18,} bytes  {file.name}")
+    for name, file in files.items():
+        print(f"{file.stat().st_size:>18,} bytes  {name}")
     for name in place.remove:
         print(f"{'is removed':>24}  {name}")
     if not agree(f"Send {len(files)} files to {to}?"):
@@ -152,25 +152,34 @@ def submit(run: Path, to: str, *, message: str | None, agree: Agree) -> None:
     print(f"{to}: {said}")
 
 
-def judge_files(folder: Path) -> list[Path]:
-    """The files of a finished judge, without hidden ones, by name.
+def judge_files(folder: Path) -> dict[str, Path]:
+    """The files of a finished judge, without hidden ones, by their paths in it.
 
     Raises:
         InputError: there is something that is no part of a judge: a folder, a link to elsewhere, another
             kind of file, weights without a fingerprint.
     """
-    known = read_contract(folder).fingerprints
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    for file in files:
+    contract = read_contract(folder)
+    files: dict[str, Path] = {}
+    known = contract.fingerprints
+    for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if isinstance(contract, StackContract) and file.name == MEMBERS and not file.is_symlink():
+            for member in sorted(file.iterdir()):
+                if member.name not in contract.members or member.is_symlink():
+                    raise InputError(f"{member}: no member of this stack; nothing was sent")
+                inner = judge_files(member)
+                files |= {f"{MEMBERS}/{member.name}/{name}": path for name, path in inner.items()}
+            continue
         weights = file.suffix == WEIGHTS
         if not file.is_file() or file.is_symlink() or file.suffix not in OWN:
             raise InputError(f"{file}: no part of a judge; move it elsewhere: nothing was sent")
         if weights and file.name not in known:
             raise InputError(f"{file}: {FILE} does not know these weights; nothing was sent")
+        files[file.name] = file
     return files
 
 
-def _on_the_hub(to: Address, files: list[Path], public: bool) -> Place:
+def _on_the_hub(to: Address, files: Mapping[str, Path], public: bool) -> Place:
     found = hub.find_repository(to.name)
     if found is None:
         return Place(new=True, private=not public)
@@ -179,11 +188,11 @@ def _on_the_hub(to: Address, files: list[Path], public: bool) -> Place:
         raise InputError(
             f"{to} holds something else than a judge ({shown(min(strange))}): give another name"
         )
-    remove = sorted(others - {file.name for file in files})
+    remove = sorted(others - {*files})
     return Place(new=False, private=found.private, remove=tuple(remove))
 
 
-def _on_kaggle(to: Address, files: list[Path], public: bool) -> Place:
+def _on_kaggle(to: Address, files: Mapping[str, Path], public: bool) -> Place:
     kaggle.check_publishing(str(to))
     private = kaggle.model_is_private(to.name.rpartition("/")[0])
     if private is None and public:

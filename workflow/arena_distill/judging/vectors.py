@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from arena_distill.encoding.sequences import FIELDS, Sequences
-from arena_distill.encoding.views import encode, views
 from arena_distill.errors import InputError
 from arena_distill.judging.battles import battles_table
 from arena_distill.judging.contract import Contract, Vector, changed_files
-from arena_distill.judging.judge import Judge, Verdicts, judged
+from arena_distill.judging.judge import Judge
+from arena_distill.judging.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from arena_distill.judging.battles import Battles
@@ -31,12 +31,15 @@ TOLERANCE = {"float32": 1e-4}
 _SCRIPTS = "Как дела? 東京は日本の首都です。 שלום 😀👩‍👩‍👧 e\u0301"
 
 
-def battles_of(contract: Contract) -> list[dict[str, str | list[str]]]:
+def battles_of(judge: Judge) -> list[dict[str, str | list[str]]]:
     """The battles of a judge's test vectors; `about` says what each is for."""
+    literals = chain(*(model.contract.template.literals for model in judge.models))
     special = " ".join(
-        [*contract.template.literals, "<s> </s> <eos> <bos> <|eot_id|> <|im_end|> [PAD]"]
+        [*dict.fromkeys(literals), "<s> </s> <eos> <bos> <|eot_id|> <|im_end|> [PAD]"]
     )
-    counted = " ".join(str(n) for n in range(max(contract.lengths)))  # at least a token per number
+    counted = " ".join(
+        str(n) for n in range(max(judge.contract.lengths))
+    )  # at least a token per number
     return [
         {
             "about": "short",
@@ -89,7 +92,7 @@ def battles_of(contract: Contract) -> list[dict[str, str | list[str]]]:
 
 def make_vectors(judge: Judge) -> tuple[Vector, ...]:
     """The test vectors of a judge, computed by itself."""
-    battles = battles_of(judge.contract)
+    battles = battles_of(judge)
     sequences, found = _ask(judge, battles)
     return tuple(
         Vector(
@@ -189,14 +192,9 @@ def print_verification(
 
 
 def _ask(judge: Judge, battles: Battles) -> tuple[dict[str, Sequences], Verdicts]:
-    """The sequences of each length and view, by their name in a vector, and the verdicts."""
-    contract, table = judge.contract, battles_table(battles)
-    tokens = judge.encode(table)
-    sequences = {
-        f"{length}/{view}": encode(tokens, contract.encoding, view, length)
-        for length, view in product(contract.lengths, views(contract.head, contract.orders))
-    }
-    return sequences, judged(contract, table, tokens, judge.forward)
+    """The sequences by their name in a vector, and the verdicts."""
+    table = battles_table(battles)
+    return judge.sequences(table), judge.predict(table)
 
 
 def _turns(text: str | list[str]) -> tuple[str, ...]:

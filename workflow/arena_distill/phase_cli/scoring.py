@@ -188,8 +188,14 @@ def combine_fold(
 
 
 @app.command()
-def predict_surface(folds: Folds, battles: Battles, output: Output, settings: Settings) -> None:
+def predict_surface(
+    folds: Folds,
+    battles: Battles,
+    output: Output,
+    trees: Annotated[Path, typer.Option(help="Where the trees of the test battles go.")],
+    settings: Settings,
+) -> None:
     """Predict battles by trees over what shows on their surface."""
     from arena_distill.scoring.surface_trees import write_surface
 
-    write_surface(folds, battles, output, settings=parse(VersionSettings, settings))
+    write_surface(folds, battles, output, trees, settings=parse(VersionSettings, settings))

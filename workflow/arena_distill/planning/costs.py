@@ -9,7 +9,7 @@ NF4's unpacking, communication and all else that keeps a GPU below its peak.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,8 @@ class Costs:
             "score_held_out_gptq": self._score_test,
             "finish_merged": self._finish,
             "finish_gptq": self._finish,
+            "finish_stack_merged": self._finish,
+            "finish_stack_gptq": self._finish,
             "benchmark_merged": self._benchmark,
             "benchmark_gptq": self._benchmark,
             "compare_soups": self._compare_soups,
@@ -139,7 +141,28 @@ class Costs:
         device = device or DEVICES[self.config.plan.accelerator]
         if node is None or job.phase not in self.by_rule:
             return self._host(job)
+        if node.stack:  # its members' models, one after another in one process
+            parts = self.config.trained_parts(job.wildcards["judge"])
+            jobs = [replace(job, wildcards={**job.wildcards, "judge": part}) for part in parts]
+            return self._in_one(self.of(part, device=device) for part in jobs)
         return self.by_rule[job.phase](job, node, device)
+
+    def _in_one(self, costs: Iterable[Cost]) -> Cost:
+        """The cost of one job that does what several do, with all their models in memory."""
+        first, *more = costs
+        for cost in more:
+            first = replace(
+                first,
+                flops=first.flops + cost.flops,
+                seconds=first.seconds + cost.seconds - self.config.plan.startup,
+                memory={
+                    name: first.memory.get(name, 0.0) + cost.memory.get(name, 0.0)
+                    for name in {**first.memory, **cost.memory}
+                },
+                host=first.host + cost.host,
+                stored=first.stored + cost.stored,
+            )
+        return first
 
     def sizes(self, judge: str) -> Sizes:
         """The sizes of a judge."""

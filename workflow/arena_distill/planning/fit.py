@@ -62,7 +62,8 @@ def _remedies(job: Planned, costs: Costs) -> Iterator[tuple[str, float]]:
     """Yield changes that make a job fit, and its peak with each: single ones, else combinations."""
     judge = costs.config.judges[job.wildcards["judge"]]
     device = DEVICES[costs.config.plan.accelerator]
-    choices = list(_changes(job, judge, costs.config.plan))
+    # A stack has no keys of its own to change.
+    choices = [] if judge.stack else list(_changes(job, judge, costs.config.plan))
     for size in range(1, _TOGETHER + 1):
         reported = set()
         for changes in itertools.combinations(choices, size):

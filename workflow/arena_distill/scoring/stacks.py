@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from arena_distill.battles.folds import fold_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
+from arena_distill.config.phases.judging import StackedJudgeSettings
 from arena_distill.config.phases.prediction import StackedViewsSettings
 from arena_distill.config.phases.scoring import StackedLogitsSettings, StackSettings
 from arena_distill.errors import InputError
@@ -188,7 +189,9 @@ def combine_fold(
     print(f"{output}: {len(rows):,} battles, {len(found)} members")
 
 
-def names_of(settings: StackedLogitsSettings | StackedViewsSettings) -> list[str]:
+def names_of(
+    settings: StackedLogitsSettings | StackedViewsSettings | StackedJudgeSettings,
+) -> list[str]:
     """A stack's members in their order."""
     return [*settings.members, *([SURFACE] if settings.surface else [])]
 

@@ -1,8 +1,9 @@
-"""Settings of the phase that finishes a judge."""
+"""Settings of the phases that finish a judge."""
 
 from __future__ import annotations
 
 from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.phases.scoring import members_of
 from arena_distill.config.phases.settings import VERSIONS, Settings
 from arena_distill.config.run import Card, Cascade, Config
 from arena_distill.config.section import Name
@@ -40,4 +41,27 @@ class JudgeSettings(Settings):
             head=config.head_of(judge),
             card=card,
             **config.prediction.model_dump(exclude={"model", "calibration"}),
+        )
+
+
+class StackedJudgeSettings(Settings):
+    """What a finished stack says of itself."""
+
+    run: str
+    judge: Name
+    members: tuple[Name, ...]
+    surface: bool = False
+    orders: tuple[Order, ...]
+    average: ViewAverage
+    card: Card = Card()
+
+    @classmethod
+    def of(cls, config: Config, judge: str) -> StackedJudgeSettings:
+        return cls(
+            version=VERSIONS["stacked_judge"],
+            run=config.run,
+            judge=judge,
+            card=config.card,
+            **config.prediction.model_dump(include={"orders", "average"}),
+            **members_of(config, judge),
         )

@@ -48,6 +48,7 @@ VERSIONS = {
     "submission": 1,
     "benchmarks": 1,
     "judge": 3,
+    "stacked_judge": 1,
     "surface": 2,
     "evaluation": 16,
     "comparison": 7,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
@@ -25,7 +25,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from arena_distill.encoding.sequences import FIELDS, Sequences, offsets_of
 from arena_distill.errors import InputError
-from arena_distill.judging.judge import Forward, Judge
+from arena_distill.judging.judge import Forward, Judge, ModelJudge
 from arena_distill.judging.kept import characters_kept
 from arena_distill.judging.server.batching import Batcher, Busy, Gone, Late, TooLarge
 from arena_distill.judging.server.guard import GONE, NOBODY, RETRY, Guard, Limits, refusal
@@ -70,24 +70,32 @@ class Server:
     gone away, and then they raise Gone.
     """
 
-    def __init__(self, judge: Judge, batcher: Batcher, limits: Limits) -> None:
-        self._judge, self._batcher, self.limits = judge, batcher, limits
+    def __init__(
+        self, judge: Judge, batchers: Mapping[ModelJudge, Batcher], limits: Limits
+    ) -> None:
+        self._judge, self._batchers, self.limits = judge, batchers, limits
         self.contract = judge.contract
 
     @property
     def alive(self) -> bool:
-        return self._batcher.alive
+        return all(batcher.alive for batcher in self._batchers.values())
 
-    def _forward(self, gone: Future[None]) -> Forward:
-        """The model for one request, whose time begins now."""
+    def _model(self) -> ModelJudge:
+        """The judge, for what only a model can answer."""
+        if not isinstance(self._judge, ModelJudge):
+            raise InputError(f"{self.contract.judge} is a stack of judges: only /v1/judge asks it")
+        return self._judge
+
+    def _forward_of(self, gone: Future[None]) -> Callable[[ModelJudge], Forward]:
+        """What runs each model for one request, whose time begins now."""
         until = time.monotonic() + self.limits.seconds
-        return partial(self._batcher.forward, until=until, gone=gone)
+        return lambda model: partial(self._batchers[model].forward, until=until, gone=gone)
 
     def about(self) -> About:
         contract = self.contract
         return About(
             judge=contract.judge,
-            kind=contract.head.kind,
+            kind=self._judge.contract.head.kind if isinstance(self._judge, ModelJudge) else "stack",
             classes=list(contract.classes),
             orders=list(contract.orders),
             lengths=list(contract.lengths),
@@ -106,9 +114,9 @@ class Server:
             | battle.model_dump(include={*FIELDS})
             for number, battle in enumerate(request.battles)
         ]
-        judge = self._judge.answered_by(self._forward(gone))
+        judge = self._judge.run_by(self._forward_of(gone))
         verdicts = judge.predict(battles)
-        kept = characters_kept(judge, battles) if request.kept else None
+        kept = characters_kept(self._judge, battles) if request.kept else None
         return JudgeAnswer(
             judge=self.contract.judge,
             classes=list(self.contract.classes),
@@ -121,11 +129,12 @@ class Server:
         )
 
     def classify(self, request: ClassifyRequest, gone: Future[None]) -> ClassifyAnswer:
-        contract = self.contract
-        if request.model not in (None, contract.judge):
-            raise HTTPException(404, f"model: this server has {contract.judge!r}")
-        sequences = self._sequences(request.input)
-        outputs = self._forward(gone)(sequences).astype(np.float64)
+        if request.model not in (None, self.contract.judge):
+            raise HTTPException(404, f"model: this server has {self.contract.judge!r}")
+        model = self._model()
+        contract = model.contract
+        sequences = self._sequences(request.input, model)
+        outputs = self._forward_of(gone)(model)(sequences).astype(np.float64)
         if contract.head.kind == "joint" and request.use_activation is not False:
             outputs = softmax(outputs)
         labels = contract.head.outputs
@@ -152,7 +161,7 @@ class Server:
             if not query.startswith(prompt):
                 raise InputError(f"query.{row}: does not begin with prompts.{row}")
         answers = [query[len(prompt) :] for query, prompt in pairs]
-        judge = self._judge.answered_by(self._forward(gone))
+        judge = self._judge.run_by(self._forward_of(gone))
         rewards = judge.rewards(request.prompts, answers).tolist()
         return RewardAnswer(rewards=rewards, scores=rewards)
 
@@ -160,7 +169,9 @@ class Server:
         if len(items) > self.limits.items:
             raise TooLarge(f"{name}: {len(items):,}, at most {self.limits.items} at a time")
 
-    def _sequences(self, given: str | list[int] | list[str] | list[list[int]]) -> Sequences:
+    def _sequences(
+        self, given: str | list[int] | list[str] | list[list[int]], model: ModelJudge
+    ) -> Sequences:
         """The sequences of a /classify request, all safe for the model."""
         if not given:
             raise InputError("input: a text, token ids, or a list of either expected")
@@ -168,21 +179,21 @@ class Server:
         rows: Any = [given] if isinstance(given, str) or isinstance(first, int) else given
         self._count("input", rows)
         if isinstance(first, str):
-            rows = self._judge.text_ids(rows)
+            rows = model.text_ids(rows)
         sequences = Sequences(
             np.array([token for row in rows for token in row], np.int64),
             offsets_of(np.fromiter(map(len, rows), np.int64)),
         )
-        longest = max(self.contract.lengths)
+        longest = max(model.contract.lengths)
         if sequences.lengths.min() < 1 or sequences.lengths.max() > longest:
             row = int(np.argmax((sequences.lengths < 1) | (sequences.lengths > longest)))
             raise InputError(
                 f"input.{row}: {sequences.lengths[row]} tokens; from 1 to {longest} expected"
             )
-        known = len(self._judge.tokenizer)
-        if sequences.ids.max() >= known or (sequences.ids == self.contract.pad).any():
+        known, pad = len(model.tokenizer), model.contract.pad
+        if sequences.ids.max() >= known or (sequences.ids == pad).any():
             raise InputError(
-                f"input: ids from 0 to {known - 1} expected, and not {self.contract.pad}, which pads"
+                f"input: ids from 0 to {known - 1} expected, and not {pad}, which pads"
             )
         return Sequences(sequences.ids.astype(np.int32), sequences.offsets)
 

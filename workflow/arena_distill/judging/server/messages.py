@@ -68,7 +68,7 @@ class About(Message):
     """How the judge is asked, what it scored, and battles to try."""
 
     judge: str
-    kind: Literal["joint", "pointwise"]
+    kind: Literal["joint", "pointwise", "stack"]
     classes: list[str]
     orders: list[Order]
     lengths: list[int]

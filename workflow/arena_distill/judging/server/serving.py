@@ -94,20 +94,24 @@ def application(
     token: str | None = None,
     hosts: Sequence[str] = ("*",),
 ) -> Iterator[FastAPI]:
-    """The application of a judge, whose model has a thread until the end; see :func:`serve`."""
+    """The application of a judge, whose models have a thread each until the end; see :func:`serve`."""
     metrics = Metrics()
-    batcher = Batcher(
-        judge.forward,
-        len(judge.contract.head.outputs),
-        batch_tokens=batch_tokens,
-        queue_tokens=queue_tokens,
-        ran=metrics.ran,
-    )
-    metrics.watch(lambda: batcher.waiting)
+    batchers = {
+        model: Batcher(
+            model.forward,
+            len(model.contract.head.outputs),
+            batch_tokens=batch_tokens,
+            queue_tokens=queue_tokens,
+            ran=metrics.ran,
+        )
+        for model in judge.models
+    }
+    metrics.watch(lambda: sum(batcher.waiting for batcher in batchers.values()))
     try:
-        yield make_app(Server(judge, batcher, limits), metrics, token=token, hosts=hosts)
+        yield make_app(Server(judge, batchers, limits), metrics, token=token, hosts=hosts)
     finally:
-        batcher.close()
+        for batcher in batchers.values():
+            batcher.close()
 
 
 def settings(app: FastAPI) -> uvicorn.Config:
