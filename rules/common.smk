@@ -173,13 +173,16 @@ def models_of(wildcards):
     return [GRAPH.judges[name] for name in GRAPH.trained_parts(wildcards.judge)]
 
 
-def compute(knob):
-    """A `compute` key of the job's judge, for use as a resource: a changed resource reruns nothing."""
+def compute(knob, together=max):
+    """A `compute` key of the job's judge, for use as a resource: a changed resource reruns nothing.
+
+    Of a stack, the keys of its members `together`.
+    """
 
     def of_job(wildcards):
         values = [getattr(judge.compute, knob) for judge in models_of(wildcards)]
-        # The types of a resource; of a stack, the most that a member needs.
-        return max(map(int, values)) if isinstance(values[0], int) else str(values[0])
+        # The types of a resource.
+        return together(map(int, values)) if isinstance(values[0], int) else str(values[0])
 
     return of_job
 
@@ -204,7 +207,7 @@ def job_of(gpus, *knobs):
     """The resources of a job that runs a judge. Memory, disk and time are multiplied by the attempt."""
 
     def growing(knob):
-        return lambda wildcards, attempt: attempt * compute(knob)(wildcards)
+        return lambda wildcards, attempt: attempt * compute(knob, sum)(wildcards)
 
     return {
         "gpu": gpus,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +14,13 @@ import pytest
 from judges import finished_judge
 from typer.testing import CliRunner
 
+from arena_distill import Judge
 from arena_distill.cli import app
 from arena_distill.config.judge import JOINT, Encoding
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
-from arena_distill.evaluation.benchmarks import benchmark
+from arena_distill.evaluation.benchmarks import benchmark, write_benchmarks
+from arena_distill.files.artifacts import write_parquet
 from arena_distill.judging.verdicts import Verdicts
 from arena_distill.verdicts import Order
 
@@ -101,7 +105,14 @@ def test_files_of_a_folder_are_its_subsets(tmp_path: Path) -> None:
     assert right == {"hostile": 1, "natural": 0, "all": 0.5}
 
 
-def test_the_command_asks_a_real_judge(backbones: Callable[[str], Path], tmp_path: Path) -> None:
+def answered(asked: list[int], battles: pa.Table) -> Verdicts:
+    asked.append(len(battles))
+    return saying([A] * len(battles), [A] * len(battles))(battles)
+
+
+def test_the_command_asks_a_real_judge(
+    backbones: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judge = finished_judge(tmp_path / "j", backbones("llama"), head=JOINT, encoding=Encoding())
     source, out = llmbar(tmp_path / "bar.json"), tmp_path / "found.json"
     command = ["benchmark", str(judge.folder), f"bar={source.path}", "--output", str(out)]
@@ -118,5 +129,30 @@ def test_the_command_asks_a_real_judge(backbones: Callable[[str], Path], tmp_pat
     assert whole["accuracy"] == pytest.approx((prefers == [label for _, label, _ in ROWS]).mean())
     assert whole["known"] == 0
     assert f"{whole['accuracy']:.1%}" in done.output and "in both" in done.output
+    other = llmbar(tmp_path / "other.json", ROWS[:2])
+    asked: list[int] = []
+    answer = partial(answered, asked)
+    monkeypatch.setattr(Judge, "from_pretrained", lambda *_, **__: SimpleNamespace(predict=answer))
+    done = CliRunner().invoke(app, [*command[:3], f"bar={other.path}"])
+    assert done.exit_code == 0 and asked == [len(ROWS) + 2], "both files of one name"
     wrong = CliRunner().invoke(app, ["benchmark", str(judge.folder), source.path])
     assert "NAME=PATH expected" in str(wrong.exception)
+
+
+def test_the_card_has_the_latest_scores_once(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# j\n\n## Scores\n\nx\n\n## Limits\n\n- y\n")
+    source, battles = llmbar(tmp_path / "bar.json"), tmp_path / "battles.parquet"
+    write_parquet(pa.table({"source": ["train"], "prompt": [["four"]]}), battles, {})
+    for said in (B, A):
+        ask = saying([said] * 5, [said] * 5)
+        write_benchmarks(ask, {"bar": [source]}, battles, tmp_path / "found.json", tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# j\n\n## Scores\n\nx\n\n## Benchmarks\n\nHow often")
+    assert card.endswith(" |\n\n## Limits\n\n- y\n")
+    assert card.count("## Benchmarks") == 1
+    whole = json.loads((tmp_path / "found.json").read_text())[-1]
+    half = f"{whole['accuracy']:.1%} ({whole['low']:.1%} to {whole['high']:.1%})"
+    assert f"\n| bar | all | 5 | {half} | 1 |\n" in card
+    (tmp_path / "README.md").write_text("something else")
+    with pytest.raises(InputError, match=r"README\.md: not a model card of this package"):
+        write_benchmarks(ask, {"bar": [source]}, battles, tmp_path / "found.json", tmp_path)

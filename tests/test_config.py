@@ -35,7 +35,7 @@ from arena_distill.config.phases.deployment import (
 )
 from arena_distill.config.phases.encoding import BackboneSettings, TokensSettings
 from arena_distill.config.phases.evaluation import BenchmarkSettings, EvaluationSettings
-from arena_distill.config.phases.judging import JudgeSettings
+from arena_distill.config.phases.judging import JudgeSettings, StackedJudgeSettings
 from arena_distill.config.phases.prediction import (
     CalibrationSettings,
     PredictionSettings,
@@ -344,7 +344,7 @@ def has_phase(judge: Judge, model: type[Settings]) -> bool:
     """Whether a judge goes through the phase with these settings."""
     if model in (QuerySettings, ExternalSettings):
         return judge.external is not None
-    if model in (StackSettings, StackedLogitsSettings, StackedViewsSettings):
+    if model in (StackSettings, StackedLogitsSettings, StackedViewsSettings, StackedJudgeSettings):
         return judge.stack is not None
     if model is PretrainingSettings:
         return judge.pretraining is not None
@@ -480,7 +480,8 @@ PHASES = {
     "merging": MergeSettings, "soups": SoupSettings,
     "quantization": QuantizationSettings, "drift": DriftSettings, "scoring": ScoringSettings,
     "calibration": CalibrationSettings,
-    "prediction": PredictionSettings, "judge": JudgeSettings, "benchmarks": BenchmarkSettings,
+    "prediction": PredictionSettings, "judge": JudgeSettings,
+    "stacked_judge": StackedJudgeSettings, "benchmarks": BenchmarkSettings,
     "evaluation": EvaluationSettings,
     "comparison": CompareSettings, "curves": CurveSettings, "averaging": AveragingSettings,
 }  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
@@ -52,7 +53,7 @@ from arena_distill.training.probe import (
     split,
 )
 from arena_distill.training.targets import VOTE_LOSS
-from arena_distill.verdicts import Votes
+from arena_distill.verdicts import WINNERS, Votes
 
 HEAD = Head(kind="pointwise", pooling="layers")
 ENCODING = Encoding(template="winners", max_length=96)
@@ -363,18 +364,26 @@ def test_a_run_of_frozen_judges(frozen_run: Checkout) -> None:
 @pytest.mark.gptq
 @pytest.mark.skipif(not GPTQ.exists(), reason=f"no quantisation environment at {GPTQ}")
 def test_a_stack_is_submitted(frozen_run: Checkout) -> None:
-    """Its members' scores are combined, calibrated on held-out battles and scored; it has no folder."""
+    """Its members' scores are combined, calibrated and scored; its folder says the same."""
     results = frozen_run.results
     given = yaml.safe_load((frozen_run.folder / "mini.yaml").read_text()) | {"final": "stack"}
     given["folds"]["n"] = 2
-    given.pop("benchmarks")
     given["prediction"]["model"] = "merged"
     write(frozen_run.folder / "mini.yaml", yaml.safe_dump(given).encode())
     before = (results / "submission.csv").read_text()
     frozen_run.run("all")
     assert (results / "submission.csv").read_text() != before
-    refused = frozen_run.snakemake("-n", "results/mini/merged/stack")
-    assert "stack has no model of its own: ask for a judge with a backbone" in refused.stdout
+    judge = Judge.from_pretrained(results / "merged/stack")
+    assert compare_with_vectors(judge).within(1e-6)
+    battles = read_parquet(results / "battles.parquet")
+    said = judge.predict(battles.filter(pc.equal(battles["source"], "test")))
+    predicted = read_parquet(results / "predictions/stack/merged.parquet")
+    predicted = predicted.filter(predicted["submitted"])
+    assert predicted["id"].to_pylist() == said.ids.to_pylist()
+    expected = np.column_stack([predicted[name].to_numpy() for name in WINNERS])
+    np.testing.assert_allclose(said.probabilities, expected, rtol=0, atol=1e-6)
+    scores = judge.contract.scores
+    assert scores and scores.of == "test" and scores.battles == 40
     figures = read_json(results / "metrics.json")
     assert figures["headline"]["battles"] == "test"
     assert figures["held_out"]["models"]["merged"]["judge"] == "stack"
@@ -382,7 +391,7 @@ def test_a_stack_is_submitted(frozen_run: Checkout) -> None:
     assert "which combines teacher and surface trees," in (results / "report.html").read_text()
     logits, _ = read_logits(results / "logits/stack/merged_test.npy")
     assert logits.shape == (40, 2, 2, 3)
-    jobs = {"merged", "finish_merged", "predict_test", "fit_calibration"}
-    assert set(frozen_run.would_run("merged")) == jobs, "its member becomes a judge of its own"
+    np.testing.assert_allclose(said.logits, logits, rtol=0, atol=1e-6)
+    assert set(frozen_run.would_run("merged")) <= {"merged"}, "its member is a judge of its own"
     refused = frozen_run.snakemake("compare", "-n")
     assert refused.returncode == 1 and "stack is a stack, which is not trained" in refused.stdout

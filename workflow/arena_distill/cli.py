@@ -293,7 +293,9 @@ def benchmark(
     judge: JudgeFolder,
     benchmarks: Annotated[
         list[str],
-        typer.Argument(help="NAME=PATH of each: a file, a folder of shards, or a quoted pattern."),
+        typer.Argument(
+            help="NAME=PATH of each file, folder of shards or quoted pattern; those of one name together."
+        ),
     ],
     output: Annotated[Path | None, typer.Option(help="Also write the figures there, JSON.")] = None,
     learned: Annotated[
@@ -303,13 +305,14 @@ def benchmark(
     device: Annotated[str | None, typer.Option(help="Such as cuda:1; default: a free GPU.")] = None,
 ) -> None:
     """Count how often a judge prefers the better answer: LLMBar, JudgeBench, RM-Bench, RewardBench, PPE."""
+    from arena_distill.config.phases.evaluation import BenchmarkSettings
+    from arena_distill.config.phases.settings import VERSIONS
     from arena_distill.evaluation.benchmarks import benchmark, learned_prompts, print_benchmarks
     from arena_distill.files.artifacts import write_json
 
-    files = _pairs(benchmarks)
-    if unnamed := [name for name, path in files.items() if not path]:
+    if unnamed := [given for given in benchmarks if not all(given.partition("=")[::2])]:
         raise InputError(f"{unnamed[0]}: NAME=PATH expected, such as llmbar={unnamed[0]}")
-    sources = {name: [_source(str(path))] for name, path in files.items()}
+    sources = BenchmarkSettings(version=VERSIONS["benchmarks"]).files_of(benchmarks)
     prompts = learned_prompts(learned) if learned else None
     found = benchmark(_judge(judge, server, device=device).predict, sources, prompts)
     print_benchmarks(found)

@@ -22,6 +22,7 @@ from arena_distill.battles.votes import votes_of
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_json
+from arena_distill.judging.card import add_to_card
 from arena_distill.judging.verdicts import Verdicts
 from arena_distill.metrics import Figures, mean_interval
 from arena_distill.verdicts import ORDERS, Order, Votes
@@ -146,18 +147,38 @@ def learned_prompts(battles: Path) -> pa.ChunkedArray:
 
 
 def write_benchmarks(
-    ask: Ask, benchmarks: Mapping[str, Sequence[Source]], battles: Path, output: Path
+    ask: Ask, benchmarks: Mapping[str, Sequence[Source]], battles: Path, output: Path, judge: Path
 ) -> None:
-    """Score a judge on benchmarks → JSON, the records of :func:`benchmark`.
+    """Score a judge on benchmarks → JSON, the records of :func:`benchmark`, and a table in its card.
 
     Args:
         battles: the run's battles.parquet, whose prompts the judge learned.
+        judge: its folder.
     """
     records = benchmark(ask, benchmarks, learned_prompts(battles))
+    add_to_card(judge, "Benchmarks", _as_markdown(records))
     write_json(records, output)
     whole = (record for record in records if record["subset"] == ALL)
     told = ", ".join(f"{record['benchmark']} {record['accuracy']:.1%}" for record in whole)
     print(f"{output}: right answers: {told}")
+
+
+def _as_markdown(records: Sequence[Figures]) -> str:
+    rows = [
+        f"| {r['benchmark']} | {r['subset']} | {r['battles']:,} | {r['accuracy']:.1%}"
+        + ("" if r["low"] is None else f" ({r['low']:.1%} to {r['high']:.1%})")
+        + f" | {r['known']:,} |"
+        for r in records
+    ]
+    return "\n".join(
+        [
+            "How often the better answer of a benchmark has the greater probability; 95 % intervals over "
+            "prompts. Known: battles\nwhose prompt the judge learned.\n",
+            "| benchmark | subset | battles | accuracy | known |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def print_benchmarks(records: Sequence[Figures], console: Console | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from arena_distill.config.run import Card
+from arena_distill.errors import refusing
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.judging.contract import (
     MEMBERS,
@@ -20,6 +21,9 @@ from arena_distill.judging.contract import (
 
 MADE_BY = ("merge.json", "drift.json")
 """The files in which merging and quantisation write what they did."""
+
+
+_LIMITS = "\n## Limits\n"
 
 
 def write_card(folder: Path, contract: AnyContract, card: Card) -> None:
@@ -42,6 +46,20 @@ def write_card(folder: Path, contract: AnyContract, card: Card) -> None:
     )
     text = "\n".join(_sections(contract, card, merging, drift))
     write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", folder / "README.md")
+
+
+def add_to_card(folder: Path, title: str, text: str) -> None:
+    """Put a section before the limits of a judge's card, in place of the one of this title, if any.
+
+    Raises:
+        InputError: the folder has no card of :func:`write_card`.
+    """
+    path = folder / "README.md"
+    with refusing(f"{path}: not a model card of this package"):
+        card = path.read_text(encoding="utf-8")
+        before, limits = card[: card.index(_LIMITS)], card[card.index(_LIMITS) :]
+    before = before.partition(f"\n## {title}\n")[0]
+    write_text(f"{before}\n## {title}\n\n{text}\n{limits}", path)
 
 
 def _results(contract: Contract) -> list[EvalResult] | None:
@@ -83,7 +101,7 @@ def _sections(
         f"- Battles by source: {counts}.",
         *([] if card.license else [_NO_LICENSE]),
         f"\n## Scores\n\n{_scores(contract)}",
-        f"\n## Limits\n\n{_limits(contract)}",
+        f"{_LIMITS}\n{_limits(contract)}",
         f"\n## How to ask it\n\n{asked}",
     ]
 

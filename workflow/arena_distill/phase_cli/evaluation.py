@@ -44,7 +44,7 @@ def run_benchmarks(
 
     sources = parse(BenchmarkSettings, settings).files_of(files)
     asked = Judge.from_pretrained(judge, attention=attention, batch_tokens=batch_tokens)
-    write_benchmarks(asked.predict, sources, battles, output)
+    write_benchmarks(asked.predict, sources, battles, output, judge)
 
 
 @app.command()

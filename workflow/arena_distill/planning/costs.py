@@ -444,7 +444,7 @@ class Costs:
         return memory
 
     def _merged(self, job: Planned, sizes: Sizes, judge: Judge) -> dict[str, float]:
-        if job.phase.endswith("_gptq"):
+        if job.phase.endswith("_gptq") and judge.quantization:  # of a stack, not all members are
             return {"weights": self._quantized_bytes(sizes, judge)}
         return {"weights": _dense_bytes(judge) * (sizes.base + sizes.head)}
 
