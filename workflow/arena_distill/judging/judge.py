@@ -83,6 +83,8 @@ class Judge(ABC):
     """
 
     contract: Contract
+    _kind: str
+    """What it is, in the message of a refusal."""
 
     @staticmethod
     def from_pretrained(
@@ -111,33 +113,15 @@ class Judge(ABC):
         folder = local_folder(folder)
         contract = read_contract(folder)
         if isinstance(contract, StackContract):
-            trees, members = None, {}
-            if contract.surface is not None:  # first: weights may take minutes
-                trees = read_trees(folder / TREES, len(contract.classes))
-            for name in contract.members:
-                member = folder / MEMBERS / name
-                if not member.is_dir():
-                    raise InputError(
-                        f"{member}: a member of the stack is missing; copy its whole folder again"
-                    )
-                members[name] = Judge.from_pretrained(
-                    member,
-                    device=device,
-                    dtype=dtype,
-                    attention=attention,
-                    batch_tokens=batch_tokens,
-                    progress=progress,
-                )
-            for name, found in members.items():
-                if (found.contract.classes, found.contract.orders) != (
-                    contract.classes,
-                    contract.orders,
-                ):
-                    raise InputError(
-                        f"{folder / MEMBERS / name}: not the member that {folder / FILE} knows: other "
-                        "classes or orders; copy the stack's whole folder again"
-                    )
-            return StackedJudge(contract, members, trees)
+            load = partial(
+                Judge.from_pretrained,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                batch_tokens=batch_tokens,
+                progress=progress,
+            )
+            return _load_stack(folder, contract, load)
         refuse_weights(folder, quantized=contract.kind == "gptq")
         tokenizer = load_tokenizer(folder)
         model = _load(folder, contract, device, dtype, attention)
@@ -227,8 +211,6 @@ class Judge(ABC):
             f"{self.contract.judge}: {self._kind} compares two answers and has no reward of one; train a "
             "judge with `head: pointwise`, or call `rank`"
         )
-
-    _kind: str
 
 
 class ModelJudge(Judge):
@@ -378,6 +360,29 @@ def local_folder(folder: str | Path) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=kinds))
     except Exception as error:  # of the hub, of the network
         raise InputError(f"{folder}: cannot be downloaded: {brief(error)}") from None
+
+
+def _load_stack(
+    folder: Path, contract: StackContract, load: Callable[[Path], Judge]
+) -> StackedJudge:
+    """A stack whose members `load` loads."""
+    trees, members = None, {}
+    if contract.surface is not None:  # first: weights may take minutes
+        trees = read_trees(folder / TREES, len(contract.classes))
+    for name in contract.members:
+        place = folder / MEMBERS / name
+        if not place.is_dir():
+            raise InputError(
+                f"{place}: a member of the stack is missing; copy its whole folder again"
+            )
+        members[name] = load(place)
+        known = members[name].contract
+        if (known.classes, known.orders) != (contract.classes, contract.orders):
+            raise InputError(
+                f"{place}: not the member that {folder / FILE} knows: other classes or orders; copy the "
+                "stack's whole folder again"
+            )
+    return StackedJudge(contract, members, trees)
 
 
 def _load(
