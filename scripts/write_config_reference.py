@@ -19,6 +19,12 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 
+from arena_distill.config.section import Section  # noqa: E402
+
+Section.model_config["use_attribute_docstrings"] = (
+    True  # before there are sections, which inherit it
+)
+
 from arena_distill.config.judge import Judge  # noqa: E402
 from arena_distill.config.run import Config, schema  # noqa: E402
 

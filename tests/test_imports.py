@@ -100,6 +100,20 @@ def test_a_lazy_import_spares_something() -> None:
     assert not wanted, "\n".join(wanted)
 
 
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [
+        *((module, set()) for module in ("cli", "battles.reading", "battles.folds", "layout")),
+        *((module, set()) for module in ("battles.audit", "encoding.tokenization")),
+        *((module, set()) for module in ("scoring.logits", "prediction.test_time")),
+        ("training.trainer", {"torch", "transformers", "peft", "accelerate"}),
+    ],
+)
+def test_a_job_starts_without_what_it_does_not_need(module: str, needed: set[str]) -> None:
+    """Before the job's function is called; the backbone's libraries follow once one is loaded."""
+    assert loaded(f"arena_distill.{module}")[1] <= needed
+
+
 def test_importing_the_package_loads_nothing() -> None:
     code = (
         "import sys; before = set(sys.modules); import arena_distill;"

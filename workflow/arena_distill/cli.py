@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -34,6 +35,9 @@ app.add_typer(phase_cli.app, name="phase")
 def main() -> NoReturn:
     """Run a command; on bad input, print one line on stderr and exit with status 1."""
     launch.ignore_signals()
+    gc.set_threshold(
+        10_000
+    )  # imports make a million objects that stay: looking through them is vain
     try:
         app(prog_name="arena-distill")
     except Stopped as stopped:

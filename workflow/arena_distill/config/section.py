@@ -59,12 +59,15 @@ Distinct = Annotated[Items, AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
+    """A part of the configuration: immutable, and closed to keys it does not know.
+
+    The docstrings of keys are read by ``scripts/write_config_reference.py`` alone: pydantic would parse the
+    source of each section again, in every job.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        use_attribute_docstrings=True,
         allow_inf_nan=False,  # JSON, in which settings are handed over, has neither
         defer_build=True,  # a command needs few of the many sections
     )
