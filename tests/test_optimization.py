@@ -84,7 +84,7 @@ def test_each_epoch_has_an_order_of_its_own(
     fit(run, tmp_path / "x", epochs=3, seed=5, batch_size=8)
     lengths = asked[0][0].lengths
     expected = [
-        list(ByLength(lengths, batch_size=8, share=1, seed=5, epoch=lambda e=e: e))  # type: ignore[misc]
+        list(ByLength(lengths, batch_size=8, processes=1, seed=5, epoch=lambda e=e: e))  # type: ignore[misc]
         for e in range(3)
     ]
     assert [i for _, i in asked] == sum(expected, [])
@@ -96,13 +96,13 @@ def test_an_order_depends_on_seed_and_epoch_alone() -> None:
     lengths = np.random.default_rng(0).integers(10, 90, 40)
     orders = {
         (seed, epoch): tuple(
-            ByLength(lengths, batch_size=4, share=1, seed=seed, epoch=lambda e=epoch: e)  # type: ignore[misc]
+            ByLength(lengths, batch_size=4, processes=1, seed=seed, epoch=lambda e=epoch: e)  # type: ignore[misc]
         )
         for seed in (3, 8)
         for epoch in (0, 1)
     }
     assert len(set(orders.values())) == 4
-    again = ByLength(lengths, batch_size=4, share=1, seed=8, epoch=lambda: 1)
+    again = ByLength(lengths, batch_size=4, processes=1, seed=8, epoch=lambda: 1)
     assert (tuple(again), tuple(again)) == (orders[8, 1],) * 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ from arena_distill.battles.votes import votes_of
 from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Schedule, Training
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
-from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.sequences import Sequences, offsets_of, read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet
@@ -27,12 +27,13 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.models import adapters
 from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.models.heads import battle_logits
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.runtime.launch import Launch
 from arena_distill.scoring.logits import predict_logits
 from arena_distill.training import judge_trainer, trainer
-from arena_distill.training.examples import Examples, make_examples
+from arena_distill.training.examples import Examples, collator, make_examples, micro_batches
 from arena_distill.training.targets import VOTE_LOSS
 from arena_distill.training.trainer import pretrain_adapter, train_fold
 from arena_distill.verdicts import Votes
@@ -415,6 +416,67 @@ def test_a_step_descends_the_exact_mean_of_its_battles(llama: Run, tmp_path: Pat
     assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(reported, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["joint", "pointwise"])
+def test_micro_batches_of_one_size_in_tokens_give_the_exact_gradients(
+    kind: Literal["joint", "pointwise"], llama: Run, tmp_path: Path
+) -> None:
+    """The battles of a step differ in length 10 times: the short ones share a forward pass."""
+    settings = training_settings(batch_size=16, head={"kind": kind})
+    rng, sides = np.random.default_rng(0), 1 if kind == "joint" else 2
+    lengths = rng.permutation(np.r_[np.full(3, 60), np.full(13, 6)])
+    views = tuple(
+        Sequences(rng.integers(5, 90, lengths.sum()).astype(np.int32), offsets_of(lengths))
+        for _ in range(sides)
+    )
+    votes = Votes(np.eye(3, dtype=np.float32)[rng.integers(3, size=16)], rng.random(16) + 0.5)
+    examples = Examples(views, votes, battles=16)
+    base = load_classifier(llama.backbone, head=settings.head, pad_token_id=0, head_seed=0)
+    judge = new_judge(base, LORA, 0)
+    with torch.no_grad():  # else lora_B is zero, and so are the gradients of lora_A
+        for name, p in judge.named_parameters():
+            p.add_(0.05 * torch.randn_like(p)) if "lora_B" in name else None
+    batch = collator(0)([examples[i] for i in range(16)])
+    passes = []
+    judge.register_forward_pre_hook(
+        lambda _, args, given: passes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    steps = judge_trainer.JudgeTrainer(
+        model=judge,
+        args=trainer._arguments(tmp_path, settings.training, "fp32", Launch(report_to="none")),
+        train_dataset=examples,
+        loss=settings.loss,
+        head=settings.head,
+        training=settings.training,
+        micro_batch_tokens=2 * 60,
+    )
+    assert steps.args.train_batch_size == 16
+    loss = steps.training_step(judge, batch, torch.tensor(16))
+    found = {n: p.grad for n, p in judge.named_parameters() if p.grad is not None}
+    assert passes == [(2 * sides, 60), (2 * sides, 60), (12 * sides, 6)]
+    judge.zero_grad()
+    inputs = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+    logits = battle_logits(judge(**inputs).logits.unflatten(0, (16, sides)), settings.head)
+    each = torch.nn.functional.cross_entropy(logits, batch["votes"], reduction="none")
+    whole = (each * batch["counts"]).sum() / 16
+    whole.backward()
+    assert float(loss) == pytest.approx(whole.item(), rel=1e-6)
+    assert any("lora_A" in name for name in found)
+    for name, p in judge.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_all_processes_make_as_many_micro_batches() -> None:
+    """A backbone that is spread over them is gathered for each forward pass of any."""
+    mask = torch.ones(6, 1, 4, dtype=torch.int64)
+    batch = {"attention_mask": mask, "labels": torch.arange(6)}
+    counts = [[len(part["labels"]) for part in micro_batches(batch, 12, least)]
+              for least in (lambda n: n, lambda n: n + 2, lambda n: 6)]  # fmt: skip
+    assert counts == [[3, 3], [2, 1, 2, 1], [1] * 6]
+    parts = micro_batches(batch, 12, lambda n: n + 2)
+    assert sorted(torch.cat([part["labels"] for part in parts]).tolist()) == list(range(6))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_nothing(
     family: str, make_run: Callable[..., Run], tmp_path: Path
@@ -499,20 +561,6 @@ def test_too_many_devices_for_a_batch_are_an_error(
     monkeypatch.setattr(trainer.TrainingArguments, "world_size", property(lambda self: 3))
     with pytest.raises(InputError, match="batch_size 8 cannot be shared by 3 devices"):
         trainer._arguments(tmp_path, training_settings().training, "fp32", Launch())
-
-
-@pytest.mark.parametrize(
-    ("batch", "bound", "micro", "accumulated"),
-    [(8, 8, 8, 1), (8, 3, 2, 4), (8, 1, 1, 8), (8, 100, 8, 1), (7, 3, 1, 7), (64, 24, 16, 4)],
-)
-def test_micro_batches_make_the_batch_exactly(
-    batch: int, bound: int, micro: int, accumulated: int, tmp_path: Path
-) -> None:
-    optimization = training_settings(batch_size=batch).training
-    launch = Launch(micro_batch_size=bound)
-    arguments = trainer._arguments(tmp_path, optimization, "fp32", launch)
-    assert arguments.per_device_train_batch_size == micro
-    assert arguments.gradient_accumulation_steps == accumulated
 
 
 @pytest.mark.parametrize(

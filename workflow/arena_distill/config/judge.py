@@ -340,7 +340,8 @@ class Compute(Section):
     checkpoint_minutes: NonNegativeFloat = 30.0
     """Minutes between checkpoints of a training. 0: after each step."""
     micro_batch_size: PositiveInt = 8
-    """Examples per device and forward pass; gradients of the batch are accumulated."""
+    """The longest examples per device and forward pass; of shorter ones, as many as have as many tokens.
+    Gradients of the batch are accumulated."""
     batch_tokens: PositiveInt = 16384
     """Tokens per forward pass when scoring."""
     gradient_checkpointing: bool = False

@@ -26,11 +26,6 @@ def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray
         start += size
 
 
-def micro_batch_size(share: int, most: int) -> int:
-    """The largest divisor of a device's `share` of a batch that is at most `most` rows."""
-    return max(n for n in range(1, min(most, share) + 1) if share % n == 0)
-
-
 def pad(sequences: Sequence[np.ndarray], pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-pad a batch: input ids and attention mask, int64 (batch, longest)."""
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))

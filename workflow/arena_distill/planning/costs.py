@@ -20,7 +20,6 @@ from arena_distill.config.backbone import Backbone
 from arena_distill.config.judge import JOINT, Judge, Lora, Optimization, Training
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.run import Config
-from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.errors import InputError
 from arena_distill.planning.devices import CORE, DEVICES, GIB, Device
 from arena_distill.planning.sizes import Sizes, alive, measure, read_config
@@ -197,7 +196,8 @@ class Costs:
         work = self.battles.work(name, battles, shown) * how.epochs
         gpus, micro = _asked(job, "gpu", 0), _asked(job, "micro_batch_size", 8)
         again, fsdp = bool(_asked(job, "gradient_checkpointing", 0)), _asked(job, "fsdp", 0)
-        micro = micro_batch_size(max(1, how.batch_size // max(1, gpus)), micro)
+        share = max(1, how.batch_size // max(1, gpus))
+        micro = min(micro, share)
         learned = sizes.lora + sizes.head
         memory = self._weights(sizes, judge, spread=gpus if fsdp else 1)
         memory |= {
@@ -212,7 +212,9 @@ class Costs:
         if isinstance(how, Training) and how.fit_head:  # every process reads all features
             once = work * (1 / how.epochs)
             flops += max(1, gpus) * sizes.forward_flops(once.tokens, once.squares)
-        passes = work.sequences / (micro * per_battle) * (3 if again else 2)
+        # As many tokens as the longest have, of battles of the mean length.
+        together = min(share, micro * work.longest * work.sequences / max(1.0, work.tokens))
+        passes = work.sequences / (together * per_battle) * (3 if again else 2)
         if isinstance(how, Training) and how.eval_steps:
             times = (
                 1 / how.eval_steps

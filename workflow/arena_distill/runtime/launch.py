@@ -47,7 +47,7 @@ class Launch:
     """How a training job runs, as options of its command; the result does not depend on it."""
 
     micro_batch_size: Annotated[
-        int, typer.Option(help="Sequences per device and forward pass.", min=1)
+        int, typer.Option(help="Longest examples per device and forward pass.", min=1)
     ] = 8
     gradient_checkpointing: Annotated[
         int, typer.Option(help="1: recompute activations to save memory.", min=0, max=1)

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from arena_distill.config.judge import Optimization, State
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
-from arena_distill.encoding.batching import pad
+from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences, Tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.verdicts import ORDERS, Votes, exchange
@@ -80,14 +80,14 @@ class Examples(Dataset):
 class ByLength(Sampler[int]):
     """Order examples in batches of similar length; the order depends only on seed and epoch.
 
-    All processes compute this order and take their parts of each batch, so a batch holds the same
-    examples for any number of processes. If the last batch cannot be split evenly, fillers without
-    loss complete it: the sampler of accelerate would repeat battles instead.
+    All processes compute this order and take their shares of each batch, of the same lengths, so a batch
+    holds the same examples for any number of processes. With several, fillers without loss complete the
+    last batch: the sampler of accelerate would repeat battles instead.
 
     Args:
         lengths: int (examples,), tokens.
         batch_size: examples per optimizer step, over all processes.
-        share: examples that the processes take at once; the order's length is a multiple of it.
+        processes: a divisor of `batch_size`; a batch consists of their shares, one after the other.
         epoch: returns the number of the epoch; called at its start.
     """
 
@@ -96,13 +96,14 @@ class ByLength(Sampler[int]):
         lengths: np.ndarray,
         *,
         batch_size: int,
-        share: int,
+        processes: int,
         seed: int,
         epoch: Callable[[], int],
     ) -> None:
         self.lengths: list[int] = lengths.tolist()
         self.batch_size = batch_size
-        self.fillers = -len(self.lengths) % share
+        self.processes = processes
+        self.fillers = -len(self.lengths) % batch_size if processes > 1 else 0
         self.seed = seed
         self.epoch = epoch
 
@@ -111,8 +112,12 @@ class ByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = torch.Generator().manual_seed(self.seed + self.epoch())
-        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=rng)
-        yield from range(len(self.lengths), len(self))
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=rng)
+        order += range(len(self.lengths), len(self))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for process in range(self.processes):
+                yield from batch[process :: self.processes]
 
 
 def make_examples(
@@ -189,3 +194,38 @@ def collator(pad_token_id: int) -> Any:
         return tensors
 
     return collate
+
+
+def micro_batches(
+    batch: Mapping[str, Any], most_tokens: int, least: Callable[[int], int] = lambda count: count
+) -> list[dict[str, Any]]:
+    """Split a batch of :func:`collator` into batches of similar lengths, the longest battles first.
+
+    Args:
+        most_tokens: of a battle's longest sequence, padding included, summed over a micro-batch; a longer
+            battle forms a micro-batch of its own.
+        least: from the number of micro-batches that the bound needs, the number to make at the least.
+    """
+    lengths = batch["attention_mask"].sum(-1).amax(-1).cpu().numpy()
+    parts = list(token_batches(lengths, most_tokens))
+    for _ in range(least(len(parts)) - len(parts)):
+        at = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[at : at + 1] = np.array_split(parts[at], 2)
+    return [_take(batch, rows, int(lengths[rows[0]])) for rows in parts]
+
+
+def _take(batch: Mapping[str, Any], rows: np.ndarray, longest: int) -> dict[str, Any]:
+    """Rows of a batch, without the columns where all of them are padding."""
+
+    def take(name: str, values: torch.Tensor) -> torch.Tensor:
+        taken = values[torch.from_numpy(rows).to(values.device)]
+        return (
+            taken[..., :longest] if name in ("input_ids", "attention_mask", "attention") else taken
+        )
+
+    return {
+        name: [take(name, each) for each in values]
+        if isinstance(values, list)
+        else take(name, values)
+        for name, values in batch.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from arena_distill.config.judge import Head, Loss, State, Training
 from arena_distill.errors import InputError
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import projections_of
-from arena_distill.training.examples import FILLER, LOWER, UNTRAINED, ByLength
+from arena_distill.training.examples import FILLER, LOWER, UNTRAINED, ByLength, micro_batches
 from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
 from arena_distill.training.targets import VOTE_LOSS
 
@@ -30,7 +31,10 @@ PROJECTIONS = "projections.safetensors"
 
 
 class JudgeTrainer(Trainer):
-    """The Trainer with a judge's loss, exact under gradient accumulation and over devices.
+    """The Trainer with a judge's loss, exact over micro-batches and devices.
+
+    A batch of the Trainer is a device's share of an optimizer step. It is split into micro-batches here,
+    because the Trainer's own have one number of battles, however short these are.
 
     Evaluations are log losses of the battles for choices, by which it may keep the best weights or stop.
     """
@@ -38,9 +42,16 @@ class JudgeTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *args: Any, loss: Loss, head: Head, training: Training | None, **kwargs: Any
+        self,
+        *args: Any,
+        loss: Loss,
+        head: Head,
+        training: Training | None,
+        micro_batch_tokens: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.micro_batch_tokens = micro_batch_tokens
         self.loss = loss
         self.head = head
         self.training = training
@@ -52,11 +63,32 @@ class JudgeTrainer(Trainer):
         examples: Any = train_dataset or self.train_dataset
         return ByLength(
             examples.lengths,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            share=args.train_batch_size * args.world_size if args.world_size > 1 else 1,
+            batch_size=args.train_batch_size * args.world_size,
+            processes=args.world_size,
             seed=args.seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward passes of a device's share of a step; its loss."""
+        parts = micro_batches(inputs, self.micro_batch_tokens, self._most)
+        losses = []
+        for left, part in enumerate(parts, 1 - len(parts)):
+            self.accelerator.gradient_state._set_sync_gradients(left == 0)
+            with self.accelerator.no_sync(model) if left else nullcontext():
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _most(self, count: int) -> int:
+        """The largest of all processes' counts: a sharded backbone is gathered for each forward pass."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).max())
 
     def compute_loss(
         self,

@@ -47,7 +47,6 @@ from arena_distill.config.judge import (
 )
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
-from arena_distill.encoding.batching import micro_batch_size
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
@@ -184,7 +183,8 @@ def _fit(
     """
     if not len(examples):
         raise InputError(f"{output}: there is no battle to train on")
-    check_length(model, int(examples.lengths.max()))
+    longest = int(examples.lengths.max())
+    check_length(model, longest)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
         folder, checkpoints = Path(scratch), None
@@ -209,6 +209,7 @@ def _fit(
                 loss=loss,
                 head=settings.head,
                 training=training,
+                micro_batch_tokens=launch.micro_batch_size * longest,
             )
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
@@ -219,7 +220,7 @@ def _fit(
             elif examples.groups is not None:
                 # Not earlier: the key of checkpoints must be the same in each attempt.
                 # Twice the tokens of a step, because there is no backward pass.
-                room = 2 * launch.micro_batch_size * int(examples.lengths.max())
+                room = 2 * launch.micro_batch_size * longest
                 fit_head(model, examples, loss=loss, head=settings.head, batch_tokens=room)
             with (
                 checkpoints.listening() if checkpoints else nullcontext(),
@@ -342,10 +343,8 @@ def _arguments(
             f"config: batch_size {optimization.batch_size} cannot be shared by {devices} devices; "
             "make it a multiple"
         )
-    share = optimization.batch_size // devices
-    micro = micro_batch_size(share, launch.micro_batch_size)
-    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
-    arguments.gradient_accumulation_steps = share // micro
+    arguments.per_device_train_batch_size = optimization.batch_size // devices
+    arguments.per_device_eval_batch_size = launch.micro_batch_size
     return arguments
 
 
