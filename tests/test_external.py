@@ -24,6 +24,7 @@ import httpx2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import yaml
 from chat_server import Body, ChatServer, Reply, answer, chat_server, completion, error
@@ -36,6 +37,7 @@ from hypothesis.extra import numpy as hnp
 from made_up_run import JUDGES, MadeUpRun, made_up_run
 
 from arena_distill.battles.folds import assign_folds, fold_rows
+from arena_distill.battles.votes import votes_of
 from arena_distill.config.derived import JudgeFamily, derive
 from arena_distill.config.external import Endpoint, EndpointLimits
 from arena_distill.config.phases.evaluation import EvaluationSettings
@@ -825,6 +827,13 @@ def test_a_file_of_log_odds_teaches_battles_that_nobody_voted_on(folder: Path) -
     assert (logits[:, 0] == logits[:, 1]).all()
     lead = logits[:, 0, 0] - logits[:, 0, 1]
     about = read_json(folder / "external/gpt/file.json")
+    given = read(folder, frame, settings=alone.model_copy(update={"scale": 0.5}))
+    np.testing.assert_allclose(
+        given[:, 0, 0] - given[:, 0, 1], frame["log_odds"][:7] / 2, rtol=1e-4
+    )
+    labelled = table.filter(pc.is_in(table["source"], pa.array(["train", "extra"])))
+    share = votes_of(labelled).probabilities[:, 2].mean()
+    assert np.exp(given[..., 2]).mean() == pytest.approx(share, abs=1e-5)
     np.testing.assert_allclose(lead, about["map"]["scale"] * frame["log_odds"][:7], rtol=1e-4)
     assert (about["map"]["fitted"], about["map"]["battles"]) == ("surface", LABELLED)
     assert (about["form"], about["battles"], about["ignored"]) == ("log-odds", 7, 1)
@@ -883,7 +892,12 @@ def test_a_fold_gets_the_rows_of_a_trained_judge(
         for row, one in zip(ids.to_pylist(), logits, strict=True):
             np.testing.assert_array_equal(one, whole[names.index((row["source"], row["id"]))])
     about = read_provenance(file.with_suffix(".ids.parquet"))["settings"]
-    assert about["external"] == {"version": 1, "battles": "all", "file": "judged.csv"}
+    assert about["external"] == {
+        "version": 1,
+        "battles": "all",
+        "scale": None,
+        "file": "judged.csv",
+    }
 
 
 def test_students_find_their_targets(folder: Path, dealt: Callable[..., list[Path]]) -> None:
@@ -1013,7 +1027,7 @@ def test_a_configuration_without_external_judges_is_what_it_was() -> None:
 
 def test_what_is_written_down_of_a_run_is_its_configuration() -> None:
     described = yaml.safe_load(load(raw()).described())
-    of_file = {"file": "judged.parquet", "battles": "all", "endpoint": None}
+    of_file = {"file": "judged.parquet", "battles": "all", "scale": None, "endpoint": None}
     assert described["judges"]["gpt"] == {"external": of_file}
     assert described["judges"]["big"]["external"]["endpoint"]["model"] == "big"
     del described["judges"]["big"]["external"]["file"]

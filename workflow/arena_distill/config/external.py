@@ -147,6 +147,8 @@ class External(Section):
     """Its logits, probabilities or log-odds: a table, see docs/external-judges.md."""
     battles: Literal["all", "unlabelled"] = "all"
     """`unlabelled`: the file has battles without votes alone. The judge teaches these and has no score."""
+    scale: PositiveFloat | None = None
+    """What log-odds of a file are multiplied by; null: fitted to votes."""
     endpoint: Endpoint | None = None
     """A model behind an API."""
 
@@ -154,6 +156,6 @@ class External(Section):
     def _exactly_one(self) -> External:
         if (self.file is None) == (self.endpoint is None):
             raise ValueError("needs exactly one of file, endpoint")
-        if self.endpoint and self.battles == "unlabelled":
-            raise ValueError("battles: unlabelled is for a file; an endpoint is asked about all")
+        if self.endpoint and (self.battles == "unlabelled" or self.scale):
+            raise ValueError("battles: unlabelled and scale are for a file, not for an endpoint")
         return self

@@ -19,7 +19,14 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import write_logits
 from arena_distill.files.raw_tables import column_texts
 from arena_distill.files.readers import read_table
-from arena_distill.scoring.log_odds import FEWEST, Scale, fit_by_surface, fit_to_votes, log_softmax
+from arena_distill.scoring.log_odds import (
+    FEWEST,
+    Scale,
+    fit_by_surface,
+    fit_to_ties,
+    fit_to_votes,
+    log_softmax,
+)
 from arena_distill.verdicts import ORDERS, logits_among
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -82,7 +89,7 @@ def read_external_logits(
     logits = np.where(lacks[..., None], logits[:, ::-1], logits)
     mapped = None
     if form == "log-odds":
-        mapped = _fit_scale(battles, wanted, logits[..., 0].mean(axis=1))
+        mapped = _fit_scale(battles, wanted, logits[..., 0].mean(axis=1), settings.scale)
         logits = mapped.logits(logits[..., 0])
     logits = log_softmax(logits[~absent])
     about = provenance("external_logits", settings.model_dump() | {"file": file.name})
@@ -107,21 +114,24 @@ READ = "file.json"
 """What was read, beside the logits."""
 
 
-def _fit_scale(battles: Path, keys: pa.Array, log_odds: np.ndarray) -> Scale:
+def _fit_scale(battles: Path, keys: pa.Array, log_odds: np.ndarray, scale: float | None) -> Scale:
     """Map a judge's log-odds onto the run's votes.
 
     Args:
         keys: of battles with and without votes.
         log_odds: float64 (rows,), of them; NaN where the judge has none.
+        scale: given, or None.
     """
     table = read_parquet(battles, ["id", "source", "vote", "weight"])
     votes = votes_of(table)[locate(keys, key(table), str(battles))]
     judged = ~np.isnan(log_odds)
     both = judged & votes.known
-    if both.sum() >= FEWEST:
+    if scale is None and both.sum() >= FEWEST:
         return fit_to_votes(log_odds[both], votes[both])
     if not votes.known.any() or not judged.any():
         raise InputError(f"{battles}: log-odds are mapped onto votes, and there are none")
+    if scale is not None:
+        return fit_to_ties(log_odds[judged], scale, votes[votes.known])
     found, (_, a, b) = read_surface(battles)
     rows = locate(keys, found, str(battles))
     surface = (np.log1p(a) - np.log1p(b))[rows]

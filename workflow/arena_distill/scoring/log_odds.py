@@ -21,6 +21,8 @@ import numpy as np
 from arena_distill.config.section import Section
 from arena_distill.verdicts import Votes
 
+Fitted = Literal["votes", "surface", "ties"]
+
 FEWEST = 100
 """Battles with a vote, from which the map is fitted to them."""
 
@@ -34,7 +36,8 @@ class Scale(Section):
     scale: float
     log_nu: float | None
     """None in a run without ties."""
-    fitted: Literal["votes", "surface"]
+    fitted: Fitted
+    """To what; `ties`: the scale was given, log ν alone is fitted."""
     battles: int
     """With a vote, of the fit."""
 
@@ -46,6 +49,7 @@ class Scale(Section):
         what = {
             "votes": "the votes of the same battles",
             "surface": "votes of other battles, by what shows on their surface",
+            "ties": "votes, whose share of ties it has",
         }[self.fitted]
         tie = "" if self.log_nu is None else f", tie {self.log_nu:+.2f}"
         return f"log-odds × {self.scale:.3g}{tie}, fitted to {self.battles:,} {what}"
@@ -70,6 +74,12 @@ def fit_to_votes(log_odds: np.ndarray, votes: Votes) -> Scale:
     return _scale(found, "votes", len(votes))
 
 
+def fit_to_ties(log_odds: np.ndarray, scale: float, votes: Votes) -> Scale:
+    """The map of a given scale that makes ties as frequent as among the votes, of whatever battles."""
+    log_nu = [_tie_parameter(log_odds, scale, _share_of_ties(votes))] if votes.classes == 3 else []
+    return _scale([scale, *log_nu], "ties", len(votes))
+
+
 def fit_by_surface(
     log_odds: np.ndarray, judged: np.ndarray, voted: np.ndarray, votes: Votes
 ) -> Scale:
@@ -88,7 +98,7 @@ def fit_by_surface(
     spread[spread == 0] = 1
     judged, voted = judged / spread, voted / spread
     said = votes.probabilities[:, 0] - votes.probabilities[:, 1]
-    ties = float(votes.mean(votes.probabilities[:, 2])) if votes.classes == 3 else None
+    ties = _share_of_ties(votes) if votes.classes == 3 else None
 
     def parameters(scale: float) -> list[float]:
         return [scale] if ties is None else [scale, _tie_parameter(log_odds, scale, ties)]
@@ -101,6 +111,10 @@ def fit_by_surface(
     bounds = np.log(WEAKEST), np.log(STRONGEST)
     best = minimize_scalar(error, bounds=bounds, method="bounded").x
     return _scale(parameters(float(np.exp(best))), "surface", len(votes))
+
+
+def _share_of_ties(votes: Votes) -> float:
+    return float(votes.mean(votes.probabilities[:, 2]))
 
 
 def _tie_parameter(log_odds: np.ndarray, scale: float, ties: float) -> float:
@@ -130,6 +144,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
 
 
-def _scale(found: Any, fitted: Literal["votes", "surface"], battles: int) -> Scale:
+def _scale(found: Any, fitted: Fitted, battles: int) -> Scale:
     scale, *tie = map(float, found)
     return Scale(scale=scale, log_nu=tie[0] if tie else None, fitted=fitted, battles=battles)

@@ -43,7 +43,7 @@ from arena_distill.verdicts import Votes
 
 FILE = "probe.safetensors"
 
-ALONE = RIDGES[4:13:2]
+ALONE = RIDGES[4:13]
 """Ridges for each read alone: 10 to 0.001."""
 
 

@@ -66,15 +66,18 @@ class StackedLogitsSettings(Settings):
 
 
 class ExternalSettings(Settings):
-    """Which battles an external judge's file has to have."""
+    """How an external judge's file is read."""
 
     battles: Literal["all", "unlabelled"] = "all"
+    scale: float | None = None
+    """Of log-odds; None: fitted."""
 
     @classmethod
     def of(cls, config: Config, judge: str) -> ExternalSettings:
         external = config.judges[judge].external
         assert external, "only of external judges"
-        return cls(version=VERSIONS["external_logits"], battles=external.battles)
+        how = external.model_dump(include={"battles", "scale"})
+        return cls(version=VERSIONS["external_logits"], **how)
 
 
 class QuerySettings(Settings, Query):

@@ -29,7 +29,7 @@ VERSIONS = {
     "tokens": 4,
     "pretraining": 6,
     "features": 1,
-    "probe": 2,
+    "probe": 3,
     "training": 6,
     "distillation": 7,
     "logits": 2,
