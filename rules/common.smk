@@ -69,8 +69,7 @@ def interpreter(path):
     if "conda" in DEPLOYED_BY:
         return "python"
     if IN_IMAGE:
-        name = ".venv-gptq" if path == CONFIG.environments.gptq else ".venv"
-        return f"/opt/arena-distill/{name}/bin/python"  # where Containerfile makes them
+        return CONFIG.environments.in_image(path)
     if path is None:
         return sys.executable
     return path if Path(path).is_absolute() else str((CHECKOUT or Path.cwd()) / path)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from arena_distill.config.run import IMAGE, Environments
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
 
@@ -128,9 +130,10 @@ def test_fetched_files_are_those_of_the_sums() -> None:
 
 
 def test_the_image_has_its_environments_where_the_rules_look_for_them() -> None:
-    made = re.findall(r"^WORKDIR (\S+)$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
-    assert len(made) == 1
-    assert f'f"{made[0]}/{{name}}/bin/python"' in (ROOT / "rules/common.smk").read_text()
+    assert f"\nWORKDIR {IMAGE}\n" in (ROOT / "Containerfile").read_text()
+    known = Environments()
+    assert known.in_image(known.main) == f"{IMAGE}/.venv/bin/python"
+    assert known.in_image(known.gptq) == f"{IMAGE}/.venv-gptq/bin/python"
 
 
 def test_the_image_leaves_out_what_git_ignores() -> None:

@@ -128,6 +128,10 @@ class Studies(Section):
     """Epochs that the folds train before they are averaged."""
 
 
+IMAGE = "/opt/arena-distill"
+"""Where `Containerfile` makes the two environments."""
+
+
 class Environments(Section):
     """Python interpreters of the two environments; paths are relative to the checkout."""
 
@@ -137,6 +141,10 @@ class Environments(Section):
     """The interpreter of the environment with GPTQModel."""
     container: str | None = None
     """`--sdm apptainer`: an image made by `Containerfile` (docker://…, or a .sif file) has both instead."""
+
+    def in_image(self, interpreter: str | None) -> str:
+        """The interpreter in the image that stands for one of these."""
+        return f"{IMAGE}/{'.venv-gptq' if interpreter == self.gptq else '.venv'}/bin/python"
 
 
 # --- the whole --------------------------------------------------------------------------------------
