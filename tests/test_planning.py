@@ -34,7 +34,7 @@ from arena_distill.planning.costs import NF4_BYTES, ON_THE_HOST, Cost, Costs
 from arena_distill.planning.devices import DEVICES, GIB, USABLE
 from arena_distill.planning.fit import refuse_what_does_not_fit
 from arena_distill.planning.schedule import critical_path, simulate
-from arena_distill.planning.sizes import alive, measure, read_config, step_bytes
+from arena_distill.planning.sizes import Alive, alive, measure, read_config, step_bytes
 from arena_distill.planning.workload import Battles, assumed_sequence
 from arena_distill.runs.graph import Planned
 
@@ -435,6 +435,17 @@ def test_two_nodes_have_them_together() -> None:
 # --- cheaper settings -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations by a formula: tracing each setting's takes seconds, and has its own tests above."""
+
+    def alive(*about: Any, length: int, checkpointing: bool = False, **more: Any) -> Alive:
+        of_layers = [100 * length * (1 if checkpointing else layers) for layers in (2, 3)]
+        return Alive(tuple((bytes_, 2 * bytes_) for bytes_ in of_layers))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("arena_distill.planning.costs.alive", alive)
+
+
 def small_run(**plan: Any) -> tuple[list[Planned], Costs]:
     """Three folds of a teacher and of its student."""
     raw = tiny() | {"plan": {"accelerator": "a100-80g", "startup": 0, "disk_gb_per_s": 1e9, **plan}}
@@ -458,6 +469,7 @@ def gpu_seconds(costs: Costs, jobs: list[Planned]) -> float:
     return sum(cost.gpus * cost.seconds for cost in map(costs.of, jobs))
 
 
+@pytest.mark.usefixtures("quick")
 def test_cheaper_settings_cost_what_a_plan_with_them_costs() -> None:
     jobs, costs = small_run()
     plan, *told = alternatives(jobs, [costs.of(job) for job in jobs], costs)
@@ -486,6 +498,7 @@ def test_cheaper_settings_cost_what_a_plan_with_them_costs() -> None:
     assert by_text[text].gpu_hours == pytest.approx(gpu_seconds(costs, jobs[:3] + once) / 3600)
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_best_combination_is_no_worse_than_any_single_change() -> None:
     jobs, costs = small_run(price_per_gpu_hour={"a100-80g": 2.0, "h100-80g": 3.0})
     plan, *told = alternatives(jobs, [costs.of(job) for job in jobs], costs)
@@ -501,6 +514,7 @@ def test_the_best_combination_is_no_worse_than_any_single_change() -> None:
     assert len(set(every.changes)) == len(every.changes)
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_does_not_fit_is_no_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, costs = small_run(price_per_gpu_hour={"a100-80g": 2.0, "rtx-4090": 0.01})
 
