@@ -198,7 +198,7 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             # Their arguments are snakemake's: the graph that they ask it for is made without running it.
             done = run_in(folder, *start, command, "--help")
             assert done.returncode == 0, done.stderr
-            own = [word for word in ("--json",) if word in arguments]
+            own = [word for word in ("--json", "--cheaper") if word in arguments]
             assert all(word in done.stdout for word in own)
             rest = [word for word in arguments if word not in own]
             done = run_in(folder, *dry(["snakemake", *rest]))
