@@ -7,7 +7,7 @@
 # make soak        kills at many random moments; files of every format and the code itself changed at random
 PYTHON ?= python3
 SNAKEMAKE = .venv/bin/snakemake
-PIP = bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+PIP = bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 CORES ?= all
 
 .PHONY: demo test test-fast test-slurm test-real bench soak mutants lint format setup auto-gptq vllm transformers4 lock clean

@@ -179,9 +179,17 @@ def test_operations_of_a_training_step(family: str, again: bool) -> None:
     assert 0.9 < flops / counter.get_total_flops() < 1.1
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "again", "half"),
+    [
+        ("llama", False, False),
+        ("llama", True, True),
+        ("qwen2", False, True),
+        ("qwen2", True, False),
+        ("gemma2", False, False),
+        ("gemma2", True, True),
+    ],
+)
 def test_memory_of_a_training_step(family: str, again: bool, half: bool) -> None:
     """Four layers and three sequences, extrapolated from two and three layers, one and two sequences."""
     dtype = torch.bfloat16 if half else torch.float32

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkouts import GPTQ, ROOT, Checkout, make_checkout
+from checkouts import GPTQ, ROOT, Checkout, make_checkout, warm_python
 
 CLUSTER = ROOT / "scripts/slurm_cluster.sh"
 WEIGHTS = "adapter_model.safetensors"
@@ -112,6 +112,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
     config["defaults"]["compute"] |= {"gpus": 1, "gpu_model": "a100"}
     config["judges"]["qwen2-teacher"]["logits"] = {"shards": 2}
+    config.setdefault("environments", {})["main"] = warm_python()  # no fault hits this run
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
     finish(on_slurm(checkout, "all"), checkout)
     return checkout
