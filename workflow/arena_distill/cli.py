@@ -37,7 +37,7 @@ def main() -> NoReturn:
     launch.ignore_signals()
     gc.set_threshold(
         10_000
-    )  # imports make a million objects that stay: looking through them is vain
+    )  # what imports make, a million objects, stays: looking through it is vain
     try:
         app(prog_name="arena-distill")
     except Stopped as stopped:

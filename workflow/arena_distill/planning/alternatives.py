@@ -15,7 +15,8 @@ from typing import Any
 from arena_distill.config.judge import Judge
 from arena_distill.errors import InputError
 from arena_distill.planning.costs import Cost, Costs
-from arena_distill.planning.devices import DEVICES, USABLE
+from arena_distill.planning.devices import DEVICES
+from arena_distill.planning.fit import fits
 from arena_distill.planning.schedule import HOUR, simulate
 from arena_distill.planning.workload import Battles
 from arena_distill.runs.graph import Planned
@@ -82,14 +83,7 @@ def alternatives(jobs: Sequence[Planned], found: Sequence[Cost], costs: Costs) -
         for change in choices
     ]
     plan = search.total({})
-    told = [one for one in single if search.worth(one) < search.worth(plan) * (1 - LEAST_GAIN)]
-    told += [
-        one
-        for one in single
-        if one not in told
-        and one.makespan_hours < plan.makespan_hours * (1 - LEAST_GAIN)
-        and search.worth(one) <= search.worth(plan) * (1 + LEAST_GAIN)
-    ]
+    told = [one for one in single if search.is_cheaper(one, plan) or search.is_earlier(one, plan)]
     told.sort(key=lambda one: (search.worth(one), one.makespan_hours))
     together = [search.cheapest(same_alone=same) for same in (True, False)]
     return [plan, *told, *(search.total(chosen) for chosen in together if chosen)]
@@ -181,10 +175,7 @@ class _Search:
                     cost = costs.of(replace(job, resources=resources), device=DEVICES[device])
                 except InputError:  # a size that its family does not have
                     return None
-                if cost.gpus and (
-                    cost.peak > USABLE * DEVICES[device].memory
-                    or cost.gpus > config.plan.gpus_per_node * cost.nodes
-                ):
+                if not fits(cost, DEVICES[device], config.plan):
                     return None
                 found[i] = cost
         return found
@@ -216,6 +207,15 @@ class _Search:
         """What is to be small: the price, or else the GPU-hours."""
         return alternative.gpu_hours if alternative.cost is None else alternative.cost
 
+    def is_cheaper(self, one: Alternative, other: Alternative) -> bool:
+        return self.worth(one) < self.worth(other) * (1 - LEAST_GAIN)
+
+    def is_earlier(self, one: Alternative, other: Alternative) -> bool:
+        """Whether it ends earlier, for about the same cost."""
+        return one.makespan_hours < other.makespan_hours * (1 - LEAST_GAIN) and self.worth(
+            one
+        ) <= self.worth(other) * (1 + LEAST_GAIN)
+
     def cheapest(self, *, same_alone: bool) -> dict[str, tuple[Change, ...]]:
         """The changes that together cost least, found one by one; then GPUs per job for an early end."""
         chosen: dict[str, tuple[Change, ...]] = {}
@@ -231,7 +231,7 @@ class _Search:
                 (total, each)
                 for each in more
                 if all(self._jobs_of(n, changes) is not None for n, changes in each.items())
-                and self.worth(total := self.total(each)) < self.worth(best) * (1 - LEAST_GAIN)
+                and self.is_cheaper(total := self.total(each), best)
             ]
             if not fitting:
                 break
@@ -243,9 +243,7 @@ class _Search:
                     if self._jobs_of(name, each[name]) is None:
                         continue
                     total = self.total(each)
-                    if total.makespan_hours < best.makespan_hours * (1 - LEAST_GAIN) and self.worth(
-                        total
-                    ) < self.worth(best) * (1 + LEAST_GAIN):
+                    if self.is_earlier(total, best):
                         best, chosen = total, each
         return chosen
 

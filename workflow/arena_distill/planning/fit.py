@@ -18,6 +18,15 @@ from arena_distill.runs.graph import Planned
 _TOGETHER, _REMEDIES = 3, 6
 
 
+def fits(cost: Cost, device: Device, plan: Plan) -> bool:
+    """Whether a job fits on its GPUs and nodes."""
+    return not cost.gpus or (
+        cost.gpus <= plan.gpus_per_node * cost.nodes
+        and cost.nodes <= plan.nodes
+        and cost.peak <= USABLE * device.memory
+    )
+
+
 def refuse_what_does_not_fit(jobs: Sequence[Planned], found: Sequence[Cost], costs: Costs) -> None:
     """Raise InputError for the jobs that cannot run, one of each rule and judge, with remedies."""
     plan = costs.config.plan
@@ -25,7 +34,7 @@ def refuse_what_does_not_fit(jobs: Sequence[Planned], found: Sequence[Cost], cos
     problems: dict[tuple[str, str], str] = {}
     for job, cost in zip(jobs, found, strict=True):
         judge = job.wildcards.get("judge", "")
-        if (job.rule, judge) in problems or not cost.gpus:
+        if (job.rule, judge) in problems or fits(cost, device, plan):
             continue
         if cost.gpus > plan.gpus_per_node * cost.nodes:
             problems[job.rule, judge] = (
@@ -38,7 +47,7 @@ def refuse_what_does_not_fit(jobs: Sequence[Planned], found: Sequence[Cost], cos
                 f"{job.rule} {judge}: needs {cost.nodes} nodes, there are {plan.nodes}; lower "
                 f"judges.{judge}.compute.nodes, or raise plan.nodes"
             )
-        elif cost.peak > USABLE * device.memory:
+        else:
             remedies = list(itertools.islice(_remedies(job, costs), _REMEDIES))
             problems[job.rule, judge] = _does_not_fit(job, judge, cost, device, remedies)
     if problems:
