@@ -31,7 +31,7 @@ test-real: setup auto-gptq vllm transformers4
 
 # A thread each: ratios, not records.
 bench: setup
-	for script in fixed_cost batches merging; do OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$$script.py || exit; done
+	for script in fixed_cost batches utilisation merging; do OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$$script.py || exit; done
 	.venv/bin/python benchmarks/write_performance.py
 
 soak: setup mutants

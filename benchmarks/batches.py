@@ -1,12 +1,14 @@
 """Compare our batches with those of a fixed number of battles, in a training epoch and in scoring.
 
     python benchmarks/batches.py [--rows 96] [--longest 512] [--rounds 2]
+    python benchmarks/batches.py --device cuda --precision bf16 --model smollm2-135m --rows 768 \\
+        --longest 1024
 
 The battles are of made-up tokens and as long as those of the Chatbot Arena, with a long tail, cut at
-`--longest`. The model is a random Llama of about a million weights, in float32 on one thread. Each side
-runs the same sequences through the same model, forward and backward in training, so the ratio of seconds
-is that of useful tokens per second. By tokens there are fewer forward passes, with some percent more
-padding: on a CPU only the padding counts. What fewer passes spare on a GPU was not measured here.
+`--longest`. The model has random weights: about a million, a Llama's, unless `--model` names another. Each
+side runs the same sequences through the same model, forward and backward in training, so the ratio of
+seconds is that of useful tokens per second. By tokens there are fewer forward passes, with some percent
+more padding: on a CPU only the padding counts.
 """
 
 from __future__ import annotations
@@ -16,32 +18,19 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import made_up
 import numpy as np
 import torch
-from measured import by_turns, cpu, keep, ratio
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from measured import by_turns, keep, ratio, seconds
 
 from arena_distill.encoding.batching import token_batches
-from arena_distill.encoding.sequences import Sequences, offsets_of
 from arena_distill.training.examples import ByLength, Examples, collator, micro_batches
-from arena_distill.verdicts import Votes
 
 FIXED = 8
 """Battles of the Trainer's batches, and of our longest ones."""
 
 STEP = 64
 """Battles of an optimizer step."""
-
-
-def made_up(rows: int, longest: int) -> Examples:
-    rng = np.random.default_rng(0)
-    prompt = np.exp(rng.normal(np.log(20), 1.2, rows))
-    answers = np.exp(rng.normal(np.log(140), 1.05, (2, rows))).sum(axis=0)
-    lengths = np.clip(prompt + answers, 10, longest).astype(np.int64)
-    ids = rng.integers(5, 1000, lengths.sum()).astype(np.int32)
-    votes = np.eye(3, dtype=np.float32)[rng.integers(3, size=rows)]
-    view = Sequences(ids, offsets_of(lengths))
-    return Examples((view,), Votes(votes, np.ones(rows)), battles=rows)
 
 
 def fixed(examples: Examples, order: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -62,41 +51,33 @@ def ours(examples: Examples, order: Iterable[int]) -> Iterator[dict[str, Any]]:
 def run(model: Any, batches: Iterable[dict[str, Any]], training: bool) -> None:
     with torch.set_grad_enabled(training):
         for batch in batches:
-            inputs = {name: batch[name][:, 0] for name in ("input_ids", "attention_mask")}
+            names = ("input_ids", "attention_mask")
+            inputs = {name: batch[name][:, 0].to(model.device) for name in names}
             logits = model(**inputs, use_cache=False).logits
             if training:
-                torch.nn.functional.cross_entropy(logits, batch["votes"]).backward()
+                loss = torch.nn.functional.cross_entropy
+                loss(logits.float(), batch["votes"].to(model.device)).backward()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
+    made_up.options(parser, model="1m", longest=512)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=1000,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_labels=3,
-            pad_token_id=0,
-        )
-    )
-    examples = made_up(arguments.rows, arguments.longest)
+    device = arguments.device
+    model = made_up.backbone(arguments.model, made_up.DTYPES[arguments.precision], device)
+    examples = made_up.examples(arguments.rows, arguments.longest)
     order = list(ByLength(examples.lengths, batch_size=STEP, processes=1, seed=0, epoch=lambda: 0))
     at_random = np.random.default_rng(1).permutation(len(examples)).tolist()
     scored = token_batches(examples.lengths, 16 * arguments.longest)
 
     def timed(batches: Iterable[dict[str, Any]], training: bool) -> float:
-        return cpu(partial(run, model, batches, training))
+        return seconds(partial(run, model, batches, training), device)
 
     together = [collator(0)([examples[int(i)] for i in rows]) for rows in scored]
-    seconds = by_turns(
+    taken = by_turns(
         {
             "by tokens": lambda: timed(ours(examples, order), True),
             "8 of like length": lambda: timed(fixed(examples, order), True),
@@ -110,10 +91,11 @@ def main() -> None:
     keep(
         __file__,
         [
-            ratio(epoch, seconds, "by tokens", "8 at random"),
-            ratio(epoch, seconds, "by tokens", "8 of like length"),
-            ratio("scoring", seconds, "scored by tokens", "scored, 8 in the file's order"),
+            ratio(epoch, taken, "by tokens", "8 at random"),
+            ratio(epoch, taken, "by tokens", "8 of like length"),
+            ratio("scoring", taken, "scored by tokens", "scored, 8 in the file's order"),
         ],
+        device,
     )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     ways = {name: partial(cpu_of, sys.executable, "-c", code) for name, code in WAYS.items()}
     ways["--help"] = partial(cpu_of, sys.executable, "-m", "arena_distill", "--help")
-    seconds = by_turns(ways, rounds)
+    taken = by_turns(ways, rounds)
     compared = [
         ("start of a training job", "training", "torch, transformers", 1.3),
         ("start of a training job", "training", "a model of transformers", None),
@@ -47,7 +47,7 @@ def main() -> None:
         ("start of a job without torch", "folds", "numpy, pyarrow, pydantic, typer", None),
         ("arena-distill --help", "--help", "numpy, pyarrow, pydantic, typer", None),
     ]
-    keep(__file__, [ratio(what, seconds, ours, other, aim) for what, ours, other, aim in compared])
+    keep(__file__, [ratio(what, taken, ours, other, aim) for what, ours, other, aim in compared])
 
 
 if __name__ == "__main__":

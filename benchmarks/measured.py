@@ -10,21 +10,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "pyarrow", "fastokens")
 
 
-def cpu(work: Callable[[], object]) -> float:
-    """CPU seconds of a call in this process."""
-    start = time.process_time()
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """CPU seconds of a call in this process; on a GPU seconds of the clock, until the GPU is done."""
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     work()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def cpu_of(*command: str) -> float:
@@ -43,30 +49,30 @@ def cpu_of(*command: str) -> float:
 
 def by_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """The seconds that each way gives, once per round; a first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            taken = way()
+            given = way()
             if number:
-                seconds[name].append(round(taken, 4))
-    return seconds
+                taken[name].append(round(given, 4))
+    return taken
 
 
 def ratio(
     what: str,
-    seconds: dict[str, list[float]],
+    taken: dict[str, list[float]],
     ours: str,
     other: str,
     aim: float | None = None,
 ) -> dict[str, Any]:
     """Compare two ways, round by round: below 1, ours is faster."""
-    pairs = zip(seconds[ours], seconds[other], strict=True)
+    pairs = zip(taken[ours], taken[other], strict=True)
     ratios = sorted(round(a / b, 3) for a, b in pairs)
     found = {
         "what": what,
         "ours": ours,
         "other": other,
-        "seconds": {name: statistics.median(seconds[name]) for name in (ours, other)},
+        "seconds": {name: statistics.median(taken[name]) for name in (ours, other)},
         "ratio": statistics.median(ratios),
         "least": ratios[0],
         "most": ratios[-1],
@@ -77,19 +83,35 @@ def ratio(
     return found
 
 
-def keep(script: str, ratios: list[dict[str, Any]]) -> None:
-    """Write `results/<script>.json`, for `write_performance.py`."""
+def keep(script: str, ratios: list[dict[str, Any]], device: str = "cpu") -> None:
+    """Write `results/<script>.json`, of a GPU `results/<script>-cuda.json`, for `write_performance.py`."""
     RESULTS.mkdir(exist_ok=True)
     machine = {
-        "processor": processor(),
+        "processor": processor() if device == "cpu" else graphics(),
         "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "load": round(os.getloadavg()[1], 1),
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: found for name in LIBRARIES if (found := installed(name))},
     }
-    file = RESULTS / f"{Path(script).stem}.json"
-    file.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=2) + "\n")
+    stem = Path(script).stem + (f"-{device}" if device != "cpu" else "")
+    found = {"arguments": sys.argv[1:], "machine": machine, "ratios": ratios}
+    (RESULTS / f"{stem}.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def installed(name: str) -> str | None:
+    """The version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def graphics() -> str:
+    """The model of the GPU."""
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def processor() -> str:

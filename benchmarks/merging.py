@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
+import made_up
 import torch
-from measured import by_turns, cpu, keep, ratio
+from measured import by_turns, keep, ratio, seconds
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from arena_distill.config.judge import Lora
 from arena_distill.deployment.merging import merge_into, read_adapters
@@ -26,31 +25,18 @@ from arena_distill.models.adapters import new_judge
 FOLDS = 5
 
 
-def backbone() -> Any:
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=1000,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_labels=3,
-            pad_token_id=0,
-        )
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    base = backbone()
+    base = made_up.backbone("25m")
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, f"fold_{fold}") for fold in range(FOLDS)]
         for seed, folder in enumerate(folders):
-            new_judge(backbone(), Lora(r=16, alpha=16), seed).save_pretrained(str(folder))
+            new_judge(made_up.backbone("25m"), Lora(r=16, alpha=16), seed).save_pretrained(
+                str(folder)
+            )
 
         def ours() -> None:
             folds = read_adapters(folders)
@@ -59,9 +45,9 @@ def main() -> None:
         def one() -> None:
             PeftModel.from_pretrained(base, folders[0]).merge_and_unload()
 
-        ways = {"five folds": lambda: cpu(ours), "PEFT, one": lambda: cpu(one)}
-        seconds = by_turns(ways, rounds)
-    keep(__file__, [ratio("merge", seconds, "five folds", "PEFT, one")])
+        ways = {"five folds": lambda: seconds(ours), "PEFT, one": lambda: seconds(one)}
+        taken = by_turns(ways, rounds)
+    keep(__file__, [ratio("merge", taken, "five folds", "PEFT, one")])
 
 
 if __name__ == "__main__":

@@ -22,26 +22,26 @@ INTRO = """\
 # Performance
 
 `make bench` measures each pair below and writes this page. Both sides run by turns in one run. Seconds are
-of the CPU, median of the rounds. The ratio is ours to the other: below 1, ours is faster. In brackets are
-the least and the most of the rounds. A missed aim is in **bold**."""
+of the CPU, on a GPU of the clock; median of the rounds. The ratio is ours to the other: below 1, ours is
+faster. In brackets are the least and the most of the rounds. A missed aim is in **bold**."""
 
 
 def page() -> str:
-    return "\n\n".join([INTRO, *map(section, sorted(RESULTS.glob("*.json")))]) + "\n"
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: file.stem)
+    return "\n\n".join([INTRO, *map(section, files)]) + "\n"
 
 
 def section(file: Path) -> str:
-    found, script = json.loads(file.read_text()), Path(__file__).with_name(f"{file.stem}.py")
-    about = (ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")
+    """What a script measured; of `SCRIPT-cuda` what it measured on a GPU, below what it did on the CPU."""
+    found, script = json.loads(file.read_text()), f"{file.stem.partition('-')[0]}.py"
+    about = ast.get_docstring(ast.parse(Path(__file__).with_name(script).read_text())) or ""
+    told = "\n\n".join(text for text in about.split("\n\n") if not text.startswith(" "))
     machine = found["machine"]
-    libraries = ", ".join(f"{name} {machine[name]}" for name in LIBRARIES)
+    libraries = ", ".join(f"{name} {machine[name]}" for name in LIBRARIES if name in machine)
     return "\n".join(
         [
-            f"## `{file.stem}`",
-            "",
-            "\n\n".join(text for text in about if not text.startswith(" ")),
-            "",
-            f"```sh\npython benchmarks/{script.name}\n```",
+            *([f"## `{file.stem}`", "", told, ""] if file.stem == Path(script).stem else []),
+            f"```sh\n{' '.join(['python', f'benchmarks/{script}', *found['arguments']])}\n```",
             "",
             "| | ours | s | other | s | ratio | aim |",
             "|---|---|---|---|---|---|---|",
