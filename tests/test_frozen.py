@@ -144,7 +144,7 @@ def test_what_knows_something_is_read_and_noise_is_not() -> None:
     read = Features(Path(), None, values, reads, (1,), {})
     votes = Votes.hard(np.where(won, 0, 1), 2)
     parts = split(votes, np.arange(400), objective)
-    probe, _, loss = choose(read, values, objective, objective, parts, 1)
+    probe, _, loss = choose(read.reads, (1,), values, objective, objective, parts, 1)
     assert probe.reads == ((3, "mean"),)
     assert loss < 0.55
     lead = probe.outputs(values, reads)[..., 0]
@@ -164,7 +164,7 @@ def test_the_quick_fit_is_the_plain_one(ties: Any) -> None:
     groups = np.arange(300)
     read = Features(Path(), None, values, ((1, "mean"),), (1,), {})
     parts = split(votes, groups, objective)
-    probe, ridge, loss = choose(read, values, objective, objective, parts, 2)
+    probe, ridge, loss = choose(read.reads, (1,), values, objective, objective, parts, 2)
     plain = torch.from_numpy(values[:, :, 0] - values[:, :, 0].mean((0, 1)))
     constant = plain.new_full((*plain.shape[:2], 1), CONSTANT)
     plain = torch.cat([plain, constant], -1)

@@ -78,7 +78,7 @@ class HeadKeys(Section):
     """The model of ties that turns two strengths and a tie parameter into three logits (`classes: 3`)."""
     pooling: Literal["last", "mean", "layers"] = "last"
     """The head reads the last token's hidden state, or (decoders) the mean over the sequence's tokens;
-    `layers`: as a frozen judge's head does, which has it by itself."""
+    `layers`: it reads several layers as a frozen judge's head does; an adapter is trained below it."""
 
 
 class Head(HeadKeys):
@@ -498,14 +498,30 @@ class Judge(JudgeDefaults):
 
     @model_validator(mode="after")
     def _frozen_is_a_head_alone(self) -> Judge:
-        if (self.frozen is not None) != (self.head.pooling == "layers"):
-            raise ValueError("head.pooling: layers is for frozen judges: give `frozen: {}`")
         if self.frozen is not None and self.loss.states():
             raise ValueError("loss.features and loss.attention train a backbone: a frozen judge has none "
                              "to train: set them to 0")  # fmt: skip
         if self.frozen is not None and self.precision == "nf4":
             raise ValueError(
                 "precision: nf4 packs weights for training: a frozen judge trains none; set bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_read_by_a_fitted_head(self) -> Judge:
+        if self.head.pooling != "layers" or self.frozen is not None:
+            return self
+        needed = {
+            "head.kind: pointwise": self.head.kind == "pointwise",
+            "training.fit_head: true": self.training.fit_head,
+            "merge.heads: average": self.merge.heads == "average",
+            "loss.features: 0": not self.loss.features,
+            "compute.fsdp: false": not self.compute.fsdp,
+        }
+        if missing := [key for key, given in needed.items() if not given]:
+            raise ValueError(
+                "head.pooling: layers: each fold fits such a head and then trains the adapter below it: "
+                f"set {', '.join(missing)}; or `frozen: {{}}` to train no adapter"
             )
         return self
 

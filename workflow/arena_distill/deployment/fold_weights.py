@@ -36,6 +36,7 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits
 from arena_distill.metrics import log_loss, losses, mean_over_views
 from arena_distill.models.heads import verdicts
+from arena_distill.models.layer_reads import attach_head_of
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.verdicts import Votes
@@ -146,6 +147,7 @@ class FoldMerger:
             pad_token_id=self.pad,
             head_seed=0,  # the folds have their own
         )
+        attach_head_of(model, self.folds[0].folder)
         used = [(fold, w) for fold, w in zip(self.folds, weights, strict=True) if w]
         folds, shares = [fold for fold, _ in used], [w for _, w in used]
         gap = merge_into(model, folds, shares, average, heads, model.dtype)

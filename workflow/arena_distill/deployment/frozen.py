@@ -10,9 +10,8 @@ import torch
 
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.deployment.merging import check_folds, padded_tokenizer, save_merged
-from arena_distill.models.layer_reads import attach_head, blocks
+from arena_distill.models.layer_reads import attach_head, cut_after
 from arena_distill.models.loading import load_classifier
-from arena_distill.models.preparation import keep_layers
 from arena_distill.training.probe import mean_probe, read_probe
 
 
@@ -38,8 +37,7 @@ def merge_probes(
         backbone, head=settings.head, dtype=dtype, pad_token_id=pad, head_seed=0
     )
     count = max(layer for layer, _ in probe.reads)
-    del blocks(model)[count:]
-    keep_layers(model.config, count)
+    cut_after(model, count)
     attach_head(model, probe.reads, probe.marker, probe.weight, probe.bias)
     about = {
         "backbone": backbone.name,

@@ -72,6 +72,8 @@ def merge_folds(
     """
     import torch
 
+    from arena_distill.models.layer_reads import BIAS, WEIGHT, attach_head_of
+
     if not adapters:
         raise InputError(f"{output}: there is no adapter to merge")
     target = torch.float32 if settings.precision == "fp32" else torch.bfloat16
@@ -88,8 +90,11 @@ def merge_folds(
         head_seed=0,  # the folds have their own
     )
     check_folds(adapters, backbone)
+    attach_head_of(model, adapters[0])
     gap = merge_into(model, folds, weights, settings.average, settings.heads, target)
-    model.to(target)
+    for name, weight in model.named_parameters():
+        if name not in (WEIGHT, BIAS):
+            weight.data = weight.data.to(target)
 
     about = {
         "backbone": backbone.name,
@@ -274,6 +279,8 @@ def merge_into(
     """
     import torch
 
+    from arena_distill.models.layer_reads import BIAS, WEIGHT
+
     layers = dict(model.named_modules())
     gap: float | None = 0.0
     size = 0.0
@@ -317,7 +324,8 @@ def merge_into(
             )
         first = next(i for i, weight in enumerate(weights) if weight)  # of those that are merged
         merged = each[first] if heads == "first" else _mean(each, weights)
-        parameters[name].data = merged.to(parameters[name].device, dtype)
+        wide = torch.float32 if name in (WEIGHT, BIAS) else dtype
+        parameters[name].data = merged.to(parameters[name].device, wide)
     if gap is None:
         return None
     return math.sqrt(gap / size) if size else 0.0

@@ -52,6 +52,13 @@ class Sequences:
         rows = np.arange(len(self))[rows]
         return gather(self.ids, self.offsets[rows], self.lengths[rows])
 
+    def alike(self) -> np.ndarray:
+        """Number the rows so that equal ones have the same number: int64 (rows,)."""
+        bounds = pa.py_buffer(self.offsets.astype(np.int64) * 4)
+        ids = pa.py_buffer(np.ascontiguousarray(self.ids, np.int32))
+        rows = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self), [None, bounds, ids])
+        return rows.dictionary_encode().indices.to_numpy().astype(np.int64)
+
     @staticmethod
     def concatenate(parts: list[Sequences]) -> Sequences:
         lengths = np.concatenate([part.lengths for part in parts])

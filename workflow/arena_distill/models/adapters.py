@@ -15,6 +15,7 @@ from arena_distill.config.judge import Lora
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import REBUILD, check_made_from, file_sha256, read_json
+from arena_distill.models.layer_reads import LayerHead, attach_head_of
 from arena_distill.models.loading import HEADS
 
 
@@ -23,15 +24,19 @@ def new_judge(model: torch.nn.Module, lora: Lora, seed: int) -> PeftModel:
     _float32_weights(model)
     set_seed(seed)
     modules = lora.target_modules
+    layered = isinstance(getattr(model, "score", None), LayerHead)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,  # the head is trained too, and saved with the adapter
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
+        exclude_modules=r"score\..*"
+        if layered
+        else None,  # PEFT only looks for a head that is a layer
     )
     try:
-        return get_peft_model(model, config)
+        return _head_stays(get_peft_model(model, config))
     except ValueError as error:
         raise InputError(f"config: lora.target_modules: {error}") from None
 
@@ -75,6 +80,7 @@ def load_adapter(
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file():  # PEFT would query the hub
         raise InputError(f"{adapter}: no adapter: {weights.name} is missing")
+    attach_head_of(model, adapter)
     _float32_weights(model)
     with refusing(f"{adapter}: no adapter for this backbone"):
         judge = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
@@ -92,7 +98,23 @@ def load_adapter(
             if isinstance(module, ModulesToSaveWrapper):
                 fresh = module.original_module.state_dict()
                 module.modules_to_save[judge.active_adapter].load_state_dict(fresh)
+    return _head_stays(judge)
+
+
+def _head_stays(judge: PeftModel) -> PeftModel:
+    """A head on several layers is fitted, not trained: its inputs differ in size by orders of magnitude."""
+    for module in judge.modules():
+        if isinstance(module, LayerHead):
+            module.requires_grad_(False)
     return judge
+
+
+def head_of(judge: PeftModel) -> LayerHead | None:
+    """The head on several layers that a judge is asked by, if it has one."""
+    wrapped = getattr(judge.get_base_model(), "score", None)
+    if isinstance(wrapped, ModulesToSaveWrapper):
+        wrapped = wrapped.modules_to_save[judge.active_adapter]
+    return wrapped if isinstance(wrapped, LayerHead) else None
 
 
 def _float32_weights(model: torch.nn.Module) -> None:

@@ -8,8 +8,9 @@ predict the next token. A `Read` is a layer (1: after the first block, before an
 ``last``    the last token.
 
 A frozen judge (``judges.*.frozen``) has nothing else that is trained: features are read once
-(:func:`read_features`), and a linear head on them is fitted per fold (``training.probe``). Its model folder
-holds the head as `score.linear`, and `head_reads` and `head_marker` in config.json.
+(:func:`read_features`), and a linear head on them is fitted per fold (``training.probe``). A judge with an
+adapter and `head.pooling: layers` starts from such a head, which is kept while the adapter is trained.
+A model folder holds the head as `score.linear`, and `head_reads` and `head_marker` in config.json.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from arena_distill.config.judge import Pooling
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_json
 
 Read = tuple[int, Pooling]
 
 WEIGHT, BIAS = "score.linear.weight", "score.linear.bias"
-"""The head's tensors in a model's folder."""
+"""The tensors of the head in a model; always float32, because inputs are large and sums nearly cancel."""
 
 
 def default_layers(count: int) -> tuple[int, ...]:
@@ -72,6 +75,9 @@ class Reader:
         model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
         for layer in {layer for layer, _ in self.reads}:
             layers[layer - 1].register_forward_hook(self._noting(layer))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # PEFT copies the head: the hooks note for this reader
 
     def features(self) -> Tensor:
         """Of the last forward pass: float32 (sequences, reads · hidden size)."""
@@ -136,14 +142,50 @@ def attach_head(
     """
     if not hasattr(model, "score"):
         raise InputError(
-            f"{model.config.name_or_path}: config: judges.*.frozen is for decoders; a "
-            f"{model.config.model_type} has a head of its own: leave it out"
+            f"{model.config.name_or_path}: config: judges.*.frozen and head.pooling: layers are for "
+            f"decoders; a {model.config.model_type} has a head of its own: leave them out"
         )
     device = model.score.weight.device
     model.score = LayerHead(Reader(model, reads, marker), weight, bias).to(device)
     model.config.head_pooling = "layers"
     model.config.head_reads = [list(read) for read in reads]
     model.config.head_marker = list(marker)
+
+
+def keep_layers(config: PretrainedConfig, layers: int) -> None:
+    """Set the number of layers in a model's configuration (if more, they repeat the same types)."""
+    config.num_hidden_layers = layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = (kinds * layers)[:layers]
+
+
+def cut_after(model: Any, layer: int) -> None:
+    """Drop the blocks after a layer, the last one that is read."""
+    del blocks(model)[layer:]
+    keep_layers(model.config, layer)
+
+
+def attach_unfitted_head(model: Any, marker: Sequence[int]) -> None:
+    """Cut a classifier after the last of :func:`default_layers`, with a head of zeros on all its reads."""
+    layers = default_layers(len(blocks(model)))
+    _attach_zeros(model, [(n, pooling) for n in layers for pooling in get_args(Pooling)], marker)
+
+
+def attach_head_of(model: Any, adapter: Path) -> None:
+    """Cut a classifier, and give it the head that an adapter's weights are for, if it reads layers."""
+    if not (adapter / "metrics.json").exists():
+        return
+    about = read_json(adapter / "metrics.json")
+    if "reads" in about:
+        reads = [(layer, pooling) for layer, pooling in about["reads"]]
+        _attach_zeros(model, reads, about["marker"])
+
+
+def _attach_zeros(model: Any, reads: Sequence[Read], marker: Sequence[int]) -> None:
+    width = len(reads) * model.config.get_text_config().hidden_size
+    outputs = model.config.num_labels
+    attach_head(model, reads, marker, torch.zeros(outputs, width), torch.zeros(outputs))
+    cut_after(model, max(layer for layer, _ in reads))
 
 
 def load_head(model: Any, folder: Path) -> None:

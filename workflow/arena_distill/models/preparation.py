@@ -6,7 +6,7 @@ Only `hub` uses the network.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.phases.encoding import BackboneSettings
@@ -15,9 +15,6 @@ from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import atomic_directory, provenance, write_json
 from arena_distill.files.hub import download
 from arena_distill.models.loading import check_tensors, refuse_weights
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 def prepare_backbone(
@@ -59,17 +56,12 @@ def _download(backbone: Backbone, folder: Path) -> str:
     return download(backbone.hub, backbone.revision, folder, patterns=patterns, advice=advice)
 
 
-def keep_layers(config: PretrainedConfig, layers: int) -> None:
-    """Set the number of layers in a model's configuration (if more, they repeat the same types)."""
-    config.num_hidden_layers = layers
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = (kinds * layers)[:layers]
-
-
 def _rebuild(backbone: Backbone, source: Path, folder: Path) -> None:
     """Convert from GGUF, keep the first layers, change the tokenizer: load, change, save."""
     import torch
     from transformers import AutoConfig, AutoModel, logging
+
+    from arena_distill.models.layer_reads import keep_layers
 
     logging.set_verbosity_error()
     where: dict[str, Any] = {

@@ -29,8 +29,8 @@ from arena_distill.config.backbone import TINY, Backbone
 from arena_distill.config.judge import Head, Lora, Precision
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError, refusing
+from arena_distill.models.layer_reads import keep_layers
 from arena_distill.models.loading import HEADS
-from arena_distill.models.preparation import keep_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -31,9 +31,8 @@ from arena_distill.files.artifacts import (
     write_parquet,
 )
 from arena_distill.files.keys import key, locate
-from arena_distill.models.layer_reads import Read, blocks, default_layers, read_features
+from arena_distill.models.layer_reads import Read, blocks, cut_after, default_layers, read_features
 from arena_distill.models.loading import load_classifier
-from arena_distill.models.preparation import keep_layers
 
 _READ = b"arena_distill.read"
 
@@ -112,8 +111,7 @@ def write_features(
             "lower it"
         )
     parameters = sum(p.numel() for p in base.parameters())
-    del layers[max(chosen) :]
-    keep_layers(base.config, max(chosen))
+    cut_after(base, max(chosen))
     reads: tuple[Read, ...] = tuple((n, pooling) for n in chosen for pooling in settings.poolings)
     marker = read.vocabulary.one_answer[settings.encoding.template][1]
     views = encode_views(read, settings.encoding, settings.head)

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
+from arena_distill.config.judge import Head, Loss
 from arena_distill.config.phases.training import ProbeSettings
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
@@ -33,11 +35,12 @@ from arena_distill.files.artifacts import (
     read_parquet,
     write_json,
 )
+from arena_distill.models.adapters import head_of
 from arena_distill.models.layer_reads import Read
 from arena_distill.training.answer_pairs import Objective, RotatedReads
-from arena_distill.training.examples import part_of
+from arena_distill.training.examples import Examples, part_of
 from arena_distill.training.features import Features
-from arena_distill.training.linear_probe import PARTS, RIDGES, objective_of
+from arena_distill.training.linear_probe import PARTS, RIDGES, objective_of, read_features
 from arena_distill.training.targets import VOTE_LOSS, weighted_targets
 from arena_distill.verdicts import Votes
 
@@ -69,6 +72,13 @@ class Probe:
         """
         mine = torch.from_numpy(features[:, :, [list(of).index(read) for read in self.reads]])
         return (mine.flatten(2) @ self.weight.T + self.bias).numpy()
+
+    def over(self, reads: Sequence[Read]) -> torch.Tensor:
+        """Its weights of all these reads, 0 where it reads nothing: (outputs, reads · hidden size)."""
+        outputs, width = len(self.bias), self.weight.shape[1] // len(self.reads)
+        every = torch.zeros(outputs, len(reads), width)
+        every[:, [list(reads).index(r) for r in self.reads]] = self.weight.view(outputs, -1, width)
+        return every.flatten(1)
 
 
 def fit_probe(
@@ -109,8 +119,9 @@ def fit_probe(
         parts = split(votes, groups, objective)
     asked = objective_of(votes, None, None, loss=VOTE_LOSS, head=settings.head)
     read = Features.read(features)
-    outputs = len(settings.head.outputs)
-    probe, ridge, loss = choose(read, read.of(rows), objective, asked, parts, outputs)
+    probe, ridge, loss = choose(
+        read.reads, read.marker, read.of(rows), objective, asked, parts, len(settings.head.outputs)
+    )
     about = provenance("probe", settings.model_dump(mode="json") | {"fold": fold})
     about["made_from"] = {"folds": fingerprint(table), "fold": fold}
     about["made_from"]["backbone"] = read.about["backbone"]
@@ -155,14 +166,10 @@ def read_probe(folder: Path) -> Probe:
 def mean_probe(probes: Sequence[Probe], weights: Sequence[float]) -> Probe:
     """The head whose outputs are the weighted mean of the probes'; it reads what any of them reads."""
     reads = tuple(sorted({read for probe in probes for read in probe.reads}))
-    first = probes[0]
-    width = first.weight.shape[1] // len(first.reads)
-    weight = torch.zeros(len(first.bias), len(reads), width)
-    for probe, share in zip(probes, weights, strict=True):
-        for i, read in enumerate(probe.reads):
-            weight[:, reads.index(read)] += share * probe.weight[:, i * width : (i + 1) * width]
-    bias = sum((share * p.bias for p, share in zip(probes, weights, strict=True)), 0 * first.bias)
-    return Probe(reads, first.marker, weight.flatten(1), bias)
+    shares = torch.tensor(weights)[:, None]
+    bias = (shares * torch.stack([probe.bias for probe in probes])).sum(0)
+    weight = (shares[..., None] * torch.stack([probe.over(reads) for probe in probes])).sum(0)
+    return Probe(reads, probes[0].marker, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -218,8 +225,33 @@ def _objective(
     return objective_of(votes, targets, weights, loss=settings.loss, head=settings.head), weights
 
 
+def fit_layer_head(
+    judge: PeftModel, examples: Examples, *, loss: Loss, head: Head, batch_tokens: int
+) -> None:
+    """Give a judge that is to be trained the head of a frozen one, as :func:`linear_probe.fit_head`."""
+    layered = head_of(judge)
+    assert layered is not None and examples.groups is not None
+    objective, asked = (
+        objective_of(examples.votes, examples.teachers, examples.weights, loss=by, head=head)
+        for by in (loss, VOTE_LOSS)
+    )
+    reads = layered.reader.reads
+    values = read_features(judge, examples.views, batch_tokens)
+    values = values.reshape(*values.shape[:2], len(reads), -1)
+    parts = split(examples.votes, examples.groups, objective)
+    probe, ridge, found = choose(
+        reads, layered.reader.marker.tolist(), values, objective, asked, parts, len(head.outputs)
+    )
+    with torch.no_grad():
+        layered.linear.weight.copy_(probe.over(reads))
+        layered.linear.bias.copy_(probe.bias)
+    shown = ", ".join(f"{pooling} at {layer}" for layer, pooling in probe.reads)
+    print(f"head fitted to {shown}: ridge {ridge:.3g}, loss {found:.4f} cross-validated")
+
+
 def choose(
-    read: Features,
+    reads: Sequence[Read],
+    marker: Sequence[int],
     values: np.ndarray,
     objective: Objective,
     votes: Objective,
@@ -229,6 +261,7 @@ def choose(
     """The head that predicts the votes of battles left out best, its ridge and its loss there.
 
     Args:
+        reads: what can be read; `marker`: the token ids before an answer.
         values: float32 (rows, answers, reads, hidden size).
         objective: what the head is fitted by in the end.
         votes: what it is chosen by: the log loss of the votes, 0 without one.
@@ -238,9 +271,9 @@ def choose(
     rows = torch.arange(len(values))
     asked = sum(len(part.held_out) for part in parts)
 
-    def tried(reads: Sequence[int], ridges: Sequence[float]) -> tuple[float, float]:
+    def tried(some: Sequence[int], ridges: Sequence[float]) -> tuple[float, float]:
         """The best ridge, and its loss; weaker ones are tried until one is worse."""
-        pairs = rotated.of(reads)
+        pairs = rotated.of(some)
         starts: list[torch.Tensor | None] = [None] * len(parts)
         best = ridges[0], np.inf
         for ridge in ridges if parts else ():
@@ -254,7 +287,7 @@ def choose(
             best = ridge, loss
         return best
 
-    alone = {i: tried([i], ALONE) for i in range(len(read.reads))}
+    alone = {i: tried([i], ALONE) for i in range(len(reads))}
     order = sorted(alone, key=lambda i: (alone[i][1], i))
     best, best_reads, worse = alone[order[0]], order[:1], 0
     for count in range(2, len(order) + 1 if parts else 0):
@@ -267,5 +300,5 @@ def choose(
             break
     weights = rotated.of(best_reads).fit(rows, objective, best[0], None)
     weight, bias = rotated.head(weights, best_reads)
-    reads = tuple(read.reads[i] for i in best_reads)
-    return Probe(reads, read.marker, weight.contiguous(), bias), *best
+    chosen = tuple(reads[i] for i in best_reads)
+    return Probe(chosen, tuple(marker), weight.contiguous(), bias), *best

@@ -47,7 +47,7 @@ from arena_distill.config.judge import (
 )
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
-from arena_distill.encoding.sequences import read_tokens
+from arena_distill.encoding.sequences import Vocabulary, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     atomic_directory,
@@ -60,8 +60,15 @@ from arena_distill.files.artifacts import (
     write_parquet,
 )
 from arena_distill.files.keys import key, locate
-from arena_distill.models.adapters import ADAPTER_FILES, check_adapter, load_adapter, new_judge
+from arena_distill.models.adapters import (
+    ADAPTER_FILES,
+    check_adapter,
+    head_of,
+    load_adapter,
+    new_judge,
+)
 from arena_distill.models.hidden_states import capture, project
+from arena_distill.models.layer_reads import attach_unfitted_head
 from arena_distill.models.loading import check_length, load_classifier
 from arena_distill.runtime.launch import Launch
 from arena_distill.training.checkpoints import Checkpoints, digest, file_identities
@@ -75,6 +82,7 @@ from arena_distill.training.examples import (
 )
 from arena_distill.training.judge_trainer import CHOICE_LOSS, JudgeTrainer, Progress
 from arena_distill.training.linear_probe import fit_head
+from arena_distill.training.probe import fit_layer_head
 from arena_distill.training.targets import (
     VOTE_LOSS,
     teacher_states,
@@ -94,7 +102,9 @@ def pretrain_adapter(
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
     examples = make_examples(read, read.votes, None, None, settings)
-    base = _load_base(backbone, settings, read.vocabulary.pad, settings.pretraining.seed, launch)
+    if settings.head.pooling == "layers":
+        examples = replace(examples, groups=read.fields["prompt"].tokens.alike())
+    base = _load_base(backbone, settings, read.vocabulary, settings.pretraining.seed, launch)
     model = new_judge(base, settings.lora, settings.pretraining.seed)
     about = provenance("pretraining", settings.model_dump(mode="json"))
     about["made_from"] = {"backbone": ModelFolder(backbone).fingerprint()}
@@ -140,7 +150,7 @@ def train_fold(
         groups = undivided_groups(rows)
         examples = replace(examples, groups=np.tile(groups, len(examples) // len(groups)))
     seed = settings.training.seed + (fold if settings.training.own_start else 0)
-    base = _load_base(backbone, settings, read.vocabulary.pad, seed, launch)
+    base = _load_base(backbone, settings, read.vocabulary, seed, launch, pretrained)
     if pretrained is None:
         model = new_judge(base, settings.lora, seed)
     else:
@@ -221,7 +231,8 @@ def _fit(
                 # Not earlier: the key of checkpoints must be the same in each attempt.
                 # Twice the tokens of a step, because there is no backward pass.
                 room = 2 * launch.micro_batch_size * longest
-                fit_head(model, examples, loss=loss, head=settings.head, batch_tokens=room)
+                fit = fit_layer_head if settings.head.pooling == "layers" else fit_head
+                fit(model, examples, loss=loss, head=settings.head, batch_tokens=room)
             with (
                 checkpoints.listening() if checkpoints else nullcontext(),
                 report_full_disk(folder),
@@ -298,6 +309,11 @@ def _write(
             adapter.target_modules = sorted(targets)
     # Only trained weights: gathering a sharded backbone would need all processes.
     trained = {name: p.detach() for name, p in trainer.trained()}
+    if head := head_of(model):
+        metrics |= {"reads": head.reader.reads, "marker": head.reader.marker.tolist()}
+        trained |= {
+            n: p for n, p in model.named_parameters() if any(p is own for own in head.parameters())
+        }
     with atomic_directory(output) as folder:
         model.save_pretrained(str(folder), state_dict=trained)
         metrics["sha256"] = {name: file_sha256(folder / name) for name in ADAPTER_FILES}
@@ -372,16 +388,20 @@ def _history(log: list[dict[str, float]]) -> pa.Table:
 def _load_base(
     backbone: Path,
     settings: PretrainingSettings | TrainingSettings,
-    pad_token_id: int,
+    vocabulary: Vocabulary,
     seed: int,
     launch: Launch,
+    pretrained: Path | None = None,
 ) -> Any:
-    return load_classifier(
+    model = load_classifier(
         backbone,
         head=settings.head,
         precision=settings.precision,
         attention=launch.attention,
-        pad_token_id=pad_token_id,
+        pad_token_id=vocabulary.pad,
         head_seed=seed,
         shards=int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
     )
+    if settings.head.pooling == "layers" and pretrained is None:  # else as the adapter has it
+        attach_unfitted_head(model, vocabulary.one_answer[settings.encoding.template][1])
+    return model
