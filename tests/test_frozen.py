@@ -298,7 +298,7 @@ def test_a_frozen_judge_has_no_adapter() -> None:
         config(precision="nf4")
     with pytest.raises(InputError, match="frozen judge has none to train"):
         config(loss={"features": 1})
-    with pytest.raises(InputError, match="pooling: layers is for frozen"):
+    with pytest.raises(InputError, match="pooling: layers: each fold fits such a head"):
         config(frozen=None, head={"kind": "pointwise", "pooling": "layers"})
 
 

@@ -365,6 +365,20 @@ def test_a_frozen_judge_reads_once_and_merges_no_adapter() -> None:
         assert in_memory == pytest.approx(held * of_a_battle * sum(battles.values()))
 
 
+def test_a_judge_below_a_head_on_layers_is_cut() -> None:
+    """After 0.7 of its depth: that is what is trained, and scored."""
+    raw = {**WINNERS, "judges": dict(WINNERS["judges"])}
+    final = raw["judges"]["gemma2-9b"] | {"lora": {"r": 8}, "loss": {"ce": 1}}
+    layered = {"head": {"kind": "pointwise", "pooling": "layers"}, "merge": {"heads": "average"},
+               "training": {"fit_head": True}, "compute": {"gpus": 1}}  # fmt: skip
+    plain = layered | {"head": {"kind": "pointwise"}}
+    whole, cut = (
+        costs_of({**raw, "judges": raw["judges"] | {"gemma2-9b": final | head}}).sizes("gemma2-9b")
+        for head in (plain, layered)
+    )
+    assert (whole.layers, cut.layers) == (42, 29)
+
+
 def test_sequences_beyond_the_models_positions_are_refused() -> None:
     raw = tiny() | {"prediction": {"max_lengths": [5000]}}
     costs = costs_of(raw)

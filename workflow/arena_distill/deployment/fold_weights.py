@@ -36,7 +36,6 @@ from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits
 from arena_distill.metrics import log_loss, losses, mean_over_views
 from arena_distill.models.heads import verdicts
-from arena_distill.models.layer_reads import attach_head_of
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.verdicts import Votes
@@ -140,6 +139,8 @@ class FoldMerger:
         heads: FoldHeads = "average",
     ) -> tuple[np.ndarray, float | None]:
         """Logits of the soup: float32 (rows, orders, classes), and the gap between its two averages."""
+        from arena_distill.models.layer_reads import attach_head_of
+
         model: Any = load_classifier(
             self.backbone,
             head=self.settings.head,

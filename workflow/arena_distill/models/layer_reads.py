@@ -18,14 +18,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig
 
 from arena_distill.config.judge import Pooling
 from arena_distill.config.model_files import ModelFolder
@@ -33,6 +32,9 @@ from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Read = tuple[int, Pooling]
 

@@ -21,6 +21,7 @@ from arena_distill.config.judge import JOINT, Judge, Lora, Optimization, Trainin
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.run import Config
 from arena_distill.errors import InputError
+from arena_distill.models.layer_reads import default_layers, keep_layers
 from arena_distill.planning.devices import CORE, DEVICES, GIB, Device
 from arena_distill.planning.sizes import Sizes, alive, measure, read_config
 from arena_distill.planning.workload import Battles, Work
@@ -176,7 +177,13 @@ class Costs:
         """The configuration of its backbone's model."""
         if judge not in self._models:
             prepared = self.run / "backbones" / self.config.backbone_name(judge)
-            self._models[judge] = read_config(self.config.backbone_of(judge), prepared)
+            found = read_config(self.config.backbone_of(judge), prepared)
+            node = self.config.judges[judge]
+            if (
+                node.head.pooling == "layers" and not node.frozen
+            ):  # cut after the last that it reads
+                keep_layers(found, max(default_layers(found.num_hidden_layers)))
+            self._models[judge] = found
         return self._models[judge]
 
     # Jobs that compute
