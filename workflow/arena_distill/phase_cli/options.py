@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from arena_distill.config import judge
-from arena_distill.runtime import launch
-from arena_distill.runtime.launch import Launch
 
 Settings = Annotated[str, typer.Option(help="The phase's settings, as JSON.")]
 Backbone = Annotated[Path, typer.Option(help="Hugging Face folder, or its config.json.")]
@@ -36,18 +34,19 @@ Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
 Attention = Annotated[judge.Attention, typer.Option(help="transformers' attention kernel.")]
 
 
-def launched(command: Callable[..., None]) -> Callable[..., None]:
-    """A training command: the fields of its `Launch` are options, and it starts as they say."""
-    options = inspect.signature(Launch, eval_str=True).parameters
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with a parameter `how`, of a dataclass: the fields of that are options in its place."""
     own = inspect.signature(command, eval_str=True).parameters
+    kind = own["how"].annotation
+    options = inspect.signature(kind, eval_str=True).parameters
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        how = Launch(**{name: given.pop(name) for name in options})
-        launch.start(how)
+        how = kind(**{name: given.pop(name) for name in options})
         command(**given, how=how)
 
     shown = [*(p for p in own.values() if p.name != "how"), *options.values()]
+    shown.sort(key=lambda option: option.default is not option.empty)  # what must be given first
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     return run
 

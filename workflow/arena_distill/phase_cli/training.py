@@ -28,7 +28,7 @@ from arena_distill.phase_cli.options import (
     Tokens,
     by_judge,
     folder_of,
-    launched,
+    with_options,
 )
 from arena_distill.runtime import launch
 from arena_distill.runtime.launch import Launch
@@ -37,7 +37,7 @@ app = typer.Typer()
 
 
 @app.command()
-@launched
+@with_options
 def pretrain_adapter(
     backbone: Backbone,
     tokens: Tokens,
@@ -46,6 +46,7 @@ def pretrain_adapter(
     how: Launch,
 ) -> None:
     """Post-pretrain a judge's adapter on UT battles."""
+    launch.start(how)
     from arena_distill.training.trainer import pretrain_adapter
 
     pretrain_adapter(
@@ -58,7 +59,7 @@ def pretrain_adapter(
 
 
 @app.command()
-@launched
+@with_options
 def train_fold(
     backbone: Backbone,
     tokens: Tokens,
@@ -71,6 +72,7 @@ def train_fold(
     teacher_logits: TeacherLogits = None,
 ) -> None:
     """Train one fold's judge: on votes, or distilled from its teachers' logits."""
+    launch.start(how)
     from arena_distill.training.trainer import train_fold
 
     parsed = parse(TrainingSettings, settings)
