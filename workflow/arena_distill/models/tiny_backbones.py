@@ -189,7 +189,7 @@ def tiny_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTraine
         sliding_window=MAX_LENGTH // 2,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
-        attn_implementation="eager",  # type: ignore[call-arg]
+        attn_implementation="eager",
     )
 
 

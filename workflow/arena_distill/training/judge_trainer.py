@@ -113,7 +113,7 @@ class JudgeTrainer(Trainer):
         if not model.training:
             each = battle_losses(logits, votes, None, None, VOTE_LOSS)
             # The Trainer takes the mean over battles, whatever their weights.
-            scale = len(each) * self.eval_dataset.votes.weights.mean()  # type: ignore[union-attr]
+            scale = len(each) * self.eval_dataset.votes.weights.mean()
             return (each * counts).sum() / scale, outputs
         each = battle_losses(logits, votes, teachers, weights, self.loss, apart)
         total = (each * counts).sum()
