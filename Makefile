@@ -45,7 +45,7 @@ mutants: setup .venv/mutmut/.ready
 # time these tests wait for Slurm: several at a time.
 test-slurm: setup
 	scripts/slurm_cluster.sh start
-	.venv/bin/pytest -m slurm -n 3 --dist loadgroup; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
+	.venv/bin/pytest tests/test_slurm.py -n 3 --dist loadgroup; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
 
 lint: setup
 	.venv/bin/ruff check .
