@@ -25,16 +25,16 @@ WORKFLOW = ("Snakefile", "rules", "workflow", "config", "profiles", "slurm", "lo
 
 
 @cache
-def warm_python() -> str:
+def warm_python(interpreter: str | Path = sys.executable) -> str:
     """An interpreter for `-m`, as long as these tests run; see warm_python.py."""
     folder = Path(tempfile.mkdtemp(prefix="warm"))
     atexit.register(shutil.rmtree, folder)
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(folder / "socket"))
         door.listen(64)
-        words = [sys.executable, "-I", str(WARM), "serve", str(folder / "python")]
+        words = [interpreter, "-I", WARM, "serve", folder / "python"]
         subprocess.Popen(words, stdin=door, stdout=subprocess.DEVNULL, start_new_session=True)
-    call = shlex.join([sys.executable, "-IS", str(WARM), "call", str(folder / "socket")])
+    call = shlex.join(map(str, [interpreter, "-IS", WARM, "call", folder / "socket"]))
     (folder / "python").write_text(f'#!/bin/sh\nexec {call} "$@"\n')
     (folder / "python").chmod(0o755)
     return str(folder / "python")
@@ -90,9 +90,14 @@ def make_checkout(folder: Path) -> Checkout:
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / name)
     config = yaml.safe_load((ROOT / "tests/mini.yaml").read_text())
-    config["environments"] = {"gptq": str(GPTQ if GPTQ.exists() else sys.executable)}
-    there = folder / ".venv-gptq/bin/python"  # what other configurations name; only for dry runs
-    there.parent.mkdir(parents=True)
-    there.symlink_to(sys.executable)
     (folder / "mini.yaml").write_text(yaml.safe_dump(config))
+    link_gptq(folder)
     return Checkout(folder)
+
+
+def link_gptq(folder: Path) -> None:
+    """The interpreter that configurations name by default; where there is none, only for dry runs."""
+    there = folder / ".venv-gptq/bin/python"
+    there.unlink(missing_ok=True)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.symlink_to(warm_python(GPTQ) if GPTQ.exists() else sys.executable)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from checkouts import Checkout, make_checkout
+from checkouts import Checkout, link_gptq, make_checkout
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -315,4 +315,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
             checkout.folder.rename(shared / "finished")
     mine = base / "finished-run"
     shutil.copytree(shared / "finished", mine, symlinks=True)
+    link_gptq(mine)
     return Checkout(mine)

@@ -72,7 +72,7 @@ def use_the_other_recipe(config: Path) -> None:
     mine = {
         "defaults": {"quantization": sizes},
         "prediction": {"model": "gptq"},
-        "environments": {"gptq": str(GPTQ)},
+        "environments": {"gptq": warm_python(GPTQ)},
     }
     given["arena"] = overlay(overlay(given["arena"], recipe), mine)
     config.write_text(yaml.safe_dump(given))

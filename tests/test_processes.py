@@ -495,7 +495,7 @@ def test_processes_whose_parent_was_killed_keep_the_next_attempt_waiting(
     first = begin()
     first.wait_for("step 3/")
     first.process.kill()
-    second = begin()
+    second = begin(python=warm_python())
     second.wait_for("another job is at work on this: waiting for it")
     assert second.end() == 0
     assert any(f"step {LAST}/" in line for line in first.lines)

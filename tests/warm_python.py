@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from functools import cache
 
 LIBRARIES = (
     "snakemake.cli",
@@ -31,6 +32,17 @@ LIBRARIES = (
     "sklearn.linear_model",
     "typer.rich_utils",
 )
+FOR_GPTQ = (
+    "pandas",
+    "pyarrow.parquet",
+    "torch._dynamo.aot_compile",
+    "transformers.trainer",
+    "transformers.quantizers.auto",
+    "transformers.models.gemma2.modeling_gemma2",
+    "datasets",
+    "typer.rich_utils",
+)
+"""Of the second environment, where gptqmodel itself would start threads, which are lost in a fork."""
 
 
 def serve(python: str) -> None:
@@ -39,21 +51,28 @@ def serve(python: str) -> None:
     Args:
         python: what these processes take for their interpreter.
     """
-    import gc
-    import importlib
     from multiprocessing import get_context
 
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    gc.freeze()  # the collector would copy what is shared
     sys.executable = python
     parent = os.getppid()
     door = socket.socket(fileno=os.dup(0))
     while os.getppid() == parent:
         if select.select([door], [], [], 1)[0]:
+            load()  # not before a command asks for it
             command, _ = door.accept()
             get_context("fork").Process(target=attend, args=(command,)).start()
             command.close()
+
+
+@cache
+def load() -> None:
+    """Import the libraries of the environment."""
+    import gc
+    from importlib import import_module, util
+
+    for name in FOR_GPTQ if util.find_spec("gptqmodel") else LIBRARIES:
+        import_module(name)
+    gc.freeze()  # the collector would copy what is shared
 
 
 def attend(command: socket.socket) -> None:
