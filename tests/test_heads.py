@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,14 @@ def trained(run: Run, head: Head, output: Path, fold: int = 0, **options: Any) -
     return output
 
 
-def scored(run: Run, head: Head, adapter: Path, output: Path) -> np.ndarray:
+def scored(run: Run, head: Head, adapter: Path, output: Path, fold: int = 0) -> np.ndarray:
     settings = LogitsSettings(
         version=1, encoding=ENCODING, head=head, precision="fp32", rows=("validation", "extra")
     )
     predict_logits(
-        run.backbone, adapter, run.tokens, run.folds, 0, output, settings=settings, batch_tokens=600
-    )
+        run.backbone, adapter, run.tokens, run.folds, fold, output, settings=settings,
+        batch_tokens=600,
+    )  # fmt: skip
     return read_logits(output)[0]
 
 
@@ -233,9 +235,12 @@ def test_the_first_loss_is_that_of_the_untrained_judge(
     assert float(each.mean()) == pytest.approx(reported, rel=1e-4)
 
 
-@pytest.mark.parametrize("head", [DAVIDSON, MEAN], ids=["last", "mean"])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("llama", DAVIDSON), ("qwen2", MEAN), ("gemma2", DAVIDSON), ("gemma2", MEAN)],
+)
 def test_a_pointwise_judge_passes_every_phase(
-    head: Head, family: str, make_run: Callable[..., Run], tmp_path: Path
+    family: str, head: Head, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     """Each phase handles a pointwise judge."""
     run = make_run(family)
@@ -278,28 +283,38 @@ def test_a_pointwise_judge_passes_every_phase(
     np.testing.assert_array_equal(one[:, :, 0], one[:, :, 1])
 
 
+@pytest.fixture(scope="module")
+def taught_by(
+    make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Head], list[Path]]:
+    """The logits of a teacher's three folds."""
+    run = make_run("llama")
+
+    @cache
+    def of(head: Head) -> list[Path]:
+        folder = tmp_path_factory.mktemp("teacher")
+        files = [folder / "teacher" / f"fold_{fold}.npy" for fold in range(3)]
+        for fold, file in enumerate(files):
+            scored(run, head, trained(run, head, folder / str(fold), fold), file, fold)
+        return files
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("teacher", "student"), [(DAVIDSON, JOINT), (JOINT, RAO_KUPPER), (DAVIDSON, DAVIDSON)]
 )
 def test_heads_teach_each_other(
-    teacher: Head, student: Head, make_run: Callable[..., Run], tmp_path: Path
+    teacher: Head,
+    student: Head,
+    make_run: Callable[..., Run],
+    taught_by: Callable[[Head], list[Path]],
+    tmp_path: Path,
 ) -> None:
     run = make_run("llama")
-    files = []
-    for fold in range(3):
-        adapter = trained(run, teacher, tmp_path / f"teacher_{fold}", fold)
-        settings = LogitsSettings(
-            version=1, encoding=ENCODING, head=teacher, precision="fp32",
-            rows=("validation", "extra"),
-        )  # fmt: skip
-        files.append(tmp_path / "teacher" / f"fold_{fold}.npy")
-        predict_logits(
-            run.backbone, adapter, run.tokens, run.folds, fold, files[-1], settings=settings,
-            batch_tokens=600,
-        )  # fmt: skip
     train_fold(
         run.backbone, None, run.tokens, run.folds, 0, tmp_path / "student",
-        teachers={"teacher": files},
+        teachers={"teacher": taught_by(teacher)},
         settings=training_settings(
             student, teachers=("teacher",), targets="out_of_fold", loss=Loss()
         ),

@@ -184,10 +184,8 @@ def test_operations_of_a_training_step(family: str, again: bool) -> None:
     [
         ("llama", False, False),
         ("llama", True, True),
-        ("qwen2", False, True),
         ("qwen2", True, False),
-        ("gemma2", False, False),
-        ("gemma2", True, True),
+        ("gemma2", False, True),
     ],
 )
 def test_memory_of_a_training_step(family: str, again: bool, half: bool) -> None:
@@ -210,7 +208,7 @@ def test_checkpointing_and_half_precision_take_less() -> None:
 
     def held(**how: Any) -> float:
         how = {"precision": "fp32", "training": True, **how}
-        return alive(config, JOINT, LORA, length=64, **how).at(4, 2)
+        return alive(config, JOINT, LORA, length=96, **how).at(4, 2)  # most are traced above
 
     assert held() > held(precision="bf16") > held(precision="bf16", checkpointing=True)
     assert held(eager=True) > held() > held(training=False)

@@ -135,7 +135,7 @@ def test_features_are_what_the_head_reads(family: str, run: Run, head: Head) -> 
                 torch.testing.assert_close(made, said.logits[0], atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("head", [JOINT, MEAN], ids=["joint", "mean"])
+@pytest.mark.parametrize(("family", "head"), [("llama", JOINT), ("qwen2", MEAN), ("gemma2", JOINT)])
 def test_training_starts_where_the_fit_ends(run: Run, head: Head, tmp_path: Path) -> None:
     """With a learning rate near zero, the adapter's head stays the fitted one."""
     folds, tokens = read_parquet(run.folds), read_tokens(run.tokens)

@@ -132,13 +132,19 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dry(words: list[str]) -> list[str]:
-    """The dry run of a snakemake command."""
+def dry_run(folder: Path, words: list[str]) -> None:
+    """Run a snakemake command without its jobs."""
     if "--report" in words:  # it needs a finished run; what it would read is the graph of `all`
         del words[words.index("--report") : words.index("--report") + 2]
     if "--sdm" in words and not shutil.which("conda"):  # Snakemake asks conda even in a dry run
         del words[words.index("--sdm") : words.index("--sdm") + 2]
-    return [warm_python(), "-m", *words, *(() if "-n" in words else ("-n",))]
+    passes(folder, *(word for word in words if word != "-n"))
+
+
+@cache  # pages repeat them
+def passes(folder: Path, *words: str) -> None:
+    done = run_in(folder, warm_python(), "-m", *words, "-n")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
 
 @pytest.mark.slow
@@ -146,8 +152,7 @@ def dry(words: list[str]) -> list[str]:
 def test_snakemake_commands_are_dry_run(checkout: Path, command: Command) -> None:
     if "--lint" in command.words:
         pytest.skip("make lint runs it")
-    done = run_in(checkout, *dry(command.words))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    dry_run(checkout, command.words)
 
 
 # --- all other commands -----------------------------------------------------------------------------
@@ -201,7 +206,7 @@ def of_arena_distill(words: list[str], folder: Path) -> None:
             own = [word for word in ("--json", "--cheaper") if word in arguments]
             assert all(word in done.stdout for word in own)
             rest = [word for word in arguments if word not in own]
-            done = run_in(folder, *dry(["snakemake", *rest]))
+            dry_run(folder, ["snakemake", *rest])
         case _:
             pytest.fail(f"no test knows how to check {shlex.join(words)}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
