@@ -19,7 +19,8 @@ from test_encoding import tokens_of
 from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.prediction import PredictionSettings, ScoringSettings
-from arena_distill.config.run import Cascade, Swap, load
+from arena_distill.config.prediction import Cascade, Swap
+from arena_distill.config.run import load
 from arena_distill.encoding.sequences import Sequences, read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode

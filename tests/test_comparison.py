@@ -14,7 +14,7 @@ from scipy.special import softmax
 from sklearn.metrics import log_loss
 
 from arena_distill.config.phases.studies import CompareSettings, Entry
-from arena_distill.config.run import Prediction
+from arena_distill.config.prediction import Prediction
 from arena_distill.files.logits import read_logits
 from arena_distill.studies.comparison import compare
 from arena_distill.studies.comparison_report import gains, render_comparison

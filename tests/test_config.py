@@ -57,7 +57,8 @@ from arena_distill.config.phases.training import (
     ProbeSettings,
     TrainingSettings,
 )
-from arena_distill.config.run import Config, Prediction, load, overlay, schema
+from arena_distill.config.prediction import Prediction
+from arena_distill.config.run import Config, load, overlay, schema
 from arena_distill.config.section import Section
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError

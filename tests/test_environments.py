@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arena_distill.config.run import IMAGE, Environments
+from arena_distill.config.environments import IMAGE, Environments
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = sorted(ROOT.glob("requirements*.lock"))

@@ -46,7 +46,8 @@ from arena_distill.config.phases.evaluation import EvaluationSettings
 from arena_distill.config.phases.scoring import ExternalSettings, LogitsSettings, QuerySettings
 from arena_distill.config.phases.studies import CompareSettings, Entry
 from arena_distill.config.phases.training import TrainingSettings
-from arena_distill.config.run import Config, Prediction, load, overlay
+from arena_distill.config.prediction import Prediction
+from arena_distill.config.run import Config, load, overlay
 from arena_distill.config.source import Source
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles

@@ -18,7 +18,8 @@ import yaml
 
 from arena_distill.config import run as configuration
 from arena_distill.config.judge import HeadKeys, Judge
-from arena_distill.config.run import Config, Prediction, overlay
+from arena_distill.config.prediction import Prediction
+from arena_distill.config.run import Config, overlay
 from arena_distill.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"

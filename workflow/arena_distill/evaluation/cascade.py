@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arena_distill.battles.votes import Solution
-from arena_distill.config.run import Cascade, Swap
+from arena_distill.config.prediction import Cascade, Swap
 from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.files.artifacts import read_provenance
 from arena_distill.files.keys import key, locate

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from arena_distill.config.run import Card
+from arena_distill.config.prediction import Card
 from arena_distill.errors import refusing
 from arena_distill.files.artifacts import read_json, write_text
 from arena_distill.judging.contract import (

@@ -19,7 +19,7 @@ from arena_distill.config.judge import Encoding, Head
 from arena_distill.config.mistakes import explain
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.config.phases.settings import VERSIONS
-from arena_distill.config.run import Cascade
+from arena_distill.config.prediction import Cascade
 from arena_distill.config.section import Name, Section
 from arena_distill.config.vocabulary import CalibrationMethod, ModelKind, ViewAverage
 from arena_distill.encoding.sequences import Vocabulary

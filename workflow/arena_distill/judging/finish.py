@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from arena_distill.battles.votes import Solution
 from arena_distill.config.judge import Attention
 from arena_distill.config.phases.judging import JudgeSettings, StackedJudgeSettings
-from arena_distill.config.run import Card
+from arena_distill.config.prediction import Card
 from arena_distill.config.vocabulary import ModelKind
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.templates import ONE_ANSWER, SIZE, TEMPLATES

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from arena_distill.config.phases.prediction import StackedViewsSettings, Views
-from arena_distill.config.run import Cascade
+from arena_distill.config.prediction import Cascade
 from arena_distill.config.vocabulary import ViewAverage
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import REBUILD, read_provenance

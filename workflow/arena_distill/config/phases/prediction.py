@@ -5,7 +5,8 @@ from __future__ import annotations
 from arena_distill.config.judge import JOINT, Encoding, Head, Precision
 from arena_distill.config.phases.scoring import members_of
 from arena_distill.config.phases.settings import VERSIONS, Settings
-from arena_distill.config.run import Cascade, Config
+from arena_distill.config.prediction import Cascade
+from arena_distill.config.run import Config
 from arena_distill.config.section import Name, Section
 from arena_distill.config.vocabulary import AskedCalibration, ViewAverage
 from arena_distill.verdicts import Order

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from arena_distill.config.derived import DerivedStudies
 from arena_distill.config.phases.settings import VERSIONS, Settings
-from arena_distill.config.run import Config, Prediction
+from arena_distill.config.prediction import Prediction
+from arena_distill.config.run import Config
 from arena_distill.config.section import Name, Section
 from arena_distill.config.vocabulary import Calibration
 
