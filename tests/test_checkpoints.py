@@ -96,7 +96,8 @@ def history(adapter: Path) -> pa.Table:
 
 
 def assert_same(adapter: Path, whole: Path) -> None:
-    assert (adapter / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    (weights,) = whole.glob("*model.safetensors")
+    assert (adapter / weights.name).read_bytes() == weights.read_bytes()
     assert history(adapter).equals(history(whole))
     assert read_json(adapter / "metrics.json")["train_loss"] == pytest.approx(
         read_json(whole / "metrics.json")["train_loss"]
@@ -150,16 +151,25 @@ def test_a_stop_between_epochs_goes_on_with_the_next(
     assert_same(train(llama, tmp_path / "x", tmp_path / "kept"), whole)
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": None}])
 def test_a_killed_training_goes_on_from_its_last_checkpoint(
-    llama: Run, whole: Path, tmp_path: Path, at_batch: Callable[..., None]
+    changes: dict[str, Any],
+    llama: Run,
+    whole: Path,
+    tmp_path: Path,
+    at_batch: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if changes:
+        whole = train(llama, tmp_path / "whole", None, **changes)
     for batch in (9, 5):  # twice: the second attempt is killed as well
         at_batch(batch, interrupt)
         with pytest.raises(Interruption):
-            train(llama, tmp_path / "x", tmp_path / "kept", minutes=0)
+            train(llama, tmp_path / "x", tmp_path / "kept", minutes=0, **changes)
     assert len(checkpoints_of(tmp_path / "kept")) == 2  # no more are kept
     at_batch(-1, interrupt)
-    assert_same(train(llama, tmp_path / "x", tmp_path / "kept"), whole)
+    assert_same(train(llama, tmp_path / "x", tmp_path / "kept", **changes), whole)
+    assert capsys.readouterr().out.count("going on from there") == 2
 
 
 def test_the_warning_before_a_time_limit_saves_and_training_goes_on(

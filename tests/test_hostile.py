@@ -58,7 +58,6 @@ from arena_distill.files.artifacts import (
     write_parquet,
 )
 from arena_distill.files.logits import read_logits, write_logits
-from arena_distill.models.adapters import ADAPTER_FILES
 from arena_distill.models.loading import load_classifier
 from arena_distill.runtime import launch
 from arena_distill.runtime.launch import Launch
@@ -1034,7 +1033,8 @@ def resealed(damage: Damage) -> Damage:
 
     def edit(adapter: Path) -> None:
         damage(adapter)
-        set_json(sha256={name: file_sha256(adapter / name) for name in ADAPTER_FILES})(
+        names = ("adapter_config.json", WEIGHTS_OF_ADAPTER)
+        set_json(sha256={name: file_sha256(adapter / name) for name in names})(
             adapter / "metrics.json"
         )
 

@@ -1,4 +1,4 @@
-"""Judges with an adapter below a head on several layers: they start as frozen ones, and keep that head."""
+"""Judges trained below a head on several layers: they start as frozen ones do, and keep that head."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import Run
 from safetensors.torch import load_file
-from test_training import training_settings
+from test_training import LORA, training_settings
 
 from arena_distill.battles.folds import validation_rows
-from arena_distill.config.judge import Encoding, Head, Pretraining
+from arena_distill.config.judge import Encoding, Head, Lora, Pretraining
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import PretrainingSettings
@@ -37,7 +37,8 @@ from arena_distill.training.trainer import pretrain_adapter, train_fold
 
 HEAD = Head(kind="pointwise", pooling="layers")
 ENCODING = Encoding(template="markers", max_length=96)
-WEIGHT = "base_model.model.score.linear.weight"
+WEIGHT = "score.linear.weight"
+BOTH = pytest.mark.parametrize("lora", [LORA, None])
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,12 @@ def trained(
     train_fold(run.backbone, start, run.tokens, run.folds, fold, folder / f"fold_{fold}",
                teachers={}, settings=settings, launch=Launch())  # fmt: skip
     return folder / f"fold_{fold}"
+
+
+def weights_of(fold: Path) -> dict[str, torch.Tensor]:
+    """By name as in the classifier."""
+    (file,) = fold.glob("*model.safetensors")
+    return {name.removeprefix("base_model.model."): w for name, w in load_file(file).items()}
 
 
 def logits_of(run: Run, adapter: Path, fold: int) -> np.ndarray:
@@ -80,7 +87,7 @@ def test_the_adapter_is_trained_below_a_head_that_stays(
     still, moved = (
         trained(run, tmp_path / name, epochs=4, lr=lr) for name, lr in (("a", 1e-12), ("b", 2e-3))
     )
-    start, end = (load_file(folder / "adapter_model.safetensors") for folder in (still, moved))
+    start, end = weights_of(still), weights_of(moved)
     torch.testing.assert_close(end[WEIGHT], start[WEIGHT])
     assert start[WEIGHT].abs().max() > 0
     depth = max(layer for layer, _ in read_json(still / "metrics.json")["reads"])
@@ -95,14 +102,17 @@ def test_the_adapter_is_trained_below_a_head_that_stays(
     assert np.abs(logits_of(run, still, 0) - logits_of(run, moved, 0)).max() > 0.01
 
 
-def test_the_merged_judge_is_cut_and_says_what_its_folds_say(make_run: Any, tmp_path: Path) -> None:
-    """Of folds that are alike: then any mean of adapters is theirs, and only heads differ."""
+@BOTH
+def test_the_merged_judge_is_cut_and_says_what_its_folds_say(
+    lora: Lora | None, make_run: Any, tmp_path: Path
+) -> None:
+    """Of folds that are alike: then any mean of what is trained is theirs, and only heads differ."""
     run = make_run("llama")
-    folds = [trained(run, tmp_path, fold, lr=1e-12) for fold in range(3)]
+    folds = [trained(run, tmp_path, fold, lr=1e-12, lora=lora) for fold in range(3)]
     merge_folds(run.backbone, folds, tmp_path / "merged", settings=merge())
     model: Any = load_classifier(tmp_path / "merged", head=HEAD)
     assert len(blocks(model)) == max(layer for layer, _ in model.config.head_reads)
-    heads = [load_file(folder / "adapter_model.safetensors")[WEIGHT] for folder in folds]
+    heads = [weights_of(folder)[WEIGHT] for folder in folds]
     torch.testing.assert_close(model.score.linear.weight.detach(), torch.stack(heads).mean(0))
     table, tokens = read_parquet(run.folds), read_tokens(run.tokens)
     rows = table.take(validation_rows(table, 1))
@@ -118,18 +128,19 @@ def test_the_merged_judge_is_cut_and_says_what_its_folds_say(make_run: Any, tmp_
     np.testing.assert_allclose(verdicts(said, HEAD), together, atol=2e-5)
 
 
-def test_folds_go_on_from_a_pretrained_one(make_run: Any, tmp_path: Path) -> None:
+@BOTH
+def test_folds_go_on_from_a_pretrained_one(
+    lora: Lora | None, make_run: Any, tmp_path: Path
+) -> None:
     """Post-pretraining fits a head to UT's votes; then each fold fits its own, on what it reads now."""
     run = make_run("llama")
     settings = PretrainingSettings(
-        version=1, encoding=ENCODING, head=HEAD, lora=training_settings().lora, precision="fp32",
+        version=1, encoding=ENCODING, head=HEAD, lora=lora, precision="fp32",
         pretraining=Pretraining(lr=1e-2, batch_size=8),
     )  # fmt: skip
     pretrain_adapter(run.backbone, run.tokens, tmp_path / "ut", settings=settings, launch=Launch())
-    fold = trained(run, tmp_path, start=tmp_path / "ut", lr=1e-12)
-    before, after = (
-        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "ut", fold)
-    )
+    fold = trained(run, tmp_path, start=tmp_path / "ut", lr=1e-12, lora=lora)
+    before, after = weights_of(tmp_path / "ut"), weights_of(fold)
     for name, weight in before.items():
         same = torch.allclose(weight, after[name], atol=1e-6)
         assert same == ("score" not in name), name

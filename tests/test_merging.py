@@ -14,6 +14,7 @@ from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification as AutoModel
 
 from arena_distill.config.judge import Encoding
 from arena_distill.config.phases.deployment import MergeSettings
@@ -292,6 +293,70 @@ def test_a_soup_is_chosen_with_the_head_that_it_gets(
         losses.append(log_loss(merged, votes))
         assert pot.log_loss([0, 1], votes) == pytest.approx(losses[-1], abs=1e-5)
     assert abs(losses[0] - losses[1]) > 0.01
+
+
+# --- all weights ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_folds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folds without LoRA: other weights each, in shards of a few tensors."""
+    folders = [tmp_path_factory.mktemp("whole") / f"fold_{k}" for k in range(3)]
+    for k, folder in enumerate(folders):
+        model = base_model("llama")
+        torch.manual_seed(k)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(folder, max_shard_size="10KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folders
+
+
+@settings(max_examples=20)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
+    heads=st.sampled_from(["first", "average"]),
+)
+def test_merged_weights_are_the_weighted_mean_of_the_folds(
+    counts: list[int], heads: Any, whole_folds: list[Path]
+) -> None:
+    shares = [count / sum(counts) for count in counts]
+    folds = merging.read_adapters(whole_folds)
+    model = base_model("llama")
+    assert merging.merge_into(model, folds, shares, "factors", heads, torch.float32) is None
+    each = [weights(AutoModel.from_pretrained(folder)) for folder in whole_folds]
+    for name, merged in weights(model).items():
+        expected = sum(w * fold[name] for w, fold in zip(shares, each, strict=True))
+        if heads == "first" and name == "score.weight":
+            expected = each[[bool(count) for count in counts].index(True)][name]
+        assert float((merged - expected).abs().max()) < 1e-7, name
+
+
+def test_a_merged_folder_of_whole_folds(
+    backbone: Path, whole_folds: list[Path], tmp_path: Path
+) -> None:
+    merged = weights(merge(backbone, whole_folds, tmp_path / "m"))
+    half = merge(backbone, whole_folds, tmp_path / "h", precision="bf16").state_dict()
+    for name, weight in merged.items():
+        assert torch.equal(weight.float().bfloat16(), half[name]), name  # rounded once
+    about = json.loads((tmp_path / "m/merge.json").read_text())
+    assert (about["average"], about["targets"], about["factors_gap"]) == ("weights", 0, None)
+
+
+def test_whole_folds_of_another_kind_are_refused(
+    backbone: Path, adapters: list[Path], whole_folds: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="is in only one of them"):
+        merge(backbone, [whole_folds[0], adapters[0]], tmp_path / "m")
+    wide = save_backbone(base_model("llama", hidden=32), tmp_path / "wide")
+    with pytest.raises(InputError, match=r"fold_0: its \S+ \(\d.*\) does not fit the backbone"):
+        merge(wide, whole_folds, tmp_path / "m")
+    deep = base_model("llama")
+    deep.config.num_hidden_layers = 3
+    deep.config.layer_types = None
+    save_backbone(type(deep)(deep.config), tmp_path / "deep")
+    with pytest.raises(InputError, match=r"fold_0: lacks model\.layers\.2\."):
+        merge(tmp_path / "deep", whole_folds, tmp_path / "m")
 
 
 # --- the folder -----------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ def test_what_is_merged_and_deployed_is_dense() -> None:
 
 
 def test_nf4_is_not_spread_over_gpus() -> None:
+    with pytest.raises(InputError, match=r"judges\.\S+: precision: nf4 and lora: null exclude"):
+        load(config(precision="nf4", lora=None))
     with pytest.raises(InputError, match=r"nf4 and compute\.fsdp: true exclude each other"):
         load(config(precision="nf4", compute={"gpus": 2, "fsdp": True}))
 

@@ -133,6 +133,9 @@ def test_parameters_are_those_of_the_real_judge() -> None:
         assert sizes.lora + sizes.head == sum(learned.values())
         everything = sum(p.numel() for p in judge.parameters())
         assert sizes.base + sizes.lora + 2 * sizes.head == everything
+        whole = measure(read_config(Backbone(tiny=family), Path("nowhere")), JOINT, None)
+        assert whole.learned == whole.base + whole.head == sizes.base + sizes.head
+        assert sizes.learned == sizes.lora + sizes.head
 
 
 def test_a_backbone_is_its_own_folder_before_a_published_one(tmp_path: Path) -> None:
@@ -161,12 +164,14 @@ def test_a_model_that_nobody_knows_is_one_clear_line() -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_operations_of_a_training_step(family: str, again: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "lora"), [*((family, LORA) for family in FAMILIES), ("qwen2", None)]
+)
+def test_operations_of_a_training_step(family: str, lora: Lora | None, again: bool) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     judge: Any = new_judge(
-        load_classifier(TINY / family, pad_token_id=0, head_seed=0), LORA, seed=0
+        load_classifier(TINY / family, pad_token_id=0, head_seed=0), lora, seed=0
     )
     if again:
         judge.activation_checkpointing_enable({"use_reentrant": False})
@@ -174,33 +179,36 @@ def test_operations_of_a_training_step(family: str, again: bool) -> None:
     ids = torch.randint(5, 900, (2, 96))
     with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
-    sizes = measure(read_config(Backbone(tiny=family), Path("nowhere")), JOINT, LORA)
+    sizes = measure(read_config(Backbone(tiny=family), Path("nowhere")), JOINT, lora)
     flops = sizes.training_flops(2 * 96, 2 * 96**2, checkpointing=again)
     assert 0.9 < flops / counter.get_total_flops() < 1.1
 
 
 @pytest.mark.parametrize(
-    ("family", "again", "half"),
+    ("family", "again", "half", "lora"),
     [
-        ("llama", False, False),
-        ("llama", True, True),
-        ("qwen2", True, False),
-        ("gemma2", False, True),
+        ("llama", False, False, LORA),
+        ("llama", True, True, LORA),
+        ("qwen2", True, False, LORA),
+        ("gemma2", False, True, LORA),
+        ("qwen2", False, True, None),
+        ("gemma2", True, False, None),
     ],
 )
-def test_memory_of_a_training_step(family: str, again: bool, half: bool) -> None:
+def test_memory_of_a_training_step(family: str, again: bool, half: bool, lora: Lora | None) -> None:
     """Four layers and three sequences, extrapolated from two and three layers, one and two sequences."""
     dtype = torch.bfloat16 if half else torch.float32
     base = load_classifier(TINY / family, dtype=dtype, pad_token_id=0, head_seed=0)
     ids = torch.randint(5, 900, (3, 96))
-    real = step_bytes(new_judge(base, LORA, seed=0), ids, half, True, again)
+    real = step_bytes(new_judge(base, lora, seed=0), ids, half, True, again)
     config = read_config(Backbone(tiny=family), Path("nowhere"))
     precision: Any = "bf16" if half else "fp32"
     told = alive(
-        config, JOINT, LORA, length=96, precision=precision, training=True, checkpointing=again
+        config, JOINT, lora, length=96, precision=precision, training=True, checkpointing=again
     )
+    casts = 2 * measure(config, JOINT, lora).linear if half and lora is None else 0
     # Most for a Llama whose heads are wider together than the model.
-    assert 0.9 < told.at(4, 3) / real < 1.12
+    assert 0.9 < (told.at(4, 3) + casts) / real < 1.12
 
 
 def test_checkpointing_and_half_precision_take_less() -> None:
@@ -295,6 +303,41 @@ def test_nf4_weights_and_what_is_learned() -> None:
     assert cost.memory["optimizer"] == 8 * (828_375_040 + 3 * 8192)
     assert cost.peak < USABLE * DEVICES["a100-80g"].memory
     assert cost.stored == 4 * (828_375_040 + 3 * 8192)
+
+
+def test_all_weights_take_sixteen_bytes_each() -> None:
+    """Weights, gradients and both moments in float32; fewer on each GPU that shares them, DDP's buckets."""
+    raw = json.loads(json.dumps(WINNERS))
+    raw["judges"]["gemma2-9b"] |= {"lora": None, "precision": "bf16"}
+    costs = costs_of(raw)
+    sizes = costs.sizes("gemma2-9b")
+    assert sizes.learned == PUBLISHED["google/gemma-2-9b-it"] + sizes.head
+    job = planned("distill_student", costs.config, judge="gemma2-9b", fold="0")
+
+    def held(**asked: int) -> float:
+        memory = costs.of(replace(job, resources=job.resources | asked)).memory
+        assert memory.pop("casts", 0) == (0 if asked.get("fsdp") else 2 * sizes.linear)
+        del memory["activations"]
+        memory.pop("gathered", None)
+        return sum(memory.values())
+
+    assert held(gpu=1) == 16 * sizes.learned
+    assert held(gpu=8) == 20 * sizes.learned
+    assert held(gpu=8, fsdp=1) == pytest.approx(
+        16 * sizes.learned / 8, rel=1e-4
+    )  # each has the head
+    with pytest.raises(
+        InputError, match=r"optimizer 68\.9, .*casts 15\.\d.*fsdp: true, gpus: 4 "
+    ) as error:
+        refuse_what_does_not_fit([job], [costs.of(job)], costs)
+    assert "nf4" not in str(error.value)
+    fold = costs.of(job)
+    assert (fold.stored, fold.checkpoints) == (4 * sizes.learned, 3 * 12 * sizes.learned)
+    with_adapter = costs_of(WINNERS).of(job)
+    assert 1.2 < fold.flops / with_adapter.flops < 1.5
+    merged = costs.of(planned("merge_folds", costs.config, judge="gemma2-9b"))
+    assert merged.stored == 2 * sizes.learned
+    assert merged.host < 4 * 1.2 * sizes.learned
 
 
 def test_fsdp_spreads_the_backbone_and_shards_split_the_scoring() -> None:

@@ -44,7 +44,7 @@ from arena_distill.training.trainer import train_fold
 
 TINY = ROOT / "workflow/arena_distill/models/tiny"
 WEIGHTS = "adapter_model.safetensors"
-MOST = 2e-5  # 1.2e-5 was seen, where training moved weights by 3.5e-3
+MOST = 3e-5  # 2.2e-5 was seen, where training moved weights by 3.5e-3
 BATCH, MICRO = 16, 4  # a step of two processes: 8 rows each, in two micro-batches or more
 
 slow = pytest.mark.slow
@@ -180,13 +180,20 @@ def in_two_processes(files: Files, output: Path, *options: str, **changes: Any) 
 
 
 def weights_apart(one: Path, other: Path) -> float:
-    return distance(load_file(one / WEIGHTS), load_file(other / WEIGHTS))
+    return distance(load_file(weights_of(one)), load_file(weights_of(other)))
+
+
+def weights_of(fold: Path) -> Path:
+    """An adapter, or a whole model."""
+    (file,) = fold.glob("*model.safetensors")
+    return file
 
 
 def assert_same_training(two: Path, one: Path, *, most: float, loss: float = 1e-5) -> None:
     """Compare the adapters, the counts, and the loss of each step."""
     assert weights_apart(two, one) <= most
-    assert (two / "adapter_config.json").read_bytes() == (one / "adapter_config.json").read_bytes()
+    (about,) = (path.name for path in one.glob("*config.json"))
+    assert (two / about).read_bytes() == (one / about).read_bytes()
     histories = [read_parquet(adapter / "history.parquet") for adapter in (two, one)]
     for name in ("step", "learning_rate"):
         assert histories[0][name].equals(histories[1][name]), name
@@ -204,10 +211,12 @@ def assert_same_training(two: Path, one: Path, *, most: float, loss: float = 1e-
     assert metrics == expected
 
 
-def moved(adapter: Path) -> float:
-    """How far training moved the weights: two untrained adapters would also be equal."""
-    weights = load_file(adapter / WEIGHTS)
-    return max(float(w.abs().max()) for name, w in weights.items() if "lora_B" in name)
+def moved(fold: Path, backbone: Path) -> float:
+    """How far training moved the weights: two untrained judges would also be equal."""
+    weights, before = load_file(weights_of(fold)), load_file(backbone / "model.safetensors")
+    before = {f"model.{name}": w for name, w in before.items()}
+    before |= {name: torch.zeros_like(w) for name, w in weights.items() if "lora_B" in name}
+    return max(float((w - before[n]).abs().max()) for n, w in weights.items() if n in before)
 
 
 # --- several processes learn what one learns ----------------------------------------------------------
@@ -224,6 +233,8 @@ def moved(adapter: Path) -> float:
         ("llama", 45, STUDENT, 0),
         ("qwen2", 45, STATES, 0),
         ("gemma2", 41, STATES, 1),
+        ("llama", 41, {"lora": None}, 0),
+        ("qwen2", 41, STATES | {"lora": None}, 1),
     ],
 )
 def test_two_processes_learn_what_one_learns(
@@ -241,7 +252,7 @@ def test_two_processes_learn_what_one_learns(
     metrics = read_json(two / "metrics.json")
     assert metrics["sequences"] == shown
     assert metrics["steps"] == 2 * -(-shown // BATCH)
-    assert moved(one) > 100 * MOST
+    assert moved(one, mine.backbone) > 100 * MOST
     assert_same_training(two, one, most=MOST)
 
 
@@ -384,9 +395,9 @@ def begin(files: Callable[..., Files], tmp_path: Path) -> Iterator[Callable[...,
     """Begin the long training; `tmp_path / "two"` is its output."""
     begun: list[Training] = []
 
-    def begin(*options: str, python: str = sys.executable) -> Training:
+    def begin(*options: str, python: str = sys.executable, **changes: Any) -> Training:
         known = ["--checkpoints", str(tmp_path / "kept"), *options]
-        words = command(files("llama", 45), tmp_path / "two", *known, **LONG)
+        words = command(files("llama", 45), tmp_path / "two", *known, **LONG, **changes)
         process = subprocess.Popen(
             [python, *words],
             env=environment() | {"TMPDIR": str(tmp_path)},
@@ -408,42 +419,42 @@ def begin(files: Callable[..., Files], tmp_path: Path) -> Iterator[Callable[...,
 @pytest.fixture(scope="module")
 def whole(
     files: Callable[..., Files], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+) -> Callable[..., Path]:
     """The long training without an interruption."""
     made: dict[str, Path] = {}
 
-    def of(fsdp: str) -> Path:
-        if fsdp not in made:
-            output = tmp_path_factory.mktemp("whole") / "two"
-            made[fsdp] = in_two_processes(files("llama", 45), output, "--fsdp", fsdp, **LONG)
-        return made[fsdp]
+    def of(fsdp: str, **changes: Any) -> Path:
+        if (name := f"{fsdp} {changes}") not in made:
+            output, how = tmp_path_factory.mktemp("whole") / "two", LONG | changes
+            made[name] = in_two_processes(files("llama", 45), output, "--fsdp", fsdp, **how)
+        return made[name]
 
     return of
 
 
 def assert_bytes(adapter: Path, whole: Path) -> None:
-    assert (adapter / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert weights_of(adapter).read_bytes() == weights_of(whole).read_bytes()
     histories = [read_parquet(path / "history.parquet") for path in (adapter, whole)]
     assert histories[0].equals(histories[1])
 
 
 @slow
 @pytest.mark.parametrize(
-    ("number", "to_all", "fsdp"),
+    ("number", "to_all", "changes"),
     [
-        (signal.SIGINT, True, "0"),  # Ctrl-C
-        (signal.SIGTERM, False, "1"),  # as a scheduler that knows the first process alone
+        (signal.SIGINT, True, {"lora": None}),  # Ctrl-C; each has its part of weights and moments
+        (signal.SIGTERM, False, {}),  # as a scheduler that knows the first process alone
     ],
 )
 def test_stopped_processes_go_on_where_they_were(
     number: signal.Signals,
     to_all: bool,
-    fsdp: str,
+    changes: dict[str, Any],
     begin: Callable[..., Training],
-    whole: Callable[[str], Path],
+    whole: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    first = begin("--fsdp", fsdp)
+    first = begin("--fsdp", "1", **changes)
     first.wait_for("step 7/")
     (os.killpg if to_all else os.kill)(first.process.pid, number)
     assert first.end() == 128 + number
@@ -452,17 +463,17 @@ def test_stopped_processes_go_on_where_they_were(
     assert said[0] == first.lines[-1]
     assert f"{number.name} received: stopped after step" in said[0]
     assert not (tmp_path / "two").exists()
-    second = begin("--fsdp", fsdp, python=warm_python())
-    assert second.end() == 0
+    second = begin("--fsdp", "1", python=warm_python(), **changes)
+    assert second.end() == 0, second.lines
     assert sum(line.endswith(": going on from there") for line in second.lines) in (1, 2)
     assert not any("step 7/" in line for line in second.lines)
-    assert_bytes(tmp_path / "two", whole(fsdp))
+    assert_bytes(tmp_path / "two", whole("1", **changes))
 
 
 @slow
 @pytest.mark.parametrize("fsdp", ["1"])
 def test_the_warning_before_a_time_limit_saves_and_all_processes_go_on(
-    fsdp: str, begin: Callable[..., Training], whole: Callable[[str], Path], tmp_path: Path
+    fsdp: str, begin: Callable[..., Training], whole: Callable[..., Path], tmp_path: Path
 ) -> None:
     training = begin("--fsdp", fsdp)
     training.wait_for("step 7/")
@@ -475,7 +486,7 @@ def test_the_warning_before_a_time_limit_saves_and_all_processes_go_on(
 
 @slow
 def test_a_killed_process_ends_the_others_and_the_next_attempt_goes_on(
-    begin: Callable[..., Training], whole: Callable[[str], Path], tmp_path: Path
+    begin: Callable[..., Training], whole: Callable[..., Path], tmp_path: Path
 ) -> None:
     first = begin("--checkpoint-minutes", "0")
     first.wait_for("step 7/")
@@ -490,7 +501,7 @@ def test_a_killed_process_ends_the_others_and_the_next_attempt_goes_on(
 
 @slow
 def test_processes_whose_parent_was_killed_keep_the_next_attempt_waiting(
-    begin: Callable[..., Training], whole: Callable[[str], Path], tmp_path: Path
+    begin: Callable[..., Training], whole: Callable[..., Path], tmp_path: Path
 ) -> None:
     first = begin()
     first.wait_for("step 3/")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import FAMILIES, Run, make_backbone
 from safetensors.torch import load_file, save_file
+from transformers import get_cosine_schedule_with_warmup
 
 from arena_distill.battles.folds import training_rows, validation_rows
 from arena_distill.battles.votes import votes_of
@@ -90,7 +91,7 @@ def fit(
         settings=training_settings(**changes),
         launch=launch or Launch(),
     )
-    return load_file(output / "adapter_model.safetensors")
+    return load_file(next(output.glob("*model.safetensors")))
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -101,6 +102,9 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 @pytest.fixture(scope="module")
 def llama(make_run: Callable[..., Run]) -> Run:
     return make_run("llama")
+
+
+GENUINE_FIT = trainer._fit
 
 
 class Spy:
@@ -506,7 +510,7 @@ def test_the_backbone_stays_as_it_is(
         return judges[-1]
 
     before = (llama.backbone / "model.safetensors").read_bytes()
-    monkeypatch.setattr(trainer, "new_judge", keep)
+    monkeypatch.setattr(adapters, "new_judge", keep)
     fit(llama, tmp_path / "x", epochs=2, lr=0.05)
     assert (llama.backbone / "model.safetensors").read_bytes() == before
     seed = training_settings().training.seed
@@ -574,6 +578,104 @@ def test_the_learning_rate_reaches_its_peak(
     arguments = trainer._arguments(tmp_path, optimization, "fp32", Launch())
     total = optimization.steps(2 * battles)
     assert arguments.get_warmup_steps(total) == steps < total
+
+
+# --- all weights ------------------------------------------------------------------------------------
+
+
+def test_all_weights_learn_what_a_plain_loop_learns(llama: Run, tmp_path: Path) -> None:
+    """Three steps of AdamW over all battles: every tensor moves, and as in plain torch."""
+    how = {"lora": None, "batch_size": 1024, "epochs": 3, "lr": 1e-2, "weight_decay": 0.1}
+    found = fit(llama, tmp_path / "x", launch=Launch(micro_batch_size=5), **how)
+    settings = training_settings(**how)
+    folds, tokens = read_parquet(llama.folds), read_tokens(llama.tokens)
+    mine = folds.take(training_rows(folds, 0))
+    shown = make_examples(of_rows(tokens, mine), votes_of(mine), None, None, settings)
+    judge: Any = load_classifier(
+        llama.backbone, pad_token_id=tokens.vocabulary.pad, head_seed=settings.training.seed
+    )
+    start = {name: p.detach().clone() for name, p in judge.named_parameters()}
+    plain = [p for name, p in judge.named_parameters() if "norm" in name]
+    decayed = [p for name, p in judge.named_parameters() if "norm" not in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=settings.training.betas)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, 3)
+    judge.train()
+    for _ in range(3):
+        total = torch.zeros(())
+        for ids, label in zip(shown.views[0], shown.votes.labels, strict=True):
+            logits = judge(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
+        (total / len(shown)).backward()
+        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    expected = {name: p.detach() for name, p in judge.named_parameters()}
+    assert distance(found, expected) < 1e-4
+    assert all(not torch.equal(found[name], before) for name, before in start.items())
+    assert min(float((expected[n] - b).abs().max()) for n, b in start.items()) > 1e-2
+    metrics = read_json(tmp_path / "x/metrics.json")
+    assert (
+        metrics["trainable_parameters"]
+        == metrics["parameters"]
+        == sum(map(torch.numel, start.values()))
+    )
+    assert set(metrics["sha256"]) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_weights_are_held_and_kept_in_float32(
+    precision: Literal["fp32", "bf16"], run: Run, tmp_path: Path
+) -> None:
+    """Steps of 1e-6 are lost on a weight in bfloat16; in any precision the folds' scores are finite."""
+    weights = fit(run, tmp_path / "fold_0", lora=None, precision=precision, lr=1e-6)
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    start = load_classifier(run.backbone, head_seed=training_settings().training.seed)
+    assert weights.keys() == dict(start.named_parameters()).keys()
+    for name, weight in start.named_parameters():
+        assert 0 < float((weights[name] - weight.detach()).abs().max()) < 1e-4, name
+    settings = LogitsSettings(
+        version=1, encoding=ENCODING, precision=precision, rows=("validation",)
+    )
+    predict_logits(
+        run.backbone, tmp_path / "fold_0", run.tokens, run.folds, 0, tmp_path / "x.npy",
+        settings=settings, batch_tokens=512,
+    )  # fmt: skip
+    model = load_classifier(
+        tmp_path / "fold_0",
+        precision=precision,
+        pad_token_id=read_tokens(run.tokens).vocabulary.pad,
+    )
+    folds, tokens = read_parquet(run.folds), read_tokens(run.tokens)
+    read = of_rows(tokens, folds.take(validation_rows(folds, 0)))
+    (view, _) = encode_views(read, ENCODING, training_settings().head)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "x.npy")[:, 0], score(model, view, batch_tokens=512), atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_folds_start_from_all_post_pretrained_weights(
+    keep_head: bool, llama: Run, spy: Spy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_fit", GENUINE_FIT)
+        pretrain_adapter(
+            llama.backbone, llama.tokens, tmp_path / "pretrained",
+            settings=pretraining_settings(lora=None, lr=0.01), launch=Launch(),
+        )  # fmt: skip
+    how: dict[str, Any] = {"lora": None, "pretrained": tmp_path / "pretrained"}
+    for fold in range(2):
+        fit_spied(llama, tmp_path, fold, **how, keep_head=keep_head)
+    fit_spied(llama, tmp_path, lora=None)
+    first, second, fresh = spy.starts
+    saved = load_file(tmp_path / "pretrained/model.safetensors")
+    assert distance(first, second) == 0
+    head = "score.weight"
+    expected = saved if keep_head else saved | {head: fresh[head]}
+    assert distance(first, expected) == 0
+    assert min(float((saved[name] - fresh[name]).abs().max()) for name in saved) > 1e-3
 
 
 # --- students ---------------------------------------------------------------------------------------

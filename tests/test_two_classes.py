@@ -557,7 +557,7 @@ defaults:
 judges:
   with-ties: {external: {file: mine/judge.csv}}
   pointwise: {backbone: {tiny: llama}, head: pointwise}
-  student: {backbone: {tiny: qwen2}, teachers: [with-ties, pointwise]}
+  student: {backbone: {tiny: qwen2}, teachers: [with-ties, pointwise], lora: null}
 final: student
 prediction: {max_lengths: [96, 128], model: gptq, calibration: style}
 """
@@ -591,6 +591,9 @@ def test_a_run_on_battles_of_wsdm(tmp_path: Path) -> None:
         np.mean([row["winner"] == solution[int(row["id"])] for row in rows])
     )
     assert "test accuracy, as deployed" in (results / "report.html").read_text()
+    merged = json.loads((results / "weights/student/merged/merge.json").read_text())
+    assert (merged["average"], merged["folds"]) == ("weights", 2)
+    assert "all of which were trained" in (results / "merged/student/README.md").read_text()
 
 
 def _write_wsdm(folder: Path) -> None:

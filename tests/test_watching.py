@@ -27,9 +27,8 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.metrics import log_loss, softmax
-from arena_distill.models.adapters import load_adapter
+from arena_distill.models.adapters import load_fold
 from arena_distill.models.heads import battle_logits
-from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score
 from arena_distill.runtime.launch import Launch
 from arena_distill.training.trainer import train_fold
@@ -59,21 +58,16 @@ def measured(adapter: Path) -> dict[int, float]:
 
 
 def loss_of(adapter: Path, run: Run) -> float:
-    """The log loss of an adapter on the battles for choices, in the order AB."""
+    """The log loss of a fold on the battles for choices, in the order AB."""
     folds = read_parquet(run.folds)
     rows = folds.take(choice_rows(folds))
     every = read_tokens(run.tokens)
     read = every.take(locate(key(rows), every.keys(), "tokens"))
     settings = training_settings()
-    base = load_classifier(
-        run.backbone,
-        head=settings.head,
-        precision="fp32",
-        pad_token_id=read.vocabulary.pad,
-        head_seed=0,
-    )
+    how: dict[str, Any] = {"precision": "fp32", "pad_token_id": read.vocabulary.pad}
+    judge = load_fold(run.backbone, adapter, head=settings.head, **how)
     (view,) = encode_views(read, settings.encoding, settings.head, ("AB",))
-    outputs = score(load_adapter(base, adapter), view, batch_tokens=4096, progress=False)
+    outputs = score(judge, view, batch_tokens=4096, progress=False)
     import torch
 
     logits = battle_logits(torch.from_numpy(outputs)[:, None], settings.head).numpy()
@@ -108,9 +102,11 @@ def test_training_reads_no_battle_for_choices(watched: Run) -> None:
         assert not {*choice_rows(folds)} & {*training_rows(folds, fold)}
 
 
-def test_the_best_weights_are_kept(watched: Run, tmp_path: Path) -> None:
-    last = train(watched, tmp_path / "last", None, **TOO_FAST)
-    best = train(watched, tmp_path / "best", None, keep="best", **TOO_FAST)
+@pytest.mark.parametrize("changes", [{}, {"lora": None}])
+def test_the_best_weights_are_kept(changes: dict[str, Any], watched: Run, tmp_path: Path) -> None:
+    changes = TOO_FAST | changes
+    last = train(watched, tmp_path / "last", None, **changes)
+    best = train(watched, tmp_path / "best", None, keep="best", **changes)
     seen = measured(best)
     assert seen == measured(last), "they are trained alike"
     metrics = read_json(best / "metrics.json")

@@ -199,7 +199,7 @@ def _judge_problems(config: Config, name: str, folder: ModelFolder) -> Iterator[
                 key,
                 f"{longest}, but {folder.path} has positions for {positions} tokens: lower it",
             )
-    if judge.lora.target_modules != "all-linear" and not judge.frozen:
+    if judge.lora and judge.lora.target_modules != "all-linear" and not judge.frozen:
         for target in folder.lacking(judge.lora.target_modules):
             names = sorted(folder.linear_layers())
             yield (

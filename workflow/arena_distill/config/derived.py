@@ -210,7 +210,7 @@ def averaging(config: Config, family: JudgeFamily) -> dict[str, dict[float, str]
     post-pretrained, which would be a shared start.
     """
     judge = _on_votes(config.judges[config.final]).model_copy(update={"pretraining": None})
-    if judge.frozen:  # the mean of linear heads is exact
+    if judge.frozen or judge.lora is None:  # the mean of linear heads, or of weights, is exact
         return {}
     return {
         start: {

@@ -265,10 +265,11 @@ class Loss(Section):
 
 
 class Merge(Section):
-    """How the folds' adapters become one dense model."""
+    """How the folds become one dense model."""
 
     average: FoldAverage = "factors"
-    """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact)."""
+    """Mean of LoRA's A and of its B over the folds (as documented), or of B·A (exact). Without LoRA it
+    means nothing: the mean of the weights is exact."""
     heads: FoldHeads = "first"
     """The mean head of the folds, or that of the first one that is merged."""
     weights: Literal["equal", "validation", "greedy"] = "equal"
@@ -396,10 +397,11 @@ class JudgeDefaults(Section):
         BeforeValidator(_head, json_schema_input_type=Literal["joint", "pointwise"] | HeadKeys),
     ] = HeadKeys(kind="joint")
     """`joint`, `pointwise`, or a mapping of the keys below."""
-    lora: Lora = Lora()
-    """The adapter."""
+    lora: Lora | None = Lora()
+    """The adapter. null: none, all weights are trained (full fine-tuning)."""
     precision: Precision = "bf16"
-    """`nf4`: bf16 over a frozen 4-bit backbone (QLoRA). Losses are always float32."""
+    """`nf4`: bf16 over a frozen 4-bit backbone (QLoRA). Losses, and weights that are trained, are always
+    float32."""
     pretraining: Pretraining | None = Pretraining()
     """null: start from the backbone."""
     training: Training = Training()
@@ -520,8 +522,17 @@ class Judge(JudgeDefaults):
         }
         if missing := [key for key, given in needed.items() if not given]:
             raise ValueError(
-                "head.pooling: layers: each fold fits such a head and then trains the adapter below it: "
+                "head.pooling: layers: each fold fits such a head and then trains what is below it: "
                 f"set {', '.join(missing)}; or `frozen: {{}}` to train no adapter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nf4_needs_an_adapter(self) -> Judge:
+        if self.precision == "nf4" and self.lora is None:
+            raise ValueError(
+                "precision: nf4 and lora: null exclude each other: weights of 4 bits are not trained; set "
+                "bf16, whose weights are trained in float32, or train an adapter (lora: {})"
             )
         return self
 

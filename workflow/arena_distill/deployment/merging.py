@@ -1,4 +1,4 @@
-"""Merge the folds' adapters into one dense model.
+"""Merge the folds into one dense model.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) trains W + s·B·A. There are two means over the folds:
 
@@ -10,20 +10,26 @@ LoRA (Hu et al. 2021, arXiv:2106.09685) trains W + s·B·A. There are two means 
 
 Both are computed in float32, one matrix at a time, added to the backbone's weights before
 quantisation, and rounded to the target dtype once.
+
+Folds without LoRA (`lora: null`) are whole models: the mean of their weights is exact, in float32, one
+fold's tensor at a time.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from operator import iadd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
@@ -34,7 +40,7 @@ from arena_distill.files.artifacts import (
     provenance,
     write_json,
 )
-from arena_distill.models.loading import load_classifier
+from arena_distill.models.loading import HEADS, load_classifier
 
 if TYPE_CHECKING:
     import torch
@@ -56,19 +62,20 @@ def merge_folds(
     settings: MergeSettings,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Merge the folds' adapters and heads into the backbone → a Hugging Face folder.
+    """Merge the folds into the backbone → a Hugging Face folder.
 
-    Memory holds the backbone (in the dtype of its file, or of the result) and one more matrix.
+    Memory holds the backbone (in the dtype of its file, or of the result) and three float32 copies of its
+    largest matrix.
 
     Args:
         backbone: the folder that the folds were trained from, not quantised.
-        adapters: one PEFT folder per fold, in the order of the folds.
+        adapters: one folder per fold (see ``models.adapters``), in the order of the folds.
         output: the folder to write: model, tokenizer, model card, ``merge.json``.
         weights: of the folds, with sum 1 (see ``fold_weights``); None: equal.
 
     Raises:
-        InputError: there is no adapter, one is not plain LoRA with a head, they do not match each
-            other or the backbone, or their factors cannot be averaged.
+        InputError: there is no fold, one is neither plain LoRA with a head nor a whole model, they do not
+            match each other or the backbone, or their factors cannot be averaged.
     """
     import torch
 
@@ -99,7 +106,7 @@ def merge_folds(
     about = {
         "backbone": backbone.name,
         "folds": len(folds),
-        "average": settings.average,
+        "average": settings.average if folds[0].targets else "weights",
         "heads": settings.heads,
         "weights": list(weights),
         "dtype": str(target).removeprefix("torch."),
@@ -109,7 +116,7 @@ def merge_folds(
     }
     save_merged(output, model, tokenizer, about, settings)
     distance = "" if gap is None else f", {gap:.2g} between the means of factors and of products"
-    print(f"{output}: {len(folds)} folds merged by their {settings.average}{distance}")
+    print(f"{output}: {len(folds)} folds merged by their {about['average']}{distance}")
 
 
 def padded_tokenizer(backbone: Path) -> tuple[PreTrainedTokenizerBase, int]:
@@ -140,25 +147,32 @@ def save_merged(
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter; its tensors are read from the file on demand.
+    """What a fold learned; its tensors are read from its files on demand.
 
-    targets: names of the adapted linear layers, as in the backbone.
-    head: names of the head's tensors, as in the classifier.
+    files: the open file of each tensor, and its name there, by name as in the classifier.
+    config: LoRA's; None: without LoRA.
+    targets: names of the adapted linear layers, as in the backbone; none without LoRA.
+    dense: names of what it holds as it is, as in the classifier: the head; without LoRA all.
     """
 
     folder: Path
-    file: Any
+    files: Mapping[str, tuple[Any, str]]
     config: Any
     targets: tuple[str, ...]
-    head: tuple[str, ...]
+    dense: tuple[str, ...]
 
     @property
-    def rank(self) -> int:
-        return max(self.factors(target)[0].shape[0] for target in self.targets)
+    def rank(self) -> int | None:
+        return max((len(self.factors(target)[0]) for target in self.targets), default=None)
 
     def tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.file.get_tensor(_PREFIX + name)
+        file, stored = self.files[name]
+        tensor: torch.Tensor = file.get_tensor(stored)
         return tensor.float()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self.files[name]
+        return tuple(file.get_slice(stored).get_shape())
 
     def factors(self, target: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A (r, in), B (out, r), both float32, and the scaling of their product."""
@@ -183,6 +197,16 @@ class Adapter:
         return a, b, alpha / (math.sqrt(len(a)) if self.config.use_rslora else len(a))
 
 
+def _read_whole(folder: Path) -> Adapter:
+    """Open a folder that holds all weights of a model."""
+    opened: dict[str, tuple[Any, str]] = {}
+    with refusing(f"{folder}: cannot read a model from this folder"):
+        for path in ModelFolder(folder).headers:
+            file: Any = safe_open(path, "pt")
+            opened |= {name: (file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return Adapter(folder, opened, None, (), tuple(sorted(opened)))
+
+
 def _read(folder: Path) -> Adapter:
     """Open a PEFT folder.
 
@@ -202,7 +226,7 @@ def _read(folder: Path) -> Adapter:
             f"{folder}: its initialisation ({config.init_lora_weights}) changed the backbone too; save "
             "it with PEFT's path_initial_model_for_weight_conversion and merge that"
         )
-    names = [key.removeprefix(_PREFIX) for key in file.keys()]  # noqa: SIM118 (not a dict)
+    names = {key.removeprefix(_PREFIX): (file, key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     targets = {name.removesuffix(s) for name in names for s in _FACTORS if name.endswith(s)}
     if alone := sorted({t + s for t in targets for s in _FACTORS}.difference(names)):
         raise InputError(f"{folder}: tensors are missing: {len(alone)} ({alone[0]}): retrain it")
@@ -216,16 +240,18 @@ def _read(folder: Path) -> Adapter:
     if not targets or not head:
         what = "head (train with task_type SEQ_CLS)" if targets else "low-rank factors"
         raise InputError(f"{folder}: it holds no {what}")
-    return Adapter(folder, file, config, tuple(sorted(targets)), tuple(sorted(head)))
+    return Adapter(folder, names, config, tuple(sorted(targets)), tuple(sorted(head)))
 
 
 def read_adapters(folders: Sequence[Path]) -> list[Adapter]:
-    """Open the folds' PEFT folders.
+    """Open the folds' folders.
 
     Raises:
-        InputError: one is not plain LoRA with a head, or they do not match.
+        InputError: one is neither plain LoRA with a head nor a whole model, or they do not match.
     """
-    folds = [_read(folder) for folder in folders]
+    from arena_distill.models.adapters import is_whole
+
+    folds = [_read_whole(folder) if is_whole(folder) else _read(folder) for folder in folders]
     _check_alike(folds)
     return folds
 
@@ -255,7 +281,7 @@ def check_folds(adapters: Sequence[Path], backbone: Path) -> None:
 def _check_alike(folds: Sequence[Adapter]) -> None:
     first = folds[0]
     for fold in folds[1:]:
-        for names, expected in ((fold.targets, first.targets), (fold.head, first.head)):
+        for names, expected in ((fold.targets, first.targets), (fold.dense, first.dense)):
             if differing := sorted(set(names) ^ set(expected)):
                 raise InputError(
                     f"{fold.folder} and {first.folder} differ: {differing[0]} is in only one of "
@@ -275,14 +301,14 @@ def merge_into(
 
     Returns:
         ‖factors − products‖ / ‖products‖ over all targets (Frobenius); None if the factors have no
-        mean because ranks or scalings differ.
+        mean because ranks or scalings differ, or if there are none.
     """
     import torch
 
     from arena_distill.models.layer_reads import BIAS, WEIGHT
 
     layers = dict(model.named_modules())
-    gap: float | None = 0.0
+    gap: float | None = 0.0 if folds[0].targets else None
     size = 0.0
     for target in folds[0].targets:
         layer = layers.get(target)
@@ -314,16 +340,26 @@ def merge_into(
         delta = exact if average == "products" or rough is None else rough
         before = layer.weight.detach().float()
         layer.weight.data = (before + delta.to(before.device)).to(dtype)
-    parameters = dict(model.named_parameters())
-    for name in folds[0].head:
-        each = [fold.tensor(name) for fold in folds]
-        if name not in parameters or any(h.shape != parameters[name].shape for h in each):
-            shape = " × ".join(map(str, each[0].shape))
-            raise InputError(
-                f"{folds[0].folder}: its head {name} ({shape}) does not fit the backbone"
-            )
-        first = next(i for i, weight in enumerate(weights) if weight)  # of those that are merged
-        merged = each[first] if heads == "first" else _mean(each, weights)
+    first = next(i for i, weight in enumerate(weights) if weight)  # of those that are merged
+    parameters = model.state_dict(keep_vars=True)
+    lacking = {name for name, _ in model.named_parameters()}.difference(folds[0].dense)
+    if lacking and not folds[0].targets:
+        raise InputError(
+            f"{folds[0].folder}: lacks {min(lacking)}, which the backbone has; it was trained from another"
+        )
+    for name in folds[0].dense:
+        for fold in folds:
+            shape = fold.shape(name)
+            if name not in parameters or shape != tuple(parameters[name].shape):
+                raise InputError(
+                    f"{fold.folder}: its {name} ({' × '.join(map(str, shape))}) does not fit the backbone; "
+                    "it was trained from another one"
+                )
+        of_head = name.partition(".")[0] in HEADS
+        if of_head and heads == "first":
+            merged = folds[first].tensor(name)
+        else:
+            merged = _mean((fold.tensor(name) for fold in folds), weights)
         wide = torch.float32 if name in (WEIGHT, BIAS) else dtype
         parameters[name].data = merged.to(parameters[name].device, wide)
     if gap is None:
@@ -350,7 +386,6 @@ def _product_of_means(parts: _Factors, weights: Sequence[float]) -> torch.Tensor
     return parts[0][2] * mean_b @ mean_a
 
 
-def _mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    import torch
-
-    return torch.stack([t * w for t, w in zip(tensors, weights, strict=True)]).sum(0)
+def _mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Their weighted sum; of tensors that are read one by one, one at a time is in memory beside it."""
+    return reduce(iadd, (t * w for t, w in zip(tensors, weights, strict=True)))

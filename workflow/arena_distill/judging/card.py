@@ -134,11 +134,16 @@ def _merging(merging: dict[str, Any]) -> list[str]:
             f"- Not trained, but read: the mean of {merging['folds']} linear heads on its hidden states "
             f"({shown}). Layers after the last of these are left out."
         ]
-    how = {"factors": "the mean of A times the mean of B", "products": "the mean of B·A, exact"}
+    adapters, all_weights = "low-rank adapters", "weights, all of which were trained,"
+    what, how = {
+        "factors": (adapters, "the mean of A times the mean of B (factors)"),
+        "products": (adapters, "the mean of B·A, exact (products)"),
+        "weights": (all_weights, "their mean, exact"),
+    }[merging["average"]]
     heads = {"average": "the mean of the folds' heads", "first": "the head of the first one"}
     return [
-        f"- The low-rank adapters of {merging['folds']} folds merged into it: "
-        f"{how[merging['average']]} ({merging['average']}); head: {heads[merging['heads']]}."
+        f"- The {what} of {merging['folds']} folds merged into it: {how}; "
+        f"head: {heads[merging['heads']]}."
     ]
 
 

@@ -71,9 +71,9 @@ def load_classifier(
 
     Args:
         folder: a local Hugging Face folder.
-        precision: sets dtype and quantisation of the weights, and puts them on the device of this
-            process (:func:`placement`).
-        dtype: without `precision`, the dtype of weights on the host; float32 by default.
+        precision: what they compute in, and their quantisation; puts them on the device of this process
+            (:func:`placement`).
+        dtype: of the weights, whatever they compute in; by default that of `precision`, else float32.
         attention: the kernel (:func:`choose_attention`); None leaves it to transformers.
         device_map: accelerate's device map, instead of :func:`placement`.
         pad_token_id: the padding id (``tokenization.safe_pad_id``): pooling reads the last other token.
@@ -90,15 +90,17 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
     names = head.outputs
-    options: dict[str, Any] = {"dtype": dtype or torch.float32}
-    if precision:
-        options["dtype"] = torch.float32 if precision == "fp32" else torch.bfloat16
-        if precision == "nf4":
-            options["quantization_config"] = _nf4()
+    computing = torch.bfloat16 if precision in ("bf16", "nf4") else dtype or torch.float32
+    options: dict[str, Any] = {"dtype": dtype or computing}
+    if precision == "nf4":
+        options["quantization_config"] = _nf4()
     if shards > 1:  # FSDP places the shards
         from transformers.distributed import DistributedConfig
 
-        options["distributed_config"] = DistributedConfig(fsdp_size=shards)
+        cast = options["dtype"] != computing  # before they are sent, not after
+        options["distributed_config"] = DistributedConfig(
+            fsdp_size=shards, fsdp_mixed_precision=cast
+        )
     elif precision or device_map:
         options["device_map"] = device_map or placement()
     logging.set_verbosity_error()  # "newly initialized: score.weight" is intended
@@ -108,7 +110,7 @@ def load_classifier(
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            kernel = choose_attention(config, attention, options["dtype"])
+            kernel = choose_attention(config, attention, computing)
             options["attn_implementation"] = kernel
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -129,7 +131,7 @@ def load_classifier(
         if precision == "nf4":
             _keep_as_packed(model)
         if head_seed is not None:
-            _start_head(model, loaded["missing_keys"], head_seed)
+            start_head(model, head_seed, only=loaded["missing_keys"])
     head_in_float32(model)
     if head.pooling == "mean":
         pool_mean(model)
@@ -265,7 +267,7 @@ def choose_attention(
     Args:
         config: the model's.
         wanted: `auto` takes flash attention wherever it is available.
-        dtype: the weights'.
+        dtype: that it computes in.
 
     Raises:
         InputError: the kernel is not available; says why.
@@ -372,8 +374,8 @@ def _hold_whole_head(model: PreTrainedModel) -> None:
             setattr(model, name, head)
 
 
-def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> None:
-    """Initialise the missing weights of the head, so that a fresh judge gives nearly equal logits.
+def start_head(model: PreTrainedModel, seed: int, only: Collection[str] | None = None) -> None:
+    """Initialise the head, or `only` some of its weights, so that a fresh judge gives nearly equal logits.
 
     Like the families' `_init_weights`, except that the last layer is smaller by the square root of its
     inputs: their start gives random logits of size 1 and more (SmolLM2: 1.7), and the first hundreds of
@@ -388,7 +390,7 @@ def _start_head(model: PreTrainedModel, missing: Collection[str], seed: int) -> 
     rng = torch.Generator().manual_seed(seed)
     std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     for name, weight in model.named_parameters():
-        if name in missing and name.partition(".")[0] in HEADS:
+        if name.partition(".")[0] in HEADS and (only is None or name in only):
             with torch.no_grad():
                 start = torch.zeros(weight.shape)
                 if weight.ndim > 1:

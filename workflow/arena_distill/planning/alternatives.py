@@ -139,7 +139,7 @@ class _Search:
                 yield Change(
                     "precision", text, asked, {"precision": "bf16"}, same=False, first=True
                 )
-        elif judge.precision == "bf16":
+        elif judge.precision == "bf16" and judge.lora:
             text = f"{here}.precision: nf4"
             yield Change("precision", text, {"fsdp": 0}, {"precision": "nf4"}, same=False)
         if judge.head.kind == "joint":

@@ -31,6 +31,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight in NF4: four bits, a byte of scale per 64 weights, and four per 256 of those scales
 (double quantisation; Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
 
+_CHECKPOINTS = 3
+"""Of a training at most: two are kept, a third is being written."""
+
 PROCESS = 3 * GIB
 """Host memory of a process that has imported PyTorch and holds a CUDA context."""
 
@@ -50,6 +53,7 @@ class Cost:
     memory: peak bytes on each of its devices, by purpose; on the host without GPUs.
     host: peak bytes of host memory on each node.
     stored: bytes of its outputs.
+    checkpoints: bytes of its checkpoints, which it removes when it ends.
     fee: price of an endpoint's answers.
     nodes: machines that share its devices, each as many.
     """
@@ -61,6 +65,7 @@ class Cost:
     memory: dict[str, float] = field(default_factory=dict)
     host: float = 0.0
     stored: float = 0.0
+    checkpoints: float = 0.0
     fee: float = 0.0
     nodes: int = 1
 
@@ -205,16 +210,19 @@ class Costs:
         again, fsdp = bool(_asked(job, "gradient_checkpointing", 0)), _asked(job, "fsdp", 0)
         share = max(1, how.batch_size // max(1, gpus))
         micro = min(micro, share)
-        learned = sizes.lora + sizes.head
-        memory = self._weights(sizes, judge, spread=gpus if fsdp else 1)
+        learned, spread = sizes.learned, gpus if fsdp else 1
+        memory = self._weights(sizes, judge, spread=spread, training=True)
+        held = learned / spread if sizes.whole else learned
         memory |= {
-            "adapter": 4.0 * learned,
-            "gradients": 4.0 * learned * (2 if gpus > 1 else 1),  # DDP's buckets
-            "optimizer": 8.0 * learned,
+            "adapter": 4.0 * (sizes.lora + sizes.head),
+            "gradients": 4.0 * held * (2 if gpus > spread else 1),  # DDP's buckets
+            "optimizer": 8.0 * held,
             "activations": self._alive(
                 job, judge, work.longest, micro * per_battle, training=True, again=again
             ),
         }
+        if sizes.whole and judge.precision == "bf16" and not fsdp:  # FSDP casts before it gathers
+            memory["casts"] = 2.0 * sizes.linear
         flops = sizes.training_flops(work.tokens, work.squares, checkpointing=again)
         if isinstance(how, Training) and how.fit_head:  # every process reads all features
             once = work * (1 / how.epochs)
@@ -231,7 +239,8 @@ class Costs:
             seen = self.battles.work(name, self.battles.for_choices(), per_battle) * times
             flops += sizes.forward_flops(seen.tokens, seen.squares)
         seconds = self._seconds(job, judge, device, flops, passes, sum(memory.values()), gpus)
-        return self._computed(job, sizes, judge, memory, flops, seconds, stored=4.0 * learned)
+        cost = self._computed(job, sizes, judge, memory, flops, seconds, stored=4.0 * learned)
+        return replace(cost, checkpoints=_CHECKPOINTS * 12.0 * learned)  # weights and moments
 
     def _score_fold(self, job: Planned, judge: Judge, device: Device) -> Cost:
         name = job.wildcards["judge"]
@@ -339,17 +348,18 @@ class Costs:
         name, sizes = job.wildcards["judge"], self.sizes(job.wildcards["judge"])
         size = _dense_bytes(judge)
         written = size * (sizes.base + sizes.head)
-        folds = 0 if judge.frozen else self.config.folds.n  # adapters
-        largest = 3 * 4.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
-        # A fold's factors are multiplied, one matrix after another.
-        rank = judge.lora.r
-        flops = 2.0 * rank * sizes.linear * folds
+        folds = 0 if judge.frozen else self.config.folds.n
+        matrices = [inputs * outputs for inputs, outputs in sizes.matrices]
+        largest = 3 * 4.0 * max(*matrices, sizes.embedding if sizes.whole else 0)
+        # A fold's factors are multiplied, one matrix after another; without LoRA weights are added.
+        flops = 2.0 * (judge.lora.r * sizes.linear if judge.lora else sizes.base) * folds
+        read = written + (4.0 * sizes.learned * folds if sizes.whole else 0.0)
         if judge.merge.weights == "greedy":
             soups = self.config.folds.n * (self.config.folds.n + 1) / 2
             work = self.battles.work(name, self.battles.for_choices(), shown=2) * soups
             return self._score(job, judge, device, work, written, dense=True)
         plan = self.config.plan
-        seconds = plan.startup + 2 * written / (plan.disk_gb_per_s * 1e9)
+        seconds = plan.startup + (read + written) / (plan.disk_gb_per_s * 1e9)
         seconds += flops / (CORE.fp32 * plan.utilisation)
         return Cost(
             cores=job.threads,
@@ -439,17 +449,20 @@ class Costs:
 
     # Parts of several jobs
 
-    def _weights(self, sizes: Sizes, judge: Judge, spread: int = 1) -> dict[str, float]:
-        """A judge's weights; the head counts twice, because PEFT keeps the initial one."""
-        size = 4.0 if judge.precision == "fp32" else 2.0
+    def _weights(
+        self, sizes: Sizes, judge: Judge, spread: int = 1, *, training: bool = False
+    ) -> dict[str, float]:
+        """A judge's weights but its adapter and the head beside it; PEFT also keeps the initial head."""
+        trained = training and sizes.whole
+        size = 4.0 if judge.precision == "fp32" or trained else 2.0
         nf4 = judge.precision == "nf4"
         matrices = (NF4_BYTES if nf4 else size) * sizes.linear
         memory = {"weights": (matrices + size * (sizes.embedding + sizes.other)) / spread}
-        memory["head"] = 4.0 * sizes.head
+        memory["head"] = 0.0 if sizes.whole else 4.0 * sizes.head
         if nf4:  # unpacked for the product
             memory["unpacked"] = 2.0 * max(inputs * outputs for inputs, outputs in sizes.matrices)
-        if spread > 1:  # a layer and the next one are whole
-            memory["gathered"] = 2 * matrices / sizes.layers
+        if spread > 1:  # a layer and the next one are whole, their gradients too
+            memory["gathered"] = 2 * (matrices + trained * 4.0 * sizes.linear) / sizes.layers
         return memory
 
     def _merged(self, job: Planned, sizes: Sizes, judge: Judge) -> dict[str, float]:
@@ -497,7 +510,7 @@ class Costs:
             checkpointing=again,
             eager=job.resources.get("attention") == "eager",
         ).at(sizes.layers, sequences)
-        if training and _asked(job, "gpu", 0) and judge.lora.dropout:
+        if training and _asked(job, "gpu", 0) and judge.lora and judge.lora.dropout:
             # The trace is a CPU's, whose dropout keeps four bytes per number; a GPU's keeps one.
             held = 1 if again else sizes.layers
             traced -= 3.0 * sizes.adapted / sizes.layers * held * length * sequences

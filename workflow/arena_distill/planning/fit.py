@@ -119,7 +119,7 @@ def _changes(job: Planned, judge: Judge, plan: Plan) -> Iterator[_Change]:
             value //= 2
     # Weights in NF4 cannot be sharded: only one of the two changes.
     if judge.precision != "nf4":
-        if not job.phase.startswith(("score_test", "quantize")):
+        if judge.lora and not job.phase.startswith(("score_test", "quantize")):
             text = f"judges.{job.wildcards['judge']}.precision: nf4"
             yield _Change("weights", text, {"fsdp": 0}, {"precision": "nf4"})
         if "fsdp" in asked:

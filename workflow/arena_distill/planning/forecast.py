@@ -48,7 +48,7 @@ class Forecast:
     """The forecast of a run: its jobs, their judges, and the assumptions.
 
     critical: the indices of the jobs of the longest chain, in their order.
-    parameters: by judge, of backbone, adapter and head.
+    parameters: by judge, of backbone, adapter and head, and how many are trained.
     notes: warnings for the user.
     """
 
@@ -81,9 +81,14 @@ class Forecast:
             "critical_path_hours": sum(self.jobs[i].cost.seconds for i in self.critical) / HOUR,
             "makespan_hours": max((each.end for each in self.jobs), default=0.0) / HOUR,
             "stored_bytes": sum(each.cost.stored for each in self.jobs),
+            "checkpoint_bytes": max(map(self._checkpoints, left), default=0.0),
             "cost": None if price is None else price * gpu_hours,
             "fees": sum(each.cost.fee for each in self.jobs),
         }
+
+    def _checkpoints(self, now: Estimate) -> float:
+        """Bytes of all checkpoints when a job starts."""
+        return sum(e.cost.checkpoints for e in self.jobs if e.start <= now.start < e.end)
 
     def as_json(self) -> dict[str, Any]:
         """JSON values: ``totals``, ``assumptions``, ``battles``, ``judges``, ``jobs``, ``notes`` and
@@ -161,7 +166,12 @@ def forecast(arguments: Sequence[str], *, cheaper: bool = False) -> Forecast:
     working = dict.fromkeys(job.wildcards.get("judge", "") for job in graph.jobs)
     trained = [name for name in working if name and config.judges[name].backbone]
     parameters = {
-        name: {"base": sizes.base, "adapter": sizes.lora, "head": sizes.head}
+        name: {
+            "base": sizes.base,
+            "adapter": sizes.lora,
+            "head": sizes.head,
+            "learned": sizes.learned,
+        }
         for name in trained
         if (sizes := costs.sizes(name))
     }
@@ -235,7 +245,7 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
     for name, counts in found.parameters.items():
         console.print(
             f"{name}: {counts['base']:,} parameters, adapter {counts['adapter']:,}, "
-            f"head {counts['head']:,}",
+            f"head {counts['head']:,}, trained {counts['learned']:,}",
             highlight=False,
         )
     machines = f"{plan.nodes} × {plan.cores_per_node} cores"
@@ -245,11 +255,15 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
         spent = f"{_short(totals['gpu_hours'])} GPU-hours, "
         if totals["cost"] is not None:
             spent += f"{totals['cost']:,.0f} at {plan.price(plan.accelerator):g} an hour, "
+    checkpoints = ""
+    if totals["checkpoint_bytes"]:
+        checkpoints = f", {_short(totals['checkpoint_bytes'] / 1e9)} GB of checkpoints at most"
     if totals["fees"]:
         spent += f"{totals['fees']:,.2f} for endpoints, "
     console.print(
         f"\n{totals['jobs']} jobs, {totals['jobs_left']} of them to be done: {spent}"
-        f"{_short(totals['flops'] / 1e15)} PFLOP, {_short(totals['stored_bytes'] / 1e9)} GB stored\n"
+        f"{_short(totals['flops'] / 1e15)} PFLOP, {_short(totals['stored_bytes'] / 1e9)} GB stored"
+        f"{checkpoints}\n"
         f"{_duration(totals['makespan_hours'])} on {machines}; the longest chain of jobs takes "
         f"{_duration(totals['critical_path_hours'])}",
         highlight=False,

@@ -46,7 +46,7 @@ class Sizes:
     matrices: (inputs, outputs) of every linear layer of the blocks: what NF4 and GPTQ quantise.
     other: parameters of norms and biases.
     head: parameters of the classification head.
-    lora: parameters of the adapter.
+    lora: parameters of the adapter; 0 without one.
     adapted: sum of the inputs of all adapted layers: the numbers per token that LoRA's dropout draws.
     attention: heads times their width, per layer.
     """
@@ -62,6 +62,8 @@ class Sizes:
     attention: int
     longest: int | None
     """The most tokens of a sequence; None: no known limit."""
+    whole: bool = False
+    """Whether all weights are trained."""
 
     @property
     def linear(self) -> int:
@@ -72,6 +74,11 @@ class Sizes:
     def base(self) -> int:
         """Parameters of the backbone, without head and adapter."""
         return self.embedding + self.linear + self.other
+
+    @property
+    def learned(self) -> int:
+        """Parameters that are trained."""
+        return self.head + (self.base if self.whole else self.lora)
 
     def forward_flops(self, tokens: float, squares: float, *, lora: bool = True) -> float:
         """FLOPs of a forward pass: two per weight and token, and attention's two products per token pair.
@@ -86,13 +93,14 @@ class Sizes:
         return 2 * weights * tokens + 4 * self.attention * self.layers * squares
 
     def training_flops(self, tokens: float, squares: float, *, checkpointing: bool) -> float:
-        """FLOPs of a training step of adapter and head: forward, backward, and a repeated forward.
+        """FLOPs of a training step: forward, backward, and a repeated forward.
 
-        A frozen matrix needs its forward pass and the gradient of its input; adapter and head also the
-        gradient of their weights. Gradient checkpointing repeats the forward pass.
+        A frozen matrix needs its forward pass and the gradient of its input; what is trained also the
+        gradient of its weights. Gradient checkpointing repeats the forward pass.
         """
         gradients = self.forward_flops(tokens, squares, lora=False)
         adapter = 2 * 2 * (self.lora + self.head) * tokens - 2 * self.head * tokens
+        adapter += 2 * self.linear * tokens if self.whole else 0
         attention = 4 * self.attention * self.layers * squares  # two gradients per product
         again = self.forward_flops(tokens, squares) if checkpointing else 0.0
         return self.forward_flops(tokens, squares) + gradients + adapter + attention + again
@@ -100,18 +108,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Alive:
-    """Peak bytes besides weights and gradients, as traced.
+    """Peak bytes besides weights, their casts and gradients, as traced.
 
     traced: with two layers and with three (the first one is not typical), each with one sequence and
         with two (which share casts of weights). Each further layer, and each further sequence, adds
         the same amount.
+    least: where all weights are trained: the last gradient, of the embeddings, when all else is freed.
     """
 
     traced: tuple[tuple[int, int], tuple[int, int]]
+    least: float = 0.0
 
     def at(self, layers: int, sequences: float) -> float:
         two, three = (one + (sequences - 1) * (both - one) for one, both in self.traced)
-        return two + (layers - 2) * (three - two)
+        return max(two + (layers - 2) * (three - two), self.least)
 
 
 # --- what a backbone is -----------------------------------------------------------------------------
@@ -184,7 +194,7 @@ def _rebuilt(config: Any, backbone: Backbone) -> Any:
 # --- counting ---------------------------------------------------------------------------------------
 
 
-def measure(config: PreTrainedConfig, head: Head, lora: Lora) -> Sizes:
+def measure(config: PreTrainedConfig, head: Head, lora: Lora | None) -> Sizes:
     """Count a judge's parameters, on the meta device.
 
     Raises:
@@ -194,7 +204,7 @@ def measure(config: PreTrainedConfig, head: Head, lora: Lora) -> Sizes:
 
 
 @lru_cache(maxsize=64)
-def _measure(described: str, head: Head, lora: Lora) -> Sizes:
+def _measure(described: str, head: Head, lora: Lora | None) -> Sizes:
     from peft.tuners.lora import LoraLayer
 
     config = _parse(described)
@@ -208,25 +218,25 @@ def _measure(described: str, head: Head, lora: Lora) -> Sizes:
             embedding += module.weight.numel()
         elif isinstance(module, torch.nn.Linear) and not _of_head(name) and "lora_" not in name:
             matrices.append((module.in_features, module.out_features))
-    learned = {name: p.numel() for name, p in judge.named_parameters() if p.requires_grad}
-    own = sum(count for name, count in learned.items() if _of_head(name))
-    frozen = sum(
-        p.numel() for n, p in judge.named_parameters() if not (p.requires_grad or _of_head(n))
-    )
+    weights = {name: p for name, p in judge.named_parameters() if not _of_head(name)}
+    own = sum(p.numel() for n, p in judge.named_parameters() if _of_head(n) and p.requires_grad)
+    adapter = sum(p.numel() for name, p in weights.items() if "lora_" in name)
+    body = [p for name, p in weights.items() if "lora_" not in name]
     multiplied = sum(inputs * outputs for inputs, outputs in matrices)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Sizes(
         embedding=embedding,
         matrices=tuple(matrices),
-        other=frozen - embedding - multiplied,
+        other=sum(p.numel() for p in body) - embedding - multiplied,
         head=own,
-        lora=sum(learned.values()) - own,
+        lora=adapter,
         adapted=adapted,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         attention=heads * width,
         longest=getattr(config, "max_position_embeddings", None),
+        whole=all(p.requires_grad for p in body),
     )
 
 
@@ -241,7 +251,7 @@ def _parse(described: str) -> Any:
 
 
 def _judge_on_meta(
-    config: Any, head: Head, lora: Lora, dtype: torch.dtype, attention: str | None = None
+    config: Any, head: Head, lora: Lora | None, dtype: torch.dtype, attention: str | None = None
 ) -> Any:
     from transformers import AutoModelForSequenceClassification
 
@@ -301,7 +311,7 @@ class AliveBytes(TorchDispatchMode):
 def alive(
     config: PreTrainedConfig,
     head: Head,
-    lora: Lora,
+    lora: Lora | None,
     *,
     length: int,
     precision: Precision,
@@ -322,14 +332,16 @@ def alive(
         how = precision != "fp32", training, checkpointing, eager
         return _traced(described, head, lora, layers, shape, *how)
 
-    return Alive(((traced(2, 1), traced(2, 2)), (traced(3, 1), traced(3, 2))))
+    sizes = measure(config, head, lora)
+    least = 4.0 * sizes.embedding if training and sizes.whole else 0.0
+    return Alive(((traced(2, 1), traced(2, 2)), (traced(3, 1), traced(3, 2))), least)
 
 
 @lru_cache(maxsize=256)
 def _traced(
     described: str,
     head: Head,
-    lora: Lora,
+    lora: Lora | None,
     layers: int,
     shape: tuple[int, int],
     half: bool,
@@ -341,6 +353,10 @@ def _traced(
     keep_layers(config, layers)
     dtype = torch.bfloat16 if half else torch.float32
     judge = _judge_on_meta(config, head, lora, dtype, "eager" if eager else None)
+    judge.get_input_embeddings().requires_grad_(False)  # `Alive.least`
+    for module in judge.modules() if lora is None else ():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)  # casts are counted, not traced
     with FakeTensorMode():
         for module in judge.modules():
             for name, weight in list(module.named_parameters(recurse=False)):

@@ -32,7 +32,6 @@ from arena_distill.files.artifacts import (
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import ids_path, read_logits, read_states, write_logits
 from arena_distill.models.heads import verdicts
-from arena_distill.models.loading import load_classifier
 from arena_distill.models.scoring import score_batches
 from arena_distill.verdicts import ORDERS
 
@@ -63,7 +62,7 @@ def predict_logits(
     Raises:
         InputError: a logit or a state is not finite.
     """
-    from arena_distill.models.adapters import check_adapter, load_adapter
+    from arena_distill.models.adapters import check_adapter, load_fold
 
     table = read_parquet(folds)
     rows = fold_rows(table, fold, settings)
@@ -73,16 +72,15 @@ def predict_logits(
     longest = np.max([view.lengths for view in views], axis=0)
     batches = list(token_batches(longest, batch_tokens))[shard::shards]
     ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
-    base = load_classifier(
+    check_adapter(adapter, backbone, folds=fingerprint(table), fold=fold)
+    model = load_fold(
         backbone,
+        adapter,
         head=settings.head,
         precision=settings.precision,
         attention=attention,
         pad_token_id=read.vocabulary.pad,
-        head_seed=0,  # the adapter has its own
     )
-    check_adapter(adapter, backbone, folds=fingerprint(table), fold=fold)
-    model: Any = load_adapter(base, adapter)
     states: dict[State, np.ndarray] = {}
     if settings.states:
         from arena_distill.models.hidden_states import capture, widths

@@ -9,15 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arena_distill.config.judge import Head, Loss, State, Training
 from arena_distill.errors import InputError
+from arena_distill.files.artifacts import read_json, write_json
 from arena_distill.models.heads import battle_logits
 from arena_distill.models.hidden_states import projections_of
 from arena_distill.training.examples import FILLER, LOWER, UNTRAINED, ByLength, micro_batches
 from arena_distill.training.losses import attention_divergences, battle_losses, feature_distances
+from arena_distill.training.sharding import (
+    load_moments,
+    load_weights,
+    local,
+    save_moments,
+    whole,
+)
 from arena_distill.training.targets import VOTE_LOSS
 
 BEST = "best.safetensors"
@@ -28,6 +39,10 @@ CHOICE_LOSS = "eval_loss"
 
 PROJECTIONS = "projections.safetensors"
 """In the checkpoints of a student with a loss on features."""
+
+
+MOMENTS, SCHEDULE = "moments.safetensors", "schedule.json"
+"""In the checkpoints of sharded weights: AdamW's states, and the state of the learning rate."""
 
 
 class JudgeTrainer(Trainer):
@@ -55,7 +70,8 @@ class JudgeTrainer(Trainer):
         self.loss = loss
         self.head = head
         self.training = training
-        self.best: dict[str, torch.Tensor] = {}
+        self.best: dict[str, torch.Tensor] = {}  # of a sharded weight this process's part
+        self.sharded = any(isinstance(p.data, DTensor) for _, p in self.trained())
         self.model_accepts_loss_kwargs = True  # the Trainer then counts each batch's battles
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
@@ -131,7 +147,7 @@ class JudgeTrainer(Trainer):
         measured = [entry[CHOICE_LOSS] for entry in self.state.log_history if CHOICE_LOSS in entry]
         since = len(measured) - 1 - int(np.argmin(measured))
         if self.training.keep == "best" and not since:
-            self.best = {name: p.detach().cpu().clone() for name, p in self.trained()}
+            self.best = {name: local(p.detach()).cpu().clone() for name, p in self.trained()}
         if self.training.patience and since >= self.training.patience:
             self.control.should_training_stop = True
         return metrics
@@ -139,29 +155,67 @@ class JudgeTrainer(Trainer):
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The weights that are trained, by name."""
         model = self.accelerator.unwrap_model(self.model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # an evaluation leaves some weights gathered
+                module.reshard()
         return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The weights that are trained, by name; all processes must ask. Sharded ones only one gets."""
+        main = self.is_world_process_zero()
+        found = {name: whole(p.detach(), keep=main) for name, p in self.trained()}
+        return {name: weight for name, weight in found.items() if weight is not None}
 
     def keep_best(self) -> None:
         """Take the best weights, if they were asked for."""
         for name, p in self.trained() if self.best else ():
-            p.data.copy_(self.best[name])
+            local(p.data).copy_(self.best[name])
+
+    def _own(self, folder: str, name: str) -> Path:
+        """A file of a checkpoint, of which each process has its own if weights are sharded."""
+        path = Path(folder, name)
+        number = self.args.process_index if self.sharded else 0
+        return path.with_stem(f"{path.stem}-{number}") if number else path
 
     # PEFT does not save a student's projections: checkpoints hold them, adapters do not.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.best and self.args.should_save:
-            save_file(self.best, f"{output_dir}/{BEST}")
+        if self.best and (self.args.should_save or self.sharded):
+            save_file(self.best, self._own(str(output_dir), BEST))
         projections = projections_of(self.model)
         if projections and self.args.should_save:
             save_file(projections.state_dict(), f"{output_dir}/{PROJECTIONS}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (best := Path(resume_from_checkpoint) / BEST).exists():
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            judge: Any = self.model
+            load_weights(dict(judge.named_parameters()), Path(resume_from_checkpoint))
+        if (best := self._own(resume_from_checkpoint, BEST)).exists():
             self.best = load_file(best)
         if projections := projections_of(self.model):
             projections.load_state_dict(load_file(f"{resume_from_checkpoint}/{PROJECTIONS}"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer: Any = self.optimizer
+        save_moments(optimizer.optimizer, self._own(output_dir, MOMENTS))
+        if self.args.should_save:
+            schedule: Any = self.lr_scheduler
+            write_json(schedule.state_dict(), Path(output_dir, SCHEDULE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        load_moments(optimizer.optimizer, self._own(checkpoint, MOMENTS))
+        schedule.load_state_dict(read_json(Path(checkpoint, SCHEDULE)))
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)

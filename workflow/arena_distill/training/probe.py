@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, undivided_groups
@@ -35,7 +34,7 @@ from arena_distill.files.artifacts import (
     read_parquet,
     write_json,
 )
-from arena_distill.models.adapters import head_of
+from arena_distill.models.adapters import Judge, head_of
 from arena_distill.models.layer_reads import Read
 from arena_distill.training.answer_pairs import Objective, RotatedReads
 from arena_distill.training.examples import Examples, part_of
@@ -229,7 +228,7 @@ def _objective(
 
 
 def fit_layer_head(
-    judge: PeftModel, examples: Examples, *, loss: Loss, head: Head, batch_tokens: int
+    judge: Judge, examples: Examples, *, loss: Loss, head: Head, batch_tokens: int
 ) -> None:
     """Give a judge that is to be trained the head of a frozen one, as :func:`linear_probe.fit_head`."""
     layered = head_of(judge)

@@ -1,10 +1,11 @@
-"""Train LoRA adapters: post-pretraining on UT battles, then per fold on votes or teachers' logits.
+"""Train judges: post-pretraining on UT battles, then per fold on votes or teachers' logits.
 
 Both phases call transformers' Trainer (which brings accelerate and several GPUs) on sequences built from
-the token file. All folds of a judge start from the same adapter and the same head, because averaging
-them requires it. (Fitted heads differ, but they are linear: their mean gives the mean of their outputs
-on the same features.) The result depends neither on the number of processes nor on interruptions: the
-order of the battles follows from seed and epoch only, and ``checkpoints`` restores the rest.
+the token file. ``models.adapters`` decides what is trained: an adapter, or all weights. All folds of a
+judge start from the same weights and the same head, because averaging them requires it. (Fitted heads
+differ, but they are linear: their mean gives the mean of their outputs on the same features.) The result
+depends neither on the number of processes nor on interruptions: the order of the battles follows from
+seed and epoch only, and ``checkpoints`` restores the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -61,15 +61,14 @@ from arena_distill.files.artifacts import (
 )
 from arena_distill.files.keys import key, locate
 from arena_distill.models.adapters import (
-    ADAPTER_FILES,
-    check_adapter,
+    Judge,
     head_of,
-    load_adapter,
-    new_judge,
+    parameters_of,
+    save_judge,
+    start_judge,
 )
 from arena_distill.models.hidden_states import capture, project
-from arena_distill.models.layer_reads import attach_unfitted_head
-from arena_distill.models.loading import check_length, load_classifier
+from arena_distill.models.loading import check_length
 from arena_distill.runtime.launch import Launch
 from arena_distill.training.checkpoints import Checkpoints, digest, file_identities
 from arena_distill.training.examples import (
@@ -98,14 +97,16 @@ def pretrain_adapter(
     settings: PretrainingSettings,
     launch: Launch,
 ) -> None:
-    """Post-pretrain a judge's adapter on the votes of the UT battles."""
+    """Post-pretrain a judge on the votes of the UT battles."""
     read = read_tokens(tokens)
     read = read.take(pc.equal(read.sources, "ut").to_numpy(zero_copy_only=False))
     examples = make_examples(read, read.votes, None, None, settings)
     if settings.head.pooling == "layers":
         examples = replace(examples, groups=read.fields["prompt"].tokens.alike())
-    base = _load_base(backbone, settings, read.vocabulary, settings.pretraining.seed, launch)
-    model = new_judge(base, settings.lora, settings.pretraining.seed)
+    seed = settings.pretraining.seed
+    model = start_judge(
+        backbone, None, settings.lora, seed=seed, **_how(settings, read.vocabulary, launch)
+    )
     about = provenance("pretraining", settings.model_dump(mode="json"))
     about["made_from"] = {"backbone": ModelFolder(backbone).fingerprint()}
     _fit(model, examples, output, settings, VOTE_LOSS, launch, about)
@@ -129,7 +130,7 @@ def train_fold(
     battles for choices, which no score uses.
 
     Args:
-        pretrained: the post-pretrained adapter to start from; None: a fresh one.
+        pretrained: the folder of the post-pretraining to start from; None: the backbone.
         teachers: each teacher's logits files (see ``targets.select_rows``).
     """
     table = read_parquet(folds)
@@ -150,12 +151,14 @@ def train_fold(
         groups = undivided_groups(rows)
         examples = replace(examples, groups=np.tile(groups, len(examples) // len(groups)))
     seed = settings.training.seed + (fold if settings.training.own_start else 0)
-    base = _load_base(backbone, settings, read.vocabulary, seed, launch, pretrained)
-    if pretrained is None:
-        model = new_judge(base, settings.lora, seed)
-    else:
-        check_adapter(pretrained, backbone)
-        model = load_adapter(base, pretrained, keep_head=settings.keep_head, trainable=True)
+    model = start_judge(
+        backbone,
+        pretrained,
+        settings.lora,
+        seed=seed,
+        keep_head=settings.keep_head,
+        **_how(settings, read.vocabulary, launch),
+    )
     if states:
         capture(model, states)
     if "features" in states:
@@ -174,7 +177,7 @@ def train_fold(
 
 
 def _fit(
-    model: PeftModel,
+    model: Judge,
     examples: Examples,
     output: Path,
     settings: PretrainingSettings | TrainingSettings,
@@ -183,7 +186,7 @@ def _fit(
     about: dict[str, Any],
     choices: Examples | None = None,
 ) -> None:
-    """Train, and write the adapter's folder: PEFT files, metrics.json, history.parquet.
+    """Train, and write what was trained (``adapters.save_judge``), metrics.json, history.parquet.
 
     Args:
         choices: battles whose log loss is measured during training.
@@ -241,12 +244,13 @@ def _fit(
             if checkpoints:
                 checkpoints.raise_if_stopped(trainer.state)
             trainer.keep_best()
-            if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+            trained = trainer.whole()
+            if not all(torch.isfinite(weight).all() for weight in trained.values()):
                 raise InputError(f"{output}: the last step left no finite weights: {LOWER}")
             seconds = checkpoints.seconds if checkpoints else result.metrics["train_runtime"]
             if trainer.is_world_process_zero():
                 finished = checkpoints.finished if checkpoints else output
-                _write(trainer, examples, finished, about, seconds=seconds)
+                _write(trainer, trained, examples, finished, about, seconds=seconds)
         if checkpoints and arguments.process_index == 0:
             checkpoints.publish(output)
 
@@ -261,20 +265,25 @@ def _board(adapter: Path, *, anew: bool) -> TensorBoardCallback:
     return board
 
 
-def _key(model: PeftModel, examples: Examples, about: dict[str, Any], world_size: int) -> str:
+def _key(model: Judge, examples: Examples, about: dict[str, Any], world_size: int) -> str:
     """A key of all that determines the weights; launch options do not, except for rounding."""
     arrays = [a for view in examples.views for a in (view.ids, view.offsets)]
     arrays += [examples.votes.probabilities, examples.votes.weights]
     arrays += [a for a in (examples.teachers, examples.weights) if a is not None]
     arrays += [a for each in examples.states.values() for a in each]
-    start = [p for p in model.parameters() if p.requires_grad]
-    backbone = file_identities(Path(model.config.name_or_path))
+    # What the model's own files hold, they stand for.
+    body = f"{model.base_model_prefix}."
+    start = [
+        p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(body)
+    ]
+    backbone = file_identities(Path(str(model.config.name_or_path)))
     settings = about | {"world_size": world_size, "backbone": backbone}
     return digest(settings, [*arrays, *start])
 
 
 def _write(
     trainer: JudgeTrainer,
+    trained: Mapping[str, torch.Tensor],
     examples: Examples,
     output: Path,
     about: dict[str, Any],
@@ -284,7 +293,7 @@ def _write(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     history = _history(trainer.state.log_history)
     tokens = sum(len(view.ids) for view in examples.views)
-    trainable, parameters = model.get_nb_trainable_parameters()  # counts packed NF4 weights
+    learned, parameters = parameters_of(model)
     metrics: dict[str, Any] = {
         "battles": examples.battles,
         "sequences": len(examples) * len(examples.views),
@@ -293,7 +302,7 @@ def _write(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": pc.mean(history["loss"]).as_py(),
-        "trainable_parameters": trainable,
+        "trainable_parameters": learned,
         "parameters": parameters,
         "seconds": round(seconds, 3),
         "provenance": about,
@@ -303,20 +312,11 @@ def _write(
         metrics |= {"kept_step": kept["step"], "choice_loss": kept[CHOICE_LOSS]}
     if examples.weights is not None:
         metrics["teacher_weights"] = examples.weights.mean(axis=0, dtype=np.float64).tolist()
-    for adapter in model.peft_config.values():
-        targets: Any = getattr(adapter, "target_modules", None)
-        if isinstance(targets, set):  # its order differs between processes
-            adapter.target_modules = sorted(targets)
-    # Only trained weights: gathering a sharded backbone would need all processes.
-    trained = {name: p.detach() for name, p in trainer.trained()}
     if head := head_of(model):
         metrics |= {"reads": head.reader.reads, "marker": head.reader.marker.tolist()}
-        trained |= {
-            n: p for n, p in model.named_parameters() if any(p is own for own in head.parameters())
-        }
     with atomic_directory(output) as folder:
-        model.save_pretrained(str(folder), state_dict=trained)
-        metrics["sha256"] = {name: file_sha256(folder / name) for name in ADAPTER_FILES}
+        files = save_judge(model, trained, folder)
+        metrics["sha256"] = {name: file_sha256(folder / name) for name in files}
         write_json(metrics, folder / "metrics.json")
         write_parquet(history, folder / "history.parquet", about)
     speed = tokens * metrics["epochs"] / max(seconds, 1e-9)
@@ -385,23 +385,15 @@ def _history(log: list[dict[str, float]]) -> pa.Table:
     return pa.table(table | {"choice_loss": choice_loss})
 
 
-def _load_base(
-    backbone: Path,
-    settings: PretrainingSettings | TrainingSettings,
-    vocabulary: Vocabulary,
-    seed: int,
-    launch: Launch,
-    pretrained: Path | None = None,
-) -> Any:
-    model = load_classifier(
-        backbone,
-        head=settings.head,
-        precision=settings.precision,
-        attention=launch.attention,
-        pad_token_id=vocabulary.pad,
-        head_seed=seed,
-        shards=int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
-    )
-    if settings.head.pooling == "layers" and pretrained is None:  # else as the adapter has it
-        attach_unfitted_head(model, vocabulary.one_answer[settings.encoding.template][1])
-    return model
+def _how(
+    settings: PretrainingSettings | TrainingSettings, vocabulary: Vocabulary, launch: Launch
+) -> dict[str, Any]:
+    """How to load the judge that is trained."""
+    return {
+        "head": settings.head,
+        "precision": settings.precision,
+        "attention": launch.attention,
+        "pad_token_id": vocabulary.pad,
+        "marker": vocabulary.one_answer[settings.encoding.template][1],
+        "shards": int(os.environ.get("WORLD_SIZE", "1")) if launch.fsdp else 1,
+    }

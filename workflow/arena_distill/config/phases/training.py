@@ -25,7 +25,7 @@ class PretrainingSettings(Settings):
 
     encoding: Encoding
     head: Head = JOINT
-    lora: Lora
+    lora: Lora | None
     precision: Precision
     pretraining: Pretraining
 
@@ -50,7 +50,7 @@ class TrainingSettings(Settings):
 
     encoding: Encoding
     head: Head = JOINT
-    lora: Lora
+    lora: Lora | None
     precision: Precision
     training: Training
     keep_head: bool
