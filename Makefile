@@ -30,8 +30,11 @@ test-real: setup auto-gptq vllm transformers4
 	.venv/bin/pytest -m real $(PYTEST)
 
 # A thread each: ratios, not records.
+bench: export OMP_NUM_THREADS = 1
 bench: setup
-	for script in fixed_cost batches utilisation merging; do OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$$script.py || exit; done
+	for script in fixed_cost batches utilisation merging preparation tta large_graph; do .venv/bin/python benchmarks/$$script.py || exit; done
+	.venv-gptq/bin/python benchmarks/quantization.py
+	.venv/bin/python benchmarks/sizes.py --keep
 	.venv/bin/python benchmarks/write_performance.py
 
 soak: setup mutants

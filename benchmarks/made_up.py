@@ -1,4 +1,4 @@
-"""Made-up models and battles, for several benchmarks: random weights take the time of trained ones."""
+"""Made-up models and tokens for several benchmarks: random weights take the time of trained ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from arena_distill.verdicts import Votes
 
 SMALL: dict[str, dict[str, Any]] = {
     "1m": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4},
+    "4m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4},
     "25m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8},
 }
 """Llamas of about so many weights, besides the published models of `planning/architectures`."""
 
 IDS = 1000
 """Token ids are below."""
-
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,7 +33,9 @@ def options(parser: argparse.ArgumentParser, model: str, longest: int) -> None:
     """Add the options of what is made up, and of where it runs."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--model", default=model, help="1m, 25m, or a published one: smollm2-135m")
+    parser.add_argument(
+        "--model", default=model, help="1m, 4m, 25m, or a published one: smollm2-135m"
+    )
     parser.add_argument("--longest", type=int, default=longest, help="tokens of a sequence")
 
 

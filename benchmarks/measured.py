@@ -9,12 +9,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "pyarrow", "fastokens")
 
 
@@ -33,21 +34,39 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def cpu_of(*command: str) -> float:
-    """CPU seconds of a process, from its start to its end.
+class Used(NamedTuple):
+    """What a process took: seconds of the clock and of the CPU, and MB of memory at its peak."""
+
+    wall: float
+    cpu: float
+    peak: float
+
+
+def used_by(*command: str) -> Used:
+    """Run a process from its start to its end.
+
+    Its peak of memory counts what this process held when it began.
 
     Raises:
         SystemExit: it failed.
     """
+    start = time.perf_counter()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"{' '.join(command)}: ended with {child.returncode}")
-    return usage.ru_utime + usage.ru_stime
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    wall = time.perf_counter() - start
+    return Used(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
 
 
-def by_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def cpu_of(*command: str) -> float:
+    """CPU seconds of a process."""
+    return used_by(*command).cpu
+
+
+def by_turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """The seconds that each way gives, once per round; a first round is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -83,8 +102,17 @@ def ratio(
     return found
 
 
-def keep(script: str, ratios: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Write `results/<script>.json`, of a GPU `results/<script>-cuda.json`, for `write_performance.py`."""
+def keep(
+    script: str,
+    ratios: list[dict[str, Any]],
+    device: str = "cpu",
+    growth: Mapping[str, Mapping[int, Used]] | None = None,
+) -> None:
+    """Write `results/<script>.json`, of a GPU `results/<script>-cuda.json`, for `write_performance.py`.
+
+    Args:
+        growth: by phase and number of battles.
+    """
     RESULTS.mkdir(exist_ok=True)
     machine = {
         "processor": processor() if device == "cpu" else graphics(),
@@ -95,7 +123,15 @@ def keep(script: str, ratios: list[dict[str, Any]], device: str = "cpu") -> None
         **{name: found for name in LIBRARIES if (found := installed(name))},
     }
     stem = Path(script).stem + (f"-{device}" if device != "cpu" else "")
-    found = {"arguments": sys.argv[1:], "machine": machine, "ratios": ratios}
+    found: dict[str, Any] = {"arguments": sys.argv[1:], "machine": machine, "ratios": ratios}
+    if growth:
+        found["growth"] = {
+            phase: {
+                rows: {"cpu": round(used.cpu, 2), "peak": round(used.peak)}
+                for rows, used in of.items()
+            }
+            for phase, of in growth.items()
+        }
     (RESULTS / f"{stem}.json").write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -15,60 +15,25 @@ Times depend on the machine, and on what else it does: compare CPU seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from arena_distill.battles.simulation import simulate
+import inputs
+from measured import used_by
+
 from arena_distill.judging.predict import PART
-
-
-def make_up(folder: Path, rows: int, files: int, kind: str, seed: int) -> None:
-    """Write battles in the Kaggle schema."""
-    folder.mkdir(parents=True)
-    for number in range(files):
-        first, end = (rows * n // files for n in (number, number + 1))
-        frame = simulate(
-            rows=end - first, seed=seed + number, voters="arena", id_offset=first
-        ).frame[["id", "prompt", "response_a", "response_b"]]
-        for name in ("prompt", "response_a", "response_b"):
-            frame[name] = frame[name].map(json.dumps)
-        path = folder / f"{number:04}.{kind}"
-        if kind == "csv":
-            frame.to_csv(path, index=False)
-        else:
-            frame.to_json(path, orient="records", lines=True)
-
-
-def start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*command, "--output", str(output)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
-def whole(command: list[str], output: Path) -> tuple[float, float, float]:
-    """Wall and CPU seconds, and MB at the peak, of a process that runs to its end."""
-    begin = time.perf_counter()
-    child = start(command, output)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(f"predict ended with {child.returncode}")
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    wall = time.perf_counter() - begin
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
 def killed(command: list[str], output: Path, parts: int) -> int:
     """Start, and kill once there are `parts` parts; how many there are then."""
     done = output.with_name(f"{output.name}.parts")
-    child = start(command, output)
+    command = [*command, "--output", str(output)]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(found := list(done.glob("*.parquet"))) < parts:
         if child.poll() is not None:
             sys.exit(f"predict ended with {child.returncode} before it was killed")
@@ -97,7 +62,7 @@ def main() -> None:
             folder = Path(temporary, str(rows))
             # In a process of its own: a child's peak counts what its parent held when it began.
             maker = multiprocessing.get_context("spawn").Process(
-                target=make_up,
+                target=inputs.battle_files,
                 args=(folder, rows, arguments.files, arguments.kind, arguments.seed),
             )
             maker.start()
@@ -105,10 +70,10 @@ def main() -> None:
             command = [sys.executable, "-m", "arena_distill", "predict", str(arguments.judge)]
             command += [str(folder), "--batch-tokens", str(arguments.batch_tokens)]
             at_once, resumed = Path(temporary, "at_once.csv"), Path(temporary, "resumed.csv")
-            wall, cpu, peak = whole(command, at_once)
+            wall, cpu, peak = used_by(*command, "--output", str(at_once))
             parts = math.ceil(rows / PART)
             kills = [killed(command, resumed, max(1, parts * n // 3)) for n in (1, 2)]
-            whole(command, resumed)
+            used_by(*command, "--output", str(resumed))
             if at_once.read_bytes() != resumed.read_bytes():
                 sys.exit(f"{rows:,} battles: another result after {len(kills)} kills")
             print(

@@ -1,6 +1,6 @@
 """Measure reading, folds, the leak audit and tokenisation of more and more battles.
 
-    python benchmarks/sizes.py                                       # 10,000 and 100,000 battles
+    python benchmarks/sizes.py --keep                                # 10,000, 30,000 and 100,000 battles
     python benchmarks/sizes.py --rows 10000 100000 1000000 --tokenizer models/tokenizers/llama3
     python benchmarks/sizes.py --rows 100000 --profile               # and where the time goes
 
@@ -19,19 +19,17 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import pstats
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from measured import Used, keep, used_by
 
 TINY = Path(__file__).resolve().parents[1] / "workflow/arena_distill/models/tiny/llama"
 SHARD = 20_000
@@ -126,26 +124,17 @@ def shard(
 # --- phases ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Measured:
-    """What a phase took: seconds, and MB at its peak and of its output."""
-
-    wall: float
-    cpu: float
-    peak: float
-    written: float
-
-    def row(self, rows: int, phase: str, before: tuple[int, Measured] | None) -> str:
-        text = (
-            f"{rows:9,} {phase:22} {self.wall:7.1f} {self.cpu:7.1f} {rows / self.wall:10,.0f}"
-            f" {self.peak:8,.0f} {self.written:7,.0f}"
-        )
-        if before:
-            fewer, smaller = before
-            growth = self.cpu / smaller.cpu
-            exponent = math.log(growth) / math.log(rows / fewer)
-            text += f" {growth:5.1f} {exponent:9.2f} {self.peak / smaller.peak:6.2f}"
-        return text
+def row(rows: int, phase: str, used: Used, output: Path, smaller: Mapping[int, Used]) -> str:
+    text = (
+        f"{rows:9,} {phase:22} {used.wall:7.1f} {used.cpu:7.1f} {rows / used.wall:10,.0f}"
+        f" {used.peak:8,.0f} {output.stat().st_size / 2**20:7,.0f}"
+    )
+    if smaller:
+        fewer, before = list(smaller.items())[-1]
+        growth = used.cpu / before.cpu
+        exponent = math.log(growth) / math.log(rows / fewer)
+        text += f" {growth:5.1f} {exponent:9.2f} {used.peak / before.peak:6.2f}"
+    return text
 
 
 def phases(folder: Path, tokenizers: list[Path]) -> dict[str, tuple[list[str], Path]]:
@@ -186,26 +175,6 @@ def phases(folder: Path, tokenizers: list[Path]) -> dict[str, tuple[list[str], P
     }
 
 
-def measure(command: list[str], output: Path, profile: Path | None) -> Measured:
-    profiled = ["-m", "cProfile", "-o", str(profile)] if profile else []
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, *profiled, "-m", "arena_distill", "phase", *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(child.returncode)
-    return Measured(
-        time.perf_counter() - start,
-        usage.ru_utime + usage.ru_stime,
-        usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        output.stat().st_size / 2**20,
-    )
-
-
 def print_profile(path: Path) -> None:
     """The functions that themselves took most of the time."""
     stats = pstats.Stats(str(path)).stats  # type: ignore[attr-defined]
@@ -220,15 +189,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, nargs="+", default=[TINY])
     parser.add_argument("--phases", nargs="+", help="only these, such as audit-leaks")
     parser.add_argument("--profile", action="store_true", help="run in Python's profiler")
+    parser.add_argument("--keep", action="store_true", help="for docs/performance.md")
     parser.add_argument("--folder", type=Path, help="keep the files here, and use those there are")
     arguments = parser.parse_args()
     print(HEADER)
-    smaller: dict[str, tuple[int, Measured]] = {}
+    taken: dict[str, dict[int, Used]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for rows in arguments.rows:
             folder = (arguments.folder or Path(temporary)) / str(rows)
@@ -244,12 +214,16 @@ def main() -> None:
             for name, (command, output) in phases(folder, arguments.tokenizer).items():
                 if arguments.phases and not {name, name.split()[0]} & set(arguments.phases):
                     continue
-                profile = folder / "profile" if arguments.profile else None
-                measured = measure(command, output, profile)
-                print(measured.row(rows, name, smaller.get(name)), flush=True)
-                smaller[name] = rows, measured
-                if profile:
-                    print_profile(profile)
+                profile = ["-m", "cProfile", "-o", str(folder / "profile")]
+                python = [sys.executable, *(profile if arguments.profile else [])]
+                used = used_by(*python, "-m", "arena_distill", "phase", *command)
+                growth = taken.setdefault(name, {})
+                print(row(rows, name, used, output, growth), flush=True)
+                growth[rows] = used
+                if arguments.profile:
+                    print_profile(folder / "profile")
+    if arguments.keep:
+        keep(__file__, [], growth=taken)
 
 
 if __name__ == "__main__":

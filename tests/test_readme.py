@@ -282,6 +282,7 @@ HANDLERS: dict[str, Callable[[list[str], Path], None]] = {
     "make": of_make,
     "arena-distill": of_arena_distill,
     "python": of_python,
+    ".venv-gptq/bin/python": of_python,
     "pip": of_pip,
     "export": of_export,
     "pytest": of_pytest,
