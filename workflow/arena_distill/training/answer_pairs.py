@@ -79,16 +79,13 @@ class AnswerPairs:
 class RotatedReads:
     """The rotated features of each read; :meth:`of` combines some."""
 
-    def __init__(
-        self, values: np.ndarray, outputs: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, values: np.ndarray, outputs: int) -> None:
         """
         Args:
             values: float32 (rows, answers, reads, hidden size).
             outputs: of the head: the strength, or the strength and the tie parameter.
-            device: where heads are fitted.
         """
-        features = torch.from_numpy(values).to(device)
+        features = torch.from_numpy(values)
         self.centre = features.mean((0, 1))
         features = features - self.centre
         self.spread = features.flatten(0, 1).std(0)
@@ -139,4 +136,4 @@ def _outputs(columns: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Te
     parts = weights.split([part.shape[1] for part in columns])
     halves = [part @ mine / 2 for part, mine in zip(columns, parts, strict=True)]
     signs = SIGNS[: len(columns)].T  # (answers, outputs)
-    return torch.stack(halves, -1)[:, None] * signs.to(weights.device)
+    return torch.stack(halves, -1)[:, None] * signs

@@ -68,7 +68,6 @@ def objective_of(
     *,
     loss: Loss,
     head: Head,
-    device: torch.device | str = "cpu",
 ) -> Objective:
     """What a head is fitted by: a judge's own loss.
 
@@ -76,13 +75,11 @@ def objective_of(
         votes: of the battles as shown.
         teachers: float32 (rows, teachers, classes), logits, or None.
         weights: float32 (rows, teachers), or None.
-        device: where outputs and rows will be.
     """
-    shares = torch.from_numpy(votes.probabilities.astype(np.float32)).to(device)
-    counts = torch.from_numpy(votes.weights.astype(np.float32)).to(device)
+    shares = torch.from_numpy(votes.probabilities.astype(np.float32))
+    counts = torch.from_numpy(votes.weights.astype(np.float32))
     taught, trusted = (
-        None if array is None else torch.from_numpy(array).to(device)
-        for array in (teachers, weights)
+        None if array is None else torch.from_numpy(array) for array in (teachers, weights)
     )
 
     def objective(outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -179,9 +179,6 @@ class Part:
     held_out: torch.Tensor
     objective: Objective
 
-    def to(self, device: torch.device | str) -> Part:
-        return Part(self.known.to(device), self.held_out.to(device), self.objective)
-
 
 def split(votes: Votes, groups: np.ndarray, objective: Objective) -> list[Part]:
     """Split the battles with votes by prompt; each part learns all others of other prompts.
@@ -233,17 +230,16 @@ def fit_layer_head(
     """Give a judge that is to be trained the head of a frozen one, as :func:`linear_probe.fit_head`."""
     layered = head_of(judge)
     assert layered is not None and examples.groups is not None
-    device = layered.linear.weight.device
     objective = objective_of(
-        examples.votes, examples.teachers, examples.weights, loss=loss, head=head, device=device
+        examples.votes, examples.teachers, examples.weights, loss=loss, head=head
     )
-    asked = objective_of(examples.votes, None, None, loss=VOTE_LOSS, head=head, device=device)
+    asked = objective_of(examples.votes, None, None, loss=VOTE_LOSS, head=head)
     reads = layered.reader.reads
     values = read_features(judge, examples.views, batch_tokens)
     values = values.reshape(*values.shape[:2], len(reads), -1)
     parts = split(examples.votes, examples.groups, objective)
     marker, outputs = layered.reader.marker.tolist(), len(head.outputs)
-    probe, ridge, found = choose(reads, marker, values, objective, asked, parts, outputs, device)
+    probe, ridge, found = choose(reads, marker, values, objective, asked, parts, outputs)
     with torch.no_grad():
         layered.linear.weight.copy_(probe.over(reads))
         layered.linear.bias.copy_(probe.bias)
@@ -259,7 +255,6 @@ def choose(
     votes: Objective,
     parts: Sequence[Part],
     outputs: int,
-    device: torch.device | str = "cpu",
 ) -> tuple[Probe, float, float]:
     """The head that predicts the votes of battles left out best, its ridge and its loss there.
 
@@ -269,11 +264,9 @@ def choose(
         objective: what the head is fitted by in the end.
         votes: what it is chosen by: the log loss of the votes, 0 without one.
         parts: of the cross-validation; none: the strongest ridge, of the first read.
-        device: where heads are fitted, and where both objectives expect outputs.
     """
-    rotated = RotatedReads(values, outputs, device)
-    rows = torch.arange(len(values), device=device)
-    parts = [part.to(device) for part in parts]
+    rotated = RotatedReads(values, outputs)
+    rows = torch.arange(len(values))
     asked = sum(len(part.held_out) for part in parts)
 
     def tried(some: Sequence[int], ridges: Sequence[float]) -> tuple[float, float]:
@@ -306,4 +299,4 @@ def choose(
     weights = rotated.of(best_reads).fit(rows, objective, best[0], None)
     weight, bias = rotated.head(weights, best_reads)
     chosen = tuple(reads[i] for i in best_reads)
-    return Probe(chosen, tuple(marker), weight.contiguous().cpu(), bias.cpu()), *best
+    return Probe(chosen, tuple(marker), weight.contiguous(), bias), *best
