@@ -240,7 +240,10 @@ class Costs:
             flops += sizes.forward_flops(seen.tokens, seen.squares)
         seconds = self._seconds(job, judge, device, flops, passes, sum(memory.values()), gpus)
         cost = self._computed(job, sizes, judge, memory, flops, seconds, stored=4.0 * learned)
-        return replace(cost, checkpoints=_CHECKPOINTS * 12.0 * learned)  # weights and moments
+        # A process gathers all that is trained to write it; the best weights wait in host memory.
+        best = isinstance(how, Training) and how.keep == "best"
+        host = cost.host + 4.0 * learned * (1 + best)
+        return replace(cost, host=host, checkpoints=_CHECKPOINTS * 12.0 * learned)  # and moments
 
     def _score_fold(self, job: Planned, judge: Judge, device: Device) -> Cost:
         name = job.wildcards["judge"]

@@ -48,7 +48,7 @@ class Forecast:
     """The forecast of a run: its jobs, their judges, and the assumptions.
 
     critical: the indices of the jobs of the longest chain, in their order.
-    parameters: by judge, of backbone, adapter and head, and how many are trained.
+    parameters: by judge, of backbone, adapter (0: all are trained) and head.
     notes: warnings for the user.
     """
 
@@ -166,12 +166,7 @@ def forecast(arguments: Sequence[str], *, cheaper: bool = False) -> Forecast:
     working = dict.fromkeys(job.wildcards.get("judge", "") for job in graph.jobs)
     trained = [name for name in working if name and config.judges[name].backbone]
     parameters = {
-        name: {
-            "base": sizes.base,
-            "adapter": sizes.lora,
-            "head": sizes.head,
-            "learned": sizes.learned,
-        }
+        name: {"base": sizes.base, "adapter": sizes.lora, "head": sizes.head}
         for name in trained
         if (sizes := costs.sizes(name))
     }
@@ -244,8 +239,9 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
     console.print(table)
     for name, counts in found.parameters.items():
         console.print(
-            f"{name}: {counts['base']:,} parameters, adapter {counts['adapter']:,}, "
-            f"head {counts['head']:,}, trained {counts['learned']:,}",
+            f"{name}: {counts['base']:,} parameters, "
+            + (f"adapter {counts['adapter']:,}" if counts["adapter"] else "all trained")
+            + f", head {counts['head']:,}",
             highlight=False,
         )
     machines = f"{plan.nodes} × {plan.cores_per_node} cores"
@@ -257,15 +253,15 @@ def print_forecast(found: Forecast, console: Console | None = None) -> None:
             spent += f"{totals['cost']:,.0f} at {plan.price(plan.accelerator):g} an hour, "
     checkpoints = ""
     if totals["checkpoint_bytes"]:
-        checkpoints = f", {_short(totals['checkpoint_bytes'] / 1e9)} GB of checkpoints at most"
+        held = _short(totals["checkpoint_bytes"] / 1e9)
+        checkpoints = f"\ncheckpoints take {held} GB at most; those of a training go when it ends"
     if totals["fees"]:
         spent += f"{totals['fees']:,.2f} for endpoints, "
     console.print(
         f"\n{totals['jobs']} jobs, {totals['jobs_left']} of them to be done: {spent}"
-        f"{_short(totals['flops'] / 1e15)} PFLOP, {_short(totals['stored_bytes'] / 1e9)} GB stored"
-        f"{checkpoints}\n"
+        f"{_short(totals['flops'] / 1e15)} PFLOP, {_short(totals['stored_bytes'] / 1e9)} GB stored\n"
         f"{_duration(totals['makespan_hours'])} on {machines}; the longest chain of jobs takes "
-        f"{_duration(totals['critical_path_hours'])}",
+        f"{_duration(totals['critical_path_hours'])}{checkpoints}",
         highlight=False,
     )
     battles = ", ".join(f"{source} {count:,}" for source, count in found.battles.items())

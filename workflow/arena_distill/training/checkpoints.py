@@ -5,7 +5,7 @@ They are under `R/.checkpoints`, which Snakemake does not delete when a job fail
     llama-teacher/fold_0/
         lock                    held by the job that trains this output
         <key>/checkpoint-120/   the Trainer's files and `seal.json`, which marks it as complete
-        <key>/finished/         the adapter, until the run has succeeded
+        <key>/finished/         what was trained, until the run has succeeded
         <key>/damaged-…/        incomplete checkpoints
 
 The key is a digest of all that determines the weights. Other settings, battles or targets have another
@@ -143,7 +143,7 @@ class Checkpoints(TrainerCallback):
         if args.world_size > 1:  # so that all processes act at the same step
             wishes = reduce(wishes.to(args.device), "sum").cpu()
         save, stop = wishes.bool().tolist()
-        if state.global_step < state.max_steps:  # after the last step the adapter itself is written
+        if state.global_step < state.max_steps:  # after the last step the result itself is written
             control.should_save |= save or stop
             control.should_training_stop |= stop
             self._stop = self._stop or (signal.SIGTERM if stop else None)
@@ -176,7 +176,7 @@ class Checkpoints(TrainerCallback):
     # --- the end ----------------------------------------------------------------------------------
 
     def publish(self, output: Path) -> None:
-        """Move the finished adapter to its place, and remove the checkpoints."""
+        """Move what was trained to its place, and remove the checkpoints."""
         with atomic_directory(output) as folder:
             shutil.copytree(self.finished, folder, copy_function=_link, dirs_exist_ok=True)
         for checkpoint in self.folder.glob("*checkpoint-*"):
