@@ -77,9 +77,11 @@ whole = pytest.mark.xdist_group("whole")  # tests of one run stay in one process
 # --- a whole run ------------------------------------------------------------------------------------
 
 
-def on_slurm(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
-    """Snakemake as users start it, but with more frequent status checks."""
-    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
+def on_slurm(
+    checkout: Checkout, *arguments: str, python: str = sys.executable
+) -> subprocess.Popen[str]:
+    """Snakemake as users start it, but with more frequent status checks; its jobs have the same Python."""
+    command = [python, "-m", "snakemake", "--profile", "slurm", *arguments]
     log = open(checkout.folder / "snakemake.log", "a")  # noqa: SIM115
     return subprocess.Popen(
         [*command, "--slurm-init-seconds-before-status-checks", "2", "--configfile", "mini.yaml"],
@@ -107,14 +109,13 @@ def said(checkout: Checkout) -> str:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The graph of tests/mini.yaml, each judge on one GPU, the teachers' logits in shards."""
+    """The graph of tests/mini.yaml, each judge on one GPU, one's logits in shards; no fault hits it."""
     checkout = make_checkout(tmp_path_factory.mktemp("slurm") / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
     config["defaults"]["compute"] |= {"gpus": 1, "gpu_model": "a100"}
     config["judges"]["qwen2-teacher"]["logits"] = {"shards": 2}
-    config.setdefault("environments", {})["main"] = warm_python()  # no fault hits this run
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
-    finish(on_slurm(checkout, "all"), checkout)
+    finish(on_slurm(checkout, "all", python=warm_python()), checkout)
     return checkout
 
 
@@ -175,7 +176,8 @@ def test_one_folds_logits_by_name_are_one_job(whole_run: Checkout) -> None:
     before = path.read_bytes()
     path.unlink()
     jobs = len(past_jobs(whole_run, "predict_logits"))
-    finish(on_slurm(whole_run, str(path.relative_to(whole_run.folder))), whole_run)
+    logits = str(path.relative_to(whole_run.folder))
+    finish(on_slurm(whole_run, logits, python=warm_python()), whole_run)
     assert len(past_jobs(whole_run, "predict_logits")) == jobs + 1
     assert path.read_bytes() == before
 

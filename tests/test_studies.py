@@ -216,6 +216,7 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
     """Two variants, two points of each curve, one of each start: all files, and consistent figures."""
     checkout = make_checkout(tmp_path / "checkout")
     config = yaml.safe_load((checkout.folder / "mini.yaml").read_text())
+    config["data"]["arena"] |= {"train": 80, "extra": 16, "ut": 0}
     config["defaults"] |= {"pretraining": None, "head": "pointwise"}
     config["compare"] = {"recipes": [], "resamples": 200}
     config["compare"]["variants"] = {
@@ -223,7 +224,7 @@ def test_a_comparison_curves_and_averaging_from_one_command_each(tmp_path: Path)
         "fitted": {"loss": {"combine": "mean_probabilities", "weights": "fitted"}},
     }
     config["folds"]["choices"] = 0.1
-    config["studies"] = {"curve_shares": [0.5, 1], "averaging_epochs": [1]}
+    config["studies"] = {"curve_shares": [0.5, 1], "averaging_epochs": [0.5]}
     (checkout.folder / "mini.yaml").write_text(yaml.safe_dump(config))
     checkout.run("compare", "curves", "averaging")
     compared = json.loads((checkout.results / "compare/compare.json").read_text())
