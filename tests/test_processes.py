@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from test_training import distance, training_settings
 
 from arena_distill.battles.folds import assign_folds, fold_rows
-from arena_distill.config.judge import Loss
+from arena_distill.config.judge import Head, Loss
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import TrainingSettings
@@ -112,6 +112,7 @@ STUDENT = {
     "targets": "out_of_fold",
     "loss": Loss(ce=1, kl=1, cosine=1, temperature=2),
 }
+LAYERS = Head(kind="pointwise", pooling="layers")
 STATES = STUDENT | {"loss": Loss(ce=1, kl=1, temperature=2, features=2, attention=0.5)}
 
 
@@ -226,7 +227,7 @@ def moved(fold: Path, backbone: Path) -> float:
 @pytest.mark.parametrize(
     ("family", "battles", "changes", "fsdp"),
     [
-        ("llama", 48, {}, 0),  # no fillers
+        ("llama", 48, {"head": LAYERS, "fit_head": True}, 0),  # no fillers
         ("llama", 41, {}, 1),  # the last round is one battle and fillers
         ("qwen2", 47, {"swap": True}, 0),
         ("gemma2", 45, {"fit_head": True}, 1),
@@ -250,7 +251,7 @@ def test_two_processes_learn_what_one_learns(
     two = in_two_processes(mine, tmp_path / "two", "--fsdp", str(fsdp), **changes)
     shown = battles * (2 if changes.get("swap") else 1)
     metrics = read_json(two / "metrics.json")
-    assert metrics["sequences"] == shown
+    assert metrics["sequences"] == shown * (2 if "head" in changes else 1)
     assert metrics["steps"] == 2 * -(-shown // BATCH)
     assert moved(one, mine.backbone) > 100 * MOST
     assert_same_training(two, one, most=MOST)
