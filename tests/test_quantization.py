@@ -201,6 +201,54 @@ def test_each_block_is_calibrated_on_what_the_rounded_blocks_before_it_make(
             torch.testing.assert_close(hidden[row], states.hidden_states[number])
 
 
+@pytest.mark.parametrize("last", ["self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_block_runs_to_the_layers_that_are_rounded(
+    monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """They see the inputs of a whole pass, of every row, and what follows does not run."""
+    import torch
+    from test_merging import base_model
+
+    inputs: dict[str, list[Any]] = {}
+
+    class Solver:
+        def __init__(self, layer: Any, _: Any) -> None:
+            self.quantizer, self.seen = SimpleNamespace(configure=lambda **_: None), []
+            inputs[next(n for n, x in block.layers.items() if x is layer)] = self.seen
+
+        def add_batch(self, given: Any, _: Any) -> None:
+            self.seen.append(given)
+
+        def quantize(self) -> Any:
+            raise InterruptedError
+
+    for name, content in {
+        "gptqmodel": {},
+        "gptqmodel.quantization": {"GPTQ": Solver},
+        "gptqmodel.nn_modules.qlinear.torch": {"TorchLinear": None},
+        "gptqmodel.utils.model": {"convert_gptq_v2_to_v1_format_module": None},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    model = base_model("llama").eval()
+    rows = Sequences(np.array([3, 4, 5, 6, 7, 8], np.int32), np.array([0, 4, 6]))
+    with torch.inference_mode():
+        block = gptq._record_calls(model, model.model.layers, rows)[0]
+        (group,) = [names for names in gptq._layers_by_input(block) if last in names]
+        whole: list[Any] = []
+        hook = block.layers[last].register_forward_pre_hook(lambda _, given: whole.append(given[0]))
+        block.forward()
+        hook.remove()
+        ends: list[Any] = []
+        block.module.register_forward_hook(lambda *_: ends.append(1))
+        with pytest.raises(InterruptedError):
+            next(gptq._round(block, group, None))
+    assert set(inputs) == set(group) and not ends
+    for seen in inputs.values():
+        assert len(seen) == 2 and all(map(torch.equal, seen, whole))
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -296,6 +296,10 @@ def _quantize(model: Any, calibration: Sequences, bits: int, group_size: int) ->
     }
 
 
+class _Enough(Exception):
+    """A hook has what it needs of a row: the block need not run on."""
+
+
 @dataclass
 class _Block:
     """A block, and its inputs for every calibration row.
@@ -314,11 +318,18 @@ class _Block:
 
     def forward(self, rows: int | None = None) -> list[torch.Tensor]:
         """The hidden states after the block, of the first `rows` rows."""
-        outputs = (
-            self.module(hidden, *args, **kwargs)
-            for hidden, (args, kwargs) in zip(self.hidden[:rows], self.calls[:rows], strict=True)
-        )
+        outputs = (self._row(row) for row in range(len(self.hidden[:rows])))
         return [out[0] if isinstance(out, tuple) else out for out in outputs]
+
+    def run_to_hooks(self) -> None:
+        """Run on every row, each as far as the hooks of its layers let it."""
+        for row in range(len(self.hidden)):
+            with suppress(_Enough):
+                self._row(row)
+
+    def _row(self, row: int) -> Any:
+        args, kwargs = self.calls[row]
+        return self.module(self.hidden[row], *args, **kwargs)
 
 
 def _record_calls(
@@ -373,15 +384,20 @@ def _round(block: _Block, group: Sequence[str], config: Any) -> Iterator[tuple[s
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     solvers = {name: GPTQ(block.layers[name], config) for name in group}
+    seen: set[str] = set()
 
     def add(_: Any, args: tuple[Any, ...], output: Any, *, name: str) -> None:
         solvers[name].add_batch(args[0], output)
+        seen.add(name)
+        if len(seen) == len(group):  # of this row
+            seen.clear()
+            raise _Enough
 
     with ExitStack() as hooks:
         for name in group:
             hook = block.layers[name].register_forward_hook(partial(add, name=name))
             hooks.callback(hook.remove)
-        block.forward()
+        block.run_to_hooks()
     for name, solver in solvers.items():
         layer = block.layers[name]
         solver.quantizer.configure(perchannel=True)
