@@ -7,6 +7,7 @@ rule fit_calibration:
         folds=RUN.folds,
         battles=RUN.battles,
         logits=RUN.held_out_logits("{judge}", "{model}"),
+        ids=carried_ids(RUN.held_out_logits("{judge}", "{model}")),
     output:
         calibration=RUN.calibration("{judge}", "{model}"),
     log:

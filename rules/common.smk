@@ -141,6 +141,23 @@ def as_options(*names):
     return of_job
 
 
+CARRIED = bool(workflow.storage_settings and workflow.storage_settings.default_storage_provider)
+
+
+def carried_ids(logits):
+    """The ids of logits, as inputs, where a storage carries the files of a job: elsewhere they lie beside.
+
+    `logits` is what the rule's input of this name is.
+    """
+
+    def of_job(wildcards):
+        given = logits(wildcards) if callable(logits) else logits
+        files = [given] if isinstance(given, str) else given
+        return [layout.ids(file.format(**wildcards)) for file in files if CARRIED]
+
+    return of_job
+
+
 @functools.cache
 def findings():
     """Everything that will fail; files that a rule makes, here or in an outer workflow, are not checked."""

@@ -64,6 +64,7 @@ rule read_external_logits:
 rule split_external_logits:
     input:
         logits=EXTERNAL_LOGITS,
+        ids=carried_ids(EXTERNAL_LOGITS),
         folds=RUN.folds,
     output:
         logits=LOGITS,

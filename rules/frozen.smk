@@ -39,6 +39,7 @@ rule fit_probe:
         features=features,
         folds=RUN.folds,
         teacher_logits=teacher_logits,
+        ids=carried_ids(teacher_logits),
     output:
         adapter=directory(RUN.adapter("{judge}", "{fold}")),
     log:

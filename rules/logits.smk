@@ -56,6 +56,7 @@ rule gather_logits:
     input:
         folds=RUN.folds,
         shards=shards,
+        ids=carried_ids(shards),
     output:
         logits=LOGITS,
         ids=layout.ids(LOGITS),
@@ -99,6 +100,7 @@ use rule gather_logits as gather_logits_states with:
     input:
         folds=RUN.folds,
         shards=shards,
+        ids=carried_ids(shards),
         states=shard_states,
     output:
         logits=LOGITS,

@@ -95,6 +95,7 @@ rule predict_test:
     input:
         unpack(calibration),
         logits=RUN.test_logits("{judge}", "{model}"),
+        ids=carried_ids(RUN.test_logits("{judge}", "{model}")),
     output:
         predictions=RUN.predictions("{judge}", "{model}"),
     log:

@@ -11,6 +11,7 @@ rule fit_stack:
         folds=RUN.folds,
         surface=surface_of,
         logits=members_folds,
+        ids=carried_ids(members_folds),
     output:
         stack=RUN.stack("{judge}"),
     log:
@@ -39,6 +40,7 @@ rule combine_fold:
         folds=RUN.folds,
         battles=battles_of_trees,
         logits=members_fold,
+        ids=carried_ids(members_fold),
     output:
         logits=LOGITS,
         ids=layout.ids(LOGITS),
@@ -66,6 +68,7 @@ rule combine_test:
         stack=RUN.stack("{judge}"),
         surface=surface_of,
         logits=members_models(RUN.test_logits),
+        ids=carried_ids(members_models(RUN.test_logits)),
     output:
         logits=RUN.test_logits("{judge}", "{model}"),
         ids=layout.ids(RUN.test_logits("{judge}", "{model}")),
@@ -94,6 +97,7 @@ use rule combine_test as combine_held_out with:
         stack=RUN.stack("{judge}"),
         surface=surface_of,
         logits=members_models(RUN.held_out_logits),
+        ids=carried_ids(members_models(RUN.held_out_logits)),
     output:
         logits=RUN.held_out_logits("{judge}", "{model}"),
         ids=layout.ids(RUN.held_out_logits("{judge}", "{model}")),

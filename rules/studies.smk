@@ -11,6 +11,7 @@ rule compare_soups:
         backbone=backbone,
         adapters=fold_adapters,
         logits=fold_logits,
+        ids=carried_ids(fold_logits),
         tokens=tokens,
         folds=RUN.folds,
         test_votes=TEST_VOTES,

@@ -72,6 +72,7 @@ use rule train_teacher as distill_student with:
         tokens=tokens,
         folds=RUN.folds,
         teacher_logits=teacher_logits,
+        ids=carried_ids(teacher_logits),
         teacher_states=teacher_states,
     output:
         adapter=directory(RUN.adapter("{judge}", "{fold}")),

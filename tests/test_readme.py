@@ -244,6 +244,8 @@ def of_python(words: list[str], folder: Path) -> None:
     """A benchmark: its file compiles, its options are among those of its text, its files are ours."""
     text = (ROOT / words[1]).read_text(encoding="utf-8")
     compile(text, words[1], "exec")
+    if "import made_up" in text:
+        text += (ROOT / "benchmarks/made_up.py").read_text(encoding="utf-8")
     options = [word for word in words[2:] if word.startswith("--")]
     assert all(f'"{option}"' in text for option in options)
     assert all(word in text for word in words[2:] if "/" in word)

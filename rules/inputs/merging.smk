@@ -16,7 +16,8 @@ def merge_evidence(wildcards):
     """The inputs that decide the weight of each fold in the merged model, by option."""
     weights = GRAPH.judges[wildcards.judge].merge.weights
     if weights == "validation":
-        return {"folds": RUN.folds, "logits": fold_logits(wildcards)}
+        ids = carried_ids(fold_logits)(wildcards)
+        return {"folds": RUN.folds, "logits": fold_logits(wildcards), "ids": ids}
     if weights == "greedy":
         return {"folds": RUN.folds, "tokens": tokens(wildcards)}
     return {}

@@ -9,11 +9,13 @@ def compared_files(wildcards):
         raise WorkflowError(STUDIES.problem)
     judges = list(dict.fromkeys(entry.folds for entry in STUDIES.compared))
     tested = list(dict.fromkeys(entry.judge for entry in STUDIES.compared if entry.tested))
+    logits = [RUN.logits(judge, fold) for judge in judges for fold in FOLDS]
+    logits += [RUN.test_logits(judge, "merged") for judge in tested if TEST_VOTES]
     return [
-        *(RUN.logits(judge, fold) for judge in judges for fold in FOLDS),
+        *logits,
+        *carried_ids(logits)(wildcards),
         *(RUN.adapter(judge, fold) for judge in judges if judge in TRAINED for fold in FOLDS),
         *(RUN.weights(judge, "merged") for judge in tested),
-        *(RUN.test_logits(judge, "merged") for judge in tested if TEST_VOTES),
     ]
 
 
@@ -34,9 +36,9 @@ def curve_files(wildcards):
         raise WorkflowError(f"curves: {STUDIES.problem}")
     judges = [judge for points in STUDIES.curves.values() for judge in points.values()]
     folds = range(min(CONFIG.studies.curve_folds, CONFIG.folds.n))
+    logits = [RUN.logits(judge, fold) for judge in judges for fold in folds]
     return [
-        file(judge, fold)
-        for file in (RUN.logits, RUN.adapter)
-        for judge in judges
-        for fold in folds
+        *logits,
+        *carried_ids(logits)(wildcards),
+        *(RUN.adapter(judge, fold) for judge in judges for fold in folds),
     ]
