@@ -21,7 +21,7 @@ from test_config import judged, lines, raw
 from test_training import LORA, training_settings
 from transformers import AutoModelForSequenceClassification
 
-from arena_distill.config.judge import Encoding, Head, Loss
+from arena_distill.config.judge import Encoding, Head, Lora, Loss
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import load, overlay
@@ -33,7 +33,7 @@ from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate
 from arena_distill.files.logits import read_logits, read_states, write_logits
 from arena_distill.models import adapters
-from arena_distill.models.adapters import load_adapter, new_judge
+from arena_distill.models.adapters import load_adapter, load_fold, new_judge
 from arena_distill.models.heads import verdicts
 from arena_distill.models.hidden_states import Projections, capture
 from arena_distill.models.loading import load_classifier
@@ -49,12 +49,12 @@ from arena_distill.verdicts import Votes
 
 ENCODING = Encoding(max_length=96)
 BOTH = ("features", "attention")
-LAST_LAYER = re.compile(r"(score|classifier)(\.modules_to_save\.default)?$")
+LAST_LAYER = re.compile(r"^(base_model\.model\.)?(score|classifier)(\.modules_to_save\.default)?$")
 
 
 def last_layer(judge: Any) -> torch.nn.Linear:
     """The head, found in another way than in the package."""
-    return next(m for name, m in judge.named_modules() if LAST_LAYER.search(name) and "." in name)
+    return [m for name, m in judge.named_modules() if LAST_LAYER.search(name)][-1]
 
 
 # --- captured states ----------------------------------------------------------------------------------
@@ -147,15 +147,15 @@ def logits_settings(*states: Any, head: str = "joint") -> LogitsSettings:
     )  # fmt: skip
 
 
-def adapter_of(run: Run, folder: Path, head: str = "joint") -> Path:
-    """A judge whose adapter changes the output."""
+def adapter_of(run: Run, folder: Path, head: str = "joint", lora: Lora | None = LORA) -> Path:
+    """A judge whose adapter, or all of whose weights, change the output."""
     pad_id = read_tokens(run.tokens).vocabulary.pad
     base = load_classifier(run.backbone, head=Head(kind=head), pad_token_id=pad_id, head_seed=0)
-    judge = new_judge(base, LORA, 4)
+    judge = new_judge(base, lora, 4)
     torch.manual_seed(1)
     for name, parameter in judge.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+        if "lora_B" in name or (lora is None and parameter.ndim > 1):
+            torch.nn.init.normal_(parameter, std=0.1 if lora else 0.3)
     judge.save_pretrained(str(folder))
     return folder
 
@@ -170,9 +170,11 @@ def score(
     return output
 
 
-@pytest.mark.parametrize("head", ["joint", "pointwise"])
-def test_stored_features_are_what_the_head_reads(any_run: Run, head: Any, tmp_path: Path) -> None:
-    adapter = adapter_of(any_run, tmp_path / "adapter", head)
+@pytest.mark.parametrize(("head", "lora"), [("joint", LORA), ("pointwise", LORA), ("joint", None)])
+def test_stored_features_are_what_the_head_reads(
+    any_run: Run, head: Any, lora: Lora | None, tmp_path: Path
+) -> None:
+    adapter = adapter_of(any_run, tmp_path / "adapter", head, lora)
     settings = logits_settings("features", head=head)
     path = score(any_run, adapter, tmp_path / "fold_1.npy", settings)
     logits, ids = read_logits(path)
@@ -180,8 +182,7 @@ def test_stored_features_are_what_the_head_reads(any_run: Run, head: Any, tmp_pa
     assert features.dtype == np.float16
     assert features.shape == (len(ids), 2, 32)
     pad_id = read_tokens(any_run.tokens).vocabulary.pad
-    base = load_classifier(any_run.backbone, head=Head(kind=head), pad_token_id=pad_id, head_seed=0)
-    judge = load_adapter(base, adapter)
+    judge = load_fold(any_run.backbone, adapter, head=Head(kind=head), pad_token_id=pad_id)
     with torch.inference_mode():
         outputs = last_layer(judge)(torch.from_numpy(features).float()).numpy()
     spread = np.ptp(logits, axis=0).max()
