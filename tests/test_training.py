@@ -655,6 +655,18 @@ def test_all_weights_are_held_and_kept_in_float32(
     )
 
 
+def test_float32_weights_are_read_in_half_precision_where_they_train_in_it(llama: Run) -> None:
+    """A head is fitted to features as the training computes them; flash attention has no other way."""
+    read = read_tokens(llama.tokens)
+    views = encode_views(read, ENCODING, training_settings().head)
+    how: dict[str, Any] = {"pad_token_id": read.vocabulary.pad, "head_seed": 0}
+    half = load_classifier(llama.backbone, precision="bf16", dtype=torch.float32, **how)
+    full = load_classifier(llama.backbone, precision="fp32", **how)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    one, other = (score(m, views[0], batch_tokens=2048, progress=False) for m in (half, full))
+    assert 1e-6 < np.abs(one - other).max() < 0.1 * np.abs(other).max()
+
+
 @pytest.mark.parametrize("keep_head", [False, True])
 def test_folds_start_from_all_post_pretrained_weights(
     keep_head: bool, llama: Run, spy: Spy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -133,6 +133,8 @@ def load_classifier(
         if head_seed is not None:
             start_head(model, head_seed, only=loaded["missing_keys"])
     head_in_float32(model)
+    if precision:
+        model.computing = computing  # as training does, whatever the dtype of its weights
     if head.pooling == "mean":
         pool_mean(model)
     elif head.pooling == "layers":

@@ -53,8 +53,9 @@ def score_batches(
     model.eval()
     weight = next(model.parameters())
     scores = np.full((len(sequences), model.config.num_labels), np.nan, np.float32)
-    # A model in half precision has its head and adapters in float32: they need autocast.
-    half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
+    # A model that computes in half precision has what is trained in float32: it needs autocast.
+    dtype = getattr(model, "computing", None) or weight.dtype
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
     with (
         torch.no_grad(),  # inference_mode would leave FSDP buffers that training cannot write to
         torch.autocast(weight.device.type, dtype=half, enabled=half is not None),
