@@ -472,31 +472,21 @@ def test_stopped_processes_go_on_where_they_were(
 
 
 @slow
-@pytest.mark.parametrize("fsdp", ["1"])
-def test_the_warning_before_a_time_limit_saves_and_all_processes_go_on(
-    fsdp: str, begin: Callable[..., Training], whole: Callable[..., Path], tmp_path: Path
-) -> None:
-    training = begin("--fsdp", fsdp)
-    training.wait_for("step 7/")
-    os.killpg(training.process.pid, signal.SIGUSR1)
-    training.wait_for(": saved")
-    assert training.end() == 0
-    assert any(f"step {LAST}/" in line for line in training.lines)
-    assert_bytes(tmp_path / "two", whole(fsdp))
-
-
-@slow
-def test_a_killed_process_ends_the_others_and_the_next_attempt_goes_on(
+def test_a_warning_saves_all_go_on_and_after_a_kill_the_next_attempt_begins_there(
     begin: Callable[..., Training], whole: Callable[..., Path], tmp_path: Path
 ) -> None:
-    first = begin("--checkpoint-minutes", "0")
+    first = begin()
     first.wait_for("step 7/")
+    os.killpg(first.process.pid, signal.SIGUSR1)
+    first.wait_for(": saved")
+    first.wait_for("step 12/")
     os.kill(first.workers()[1], signal.SIGKILL)
     assert first.end() == 128 + signal.SIGKILL
     assert first.lines[-1] == "error: process 1 of 2 ended by SIGKILL"
     second = begin(python=warm_python())
     assert second.end() == 0
     assert any(line.endswith(": going on from there") for line in second.lines)
+    assert not any("step 7/" in line for line in second.lines)
     assert_bytes(tmp_path / "two", whole("0"))
 
 
