@@ -19,16 +19,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow"))
-
-from arena_distill.config.backbone import TINY, Backbone  # noqa: E402
-from arena_distill.config.judge import JOINT, Lora  # noqa: E402
-from arena_distill.config.phases.encoding import BackboneSettings  # noqa: E402
-from arena_distill.models.adapters import new_judge  # noqa: E402
-from arena_distill.models.loading import load_classifier  # noqa: E402
-from arena_distill.models.preparation import prepare_backbone  # noqa: E402
-from arena_distill.planning.sizes import alive, measure, read_config  # noqa: E402
+from arena_distill.config.backbone import TINY, Backbone
+from arena_distill.config.judge import JOINT, Lora
+from arena_distill.config.phases.encoding import BackboneSettings
+from arena_distill.models.adapters import new_judge
+from arena_distill.models.loading import load_classifier
+from arena_distill.models.preparation import prepare_backbone
+from arena_distill.planning.sizes import alive, measure, read_config
 
 KERNELS: Any = {  # the counter knows those of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
