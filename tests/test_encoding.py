@@ -19,7 +19,7 @@ from conftest import (
     battles_table,
     make_tokenizer,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arena_distill.battles import style_features
@@ -563,6 +563,7 @@ def test_word_caps_keep_so_many_words(
 
 @settings(max_examples=60)
 @given(turns=st.lists(text, max_size=4), cap=st.integers(1, 6))
+@example(turns=["a b", "c"], cap=2)  # as short as one word too many can be
 def test_word_cap_is_the_first_words_of_all_turns(
     tokenizers: dict[str, Any], turns: list[str], cap: int
 ) -> None:
