@@ -1,4 +1,4 @@
-# The adapters of all folds are averaged and merged into one dense model.
+# What all folds learned is averaged and merged into one dense model.
 from arena_distill.config.phases.deployment import MergeSettings
 
 

@@ -1,4 +1,4 @@
-# Adapters are post-pretrained on UT battles, then trained per fold: teachers on votes, students on teachers.
+# Judges are post-pretrained on UT battles, then trained per fold: teachers on votes, students on teachers.
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
 
 

@@ -94,11 +94,11 @@ class Layout:
         return f"{self.root}/backbones/{name}"
 
     def pretrained(self, judge: str) -> str:
-        """The adapter after post-pretraining on UT battles."""
+        """As a fold, after post-pretraining on UT battles."""
         return f"{self.root}/adapters/{judge}/pretrained"
 
     def adapter(self, judge: str, fold: Number) -> str:
-        """The PEFT adapter and head of one fold, with its metrics and history."""
+        """What one fold learned (see ``models.adapters``), with its metrics and history."""
         return f"{self.root}/adapters/{judge}/fold_{fold}"
 
     def features(self, judge: str) -> str:

@@ -41,7 +41,7 @@ def merge_folds(
     batch_tokens: BatchTokens = 16384,
     gpus: Gpus = 0,
 ) -> None:
-    """Average the folds' adapters and heads and merge them into the backbone."""
+    """Average what the folds learned, and their heads, and merge it into the backbone."""
     launch.claim_gpus(gpus)
     from arena_distill.deployment import fold_weights
     from arena_distill.deployment.merging import merge_folds
