@@ -18,7 +18,7 @@ import torch
 from measured import by_turns, keep, ratio, seconds
 from peft import PeftModel
 
-from arena_distill.config.judge import Lora
+from arena_distill.config.training import Lora
 from arena_distill.deployment.merging import merge_into, read_adapters
 from arena_distill.models.adapters import new_judge
 

@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from arena_distill.config.backbone import TINY, Backbone
-from arena_distill.config.judge import JOINT, Lora
+from arena_distill.config.head import JOINT
 from arena_distill.config.phases.encoding import BackboneSettings
+from arena_distill.config.training import Lora
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier
 from arena_distill.models.preparation import prepare_backbone

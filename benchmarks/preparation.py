@@ -28,7 +28,7 @@ import pyarrow as pa
 from measured import by_turns, keep, ratio, seconds
 
 from arena_distill.battles.reading import read_battles
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.encoding import text_encoder, tokenization
 from arena_distill.encoding.sequences import read_tokens

@@ -23,7 +23,8 @@ from measured import by_turns, keep, ratio, seconds
 from transformers import AutoModelForCausalLM
 
 from arena_distill.config.backbone import TINY
-from arena_distill.config.judge import JOINT, Encoding
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT
 from arena_distill.config.phases.deployment import QuantizationSettings
 from arena_distill.deployment.gptq import quantize_model
 from arena_distill.encoding.sequences import Sequences

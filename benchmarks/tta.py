@@ -22,7 +22,8 @@ import torch
 from measured import by_turns, keep, ratio, seconds
 
 from arena_distill.battles.reading import read_battles
-from arena_distill.config.judge import JOINT, Encoding
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.encoding.sequences import Sequences, Vocabulary, tokens_of
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize, vocabulary_of

@@ -21,7 +21,8 @@ import torch
 from batches import run
 from measured import by_turns, keep, ratio, seconds
 
-from arena_distill.config.judge import JOINT, Lora
+from arena_distill.config.head import JOINT
+from arena_distill.config.training import Lora
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.scoring import score
 from arena_distill.planning.sizes import measure

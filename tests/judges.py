@@ -14,7 +14,8 @@ import torch
 from conftest import made_up_battles
 
 from arena_distill import Judge
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.judging import JudgeSettings
 from arena_distill.config.phases.prediction import ScoringSettings

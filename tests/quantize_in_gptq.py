@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.deployment import QuantizationSettings
 from arena_distill.deployment.gptq import load_quantized, quantize_model
 from arena_distill.encoding.sequences import Sequences

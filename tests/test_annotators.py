@@ -25,12 +25,13 @@ from arena_distill.battles.simulation import simulate
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.backbone import TINY
 from arena_distill.config.data import Data
-from arena_distill.config.judge import Encoding, Lora
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.battles import BattlesSettings, FoldsSettings
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.config.source import Source
+from arena_distill.config.training import Lora
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.logits import read_logits

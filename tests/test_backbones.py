@@ -16,7 +16,7 @@ from conftest import FAMILIES, REAL_TOKENIZERS, ROOT, make_backbone, make_config
 from safetensors.torch import load_file, save_file
 
 from arena_distill.config.backbone import TINY, Backbone
-from arena_distill.config.judge import Head
+from arena_distill.config.head import Head
 from arena_distill.config.phases.encoding import BackboneSettings
 from arena_distill.encoding.tokenization import load_tokenizer, safe_pad_id
 from arena_distill.errors import InputError

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from arena_distill import Judge
 from arena_distill.cli import app
-from arena_distill.config.judge import JOINT, Encoding
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT
 from arena_distill.config.source import Source
 from arena_distill.errors import InputError
 from arena_distill.evaluation.benchmarks import benchmark, write_benchmarks

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from made_up_run import LENGTHS, MadeUpRun, made_up_run
 from test_encoding import tokens_of
 
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.prediction import PredictionSettings, ScoringSettings
 from arena_distill.config.prediction import Cascade, Swap

@@ -14,7 +14,7 @@ import pytest
 from conftest import Run
 from test_training import training_settings
 
-from arena_distill.config.judge import Lora
+from arena_distill.config.training import Lora
 from arena_distill.errors import Stopped
 from arena_distill.files.artifacts import read_json, read_parquet
 from arena_distill.runtime.launch import Launch

@@ -16,8 +16,10 @@ from conftest import ROOT
 from pydantic import BaseModel
 
 from arena_distill.config.backbone import Backbone
+from arena_distill.config.compute import Compute
 from arena_distill.config.data import Data, Folds
-from arena_distill.config.judge import Compute, Encoding, Judge, JudgeDefaults, Loss
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.judge import Judge, JudgeDefaults
 from arena_distill.config.phases.battles import (
     ArenaSettings,
     AuditSettings,
@@ -61,6 +63,7 @@ from arena_distill.config.prediction import Prediction
 from arena_distill.config.run import Config, load, overlay, schema
 from arena_distill.config.section import Section
 from arena_distill.config.source import Source
+from arena_distill.config.training import Loss
 from arena_distill.errors import InputError
 
 FILES = {"train": "train.csv", "test": "test.csv"}

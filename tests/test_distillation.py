@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arena_distill.config.judge import Loss
+from arena_distill.config.training import Loss
 from arena_distill.errors import InputError
 from arena_distill.files.logits import write_logits
 from arena_distill.training.linear_probe import fit_weights

@@ -26,7 +26,8 @@ from servers import our_server, vllm_server
 
 from arena_distill.cli import app
 from arena_distill.config.backbone import TINY
-from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.prediction import PredictionSettings
 from arena_distill.encoding.sequences import FIELDS, Sequences

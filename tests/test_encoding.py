@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from arena_distill.battles import style_features
 from arena_distill.battles.parts import SCHEMA
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.encoding import templates as module
 from arena_distill.encoding import tokenization
@@ -456,8 +456,8 @@ def test_a_short_battle_reads_as_the_template_says(
 def test_training_and_prediction_give_the_same_sequences_byte_for_byte(
     order: Any, make_run: Callable[..., Any]
 ) -> None:
-    from arena_distill.config.judge import Lora, Training
     from arena_distill.config.phases.training import TrainingSettings
+    from arena_distill.config.training import Lora, Training
     from arena_distill.training.examples import make_examples
     from arena_distill.training.targets import VOTE_LOSS
 

@@ -20,7 +20,8 @@ import torch
 from conftest import REAL_TOKENIZERS, battles_table
 
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.encoding import BackboneSettings, TokensSettings
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import Tokens, read_tokens

@@ -14,7 +14,7 @@ from test_merging import FAMILIES, base_model, deltas, judge, save_adapter, save
 
 from arena_distill.battles.folds import CHOICE, EVERY_FOLD
 from arena_distill.battles.votes import vote_columns
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.vocabulary import FoldAverage, FoldHeads
 from arena_distill.deployment import fold_weights

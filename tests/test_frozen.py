@@ -19,7 +19,9 @@ from test_benchmarks import ROWS, llmbar
 from arena_distill import Judge
 from arena_distill.battles.folds import held_out_rows, validation_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Encoding, Frozen, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
+from arena_distill.config.judge import Frozen
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import FeatureSettings, ProbeSettings

@@ -17,11 +17,13 @@ from hypothesis.extra.numpy import arrays
 
 from arena_distill.battles.folds import training_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Encoding, Head, Lora, Loss, Pretraining, Training
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
+from arena_distill.config.training import Lora, Loss, Pretraining, Training
 from arena_distill.deployment.merging import merge_folds
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode, encode_views, views

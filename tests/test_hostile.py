@@ -41,7 +41,8 @@ from test_training import training_settings
 
 from arena_distill import cli
 from arena_distill.battles.folds import assign_folds
-from arena_distill.config.judge import JOINT, Encoding
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.config.phases.scoring import LogitsSettings

@@ -28,7 +28,8 @@ from arena_distill.battles.formats import columns
 from arena_distill.battles.formats.conversion import convert
 from arena_distill.battles.votes import Solution, vote_columns
 from arena_distill.cli import app
-from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.prediction import PredictionSettings
 from arena_distill.config.source import Reading
 from arena_distill.errors import InputError

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from test_training import LORA, training_settings
 
 from arena_distill.battles.folds import validation_rows
-from arena_distill.config.judge import Encoding, Head, Lora, Pretraining
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import PretrainingSettings
 from arena_distill.config.run import load
+from arena_distill.config.training import Lora, Pretraining
 from arena_distill.deployment.fold_weights import FoldMerger
 from arena_distill.deployment.merging import merge_folds
 from arena_distill.encoding.sequences import Sequences, offsets_of, read_tokens

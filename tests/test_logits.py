@@ -14,8 +14,9 @@ import torch
 from conftest import FAMILIES, Run
 
 from arena_distill.battles.folds import fold_rows, training_rows, validation_rows
-from arena_distill.config.judge import Encoding, Lora
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.training import Lora
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Tokens, read_tokens
 from arena_distill.encoding.views import encode

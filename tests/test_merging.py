@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification as AutoModel
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.deployment import merging
 from arena_distill.deployment.fold_weights import FoldMerger

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, Run
 from test_training import LORA, fit, training_settings
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.deployment import MergeSettings
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.config.phases.scoring import LogitsSettings

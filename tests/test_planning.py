@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 
 from arena_distill.config import run as configuration
 from arena_distill.config.backbone import TINY, Backbone
-from arena_distill.config.judge import JOINT, Encoding, Head, Lora
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.plan import Accelerator, Plan
 from arena_distill.config.run import Config, overlay
+from arena_distill.config.training import Lora
 from arena_distill.errors import InputError
 from arena_distill.models.adapters import new_judge
 from arena_distill.models.loading import load_classifier

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_run import SIZES, MadeUpRun, made_up_run
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.prediction import PredictionSettings, ScoringSettings
 from arena_distill.encoding.sequences import Sequences, Tokens, read_tokens

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from made_up_run import made_up_run
 from test_encoding import SMALLEST, Turns, rows_of_turns, sequences, tokens_of
 
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.settings import VERSIONS
 from arena_distill.config.run import load

@@ -15,7 +15,8 @@ from test_training import LORA, fit, training_settings
 
 from arena_distill.battles.folds import training_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Head, Loss, Training
+from arena_distill.config.head import Head
+from arena_distill.config.training import Loss, Training
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.keys import key, locate

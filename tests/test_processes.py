@@ -31,10 +31,11 @@ from safetensors.torch import load_file
 from test_training import distance, training_settings
 
 from arena_distill.battles.folds import assign_folds, fold_rows
-from arena_distill.config.judge import Head, Loss
+from arena_distill.config.head import Head
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import TrainingSettings
+from arena_distill.config.training import Loss
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.files.artifacts import read_json, read_parquet, write_parquet
 from arena_distill.files.logits import write_logits

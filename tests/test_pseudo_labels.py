@@ -38,8 +38,9 @@ from arena_distill.battles.simulation import write_arena
 from arena_distill.battles.votes import vote_columns, votes_of
 from arena_distill.config.data import Arena
 from arena_distill.config.derived import JudgeFamily
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.external import EndpointLimits
-from arena_distill.config.judge import Encoding, Head, Lora, Loss, Training
+from arena_distill.config.head import Head
 from arena_distill.config.phases.battles import ArenaSettings, FoldsSettings
 from arena_distill.config.phases.encoding import TokensSettings
 from arena_distill.config.phases.evaluation import EvaluationSettings
@@ -49,6 +50,7 @@ from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.prediction import Prediction
 from arena_distill.config.run import Config, load, overlay
 from arena_distill.config.source import Source
+from arena_distill.config.training import Lora, Loss, Training
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.tokenization import tokenize_battles
 from arena_distill.encoding.views import encode

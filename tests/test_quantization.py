@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from arena_distill.config.judge import CalibrationRows, Encoding
+from arena_distill.config.deployment import CalibrationRows
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.deployment import DriftSettings, QuantizationSettings
 from arena_distill.deployment import gptq
 from arena_distill.deployment.gptq import check_layers

@@ -27,7 +27,8 @@ from safetensors.numpy import save_file
 
 from arena_distill.battles.simulation import write_arena
 from arena_distill.config import checks, run
-from arena_distill.config.judge import JOINT, Encoding
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT
 from arena_distill.config.model_files import WEIGHTS
 from arena_distill.config.phases.battles import ArenaSettings
 

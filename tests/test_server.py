@@ -33,7 +33,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from arena_distill import Judge
 from arena_distill.cli import app as command
-from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.encoding.sequences import FIELDS, Sequences, offsets_of
 from arena_distill.encoding.views import encode
 from arena_distill.errors import InputError

@@ -18,7 +18,8 @@ from test_server import asked, running, why
 
 from arena_distill import Judge
 from arena_distill.battles.surface_features import read_surface
-from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.judging import StackedJudgeSettings
 from arena_distill.config.phases.prediction import StackedViewsSettings
 from arena_distill.errors import InputError

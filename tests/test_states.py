@@ -21,10 +21,12 @@ from test_config import judged, lines, raw
 from test_training import LORA, training_settings
 from transformers import AutoModelForSequenceClassification
 
-from arena_distill.config.judge import Encoding, Head, Lora, Loss
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import TrainingSettings
 from arena_distill.config.run import load, overlay
+from arena_distill.config.training import Lora, Loss
 from arena_distill.encoding.batching import pad
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views

@@ -16,7 +16,8 @@ from test_training import LORA, of_rows, training_settings
 
 from arena_distill.battles.folds import EVERY_FOLD, training_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Head, Loss
+from arena_distill.config.head import Head
+from arena_distill.config.training import Loss
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.files.artifacts import read_parquet
 from arena_distill.files.logits import write_logits

@@ -17,9 +17,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from arena_distill.battles.folds import training_rows, validation_rows
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Encoding, Lora, Loss, Pretraining, Schedule, Training
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
+from arena_distill.config.training import Lora, Loss, Pretraining, Schedule, Training
 from arena_distill.encoding.sequences import Sequences, offsets_of, read_tokens
 from arena_distill.encoding.views import encode_views
 from arena_distill.errors import InputError

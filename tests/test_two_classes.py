@@ -30,11 +30,12 @@ from arena_distill.battles.votes import Solution, classes_of, votes_of
 from arena_distill.config.backbone import TINY
 from arena_distill.config.checks import findings
 from arena_distill.config.external import EndpointLimits
-from arena_distill.config.judge import Head, Loss
+from arena_distill.config.head import Head
 from arena_distill.config.phases.battles import BattlesSettings, SolutionSettings
 from arena_distill.config.phases.scoring import ExternalSettings, QuerySettings
 from arena_distill.config.run import load
 from arena_distill.config.source import Source
+from arena_distill.config.training import Loss
 from arena_distill.errors import InputError
 from arena_distill.evaluation.report import render_report
 from arena_distill.evaluation.terminal import print_table

@@ -12,7 +12,8 @@ from servers import vllm_server
 
 from arena_distill.cli import app
 from arena_distill.config.backbone import TINY
-from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.deployment import QuantizationSettings
 from arena_distill.errors import InputError
 from arena_distill.judging.clients import judge_on

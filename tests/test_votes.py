@@ -19,7 +19,8 @@ from test_training import training_settings
 
 from arena_distill.battles.folds import assign_folds
 from arena_distill.battles.votes import vote_columns, votes_of
-from arena_distill.config.judge import Head, Loss
+from arena_distill.config.head import Head
+from arena_distill.config.training import Loss
 from arena_distill.config.vocabulary import CalibrationMethod
 from arena_distill.deployment.fold_weights import validation_weights
 from arena_distill.evaluation.baselines import class_prior, length_regression

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_settings, training_rows
-from arena_distill.config.judge import Schedule
 from arena_distill.config.phases.battles import CountSettings, JudgeCounts
+from arena_distill.config.training import Schedule
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import provenance, read_parquet, write_json
 

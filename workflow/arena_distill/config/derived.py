@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from arena_distill.config import run as configuration
-from arena_distill.config.judge import HeadKeys, Judge
+from arena_distill.config.head import HeadKeys
+from arena_distill.config.judge import Judge
 from arena_distill.config.prediction import Prediction
 from arena_distill.config.run import Config, overlay
 from arena_distill.errors import InputError

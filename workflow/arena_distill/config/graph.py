@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import Any, get_args
 
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.judge import Head, Judge, State
+from arena_distill.config.head import Head
+from arena_distill.config.judge import Judge
 from arena_distill.config.keys import Keys
+from arena_distill.config.training import State
 from arena_distill.config.vocabulary import Calibration
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Ties

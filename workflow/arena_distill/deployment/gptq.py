@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from arena_distill.config.judge import Attention
+from arena_distill.config.compute import Attention
 from arena_distill.config.phases.deployment import QuantizationSettings
 from arena_distill.config.vocabulary import GroupSize
 from arena_distill.deployment.quantization_error import DRIFT, drift

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.encoding.sequences import FIELDS, Field, Vocabulary
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Order

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arena_distill.config.judge import Encoding
+from arena_distill.config.encoding import Encoding
 from arena_distill.encoding.sequences import Field, Sequences, Tokens, gather, offsets_of
 from arena_distill.encoding.templates import ROOM, SHOWN, View, _frame, _framing, _shown
 from arena_distill.errors import InputError

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.encoding.sequences import Field, Sequences, Tokens
 from arena_distill.encoding.templates import ROOM, SHOWN, View, _frame, _framing, _shown
 from arena_distill.encoding.truncation import TRUNCATIONS, Kept, _fill, length_budget

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.mistakes import explain
 from arena_distill.config.phases.prediction import ScoringSettings
 from arena_distill.config.phases.settings import VERSIONS

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from arena_distill.battles.votes import Solution
-from arena_distill.config.judge import Attention
+from arena_distill.config.compute import Attention
 from arena_distill.config.phases.judging import JudgeSettings, StackedJudgeSettings
 from arena_distill.config.prediction import Card
 from arena_distill.config.vocabulary import ModelKind

@@ -25,7 +25,7 @@ import pyarrow as pa
 from huggingface_hub import snapshot_download
 
 from arena_distill.battles.surface_features import surface_features
-from arena_distill.config.judge import Attention
+from arena_distill.config.compute import Attention
 from arena_distill.deployment.gptq import load_quantized
 from arena_distill.encoding.sequences import FIELDS, Sequences, Tokens, tokens_of
 from arena_distill.encoding.tokenization import load_tokenizer, tokenize

@@ -21,8 +21,9 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel, set_seed
 
-from arena_distill.config.judge import Head, Lora
+from arena_distill.config.head import Head
 from arena_distill.config.model_files import ModelFolder
+from arena_distill.config.training import Lora
 from arena_distill.errors import InputError, refusing
 from arena_distill.files.artifacts import REBUILD, check_made_from, file_sha256, read_json
 from arena_distill.models.layer_reads import LayerHead, attach_head_of, attach_unfitted_head

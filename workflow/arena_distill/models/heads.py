@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arena_distill.config.judge import Head
+from arena_distill.config.head import Head
 from arena_distill.verdicts import ORDERS, Order, exchange
 
 if TYPE_CHECKING:

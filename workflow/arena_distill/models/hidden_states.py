@@ -27,8 +27,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from arena_distill.config.judge import State
 from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.training import State
 from arena_distill.errors import InputError
 from arena_distill.models.loading import HEADS
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from arena_distill.config.judge import Pooling
+from arena_distill.config.head import Pooling
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences

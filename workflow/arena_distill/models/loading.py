@@ -15,7 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arena_distill.config.judge import JOINT, Attention, Head, Precision
+from arena_distill.config.compute import Attention, Precision
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.errors import InputError, refusing
 from arena_distill.runtime.launch import cpu_is_wanted

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from arena_distill.config.judge import State
+from arena_distill.config.training import State
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.models.loading import check_length

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from arena_distill.config import judge
+from arena_distill.config import compute
 
 Settings = Annotated[str, typer.Option(help="The phase's settings, as JSON.")]
 Backbone = Annotated[Path, typer.Option(help="Hugging Face folder, or its config.json.")]
@@ -31,7 +31,7 @@ Fold = Annotated[int, typer.Option(help="0 to n - 1.", min=0)]
 Output = Annotated[Path, typer.Option(help="What to write.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens per forward pass, padding included.", min=1)]
 Gpus = Annotated[int, typer.Option(help="GPUs of this job; 0: the CPU.", min=0)]
-Attention = Annotated[judge.Attention, typer.Option(help="transformers' attention kernel.")]
+Attention = Annotated[compute.Attention, typer.Option(help="transformers' attention kernel.")]
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -17,9 +17,11 @@ from typing import Any
 
 from arena_distill.battles.parts import read_parts
 from arena_distill.config.backbone import Backbone
-from arena_distill.config.judge import JOINT, Judge, Lora, Optimization, Training
+from arena_distill.config.head import JOINT
+from arena_distill.config.judge import Judge
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.run import Config
+from arena_distill.config.training import Lora, Optimization, Training
 from arena_distill.errors import InputError
 from arena_distill.models.layer_reads import default_layers, keep_layers
 from arena_distill.planning.devices import CORE, DEVICES, GIB, Device

@@ -26,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from arena_distill.config.backbone import TINY, Backbone
-from arena_distill.config.judge import Head, Lora, Precision
+from arena_distill.config.compute import Precision
+from arena_distill.config.head import Head
+from arena_distill.config.training import Lora
 from arena_distill.encoding.tokenization import load_tokenizer
 from arena_distill.errors import InputError, refusing
 from arena_distill.models.layer_reads import keep_layers

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows, training_rows
-from arena_distill.config.judge import Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import Head
 from arena_distill.config.phases.scoring import LogitsSettings
 from arena_distill.config.plan import Plan
 from arena_distill.config.run import Config

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import held_out_rows
 from arena_distill.battles.style_features import read_styles
-from arena_distill.config.judge import Attention
+from arena_distill.config.compute import Attention
 from arena_distill.config.phases.prediction import PredictionSettings, ScoringSettings
 from arena_distill.config.vocabulary import Calibration, ModelKind
 from arena_distill.deployment.gptq import load_quantized

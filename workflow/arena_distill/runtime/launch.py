@@ -26,7 +26,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from arena_distill.config.judge import Attention
+from arena_distill.config.compute import Attention
 from arena_distill.errors import InputError
 
 CPU_ALLOWED = "ACCELERATE_USE_CPU"

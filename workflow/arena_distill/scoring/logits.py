@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from arena_distill.battles.folds import fold_rows, validation_rows
 from arena_distill.battles.votes import classes_of
-from arena_distill.config.judge import Attention, State
+from arena_distill.config.compute import Attention
 from arena_distill.config.phases.scoring import LogitsSettings
+from arena_distill.config.training import State
 from arena_distill.encoding.batching import token_batches
 from arena_distill.encoding.sequences import read_tokens
 from arena_distill.encoding.views import encode_views

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from arena_distill.config.judge import Optimization, State
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
+from arena_distill.config.training import Optimization, State
 from arena_distill.encoding.batching import pad, token_batches
 from arena_distill.encoding.sequences import Sequences, Tokens
 from arena_distill.encoding.views import encode_views

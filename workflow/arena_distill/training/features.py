@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arena_distill.config.judge import Attention
+from arena_distill.config.compute import Attention
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases.training import FeatureSettings
 from arena_distill.encoding.sequences import read_tokens

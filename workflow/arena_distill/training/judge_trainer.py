@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from arena_distill.config.judge import Head, Loss, State, Training
+from arena_distill.config.head import Head
+from arena_distill.config.training import Loss, State, Training
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_json, write_json
 from arena_distill.models.heads import battle_logits

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from arena_distill.config.judge import Head, Loss, State
+from arena_distill.config.head import Head
+from arena_distill.config.training import Loss, State
 from arena_distill.encoding.batching import token_batches
 from arena_distill.encoding.sequences import Sequences
 from arena_distill.errors import InputError

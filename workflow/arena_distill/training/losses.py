@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from arena_distill.config.judge import Loss, State
+from arena_distill.config.training import Loss, State
 
 
 def battle_losses(

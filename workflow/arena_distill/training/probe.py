@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from arena_distill.battles.folds import training_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Head, Loss
+from arena_distill.config.head import Head
 from arena_distill.config.phases.training import ProbeSettings
+from arena_distill.config.training import Loss
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     REBUILD,

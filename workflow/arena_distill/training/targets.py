@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import Loss, State, Targets
+from arena_distill.config.training import Loss, State, Targets
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (
     check_made_from,

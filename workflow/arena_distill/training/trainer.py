@@ -38,15 +38,10 @@ from transformers.trainer_utils import IntervalStrategy
 from arena_distill import layout
 from arena_distill.battles.folds import choice_rows, training_rows, undivided_groups
 from arena_distill.battles.votes import votes_of
-from arena_distill.config.judge import (
-    WARMUP,
-    Loss,
-    Optimization,
-    Precision,
-    State,
-)
+from arena_distill.config.compute import Precision
 from arena_distill.config.model_files import ModelFolder
 from arena_distill.config.phases.training import PretrainingSettings, TrainingSettings
+from arena_distill.config.training import WARMUP, Loss, Optimization, State
 from arena_distill.encoding.sequences import Vocabulary, read_tokens
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import (

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from arena_distill.config.data import Arena, Audit, Folds
-from arena_distill.config.judge import CalibrationRows, Schedule
+from arena_distill.config.deployment import CalibrationRows
 from arena_distill.config.phases.settings import VERSIONS, Settings, T
 from arena_distill.config.run import Config
 from arena_distill.config.section import Name, Section, Share
 from arena_distill.config.source import SOURCES, Origin, Source
+from arena_distill.config.training import Schedule
 from arena_distill.errors import InputError
 from arena_distill.verdicts import Classes, Ties
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from arena_distill.config.judge import (
-    JOINT,
-    CalibrationRows,
-    Encoding,
-    Head,
-    Merge,
-    Precision,
-    Quantization,
-)
+from arena_distill.config.compute import Precision
+from arena_distill.config.deployment import CalibrationRows, Merge, Quantization
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.settings import VERSIONS, Settings
 from arena_distill.config.run import Config
 from arena_distill.config.section import Name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from arena_distill.config.judge import JOINT, Encoding, Head
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.scoring import members_of
 from arena_distill.config.phases.settings import VERSIONS, Settings
 from arena_distill.config.prediction import Card, Cascade

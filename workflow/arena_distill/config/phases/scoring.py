@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from arena_distill.config.compute import Precision
+from arena_distill.config.encoding import Encoding
 from arena_distill.config.external import Query
-from arena_distill.config.judge import JOINT, Encoding, Head, Precision, State
+from arena_distill.config.head import JOINT, Head
 from arena_distill.config.phases.settings import VERSIONS, Settings
 from arena_distill.config.run import Config
 from arena_distill.config.section import Name
+from arena_distill.config.training import State
 from arena_distill.errors import InputError
 
 Rows = Literal["validation", "training", "extra", "unlabelled"]

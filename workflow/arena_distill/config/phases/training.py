@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from arena_distill.config.judge import (
-    JOINT,
-    Encoding,
-    Head,
-    Lora,
-    Loss,
-    Pooling,
-    Precision,
-    Pretraining,
-    Targets,
-    Training,
-)
+from arena_distill.config.compute import Precision
+from arena_distill.config.encoding import Encoding
+from arena_distill.config.head import JOINT, Head, Pooling
 from arena_distill.config.phases.settings import VERSIONS, Settings
 from arena_distill.config.run import Config
 from arena_distill.config.section import Name
+from arena_distill.config.training import Lora, Loss, Pretraining, Targets, Training
 from arena_distill.errors import InputError
 
 
