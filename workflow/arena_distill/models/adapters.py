@@ -73,18 +73,24 @@ def start_judge(
     return _head_stays(model)
 
 
-def load_fold(backbone: Path, fold: Path, **how: Any) -> Judge:
+def load_fold(backbone: Path, fold: Path, *, made_from: Mapping[str, Any], **how: Any) -> Judge:
     """Load the judge that a fold's training wrote, for scoring.
 
     Args:
+        made_from: see :func:`check_adapter`.
         how: how to load it (``loading.load_classifier``).
 
     Raises:
-        InputError: the folder holds neither a model nor an adapter of this backbone.
+        InputError: the folder holds neither a model nor an adapter of this backbone, or another fold's.
     """
     if is_whole(fold):
+        check_adapter(fold, backbone, **(made_from or {}))
         return load_classifier(fold, **how)
-    return load_adapter(load_classifier(backbone, head_seed=0, **how), fold)  # it has its own head
+    base = load_classifier(backbone, head_seed=0, **how)  # the fold has its own head
+    check_adapter(
+        fold, backbone, **(made_from or {})
+    )  # what is wrong with the backbone was said before
+    return load_adapter(base, fold)
 
 
 def is_whole(fold: Path) -> bool:

@@ -63,7 +63,7 @@ def predict_logits(
     Raises:
         InputError: a logit or a state is not finite.
     """
-    from arena_distill.models.adapters import check_adapter, load_fold
+    from arena_distill.models.adapters import load_fold
 
     table = read_parquet(folds)
     rows = fold_rows(table, fold, settings)
@@ -73,10 +73,10 @@ def predict_logits(
     longest = np.max([view.lengths for view in views], axis=0)
     batches = list(token_batches(longest, batch_tokens))[shard::shards]
     ours = np.sort(np.concatenate(batches)) if batches else np.empty(0, np.int64)
-    check_adapter(adapter, backbone, folds=fingerprint(table), fold=fold)
     model = load_fold(
         backbone,
         adapter,
+        made_from={"folds": fingerprint(table), "fold": fold},
         head=settings.head,
         precision=settings.precision,
         attention=attention,
