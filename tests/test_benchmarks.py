@@ -77,10 +77,10 @@ def test_right_answers_are_counted_by_subset_and_order(tmp_path: Path) -> None:
     assert (easy["accuracy"], easy["consistent"]) == (1, pytest.approx(1 / 3))
     assert (hard["accuracy"], hard["consistent"]) == (0.75, 0.5), "even chances count half"
     assert (whole["battles"], whole["ties"], whole["known"]) == (5, 0, 1)
-    # By hand: four prompts, residuals 0.1 · (2, 1, -4, 1), standard error √(4/3 · 0.22) / 5.
-    half = 1.96 * np.sqrt(4 / 3 * 0.22) / 5
+    # By hand: four prompts, residuals 0.1 · (2, 1, -4, 1), standard error √(4/3 · 0.22) / 5: 7.7 battles by
+    # 0.9 · 0.1: counted as five. Wilson: (0.9 + z²/10 ± z √(0.09/5 + z²/100)) / (1 + z²/5).
     assert whole["accuracy"] == pytest.approx(0.9)
-    assert (whole["low"], whole["high"]) == pytest.approx((0.9 - half, 0.9 + half))
+    assert (whole["low"], whole["high"]) == pytest.approx((0.4629, 0.9895), abs=1e-4)
 
 
 def test_ties_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import log_loss
 
 from arena_distill.metrics import (
@@ -24,6 +25,7 @@ from arena_distill.metrics import (
     reliability,
     right_verdicts,
     scores,
+    share_interval,
     softmax,
     truth_scores,
 )
@@ -277,6 +279,39 @@ def test_one_prompt_has_no_interval() -> None:
     assert low is not None
     assert high is not None
     assert low < 1.5 < high
+
+
+@given(
+    right=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=40),
+    of=st.integers(1, 5),
+)
+def test_the_interval_of_a_share_stays_between_0_and_1(right: list[float], of: int) -> None:
+    values, votes = np.array(right), Votes.hard(np.zeros(len(right), int))
+    groups = np.arange(len(right)) // of
+    share, low, high = share_interval(values, votes, groups)
+    if low is None or high is None:
+        assert len(np.unique(groups)) == 1
+        return
+    assert share == pytest.approx(values.mean())
+    assert -1e-9 <= low <= share + 1e-9
+    assert share - 1e-9 <= high <= 1 + 1e-9
+    assert high - low > 1e-3, "without any spread too"
+    _, mirrored, _ = share_interval(1 - values, votes, groups)
+    assert mirrored == pytest.approx(1 - high)
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    votes, groups = Votes.hard(np.zeros(400, int)), np.arange(400)
+    none = share_interval(np.zeros(400), votes, groups)[1:]
+    exact = stats.binomtest(0, 400).proportion_ci(method="wilson")
+    assert none == pytest.approx((exact.low, exact.high), abs=1e-5)
+    right = (groups < 120).astype(float)
+    found = share_interval(right, votes, groups)[1:]
+    exact = stats.binomtest(120, 400).proportion_ci(method="wilson")
+    assert found == pytest.approx((exact.low, exact.high), abs=1e-4)
+    # Four battles of each prompt that fare alike are as one.
+    apart = share_interval(right[::4], votes[:100], groups[:100])[1:]
+    assert share_interval(right, votes, groups // 4)[1:] == pytest.approx(apart)
 
 
 def test_a_judge_to_whom_both_answers_are_equal_does_not_say_a() -> None:

@@ -20,6 +20,8 @@ from arena_distill.verdicts import CLASSES, ORDERS, Votes
 RESAMPLES_AT_ONCE = 64
 """Resamples that are computed together; limits memory."""
 
+Z = 1.96
+"""Half a normal 95 % interval, in standard errors."""
 
 ECE_BINS = 15
 
@@ -93,7 +95,7 @@ def deployed_score(probabilities: np.ndarray, votes: Votes, groups: np.ndarray) 
         groups: int (rows,), the battle's prompt.
 
     Returns:
-        `log_loss` and `accuracy` are `value`, `low` and `high` (:func:`mean_interval`).
+        `log_loss` and `accuracy` are `value`, `low` and `high` (``INTERVALS``).
     """
     each = {
         "log_loss": losses(probabilities, votes),
@@ -101,7 +103,7 @@ def deployed_score(probabilities: np.ndarray, votes: Votes, groups: np.ndarray) 
     }
     names = ("value", "low", "high")
     found: Figures = {
-        name: dict(zip(names, mean_interval(values, votes, groups), strict=True))
+        name: dict(zip(names, INTERVALS[name](values, votes, groups), strict=True))
         for name, values in each.items()
     }
     ece = calibration_error(reliability(probabilities, votes))
@@ -140,8 +142,37 @@ def mean_interval(
     if len(sums) < 2:
         return mean, None, None
     correction = len(sums) / (len(sums) - 1)
-    half = float(1.96 * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum())
+    half = float(Z * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum())
     return mean, mean - half, mean + half
+
+
+def share_interval(
+    values: np.ndarray, votes: Votes, groups: np.ndarray
+) -> tuple[float, float | None, float | None]:
+    """As :func:`mean_interval`, of values between 0 and 1 such as right verdicts: it stays between them.
+
+    Wilson's interval for as many independent battles as would have the standard error that is robust to
+    clusters, and no more than there are; without any spread, for as many as there are prompts.
+
+    References:
+        Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22(158).
+        Korn and Graubard 1998, Confidence Intervals for Proportions with Small Expected Number of Positive
+        Counts, Survey Methodology 24(2): the effective number.
+    """
+    share, low, high = mean_interval(values, votes, groups)
+    if low is None or high is None:
+        return share, None, None
+    error, spread = (high - low) / (2 * Z), share * (1 - share)
+    prompts = len(np.unique(groups))
+    number = min(spread / error**2, len(values)) if error > 1e-9 else prompts
+    shrunk = 1 + Z**2 / number
+    centre = (share + Z**2 / (2 * number)) / shrunk
+    half = Z / shrunk * np.sqrt(spread / number + Z**2 / (4 * number**2))
+    return share, float(centre - half), float(centre + half)
+
+
+INTERVALS = {"log_loss": mean_interval, "accuracy": share_interval}
+"""By score, its mean and the ends of its interval."""
 
 
 def paired_difference(

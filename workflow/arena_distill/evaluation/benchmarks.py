@@ -24,7 +24,7 @@ from arena_distill.errors import InputError
 from arena_distill.files.artifacts import read_parquet, write_json
 from arena_distill.judging.card import add_to_card
 from arena_distill.judging.verdicts import Verdicts
-from arena_distill.metrics import Figures, mean_interval
+from arena_distill.metrics import Figures, share_interval
 from arena_distill.verdicts import ORDERS, Order, Votes
 
 ALL = "all"
@@ -89,7 +89,7 @@ def _scores(
         """Args: rows: bool (battles,)."""
         mine = rows[won]
         cast: Votes = votes[won[mine]]
-        accuracy, low, high = mean_interval(right[mine], cast, groups[won[mine]])
+        accuracy, low, high = share_interval(right[mine], cast, groups[won[mine]])
         orders: dict[Order, float] = {
             order: float(cast.mean(each[i, mine])) for i, order in enumerate(verdicts.orders)
         }

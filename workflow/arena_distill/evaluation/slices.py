@@ -16,6 +16,7 @@ from arena_distill.metrics import (
     reliability,
     right_verdicts,
     scores,
+    share_interval,
 )
 from arena_distill.verdicts import Votes
 
@@ -93,7 +94,7 @@ def slice_scores(
     Returns:
         One record per slice: `by`, `slice`; `rows`, `log_loss`, `accuracy` and `ece`; the 95 % intervals
         of the log loss (`low`, `high`) and of the accuracy (`accuracy_low`, `accuracy_high`), by
-        :func:`mean_interval`; and the log loss of each baseline, by its name.
+        ``metrics.INTERVALS``; and the log loss of each baseline, by its name.
     """
     loss = losses(probabilities, votes)
     right = right_verdicts(probabilities, votes)
@@ -102,7 +103,7 @@ def slice_scores(
     for by, name, rows in slices_of(battles):
         mine = votes[rows]
         _, low, high = mean_interval(loss[rows], mine, groups[rows])
-        _, least, most = mean_interval(right[rows], mine, groups[rows])
+        _, least, most = share_interval(right[rows], mine, groups[rows])
         records.append(
             {
                 "by": by,

@@ -28,7 +28,7 @@ from arena_distill.config.vocabulary import (
 from arena_distill.errors import InputError
 from arena_distill.files.artifacts import REBUILD, provenance, read_json, read_parquet, write_json
 from arena_distill.files.keys import key, locate
-from arena_distill.metrics import Figures, deployed_score, losses, paired_difference, softmax
+from arena_distill.metrics import Figures, Z, deployed_score, losses, paired_difference, softmax
 from arena_distill.prediction.averages import mean_of_views, read_views
 from arena_distill.prediction.calibration import (
     CalibrationMap,
@@ -68,7 +68,7 @@ def choose(
     for richer in methods(votes.classes)[1:]:
         gain = paired_difference(loss[richer], loss[best], votes, groups)
         error = gain["difference"] - gain["low"] if gain["low"] is not None else np.inf
-        if gain["difference"] + error / 1.96 < 0:
+        if gain["difference"] + error / Z < 0:
             best = richer
     return best
 
