@@ -48,7 +48,9 @@ def backbone(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu")
         config = LlamaConfig(vocab_size=IDS, num_attention_heads=heads, **SMALL[name])
     config.num_labels, config.pad_token_id, config.use_cache = 3, 0, False
     with torch.device(device):
-        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        return AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
 
 
 def examples(rows: int, longest: int) -> Examples:

@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         judge, generator = Path(scratch, "judge"), Path(scratch, "generator")
         classifier = made_up.backbone(arguments.model)
-        generating = AutoModelForCausalLM.from_config(classifier.config)
+        generating = AutoModelForCausalLM.from_config(classifier.config, trust_remote_code=False)
         for folder, model in ((judge, classifier), (generator, generating)):
             model.save_pretrained(folder)
             load_tokenizer(TINY / "llama").save_pretrained(folder)

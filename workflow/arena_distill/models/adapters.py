@@ -73,7 +73,9 @@ def start_judge(
     return _head_stays(model)
 
 
-def load_fold(backbone: Path, fold: Path, *, made_from: Mapping[str, Any], **how: Any) -> Judge:
+def load_fold(
+    backbone: Path, fold: Path, *, made_from: Mapping[str, Any] | None = None, **how: Any
+) -> Judge:
     """Load the judge that a fold's training wrote, for scoring.
 
     Args:
@@ -87,9 +89,8 @@ def load_fold(backbone: Path, fold: Path, *, made_from: Mapping[str, Any], **how
         check_adapter(fold, backbone, **(made_from or {}))
         return load_classifier(fold, **how)
     base = load_classifier(backbone, head_seed=0, **how)  # the fold has its own head
-    check_adapter(
-        fold, backbone, **(made_from or {})
-    )  # what is wrong with the backbone was said before
+    # Not earlier: what is wrong with the backbone comes first.
+    check_adapter(fold, backbone, **(made_from or {}))
     return load_adapter(base, fold)
 
 
