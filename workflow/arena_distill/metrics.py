@@ -95,19 +95,14 @@ def deployed_score(probabilities: np.ndarray, votes: Votes, groups: np.ndarray) 
         groups: int (rows,), the battle's prompt.
 
     Returns:
-        `log_loss` and `accuracy` are `value`, `low` and `high` (``INTERVALS``).
+        `log_loss` and `accuracy` are `value`, `low` and `high` (:func:`intervals`).
     """
     each = {
         "log_loss": losses(probabilities, votes),
         "accuracy": right_verdicts(probabilities, votes),
     }
-    names = ("value", "low", "high")
-    found: Figures = {
-        name: dict(zip(names, INTERVALS[name](values, votes, groups), strict=True))
-        for name, values in each.items()
-    }
     ece = calibration_error(reliability(probabilities, votes))
-    return {"rows": len(votes), **found, "ece": ece}
+    return {"rows": len(votes), **intervals(each, votes, groups), "ece": ece}
 
 
 def brier_score(probabilities: np.ndarray, votes: Votes) -> float:
@@ -136,14 +131,22 @@ def mean_interval(
     References:
         Cameron and Miller 2015, A Practitioner's Guide to Cluster-Robust Inference.
     """
+    mean, error, prompts = _mean_and_error(values, votes, groups)
+    return (mean, mean - Z * error, mean + Z * error) if prompts > 1 else (mean, None, None)
+
+
+def _mean_and_error(
+    values: np.ndarray, votes: Votes, groups: np.ndarray
+) -> tuple[float, float, int]:
+    """The mean, its standard error that is robust to clusters (NaN of one), and the number of clusters."""
     mean = float(votes.mean(values))
     cluster = np.unique(groups, return_inverse=True)[1]
     sums = np.bincount(cluster, votes.weights * (values - mean))
-    if len(sums) < 2:
-        return mean, None, None
-    correction = len(sums) / (len(sums) - 1)
-    half = float(Z * np.sqrt(correction * (sums**2).sum()) / votes.weights.sum())
-    return mean, mean - half, mean + half
+    number = len(sums)
+    if number < 2:
+        return mean, np.nan, number
+    variance = number / (number - 1) * (sums**2).sum()
+    return mean, float(np.sqrt(variance) / votes.weights.sum()), number
 
 
 def share_interval(
@@ -159,11 +162,10 @@ def share_interval(
         Korn and Graubard 1998, Confidence Intervals for Proportions with Small Expected Number of Positive
         Counts, Survey Methodology 24(2): the effective number.
     """
-    share, low, high = mean_interval(values, votes, groups)
-    if low is None or high is None:
+    share, error, prompts = _mean_and_error(values, votes, groups)
+    if prompts < 2:
         return share, None, None
-    error, spread = (high - low) / (2 * Z), share * (1 - share)
-    prompts = len(np.unique(groups))
+    spread = share * (1 - share)
     number = min(spread / error**2, len(values)) if error > 1e-9 else prompts
     shrunk = 1 + Z**2 / number
     centre = (share + Z**2 / (2 * number)) / shrunk
@@ -171,8 +173,18 @@ def share_interval(
     return share, float(centre - half), float(centre + half)
 
 
-INTERVALS = {"log_loss": mean_interval, "accuracy": share_interval}
-"""By score, its mean and the ends of its interval."""
+def intervals(each: Mapping[str, np.ndarray], votes: Votes, groups: np.ndarray) -> Figures:
+    """The mean of each score, `log_loss` or `accuracy`, and its 95 % interval: `value`, `low`, `high`.
+
+    Args:
+        each: by score, its values, (rows,).
+    """
+    of = {"log_loss": mean_interval, "accuracy": share_interval}
+    names = ("value", "low", "high")
+    return {
+        name: dict(zip(names, of[name](values, votes, groups), strict=True))
+        for name, values in each.items()
+    }
 
 
 def paired_difference(

@@ -94,7 +94,7 @@ def slice_scores(
     Returns:
         One record per slice: `by`, `slice`; `rows`, `log_loss`, `accuracy` and `ece`; the 95 % intervals
         of the log loss (`low`, `high`) and of the accuracy (`accuracy_low`, `accuracy_high`), by
-        ``metrics.INTERVALS``; and the log loss of each baseline, by its name.
+        :func:`mean_interval` and :func:`share_interval`; and the log loss of each baseline, by its name.
     """
     loss = losses(probabilities, votes)
     right = right_verdicts(probabilities, votes)

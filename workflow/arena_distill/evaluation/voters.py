@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from arena_distill.metrics import INTERVALS, Figures, losses, most_probable
+from arena_distill.metrics import Figures, intervals, losses, most_probable
 from arena_distill.verdicts import Votes
 
 
@@ -34,7 +34,7 @@ def voter_scores(
         `voters`; `agreement`, how often two voters of a battle agree; `entropy` of the shares in nats, with
         the correction of Miller and Madow for few voters, an estimate of the least expected log loss;
         `scores`, by name, first `others`: `accuracy` (does the most frequent verdict, of several the
-        share, meet the vote?) and `log_loss`, each `value`, `low` and `high` (``metrics.INTERVALS``).
+        share, meet the vote?) and `log_loss`, each `value`, `low` and `high` (``metrics.intervals``).
         The log loss of others is of their shares with half a vote more for each class.
 
     References:
@@ -65,19 +65,12 @@ def voter_scores(
     shares = counts / number[:, None]
     plain = -(shares * np.log(np.where(counts > 0, shares, 1))).sum(axis=1)
     entropy = plain + ((counts > 0).sum(axis=1) - 1) / (2 * number)
-    names = ("value", "low", "high")
     return {
         "battles": len(rows),
         "voters": int(number.sum()),
         "agreement": float(votes.mean(agreed)),
         "entropy": float(votes.mean(entropy)),
-        "scores": {
-            name: {
-                kind: dict(zip(names, INTERVALS[kind](values, votes, groups), strict=True))
-                for kind, values in figures.items()
-            }
-            for name, figures in each.items()
-        },
+        "scores": {name: intervals(values, votes, groups) for name, values in each.items()},
     }
 
 

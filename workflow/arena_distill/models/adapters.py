@@ -113,9 +113,8 @@ def new_judge(model: Any, lora: Lora | None, seed: int) -> Judge:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
-        exclude_modules=r"score\..*"
-        if layered
-        else None,  # PEFT only looks for a head that is a layer
+        # PEFT itself leaves out a head only where that is a layer.
+        exclude_modules=r"score\..*" if layered else None,
     )
     try:
         return _head_stays(get_peft_model(model, config))

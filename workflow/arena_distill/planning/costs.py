@@ -186,9 +186,8 @@ class Costs:
             prepared = self.run / "backbones" / self.config.backbone_name(judge)
             found = read_config(self.config.backbone_of(judge), prepared)
             node = self.config.judges[judge]
-            if (
-                node.head.pooling == "layers" and not node.frozen
-            ):  # cut after the last that it reads
+            if node.head.pooling == "layers" and not node.frozen:
+                # It is cut after the last layer that it reads.
                 keep_layers(found, max(default_layers(found.num_hidden_layers)))
             self._models[judge] = found
         return self._models[judge]
